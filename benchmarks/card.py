@@ -21,12 +21,14 @@ import argparse
 import contextlib
 import gc
 import json
+import math
 import re
 import shutil
 import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -40,14 +42,17 @@ from isingcut.formats.architectures.blocks import stack_modules
 from isingcut.formats.cutting.checkpoint import excise
 from isingcut.healing.heal import heal
 from isingcut.healing.patch import checkpoint as tuning
+from isingcut.healing.patch import linear
+from isingcut.healing.patch.ridge import bytes_of
 from isingcut.memory import is_memory_exhausted
 from isingcut.models.compute.tuning import bytes_of_backward
+from isingcut.models.device import allowance
 from isingcut.models.load import load
 from isingcut.models.streaming import replay as streamed
 from isingcut.models.verify import verify
 from isingcut.options.config import HealConfig
 from isingcut.options.declaration import options_from
-from isingcut.runs.folder import RunFolder
+from isingcut.runs.stages import Stage
 from isingcut.testing.tiny import tiny_model, tiny_tokenizer
 
 BLOCKS = 32
@@ -60,6 +65,8 @@ WIDE = {
     "num_attention_heads": 4,
     "head_dim": 64,
 }
+BROAD = 4096
+"""Inputs of an MLP's last layer whose moments take more memory than the weights."""
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "untied": ("llama", {**WIDE, "tie_word_embeddings": False}),
     "tied": ("llama", {**WIDE, "tie_word_embeddings": True}),
@@ -70,6 +77,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         | {"attn_layer_indices": list(range(3, 32, 4))},
     ),
 }
+RUNS = tuple(FAMILIES)
+FAMILIES["broad"] = ("llama", {**WIDE, "intermediate_size": BROAD})
 
 
 def short() -> contextlib.ExitStack:
@@ -121,7 +130,8 @@ def text(folder: Path) -> Path:
     path = folder / "text.txt"
     if not path.exists():
         lines = (
-            f"{i * 7919 % 1000} of {i * 104729 % 9973} are {i % 13}" for i in range(400)
+            f"{i * 7919 % 1000} of {i * 104729 % 9973} are {i % 13}"
+            for i in range(2000)
         )
         path.write_text("\n\n".join(lines), encoding="utf-8")
     return path
@@ -156,7 +166,7 @@ def run(
     """
     weight = weights(model)
     found = dict[str, float]()
-    stage = RunFolder.stage
+    begin = Stage.__call__
     layers = list[int]()
     choose = tuning.choose_layers
 
@@ -169,17 +179,17 @@ def run(
     shutil.rmtree(out, ignore_errors=True)
     with short(), fake_cards(count, int(budget * weight)) as cards:
 
-        def measured(self: RunFolder, name: str, *rest: Any, **given: Any) -> Any:
+        def measured(self: Stage[Any, Any], *given: Any) -> Any:
             for card in cards:
                 card.reset_peak()
             try:
-                return stage(self, name, *rest, **given)
+                return begin(self, *given)
             finally:
                 peaks = (round(card.peak / weight, 3) for card in cards)
-                found[name] = max(found.get(name, 0.0), *peaks)
+                found[self.name] = max(found.get(self.name, 0.0), *peaks)
 
         patched = mock.patch.object(tuning, "choose_layers", chosen)
-        with patched, mock.patch.object(RunFolder, "stage", measured):
+        with patched, mock.patch.object(Stage, "__call__", measured):
             try:
                 isingcut.run(out=str(out), **options(place, model, cards) | more)
             finally:
@@ -193,6 +203,7 @@ def run(
         "kl": evaluation["kl"],
         "resident": not any(stage.get("streamed") for stage in stages.values()),
         "patched": bool(record["patch"]["changed"]),
+        "maps": record["patch"]["maps"],
         "tuned": "left_out" not in tuned,
         "layers": layers[-1] if layers else 0,
         "timed": "decode_tokens_per_second" in evaluation["before"],
@@ -247,7 +258,7 @@ def quarter_budget(place: Path) -> tuple[float, float]:
     model = checkpoint(place / f"untied-{QUARTER[1]}", "untied", QUARTER)
     fixed: dict[str, Any] = {
         "remove": 8,
-        "drop": ",".join(map(str, QUARTER)),
+        "must_remove": ",".join(map(str, QUARTER)),
         "energy": "fisher",
         "effort": "",
     }
@@ -265,6 +276,38 @@ def quarter_budget(place: Path) -> tuple[float, float]:
     backward = bytes_of_backward(load(model, dtype="bfloat16", device="cpu").replay)
     sample = options(place, model, [])["length"] * backward / weights(model)
     return smallest(with_half, *wanted), sample
+
+
+def fit_local(place: Path) -> tuple[float, ...]:
+    """Return the memory of a fit in W, and the budget of two runs which is below it: one with the
+    fit in host memory, and one whose host has no room for it either.
+
+    Raises:
+        AssertionError: a run was demoted to streaming, or did not name its lesser patch.
+    """
+    model = checkpoint(place / "broad", "broad", NEIGHBOURS)
+    budget = 1.6
+    share = bytes_of(BROAD, WIDE["hidden_size"]) / weights(model)
+    assert share > budget, share
+    limited = dict[str, Any](
+        drop=",".join(map(str, NEIGHBOURS)), energy="fisher", effort="", stream="off"
+    )
+    # As many tokens that their rows take more memory than the moments.
+    limited |= {"patch_tokens": BROAD // 2 + 256, "length": 64}
+    limited |= {"patch": "linear", "skip_speed": True}
+    for room, maps in ((math.inf, "reads"), (share * weights(model) / 2, "writes")):
+
+        def limit(text: str, device: torch.device, room: float = room) -> Any:
+            given = allowance(text, device)
+            least = min(given.left, room) if device.type == "cpu" else given.left
+            return SimpleNamespace(left=least)
+
+        with mock.patch.object(linear, "allowance", limit):
+            found = run(place, model, budget, **limited)
+        say(f"  {found}")
+        assert found["resident"], found
+        assert found["maps"] == maps, found
+    return share, budget
 
 
 def streamed_budget(place: Path, family: str) -> tuple[float, float]:
@@ -347,14 +390,15 @@ def full_budget(place: Path) -> float:
 
 
 JOBS: dict[str, Callable[[Path], Any]] = {
-    **{f"card_run_{f}": partial(run_budget, family=f) for f in FAMILIES},
+    **{f"card_run_{f}": partial(run_budget, family=f) for f in RUNS},
     **{f"cards_{n}_run": partial(run_budget, count=n) for n in (2, 4)},
     **{
         f"card_run_scattered_{f}": partial(run_budget, family=f, quiet=APART)
-        for f in FAMILIES
+        for f in RUNS
     },
-    **{f"card_run_streamed_{f}": partial(streamed_budget, family=f) for f in FAMILIES},
+    **{f"card_run_streamed_{f}": partial(streamed_budget, family=f) for f in RUNS},
     "card_run_quarter": quarter_budget,
+    "card_fit_local": fit_local,
     "card_heal_lora": lora_budget,
     "card_heal_full": full_budget,
 }

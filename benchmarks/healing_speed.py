@@ -57,7 +57,7 @@ from isingcut.models.device import BatchLimit
 from isingcut.models.load import load
 from isingcut.models.verify import reload
 from isingcut.options.config import HealConfig
-from isingcut.options.spellings import BlockList
+from isingcut.options.parsed import BlockList
 from isingcut.testing.tiny import tiny_checkpoint
 
 SIDES = ("teacher", "student", "ours", "plain", "gkd", "sft")

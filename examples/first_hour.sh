@@ -27,7 +27,7 @@ say isingcut plan ./my-model --remove 6
 say isingcut run ./my-model --remove 6 --quick --calibration my-text.txt --out my-run
 say isingcut baseline block-influence my-run
 say isingcut report my-run
-say isingcut heal my-run/model --effort 10min --out healed
+say isingcut heal my-run/model --train 10min --out healed
 say 'python -c "
 from transformers import pipeline
 cut = pipeline(\"text-generation\", \"my-run/model\")

@@ -15,6 +15,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -27,6 +28,7 @@ from isingcut import baselines
 from isingcut.energies import registry as energy_parts
 from isingcut.formats.cutting.checkpoint import excise
 from isingcut.healing.heal import heal
+from isingcut.healing.patch.linear import _Fitting
 from isingcut.options.config import HealConfig
 from isingcut.options.declaration import options_from
 from isingcut.testing.tiny import tiny_model
@@ -105,7 +107,7 @@ class Place:
 def default(place: Place) -> None:
     """A run with the defaults: searched, near candidates patched, tuned, its speed measured."""
     more = {**SEARCHED, "patch": "tuned", "patch_tokens": 1000, "states": 5}
-    place.run(**more, skip_speed=False, also="fisher")
+    place.run(**more, skip_speed=False, compare_energies="fisher")
 
 
 def verbs(place: Place) -> None:
@@ -145,7 +147,7 @@ def deep(place: Place, blocks: int, remove: int) -> None:
 
 
 def streamed(place: Place) -> None:
-    run = place.run(stream="on", **SEARCHED, also="empirical-fisher")
+    run = place.run(stream="on", **SEARCHED, compare_energies="empirical-fisher")
     for name in ("block-influence", "norm-ratio", "angular-window"):
         place.type("baseline", name, run)
 
@@ -218,7 +220,7 @@ def gguf_file(place: Place) -> Path:
 def from_gguf(place: Place) -> None:
     file = gguf_file(place)
     run = place.run(model=str(file))
-    place.type("evaluate", run / "model.gguf", "--skip-speed")
+    place.type("evaluate", run, "--skip-speed")
 
 
 def packed(place: Place) -> None:
@@ -278,6 +280,26 @@ def eager(place: Place) -> None:
     place.run(**more, patch="tuned", patch_tokens=200)
 
 
+def rows(place: Place) -> None:
+    """Fits on fewer tokens than a layer has inputs, also of outputs with a bias."""
+    few = {"patch_tokens": 100, "drop": "2,3"}
+    wide = place.shared.checkpoint(intermediate_size=512)
+    place.run(model=str(wide), **few)
+    with mock.patch.object(_Fitting, "ways", (False,)):
+        place.run("outputs", family="gpt2", **few, patch="tuned")
+
+
+def slopes(place: Place) -> None:
+    """A search long enough for exchanges by slope, and a state whose blocks all differ."""
+    model = place.shared.checkpoint(num_hidden_layers=8)
+    place.run(model=str(model), energy="auto", effort="200", samples=16)
+
+
+def timed_healing(place: Place) -> None:
+    """A healing whose budget is a time, which measures its steps first."""
+    place.heal(effort="90min")
+
+
 PATHS: dict[str, Callable[[Place], Any]] = {
     "range": range_of,
     "budget": budget,
@@ -287,7 +309,10 @@ PATHS: dict[str, Callable[[Place], Any]] = {
     "heal last": functools.partial(healing, method="last:1"),
     "heal, bfloat16": healing_in_half,
     "heal, resumed": resumed,
+    "heal, timed": timed_healing,
     "patch alone": patch_alone,
+    "rows": rows,
+    "slopes": slopes,
     "run": default,
     "verbs": verbs,
     "tasks": tasks,
@@ -300,7 +325,9 @@ PATHS: dict[str, Callable[[Place], Any]] = {
     "energies": energies,
     "energies, streamed": functools.partial(energies, stream="on"),
     **{
-        f"family {family}": functools.partial(Place.run, family=family, drop="2,3")
+        f"family {family}": functools.partial(
+            Place.run, family=family, must_remove="2,3"
+        )
         for family in ("gemma2", "qwen3_moe", "gpt2", "bamba", "phi3")
     },
     "search, gemma2": functools.partial(

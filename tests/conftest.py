@@ -174,7 +174,7 @@ def finished(shared, llama, text):
                 calibration=text,
                 out=place,
                 remove=2,
-                also="empirical-fisher",
+                compare_energies="empirical-fisher",
                 **OPTIONS,
             )
 

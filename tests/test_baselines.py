@@ -372,7 +372,7 @@ def folder(tmp_path_factory, llama, text):
         model=llama,
         calibration=text,
         out=tmp_path_factory.mktemp("comparison") / "run",
-        **{**OPTIONS, "remove": "2", "also": "fisher", "keep": "0"},
+        **{**OPTIONS, "remove": "2", "compare_energies": "fisher", "keep": "0"},
     )
 
 

@@ -25,7 +25,6 @@ from isingcut.report import words as report_words
 from isingcut.report.card import card_parts, model_card
 from isingcut.report.run_files import RunFiles
 from isingcut.runs import evaluating, pipeline
-from isingcut.runs.folder import find_run
 from run_files import change, first_part, record, write_report, write_run
 from shared import OPTIONS, call, load_json, refuses, save_json, works, write_jsonl
 
@@ -168,21 +167,15 @@ def test_without_random_states_a_line_says_that_the_energy_was_not_judged(run, t
     assert "How well it ranks was not measured." in html
 
 
-def test_blocks_counted_from_one(run, refusal):
-    arguments = ("excise", run, "--blocks", "2\n5\n", "--one-based")
-    works(*arguments, "--overwrite", "--quiet")
+def test_blocks_named_by_hand(run, refusal):
+    works("excise", run, "--blocks", "1\n4\n", "--overwrite", "--quiet")
     assert load_json(run / "model/isingcut.json").removed == [1, 4]
-    for wrong, ends in (("6,7", "0 to 5"), ("0,1 --one-based", "1 to 6")):
-        assert f"blocks are numbered {ends}; add --one-based" in refusal(
-            "excise", run, "--blocks", *wrong.split()
-        )
-    assert "--remove 3 is not the number of --blocks" in refusal(
-        "excise", run, "--blocks", "0,1", "--remove", 3
-    )
-    assert "--blocks is empty" in refusal("excise", run, "--blocks", "")
-    assert "--one-based is for the numbers of --blocks" in refusal(
-        "excise", run, "--one-based"
-    )
+    for words, line in (
+        ("this model's blocks are numbered 0 to 5", ("5,6",)),
+        ("--remove 3 is not the number of --blocks", ("0,1", "--remove", 3)),
+        ("--blocks is empty", ("",)),
+    ):
+        assert words in refusal("excise", run, "--blocks", *line)
 
 
 def test_a_second_state_of_one_size_has_a_folder_of_its_own(
@@ -227,7 +220,6 @@ def test_options_of_a_run_folder_are_refused_with_an_original(run, refusal):
         "--remove=2",
         "--budget=params=9%",
         "--model=m",
-        "--one-based",
         "--blocks=1",
     ):
         said = refusal(*line, option)
@@ -237,25 +229,12 @@ def test_options_of_a_run_folder_are_refused_with_an_original(run, refusal):
         )
 
 
-def test_a_run_is_found_from_the_folder_of_a_removal(run, monkeypatch, refusal):
-    manifest = load_json(run / "run.json")
-    cut = manifest.stages.model
-    manifest.stages["remove-2/model.gguf"] = cut
-    save_json(run / "run.json", manifest)
-    (run / "remove-2/model").mkdir(parents=True)
-    removed = ",".join(map(str, cut.options.removed))
-    for place, name in (
-        ("remove-2", "model.gguf"),
-        ("remove-2/model", "../model.gguf"),
-    ):
-        monkeypatch.chdir(run / place)
-        assert find_run(Path(name)) == (run, removed)
-    # The recorded blocks are numbered from 0, whatever the list on the command line would be.
-    works("evaluate", name, "--one-based", "--skip-speed")
-    assert "a .gguf file has its own" in refusal("evaluate", name, "--remove", "3")
+def test_a_run_is_found_from_the_folder_of_a_removal(run, refusal):
+    (run / "remove-2").mkdir()
     assert f"with --remove give {run}" in refusal(
         "report", run / "remove-2", "--remove", "3"
     )
+    assert "give the --out of a run" in refusal("evaluate", run / "model.gguf")
 
 
 def test_tasks_without_a_choice_by_them_are_refused_by_rank(run, refusal):
@@ -287,7 +266,7 @@ def test_push_takes_a_run_or_a_checkpoint(run, monkeypatch, refusal, answer):
         )
         return f"https://hub/{repository}"
 
-    monkeypatch.setattr("isingcut.runs.interop_hub.push", push)
+    monkeypatch.setattr("isingcut.runs.uploading.push", push)
     found = answer("push", run, "me/cut", "--private")
     assert set(found) == documented_keys()["push"] | {"verb", "warnings"}
     works("push", run / "model", "me/cut")
@@ -341,7 +320,7 @@ def test_the_verb_decides_which_processes_work_whatever_stands_before_it(
     stub("isingcut.cli.main.launched_rank", 1)
     stub("isingcut.cli.main.is_launched", True)
     monkeypatch.setattr(
-        "isingcut.cli.main.leave_word", lambda code, text: left.append(code)
+        "isingcut.cli.main.post_failure", lambda code, text: left.append(code)
     )
     works("--debug", "ls")
     works("solve", "heal")
@@ -442,15 +421,14 @@ def test_a_mistake_that_needs_no_model_is_answered_without_torch(
     (tmp_path / "used").mkdir()
     (tmp_path / "used/mine").touch()
     flags = " ".join(f"--{k.replace('_', '-')} {v}" for k, v in OPTIONS.items())
-    again = (
-        f"run {llama} --calibration {text} --also empirical-fisher --out {run} {flags}"
-    )
+    flags += " --compare-energies empirical-fisher"
+    again = f"run {llama} --calibration {text} --out {run} {flags}"
     mistakes = {
         f"run {llama} --remove 2 --energy pairwise": "--out is missing",
         f"run {llama} --out new": "--remove is missing; give how many blocks to remove",
         "run ./gone --remove 2 --out new": "there is no model at ./gone",
         f"run {llama} --remvoe 2 --out new": "No such option: --remvoe",
-        f"run {llama} --budget params=25 --out new": "no unit; write params=25% or params=25M",
+        f"run {llama} --budget params=25 --out new": "no unit; known: %, k, m, g, b, t",
         f"run {llama} --remove 2 --out new --calibration empty.txt": "empty.txt is empty",
         f"run {llama} --remove 2 --out new --calibration rows.jsonl": "neither 'text' nor 'mess",
         f"run {llama} --remove 2 --out used": "used already exists and is not an isingcut run",
@@ -642,7 +620,7 @@ def test_a_page_begins_with_a_verdict_three_tiles_and_one_plot(finished, run, pr
     assert first.count("<dt>") == 3
     assert re.findall(r'<figure id="(\w+)"', first) == ["models"]
     verdict = show.open_finished(finished).verdict
-    heal = f"10 minutes on this machine, with `isingcut heal {finished}/model --effort 10min --out"
+    heal = f"10 minutes on this machine, with `isingcut heal {finished}/model --train 10min --out"
     for part in (
         "fewer parameters",
         "On unseen text the patched model has perplexity",

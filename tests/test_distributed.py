@@ -45,7 +45,11 @@ def alone(place):
 def _typed(place, out, name="pairwise", also=True):
     """Return a measurement as a command line."""
     options = [x for k, v in OPTIONS.items() for x in (f"--{k.replace('_', '-')}", v)]
-    others = ["--also", "empirical-fisher"] if also and name == "pairwise" else []
+    others = (
+        ["--compare-energies", "empirical-fisher"]
+        if also and name == "pairwise"
+        else []
+    )
     others += ["--remove", 2] if name == "refined" else []
     return [
         "energy", place / "model", "--calibration", place / "text.txt", "--out", out,

@@ -274,7 +274,7 @@ def gguf_run(packed_model, text, tmp_path_factory):
     """A run on that file, without blocks 2 and 3, with a tuned patch."""
     run = tmp_path_factory.mktemp("gguf") / "run"
     given = {"model": packed_model, "calibration": text, "out": run}
-    more = {"energy": "fisher", "remove": 2, "drop": "2,3", "skip_speed": True}
+    more = {"energy": "fisher", "remove": 2, "must_remove": "2,3", "skip_speed": True}
     isingcut.run(**{**OPTIONS, **more, **given})
     return run
 
@@ -338,7 +338,7 @@ def test_the_written_gguf_is_judged_with_its_checkpoint(gguf_run, typed):
     figure = f"{found['gguf']['kl']:.4f}"
     for name in ("report.md", "report.html", "model.gguf.md"):
         assert figure in (gguf_run / name).read_text()
-    assert figure in typed("evaluate", gguf_run / "model.gguf", "--skip-speed").out
+    assert figure in typed("evaluate", gguf_run, "--skip-speed").out
 
 
 def test_sizes_are_compared_with_the_file_that_the_user_has(gguf_run, packed_model):

@@ -108,10 +108,10 @@ def test_a_finished_healing_typed_again_keeps_its_result(models, healed, tmp_pat
 
 
 def test_a_healing_takes_ten_minutes_unless_told_otherwise():
-    assert HealConfig().validate().effort.seconds == 600
+    assert HealConfig().validate().train.seconds == 600
     for trainer in ({"max_steps": 4}, {"num_train_epochs": 2}):
-        assert HealConfig(trainer=trainer).validate().effort == "all"
-    whole = HealConfig(effort="all").validate().effort
+        assert HealConfig(trainer=trainer).validate().train == "all"
+    whole = HealConfig(train="all").validate().train
     assert (whole.tokens, whole.seconds) == (None, None)
 
 
@@ -373,7 +373,7 @@ def bought(folder):
 
 def spending(models, out, effort, **changes):
     return options(
-        models, out, effort=effort, **{"length": 64, "trainer": "", **changes}
+        models, out, train=effort, **{"length": 64, "trainer": "", **changes}
     )
 
 
@@ -456,7 +456,7 @@ def test_a_time_is_turned_into_steps_once(models, tmp_path, monkeypatch, stub):
 
 
 def test_a_time_too_short_for_a_useful_step_is_refused_at_once(models, tmp_path):
-    with refuses(r"too short: evaluating .*10 steps .*give --effort 1min"):
+    with refuses(r"too short: evaluating .*10 steps .*give --train 1min"):
         heal(spending(models, tmp_path / "out", "0.0001min"))
     assert not (tmp_path / "out").exists()
 
@@ -468,12 +468,12 @@ def test_a_time_that_the_patch_would_use_up_is_refused(tmp_path, monkeypatch, st
     )
     stub(home, "quality", None)
     text = TokenSet.from_rows([[7] * 64] * 10)
-    config = HealConfig(effort="3min")
+    config = HealConfig(train="3min")
     teacher = SimpleNamespace(model=None)
     job = home.Job(teacher, (2, 3), tmp_path, text, tmp_path, config)
-    home._check_effort(job, text.select([0, 1]), patches=False)
+    home._check_train(job, text.select([0, 1]), patches=False)
     with refuses(r"takes about 8 s here, the patch 24 s, .*give .* 4min"):
-        home._check_effort(job, text.select([0, 1]), patches=True)
+        home._check_train(job, text.select([0, 1]), patches=True)
 
 
 def test_the_clock_is_read_on_real_steps(models, tmp_path, spy):
@@ -492,8 +492,8 @@ def test_a_runs_budget_is_that_of_its_healing():
     config = RunConfig(model="m", remove="2")
     assert (config.heal, config.replace(heal=True).heal) == ("", "all")
     assert RunConfig(heal=False) == RunConfig()
-    assert heal_config(config.replace(heal="10min")).effort == "10min"
-    assert heal_config(config.replace(heal=True)).effort == ""
+    assert heal_config(config.replace(heal="10min")).train == "10min"
+    assert heal_config(config.replace(heal=True)).train == ""
     assert (
         heal_config(config.replace(healing={"length": torch.tensor(64)})).length == 64
     )

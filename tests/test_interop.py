@@ -9,7 +9,7 @@ import pytest
 
 from isingcut.errors import StageFileError
 from isingcut.files.ownership import mark
-from isingcut.runs import interop_hub
+from isingcut.runs import uploading
 from shared import load_json, parametrize, refuses, save_json
 
 # The hub ---------------------------------------------------------------------------------
@@ -85,15 +85,15 @@ def cut(tmp_path):
 
 
 def upload(cut, repository, hub, **options):
-    _, files = interop_hub.prepare(cut, repository)
-    return interop_hub.push(files, repository, endpoint=hub, **options)
+    _, files = uploading.prepare(cut, repository)
+    return uploading.push(files, repository, endpoint=hub, **options)
 
 
 def test_push_uploads_every_file_but_the_marker_with_the_card(hub, cut, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_right")
     sent = {p.name: p.read_bytes() for p in cut.iterdir()}
     mark(cut)
-    assert set(interop_hub.prepare(cut, "me/cut")[1]) == set(sent)
+    assert set(uploading.prepare(cut, "me/cut")[1]) == set(sent)
     assert hub.seen == []
     url = upload(cut, "me/cut", hub.address, private=True)
     assert url == f"{hub.address}/me/cut"
@@ -123,7 +123,7 @@ def test_without_a_valid_token_nothing_is_sent(hub, cut, monkeypatch, tmp_path, 
 @parametrize("name", ["me/cut/more", "me/ cut"])
 def test_a_bad_repository_name_is_refused_without_the_hub(cut, name):
     with refuses("write owner/name"):
-        interop_hub.prepare(cut, name)
+        uploading.prepare(cut, name)
 
 
 def test_a_hub_out_of_reach_is_one_line(cut, monkeypatch):
@@ -135,19 +135,19 @@ def test_a_hub_out_of_reach_is_one_line(cut, monkeypatch):
 def test_a_card_without_valid_metadata_is_refused(cut):
     (cut / "README.md").write_text("---\na: [\n---\n")
     with refuses("no model card"):
-        interop_hub.prepare(cut, "me/cut")
+        uploading.prepare(cut, "me/cut")
 
 
 def test_a_checkpoint_that_was_changed_is_not_pushed(cut):
     mark(cut)
     (cut / "model.safetensors").write_bytes(b"others!")
     with refuses("was changed after isingcut wrote it"):
-        interop_hub.prepare(cut, "me/cut")
+        uploading.prepare(cut, "me/cut")
 
 
 def test_only_a_checkpoint_of_ours_is_pushed(tmp_path):
     with refuses("does not exist", StageFileError):
-        interop_hub.prepare(tmp_path, "me/cut")
+        uploading.prepare(tmp_path, "me/cut")
 
 
 def test_nothing_uploaded_names_a_folder_of_this_machine(cut, tmp_path):
@@ -185,13 +185,13 @@ def test_nothing_uploaded_names_a_folder_of_this_machine(cut, tmp_path):
     for name, content in written.items():
         save_json(cut / name, content)
     (cut / "notes.txt").write_text(str(tmp_path))
-    _, files = interop_hub.prepare(cut, "me/cut")
+    _, files = uploading.prepare(cut, "me/cut")
     sent = {k: f if isinstance(f, bytes) else f.read_bytes() for k, f in files.items()}
     assert set(files) == {*written, "README.md", "model.safetensors"} - {"notes.json"}
     for name, content in sent.items():
         assert str(tmp_path.parent).encode() not in content, name
         assert tmp_path.name.encode() not in content, name
-    found = interop_hub.read_records(files)
+    found = uploading.read_records(files)
     assert set(found) == {"isingcut.json", "healing.json"}
     assert found["isingcut.json"]["model"] == {"name": "my-model"}
     assert found["isingcut.json"]["proof"]["remarks"] == [

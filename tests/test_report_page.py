@@ -122,7 +122,7 @@ def test_every_figure_is_drawn(show):
     captions = page.eval_on_selector_all(
         "figure", "all => all.map(e => e.querySelector('figcaption').innerText.trim())"
     )
-    assert len(captions) == 12
+    assert len(captions) == 11
     assert all(captions)
 
 

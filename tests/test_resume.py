@@ -26,7 +26,7 @@ from tiny import tiny_checkpoint
 OPTIONS = {
     **USUAL,
     "remove": 2,
-    "also": "fisher",
+    "compare_energies": "fisher",
     "attention": "sdpa",
     "batch_tokens": 32,
 }

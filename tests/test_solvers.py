@@ -27,7 +27,7 @@ from isingcut.ising.solvers._relaxation import (
     spin_matrix,
 )
 from isingcut.ising.solvers.base import Solution, reduce
-from isingcut.ising.solvers.dimod import repair
+from isingcut.ising.solvers.dimod import find_nearest
 from isingcut.testing.solvers import check_solver
 from isingcut.testing.solvers import main as kit
 from shared import parametrize, refuses
@@ -209,7 +209,6 @@ def test_infeasible_samples_are_repaired_and_counted(sampler):
     spectrum = solve(problem, "dimod", k=5, sampler=sampler)
     assert len(spectrum) == 1
     assert spectrum.info["repaired"] == 1
-    assert spectrum.info["dropped"] == 0
     assert spectrum.info["ignored"] == ["num_reads", "seed"]
     assert spectrum.states.sum() == 3
 
@@ -249,11 +248,15 @@ class Low(dimod.Sampler):
     assert_array_equal(found.states, solve(problem, "exact", k=5).states)
 
 
-def test_repair_gives_up_where_no_move_helps():
-    # 3 a + 3 b + 2 c = 4 has no solution, and a = b = 0, c = 1 cannot be improved.
-    row = con.LinearConstraint("odd", np.array([3.0, 3.0, 2.0]), "==", 4)
-    problem = Problem(Hamiltonian(np.zeros(3), np.zeros((3, 3))), [row])
-    assert repair(problem, np.array([True, False, False])) is None
+def test_a_sample_is_repaired_to_the_nearest_feasible_state():
+    # Two flips reach a sum of 4. Of the states so near, {0, 3} has the lowest energy.
+    row = con.LinearConstraint("sum", np.array([3.0, 3.0, 2.0, 1.0]), "==", 4)
+    problem = Problem(Hamiltonian([0, 1, 0, 0], np.zeros((4, 4))), [row])
+    found = find_nearest(problem, np.array([True, True, False, False]))
+    assert found.tolist() == [True, False, False, True]
+    impossible = Problem(problem.hamiltonian, [row, *con.drop(4, [0, 1])])
+    with pytest.raises(InfeasibleError):
+        find_nearest(impossible, np.zeros(4, dtype=bool))
 
 
 @dataclass(frozen=True)

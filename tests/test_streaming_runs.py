@@ -314,7 +314,7 @@ def test_a_whole_run_loads_no_model(llama, text, tmp_path, monkeypatch):
     monkeypatch.setattr("isingcut.models.sharing.load", never)
     monkeypatch.setattr("isingcut.models.verify.reload", never)
     options = {**OPTIONS, "model": llama, "calibration": text, "stream": "on"}
-    folder = run(remove=2, out=tmp_path / "run", also="fisher", **options)
+    folder = run(remove=2, out=tmp_path / "run", compare_energies="fisher", **options)
     evaluation = load_json(folder / "evaluation.json")
     chosen = load_json(folder / "candidates.json").chosen
     assert evaluation.streamed

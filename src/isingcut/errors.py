@@ -20,6 +20,9 @@ IsingcutError                 an error that you can act on; the CLI prints it an
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Collection
+
 NOT_FINITE = (
     "the weights are damaged or too large for this dtype: download the model again, or choose "
     "another --dtype"
@@ -121,3 +124,10 @@ def first_line(error: BaseException) -> str:
     return next(
         (line.strip() for line in str(error).splitlines() if line.strip()), repr(error)
     )
+
+
+def suggest(name: str, known: Collection[str]) -> str:
+    """Return the end of a message about an unknown name: the nearest known one, and all."""
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f" did you mean {near[0]!r}?" if near else ""
+    return f";{hint} known: {', '.join(known)}"

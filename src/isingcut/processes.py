@@ -124,7 +124,7 @@ ALONE = Processes()
 # Messages of processes that end ------------------------------------------------------
 
 
-def leave_word(code: int, text: str) -> None:
+def post_failure(code: int, text: str) -> None:
     """Store why this process ends, and its exit code, for the other processes."""
     word = {
         "code": code,
@@ -136,7 +136,7 @@ def leave_word(code: int, text: str) -> None:
         _board().compare_set(_key(), "", json.dumps(word))
 
 
-def last_word() -> RankError | None:
+def read_failure() -> RankError | None:
     """Return the message of another process that ended, if any."""
     word: dict[str, Any] = {}
     with contextlib.suppress(RuntimeError):
@@ -159,7 +159,7 @@ def convert_contact_errors() -> Iterator[None]:
         if not (type(e).__name__.startswith("Dist") or "/gloo/" in str(e)):
             raise
         why = " ".join(str(e).split())[:200]
-        raise last_word() or RankError(
+        raise read_failure() or RankError(
             f"the {os.environ['WORLD_SIZE']} processes lost contact ({why}); finished work is "
             "kept, run the same command again to resume"
         ) from e

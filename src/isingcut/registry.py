@@ -8,12 +8,17 @@ at run time with `register`.
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import pkgutil
 from typing import TYPE_CHECKING, Any
 
-from isingcut.errors import InputError, IsingcutError, UnknownNameError, first_line
+from isingcut.errors import (
+    InputError,
+    IsingcutError,
+    UnknownNameError,
+    first_line,
+    suggest,
+)
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
@@ -72,6 +77,15 @@ class Registry:
             )
         self._registered[name] = part
 
+    def check(self, name: str) -> None:
+        """Check that there is a part called ``name``, without importing it.
+
+        Raises:
+            UnknownNameError: as `get`.
+        """
+        if name in self.choices or name not in self.names():
+            self.get(name)
+
     def get(self, name: str) -> Any:
         """Import and return the part called ``name``.
 
@@ -95,12 +109,8 @@ class Registry:
             raise UnknownNameError(
                 f"{name!r} lets a run choose; here, name one {self.noun}"
             )
-        names = self.names()
-        near = difflib.get_close_matches(name, names, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ";"
-        raise UnknownNameError(
-            f"unknown {self.noun} {name!r}{hint} known: {', '.join(names)}"
-        )
+        hint = suggest(name, self.names())
+        raise UnknownNameError(f"unknown {self.noun} {name!r}{hint}")
 
     def _load(self, entry_point: EntryPoint) -> Any:
         try:

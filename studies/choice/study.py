@@ -170,7 +170,7 @@ class Choice(ModelStudy):
         samples = range(measuring.samples_of(run.config, run.config.energy))
         tokens = measuring.splits_of(folder)["energy"].select(samples)
         work = run.work(folder.path / "hamiltonian.safetensors.journal")
-        targets = measuring.targets_of(folder, run.config)
+        targets = measuring.targets_of(folder.run.blocks, run.config)
         longer = Search(run.replay, tokens, work, targets, seed=self.options.seed)
         longer.budget *= LONGER
         longer.evaluator.budget = longer.budget

@@ -39,6 +39,5 @@ def arena(world, tmp_path, monkeypatch):
 
 @pytest.fixture
 def smaller_bounds(monkeypatch):
-    """Lower the size limits of records and unpacked texts, so that small files reach them."""
+    """Lower the size limit of records, so that small files reach it."""
     monkeypatch.setattr("isingcut.data.text_files.RECORD", 1 << 19)
-    monkeypatch.setattr("isingcut.data.text_files.UNPACKED", 1 << 21)

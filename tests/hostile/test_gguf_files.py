@@ -201,14 +201,14 @@ def test_one_converts_and_another_waits_for_it(arena, monkeypatch, spy):
     arrived = threading.Event()
     found = []
     converted = spy(gguf_files, "unpack_gguf")
-    numbers = gguf_files._count_numbers
+    hashed = gguf_files.file_sha256
 
-    def noted(path):
+    def noted(*arguments):
         if threading.current_thread() is other:
             arrived.set()
-        return numbers(path)
+        return hashed(*arguments)
 
-    monkeypatch.setattr(gguf_files, "_count_numbers", noted)
+    monkeypatch.setattr(gguf_files, "file_sha256", noted)
     other = threading.Thread(
         target=lambda: found.append(gguf_files.convert_file(arena.here / "m.gguf"))
     )

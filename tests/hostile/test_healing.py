@@ -96,7 +96,7 @@ WORDS = rows([
     ("a schedule without its settings", heal(lr_scheduler_type="cosine_with_min_lr"),
      "transformers rejects .*lr_scheduler_kwargs"),
     ("batch", heal(per_device_train_batch_size=0), "batch_size must be above 0"),
-    ("steps and a time", heal("--effort 10min"), "--effort and max_steps in .* both set"),
+    ("steps and a time", heal("--train 10min"), "--train and max_steps in .* both set"),
     ("shares of one process", heal(fsdp=True), "fsdp needs several processes; start them with"),
     ("last blocks", heal("--method last:99"), "--method last:99: the cut model has"),
     ("nothing to do", heal("--method none --patch none"), "leave nothing to do"),

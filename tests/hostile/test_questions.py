@@ -53,16 +53,7 @@ BENCHMARKS = [
         ("a blank choice", CHOICES, {"choices": ["one", " "], "answer": 0}),
         ("many choices", CHOICES, {"choices": ["x"] * 1000}),
         ("no context", "line 3: expected a text 'context', got ''", {"context": ""}),
-        (
-            "half a character",
-            r"line 3: expected a text 'context', got '.ud800', a lone surrogate",
-            {"context": "a\ud800"},
-        ),
-        (
-            "half a choice",
-            r"line 3: expected 'choices' without '.udc01', a lone surrogate",
-            {"choices": ["one", "\udc01"]},
-        ),
+        ("half a character", "line 3 is not valid JSON", {"context": "a\ud800"}),
     )
 ]
 BENCHMARKS += rows(
@@ -70,7 +61,11 @@ BENCHMARKS += rows(
         (f"questions: {name}", evaluate(), line, prepare)
         for name, line, prepare in (
             ("a list", "line 2 must be a JSON object", asked(GOOD, "[1]")),
-            ("nested", "line 2 is not valid JSON: .*nested", asked(GOOD, "[" * 100000)),
+            (
+                "nested",
+                "line 2 is not valid JSON: recursion",
+                asked(GOOD, "[" * 100000),
+            ),
             ("nothing", "has no questions", asked("")),
             ("a pipe", "is a pipe; expected a regular file", special(os.mkfifo)),
             ("huge", "has 268435457 bytes; expected at most", special(huge)),

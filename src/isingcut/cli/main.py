@@ -29,9 +29,9 @@ from isingcut.memory import convert_memory_errors
 from isingcut.processes import (
     convert_contact_errors,
     is_launched,
-    last_word,
     launched_rank,
-    leave_word,
+    post_failure,
+    read_failure,
 )
 
 __all__ = ["app", "main"]
@@ -107,7 +107,7 @@ def _outcome() -> tuple[int, str]:
             traceback.print_exc(file=sys.__stderr__ if launched_rank() else None)
         code, words = _describe_error(e)
         if is_launched() and not isinstance(e, RankError):
-            leave_word(code, words)
+            post_failure(code, words)
         return code, words
     return 0, ""
 
@@ -130,7 +130,7 @@ def _describe_error(error: Exception) -> tuple[int, str]:
 
 def _report_signal(number: int, frame: object) -> None:
     """Print the reason for a launcher's signal, which the launcher does not report, and exit."""
-    found = last_word()
+    found = read_failure()
     words = "stopped by a signal; launchers send one when another process has ended; "
     say(f"isingcut: {found or words + 'run the same command again to resume'}")
     # Exit at once: a library's callback may swallow an exception raised here.

@@ -253,15 +253,14 @@ def curve_data(folder: Path) -> list[dict[str, Any]]:
 
 
 def show_plan(plan: dict[str, Any]) -> None:
-    """Print the estimates of the energies and of the later stages, and the recommended command."""
+    """Print the estimates of the energies and of the later stages, and of a whole run."""
     where = "read from disk block by block" if plan["streamed"] else "in memory"
-    limit = "limit of each" if plan["placement"] else "limit"
+    limit = "limit of each" if "," in plan["device"] else "limit"
     show_lines(
         f"{plan['model']}: {plan['blocks']} blocks, {decimal(plan['weights'])} as {plan['dtype']}, "
         f"{where} ({limit}: {decimal(plan['allowed'])}) on {plan['device']}",
         f"forward {plan['forward']:.0f} tokens/s, weights from disk {decimal(int(plan['reading']))}"
         f"/s; timed in {duration(plan['probe_seconds'])}; one process",
-        *_words_of_placement(plan["placement"]),
     )
     for key, name, title in (
         ("energies", "energy", "energies, each with its default number of samples"),
@@ -274,11 +273,7 @@ def show_plan(plan: dict[str, Any]) -> None:
         _show_table(title, (name, "samples", "time", "memory"), rows, [name])
     show_lines(
         f"times are right within a factor of 2; the checkpoint has {decimal(plan['checkpoint'])}",
-        f"a card with {decimal(plan['card_bytes'])} holds the whole run: {plan['card_weights']} x "
-        f"weights + {decimal(plan['card_bytes'] - int(plan['card_weights'] * plan['weights']))}, "
-        "without CUDA's own memory",
-        f"recommended: {plan['recommended']}, {duration(plan['seconds'])} in all: {plan['why']}",
-        plan["command"],
+        f"a run with {plan['energy']} takes {duration(plan['seconds'])} in all",
     )
 
 

@@ -14,9 +14,10 @@ import json
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_args
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperCommand
@@ -28,15 +29,15 @@ from isingcut.files.inputs import user_path
 from isingcut.files.results import without_infinities
 from isingcut.options.config import RunConfig
 from isingcut.options.declaration import (
+    RENAMED,
     Kind,
     Options,
     flag,
     from_yaml,
     plain_type,
-    read_number,
     read_options,
 )
-from isingcut.options.spellings import BlockList
+from isingcut.options.parsed import BlockList
 
 if TYPE_CHECKING:
     from isingcut.runs.folder import RunFolder
@@ -64,8 +65,6 @@ Blocks = Annotated[
         help="Use these blocks instead of the chosen ones: 3,4,9 or 5-8.",
     ),
 ]
-OneBased = Annotated[bool, typer.Option("--one-based", help="Count --blocks from 1.")]
-
 WHOLE = "Whole runs"
 STAGES = "Single stages"
 RESULT = "Use the result"
@@ -92,10 +91,10 @@ OF_RUN = (
 _PANELS = {
     "Start with these": "remove budget out calibration quick effort heal tasks device memory_limit "
     "config overwrite",
-    "What to remove": "keep drop",
+    "What to remove": "keep must_remove",
     "Text": "samples length rank_samples report_samples seed",
     "Model and machine": "cards_per_process dtype attention batch_tokens stream trust_remote_code",
-    "Choosing": "energy also solver states solve_seconds random_states choose",
+    "Choosing": "energy compare_energies solver states solve_seconds random_states choose",
     "Repair": "patch patch_tokens patch_share healing drop_mtp",
     "Judging": "data questions skip_speed",
 }
@@ -122,19 +121,18 @@ class Output:
 
 
 class _Command(TyperCommand):
-    """Give an option that is typed without a value its `bare` value."""
+    """Accept the old name of an option, and `--heal` without a value as `--heal all`."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        bare = {
-            flag(f): f.metadata["bare"] for f in fields(RunConfig) if f.metadata["bare"]
-        }
-        amounts = (
-            after[:1].isdigit() or after in bare.values() for after in [*args[1:], ""]
-        )
-        pairs = zip(args, amounts, strict=False)
-        words = [
-            w if given or w not in bare else f"{w}={bare[w]}" for w, given in pairs
-        ]
+        known = {name for p in self.params for name in p.opts}
+        words = []
+        for word, after in pairwise([*args, ""]):
+            name, equals, value = word.partition("=")
+            new = RENAMED.get(name.removeprefix("--"), "").replace("_", "-")
+            if f"--{new}" in known and name not in known:
+                word = f"--{new}{equals}{value}"
+            alone = word == "--heal" and not after[:1].isdigit() and after != "all"
+            words.append("--heal=all" if alone else word)
         return super().parse_args(ctx, words)
 
 
@@ -182,14 +180,21 @@ def verb(
             for p in own.values()
             if p.name != "progress" and p.kind != inspect.Parameter.VAR_KEYWORD
         ]
-        parameters += [_parameter(of, n, repeated=n in repeat) for n in names]
+        headings = {}
+        if of is RunConfig and len(names) > _LONG:
+            headings = {n: panel for panel, ns in _PANELS.items() for n in ns.split()}
+        order = ["model", *headings]
+        for n in sorted(names, key=order.index) if headings else names:
+            panel = headings.get(n)
+            parameters.append(_parameter(of, n, repeated=n in repeat, panel=panel))
 
         @functools.wraps(handler)
         def command(as_json: bool, quiet: bool, **typed: Any) -> None:
             options = [n.removeprefix("--") for n in names]
             given = {k: v for k in options if (v := typed.pop(k)) is not None}
             typed |= _check(of, given, repeat)
-            typed |= {k: _at_home(v) for k, v in typed.items()}
+            for key, value in typed.items():
+                typed[key] = user_path(value) if isinstance(value, Path) else value
             if "progress" in own:
                 typed["progress"] = silent if quiet else terminal
             # Libraries may print to stdout, which must contain nothing but the JSON.
@@ -206,9 +211,10 @@ def verb(
                 raise typer.Exit(130) from None
             _print_output(called, output, as_json=as_json, quiet=quiet)
 
-        if of is RunConfig and len(names) > _LONG:
-            parameters = _in_panels(parameters)
-        setattr(command, "__signature__", inspect.Signature([*parameters, *_OUTPUT]))  # noqa: B010
+        output = list(
+            inspect.signature(_print_output, eval_str=True).parameters.values()
+        )
+        setattr(command, "__signature__", inspect.Signature(parameters + output[2:]))  # noqa: B010
         app.command(called, cls=_Command, rich_help_panel=group)(command)
         return handler
 
@@ -216,13 +222,13 @@ def verb(
 
 
 def _parameter(
-    of: type[Options], flag_or_name: str, *, repeated: bool
+    of: type[Options], flag_or_name: str, *, repeated: bool, panel: str | None
 ) -> inspect.Parameter:
-    """Return the command-line parameter of an option."""
+    """Return the command-line parameter of an option, for a heading of the help."""
     name = flag_or_name.removeprefix("--")
     kind: Any = plain_type(of, name)
     numeric = f"<{kind.__name__}>" if kind in (int, float) else None
-    # `_check` reads numbers, so that they have one spelling everywhere.
+    # The declaration reads numbers, so that they are written alike everywhere.
     kind = str if numeric else kind
     f = of.__dataclass_fields__[name]
     info: Any
@@ -237,6 +243,7 @@ def _parameter(
             help=f.metadata["help"] + default,
             metavar=f.metadata["metavar"] or numeric,
             autocompletion=part_names(room) if room else None,
+            rich_help_panel=panel,
         )
     return inspect.Parameter(
         name,
@@ -246,57 +253,38 @@ def _parameter(
     )
 
 
-def _in_panels(parameters: Sequence[inspect.Parameter]) -> list[inspect.Parameter]:
-    """Sort the parameters in the order of `_PANELS`, each option under its heading."""
-    headings = {
-        name: panel for panel, names in _PANELS.items() for name in names.split()
-    }
-    for parameter in parameters:
-        info = get_args(parameter.annotation)[1]
-        if isinstance(info, typer.models.OptionInfo):
-            info.rich_help_panel = headings[parameter.name]
-    order = ["model", *headings]
-    return sorted(parameters, key=lambda parameter: order.index(parameter.name))
-
-
 def _check(
     of: type[Options], typed: Mapping[str, Any], repeat: Sequence[str]
 ) -> dict[str, Any]:
     """Check the typed options of a verb before the verb starts."""
-    single = {k: v for k, v in typed.items() if k not in repeat}
-    for name in single:
-        if plain_type(of, name) in (int, float):
-            single[name] = read_number(single[name])
-    found = read_options(of, single)
+    checked = read_options(of, {k: v for k, v in typed.items() if k not in repeat})
     for name in typed.keys() & {*repeat}:
-        found[name] = [read_options(of, {name: value})[name] for value in typed[name]]
-    return found
+        checked[name] = [read_options(of, {name: v})[name] for v in typed[name]]
+    return checked
 
 
-def _at_home(value: Any) -> Any:
-    """Replace ``~`` in a typed path, or in several."""
-    if isinstance(value, list):
-        return [_at_home(v) for v in value]
-    return user_path(value) if isinstance(value, Path) else value
-
-
-_OUTPUT = [
-    inspect.Parameter(
-        name,
-        inspect.Parameter.KEYWORD_ONLY,
-        default=False,
-        annotation=Annotated[
-            bool, typer.Option(option, help=help_, rich_help_panel="Output")
-        ],
-    )
-    for name, option, help_ in (
-        ("as_json", "--json", "Print the result as one JSON document."),
-        ("quiet", "--quiet", "Print no progress and no tables."),
-    )
-]
-
-
-def _print_output(called: str, output: Output, *, as_json: bool, quiet: bool) -> None:
+def _print_output(
+    called: str,
+    output: Output,
+    *,
+    as_json: Annotated[
+        bool,
+        typer.Option(
+            "--json",
+            help="Print the result as one JSON document.",
+            rich_help_panel="Output",
+        ),
+    ] = False,
+    quiet: Annotated[
+        bool,
+        typer.Option(
+            "--quiet",
+            help="Print no progress and no tables.",
+            rich_help_panel="Output",
+        ),
+    ] = False,
+) -> None:
+    """Print an output; the keyword arguments are options of every verb."""
     warnings = list(dict.fromkeys(output.warnings))
     with convert_write_errors():
         if as_json:
@@ -354,39 +342,31 @@ def reopen(
 
 
 def reopen_at(
-    directory: Path,
-    options: Mapping[str, Any],
-    blocks: str | None,
-    *,
-    one_based: bool = False,
+    directory: Path, options: Mapping[str, Any], blocks: str | None
 ) -> tuple[RunFolder, RunConfig, list[int] | None]:
     """Open a run folder; return it, its options and the blocks of `--blocks` (None: the chosen).
 
     Without `--remove`, the number of blocks in `--blocks` is removed.
     """
-    if one_based and blocks is None:
-        raise InputError("--one-based is for the numbers of --blocks; give both")
     if blocks is None:
         return (*reopen(directory, options), None)
     try:
-        typed = BlockList(blocks).numbers
+        named = BlockList(blocks).numbers
     except InputError as e:
         raise InputError(f"--blocks: {e}") from e
-    if not typed:
+    if not named:
         raise InputError("--blocks is empty; write for example 3,4,9")
-    named = [block - one_based for block in typed]
-    folder, config = reopen(
-        directory, {**options, "remove": options.get("remove") or len(named)}
-    )
+    removal = options.get("remove") or len(named)
+    folder, config = reopen(directory, {**options, "remove": removal})
     if config.remove.counts and config.remove.counts[0] != len(named):
         raise InputError(
             f"--remove {config.remove} is not the number of --blocks; omit --remove"
         )
     total = len(folder.run.blocks.blocks)
-    if named[0] < 0 or named[-1] >= total:
+    if named[-1] >= total:
         raise InputError(
-            f"--blocks {','.join(map(str, typed))[:60]}: this model's blocks are numbered "
-            f"{one_based:d} to {total - 1 + one_based}; add --one-based if your list starts at 1"
+            f"--blocks {','.join(map(str, named))[:60]}: this model's blocks are numbered 0 to "
+            f"{total - 1}"
         )
     return folder, config, named
 

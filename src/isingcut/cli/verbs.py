@@ -19,7 +19,6 @@ from isingcut.cli.verb import (
     Blocks,
     ConfigFile,
     Folder,
-    OneBased,
     Output,
     collect,
     part_names,
@@ -69,7 +68,7 @@ else:
 
 _FIELDS = dataclasses.fields(RunConfig)
 # The energy search needs the removal before it measures anything.
-_NEAR = ("remove", "budget", "keep", "drop")
+_NEAR = ("remove", "budget", "keep", "must_remove")
 _MEASURE = tuple(
     f.name
     for f in _FIELDS
@@ -249,7 +248,6 @@ def excise(
     directory: Folder,
     progress: Any,
     blocks: Blocks = None,
-    one_based: OneBased = False,
     gguf: Annotated[
         Path | None,
         typer.Option(
@@ -262,9 +260,9 @@ def excise(
     """Write the chosen state as a plain Hugging Face checkpoint, verified and patched.
 
     Examples: isingcut excise my-run --remove 8;
-    isingcut excise my-run --blocks 3,4,9 --one-based
+    isingcut excise my-run --blocks 3,4,9
     """
-    folder, config, removed = reopen_at(directory, options, blocks, one_based=one_based)
+    folder, config, removed = reopen_at(directory, options, blocks)
     session = pipeline.session_of(folder, config, progress)
     if gguf is not None:
         cutting.check_gguf(session, folder, gguf)
@@ -293,7 +291,7 @@ def heal(progress: Any, config: ConfigFile = None, **options: Any) -> Output:
     Interrupted? Run the same command again to resume. Several processes:
     torchrun --nproc-per-node 2 -m isingcut heal ...
 
-    Example: isingcut heal my-run/model --effort 10min --out healed
+    Example: isingcut heal my-run/model --train 10min --out healed
     """
     from isingcut.healing.checks import check_inputs
 
@@ -337,7 +335,6 @@ def evaluate(
         typer.Option(metavar="FILE", help="With --original: file for the scores."),
     ] = None,
     blocks: Blocks = None,
-    one_based: OneBased = False,
     **options: Any,
 ) -> Output:
     """Compare the original and the final model on unseen text, speed and memory.
@@ -350,7 +347,7 @@ def evaluate(
     from isingcut.formats.sources import check_name
     from isingcut.report.run_files import RunFiles
     from isingcut.runs.checks import check_run_tasks
-    from isingcut.runs.folder import MANIFEST, find_run
+    from isingcut.runs.folder import MANIFEST
 
     names = ("tasks", "data", "questions")
     typed = {name: options.pop(name) for name in names if name in options}
@@ -360,16 +357,9 @@ def evaluate(
         )
     asked = RunConfig(**typed)
     check_run_tasks(asked)
-    gguf = directory.suffix.lower() == ".gguf"
-    if gguf and original is None and blocks is None:
-        if options.get("remove") or options.get("budget"):
-            raise InputError(
-                "--remove and --budget are for a run folder; a .gguf file has its own"
-            )
-        (directory, blocks), one_based = find_run(directory), False
     if original is not None:
         of_run: list[str] = [n for n in ("model", "remove", "budget") if n in options]
-        of_run += ["one-based"] * one_based + ["blocks"] * (blocks is not None)
+        of_run += ["blocks"] * (blocks is not None)
         if of_run:
             raise InputError(
                 f"--{of_run[-1]} is for a run folder, --original for a checkpoint; use one"
@@ -398,7 +388,7 @@ def evaluate(
             f"{directory} is a checkpoint, not a run folder; add --original MODEL to compare it "
             "with its original"
         )
-    folder, config, removed = reopen_at(directory, options, blocks, one_based=one_based)
+    folder, config, removed = reopen_at(directory, options, blocks)
     if typed:
         config = config.replace(
             tasks=asked.tasks, data=asked.data, questions=asked.questions
@@ -499,7 +489,7 @@ def push(
     """
     from rich.filesize import decimal
 
-    from isingcut.runs import interop_hub
+    from isingcut.runs import uploading
 
     checkpoint = directory
     folder = None
@@ -512,7 +502,7 @@ def push(
         raise InputError(
             "--remove and --budget are for a run folder; a checkpoint has its own"
         )
-    card, files = interop_hub.prepare(checkpoint, repository, folder)
+    card, files = uploading.prepare(checkpoint, repository, folder)
     sizes = {
         k: len(f) if isinstance(f, bytes) else f.stat().st_size
         for k, f in files.items()
@@ -524,7 +514,7 @@ def push(
         "folder": str(checkpoint),
         "metadata": card.data.to_dict(),  # type: ignore[no-untyped-call]
         "files": [{"name": name, "bytes": size} for name, size in sizes.items()],
-        "records": interop_hub.read_records(files),
+        "records": uploading.read_records(files),
     }
     if dry_run:
         whole = sum(sizes.values())
@@ -535,7 +525,7 @@ def push(
             f"dry run: {decimal(whole)} from {checkpoint} to {repository}; nothing was uploaded",
         ]
         return Output(data, lambda: show.show_lines(*shown), brief=shown[-1])
-    url = interop_hub.push(files, repository, private=private, message=message)
+    url = uploading.push(files, repository, private=private, message=message)
     return Output({**data, "url": url}, lambda: show.show_lines(url), brief=url)
 
 
@@ -563,15 +553,7 @@ def inspect_blocks(**options: Any) -> Output:
     return Output(data, lambda: show.show_inspection(found), brief=blocks)
 
 
-_PLAN = (
-    "model", "remove", "budget", "quick", "effort", "samples", "length", "rank_samples",
-    "report_samples", "states", "random_states", "patch", "patch_tokens", "heal", "healing",
-    "dtype", "device", "cards_per_process", "attention", "batch_tokens", "stream", "memory_limit",
-    "trust_remote_code",
-)  # fmt: skip
-
-
-@verb(*_PLAN, group=LOOK)
+@verb(*(f.name for f in _FIELDS), group=LOOK)
 def plan(**options: Any) -> Output:
     """Estimate the time and memory of each energy and stage from a timed forward pass.
 
@@ -585,7 +567,8 @@ def plan(**options: Any) -> Output:
     from isingcut.runs.plan import make_plan
 
     found = make_plan(config)
-    return Output(found, lambda: show.show_plan(found), brief=found["command"])
+    brief = f"{found['seconds']:.0f}"
+    return Output(found, lambda: show.show_plan(found), brief=brief)
 
 
 @verb(name="ls", group=LOOK)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Protocol
@@ -50,34 +49,6 @@ def as_progress(given: Progress | bool | None) -> Progress:
             f"got {given!r:.60}"
         )
     return given
-
-
-@contextlib.contextmanager
-def show_time(
-    progress: Progress, description: str, most: float, *, every: float = 1.0
-) -> Iterator[Bar]:
-    """Show work without steps: a bar that moves by itself, up to its time limit.
-
-    Args:
-        most: the time limit, in seconds.
-        every: seconds between two steps of the bar.
-    """
-    done = threading.Event()
-    with progress(description, most) as bar:
-
-        def tick() -> None:
-            for _ in range(int(most / every)):
-                if done.wait(every):
-                    return
-                bar.advance(every)
-
-        clock = threading.Thread(target=tick, daemon=True)
-        clock.start()
-        try:
-            yield bar
-        finally:
-            done.set()
-            clock.join()
 
 
 class Part:

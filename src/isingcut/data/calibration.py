@@ -236,27 +236,7 @@ def build(
     )
     drawn: dict[str, Drawn] = {}
     for number, (name, count) in enumerate(counts.items()):
-        drawn[name], ended = draw_split(
-            parts, texts, number, length, f"{seed} {name}", count
-        )
-        if ended is not None:
-            found = sum(i == ended for each in drawn.values() for i, _ in each)
-            part = parts[ended]
-            wanted = " + ".join(f"{counts[name]} {name}" for name in SPLITS)
-            share = (
-                ""
-                if part.share == 1
-                else f", {part.share:.0%} of their tokens from it,"
-            )
-            documents = texts[ended].facts["kind"] == "documents"
-            apart = ", and no document may be in two splits" if documents else ""
-            with name_part(part, parts):
-                lower = "lower --length, --samples, --rank-samples or --report-samples"
-                raise CalibrationError(
-                    f"{words_for(place_of(part.source))} is too short: {wanted} samples of "
-                    f"{length} tokens{share} are needed{apart}, found {found}; "
-                    f"{left_out(texts[ended], length) or f'give more text, or {lower}'}"
-                )
+        drawn[name], _ = draw_split(parts, texts, number, length, seed, name, count)
     say_left_out(parts, texts, length)
     splits = {name: tokens_of(drawn[name], parts, encode.pad) for name in SPLITS}
     energy, rank, report = splits.values()
@@ -391,35 +371,55 @@ def draw_split(
     texts: Sequence[OpenText],
     split: int,
     length: int,
-    seed: str,
+    seed: int,
+    name: str,
     count: int | None,
+    *,
+    least: int = 0,
     most: float = math.inf,
-) -> tuple[Drawn, int | None]:
+) -> tuple[Drawn, bool]:
     """Draw the samples of one split, from all sources in turn.
 
     Args:
         split: index of the split's readers.
         length: tokens of a full sample.
-        seed: seed of the turns.
+        seed, name: seed of the turns.
         count: number of samples; None draws until a source ends.
+        least: number of samples that must be there without ``count``.
         most: number of tokens after which to stop.
 
     Returns:
-        the samples, and the index of the source that ended before there were enough, or None.
+        the samples, and whether a source ended before the others.
+
+    Raises:
+        CalibrationError: a source has too few samples.
     """
-    turns = Turns(parts, length, seed)
+    turns = Turns(parts, length, f"{seed} {name}")
     tokens = 0
     drawn: Drawn = []
     while (count is None or len(drawn) < count) and tokens < most:
         i = turns.next(None if count is None else count - len(drawn))
-        with name_part(parts[i], parts):
+        part = parts[i]
+        with name_part(part, parts):
             row = next(texts[i].readers[split], None)
-        if row is None:
-            return drawn, i
+            if row is None:
+                if count is None and len(drawn) >= least:
+                    return drawn, True
+                share = (
+                    "" if part.share == 1 else f", {part.share:.0%} of them from it,"
+                )
+                if texts[i].facts["kind"] == "documents":
+                    share += " from documents of no other split"
+                lower = "give more text, or lower --length or the number of samples"
+                raise CalibrationError(
+                    f"{words_for(place_of(part.source))} is too short: {count or least} {name} "
+                    f"samples of {length} tokens{share} are needed, found "
+                    f"{sum(k == i for k, _ in drawn)}; {left_out(texts[i], length) or lower}"
+                )
         turns.took(i, sum(token >= 0 for token in row))
         drawn.append((i, row))
         tokens += len(row)
-    return drawn, None
+    return drawn, False
 
 
 def tokens_of(drawn: Drawn, parts: Sequence[Part], pad: int) -> TokenSet:

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 from isingcut.data.calibration import (
     draw_split,
-    left_out,
     open_parts,
     say_left_out,
     tokens_of,
@@ -16,7 +15,7 @@ from isingcut.data.corpora import NO_WIKI, has_wiki
 from isingcut.data.mixture import describe_source, parts_of, places_in, shares_text
 from isingcut.data.text_files import is_read_once
 from isingcut.data.tokens import Encoder, Row, TokenSet, overlap
-from isingcut.errors import CalibrationError, IsingcutError
+from isingcut.errors import IsingcutError
 from isingcut.files.cuts import FittedText
 from isingcut.options.config import TEXT, HealConfig
 
@@ -72,22 +71,8 @@ def build(
     parts = parts_of(source)
     encode = Encoder(tokenizer, model)
     texts = open_parts(parts, encode, length, seed, 2, used=used)
-    report, ended = draw_split(
-        parts, texts, 0, length, f"{seed} report", report_samples
-    )
-    train, later = draw_split(parts, texts, 1, length, f"{seed} train", samples)
-    if len(report) < report_samples or not train or (samples and len(train) < samples):
-        short = next(i for i in (ended, later) if i is not None)
-        lower = "lower --samples, --report-samples or --length"
-        wanted = (
-            f"{samples} training samples" if samples else "at least one training sample"
-        )
-        mixed = "" if len(parts) == 1 else f" of the mixture {source!r}"
-        raise CalibrationError(
-            f"{parts[short].name} is too short: {report_samples} report samples and "
-            f"{wanted}{mixed} of {length} tokens are needed, found {len(report)} and {len(train)}; "
-            f"{left_out(texts[short], length) or f'give more text, or {lower}'}"
-        )
+    report, _ = draw_split(parts, texts, 0, length, seed, "report", report_samples)
+    train, _ = draw_split(parts, texts, 1, length, seed, "train", samples, least=1)
     say_left_out(parts, texts, length)
     to_report, to_train = (
         tokens_of(drawn, parts, encode.pad) for drawn in (report, train)
@@ -148,16 +133,17 @@ def to_fit(
         texts = open_parts(both, encode, length, seed, splits, used=used)
         if parts and missing:
             if healing is not None:
-                draw_split(
-                    parts, texts, 0, length, f"{seed} report", healing.report_samples
-                )
+                unseen = healing.report_samples
+                draw_split(parts, texts, 0, length, seed, "report", unseen)
             drawn, ended = draw_split(
-                parts, texts, -1, length, f"{seed} {turns}", None, missing
+                parts, texts, -1, length, seed, turns, None, most=missing
             )
             rows += [row for _, row in drawn]
-            short = "" if ended is None else "the source has no more"
+            short = "the source has no more" if ended else ""
         texts = texts[len(parts) :]
-        drawn, _ = draw_split(others, texts, -1, length, f"{seed} mixed", None, mixed)
+        drawn, _ = draw_split(
+            others, texts, -1, length, seed, "mixed", None, most=mixed
+        )
         general = [row for _, row in drawn]
     except IsingcutError:
         # A moved file, or texts passed in Python. The error may name a private folder.

@@ -28,8 +28,6 @@ Record = tuple[str, dict[str, Any]]
 
 RECORD = SMALL
 """Largest size of one record, and of a whole .json, in bytes."""
-UNPACKED = 1 << 30
-"""Largest unpacked size of a .gz, in bytes."""
 _PIECE = 1 << 16
 LONGEST = 1 << 20
 """Maximum number of characters to tokenize at a time."""
@@ -64,7 +62,7 @@ def read_text(path: Path, name: str) -> Generator[Any, None, None]:
             open(source, "rb", closefd=source != 0)
         )
         if packed or (not known and stream.peek(1).startswith(b"\x1f")):
-            unpacked: Any = _Unpacked(fileobj=stream)
+            unpacked: Any = gzip.GzipFile(fileobj=stream)
             stream = opened.enter_context(io.BufferedReader(unpacked))
         if not known:
             begin = stream.peek(1).removeprefix(codecs.BOM_UTF8).lstrip()
@@ -78,19 +76,6 @@ def read_text(path: Path, name: str) -> Generator[Any, None, None]:
             ".csv": _csv_rows,
         }
         yield from readers[suffix](stream, name)
-
-
-class _Unpacked(gzip.GzipFile):
-    """The unpacked content of a .gz, at most `UNPACKED` bytes."""
-
-    def readinto(self, buffer: Any) -> int:
-        count = super().readinto(buffer)
-        if self.tell() > UNPACKED:
-            raise CalibrationError(
-                f"a .gz unpacks to more than {UNPACKED} bytes; use a part of it (zcat, head -c), "
-                "or unpack it to a file"
-            )
-        return count
 
 
 def _decode(file: BinaryIO) -> io.TextIOWrapper:

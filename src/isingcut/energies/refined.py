@@ -25,7 +25,7 @@ from isingcut.ising.states import blocks_of
 from isingcut.measure.losses import measure
 from isingcut.measure.work import Work
 from isingcut.models.replay import Replay
-from isingcut.options.spellings import Effort
+from isingcut.options.parsed import Effort
 
 __all__ = ["Refined"]
 

@@ -12,8 +12,6 @@ questions is mostly chance.
 
 from __future__ import annotations
 
-import contextlib
-import glob
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
@@ -28,7 +26,7 @@ from isingcut.data.calibration import pack
 from isingcut.data.tokens import Encoder, TokenSet
 from isingcut.errors import InputError
 from isingcut.evaluation.quality import quality
-from isingcut.evaluation.questions import Prepared, articles, short_name
+from isingcut.evaluation.questions import Prepared, articles
 from isingcut.evaluation.scores import Scores, score_states
 from isingcut.files.evaluations import PairedScores, TaskRow, TextScores
 from isingcut.files.results import fingerprint, without_infinities
@@ -104,15 +102,6 @@ def journal_of(kept: Path, task: Prepared, loaded: LoadedModel, depends: Any) ->
     model = model_identity(loaded.folder)["sha256"]
     identity = fingerprint([task.name, task.source, model, str(loaded.dtype), depends])
     return kept / f"{task.name}-{identity}.journal"
-
-
-def forget_scores(kept: Path, tasks: Sequence[str]) -> None:
-    """Delete the journals of tasks in a folder, and the folder if it is empty then."""
-    for name in map(short_name, tasks):
-        for path in kept.glob(f"{glob.escape(name)}-*.journal"):
-            path.unlink()
-    with contextlib.suppress(OSError):
-        kept.rmdir()
 
 
 def text_scores(

@@ -24,7 +24,7 @@ import numpy as np
 from isingcut.data.corpora import quiet_logs
 from isingcut.data.text_files import json_lines
 from isingcut.errors import InputError, MissingExtraError, UnknownNameError
-from isingcut.files.inputs import find_surrogate, read_bytes, user_path
+from isingcut.files.inputs import read_bytes, user_path
 from isingcut.files.results import fingerprint
 
 WIKITEXT = "wikitext2"
@@ -348,8 +348,6 @@ def _find_fault(
         value = record.get(name)
         if not isinstance(value, str) or not value.strip():
             return f"a text {name!r}, got {value!r:.60}"
-        if half := find_surrogate(value):
-            return f"a text {name!r}, got {half}"
     marker = own.get("holds")
     text = record[texts[0]]
     if marker and not text.strip().partition(marker)[2].strip():
@@ -366,8 +364,6 @@ def _find_fault(
     most = own.get("choices", _MOST_CHOICES)
     if not least <= len(given) <= most:
         return f"{least}{f' to {most}' * (most > least)} 'choices', got {len(given)}"
-    if half := find_surrogate("".join(given)):
-        return f"'choices' without {half}"
     if type(answer) is not int or not 0 <= answer < len(given):
         return f"'answer', a number from 0 to {len(given) - 1}, got {answer!r:.60}"
     return ""

@@ -6,19 +6,19 @@ each raise one clear error, of the class that the caller chooses.
 
 from __future__ import annotations
 
+import codecs
 import json
-import math
 import os
 import stat
 from pathlib import Path
 from typing import Any
 
+from pydantic_core import from_json
+
 from isingcut.errors import InputError, IsingcutError
 
 SMALL = 64 * 2**20
 """Largest size in bytes of a configuration, a list or a results file."""
-
-_DEEPEST = 200
 
 
 def user_path(text: str | os.PathLike[str]) -> Path:
@@ -125,7 +125,7 @@ def load_json(
         infinite: as in `parse_json`.
 
     Raises:
-        error: as `regular_file`; or not JSON, a key twice in one object, or nested deeper than 200.
+        error: as `regular_file`; or not JSON, or nested deeper than 200.
     """
     content = read_bytes(path, what, error)
     try:
@@ -135,23 +135,20 @@ def load_json(
 
 
 def parse_json(content: bytes | str, *, infinite: bool = False) -> Any:
-    """Parse a JSON value; NaN and duplicate keys, which Python accepts, are errors.
+    """Parse a JSON value.
 
     Args:
         infinite: whether to accept Infinity, which configurations of published models contain.
 
     Raises:
-        ValueError: not JSON or not UTF-8, a key twice in one object, or nested deeper than 200.
+        ValueError: not JSON or not UTF-8, an infinite number, or nested deeper than 200.
     """
-    text = content.decode("utf-8-sig") if isinstance(content, bytes) else content
-    try:
-        constant = _infinite if infinite else _no_constant
-        value = json.loads(
-            text, object_pairs_hook=_unique, parse_constant=constant, parse_float=_float
-        )
-    except RecursionError:
-        raise ValueError(f"it is nested deeper than {_DEEPEST} levels") from None
-    _refuse_deep(value)
+    if isinstance(content, bytes):
+        content = content.removeprefix(codecs.BOM_UTF8)
+    value = from_json(content, allow_inf_nan=infinite)
+    if not infinite:
+        # Raises for a number such as 1e999, which is read as infinity.
+        json.dumps(value, allow_nan=False)
     return value
 
 
@@ -162,45 +159,6 @@ def find_surrogate(text: str) -> str:
     except UnicodeEncodeError as e:
         return f"{text[e.start]!a}, a lone surrogate (half of a character)"
     return ""
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    out = dict(pairs)
-    if len(out) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(n for k, n in enumerate(names) if n in names[:k])
-        raise ValueError(f"the key {twice!r} appears twice")
-    return out
-
-
-def _no_constant(word: str) -> Any:
-    raise ValueError(f"{word} is not JSON")
-
-
-def _infinite(word: str) -> float:
-    return _no_constant(word) if word == "NaN" else float(word)
-
-
-def _float(digits: str) -> float:
-    value = float(digits)
-    if math.isinf(value):
-        raise ValueError(f"{digits[:40]} is too large for a float")
-    return value
-
-
-def _refuse_deep(value: Any) -> None:
-    level = [value]
-    for _ in range(_DEEPEST):
-        level = [
-            child
-            for item in level
-            if isinstance(item, dict | list)
-            for child in (item.values() if isinstance(item, dict) else item)
-            if isinstance(child, dict | list)
-        ]
-        if not level:
-            return
-    raise ValueError(f"it is nested deeper than {_DEEPEST} levels")
 
 
 def _name_kind(mode: int) -> str:

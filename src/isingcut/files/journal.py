@@ -17,7 +17,7 @@ from isingcut.errors import StageFileError
 from isingcut.files.inputs import regular_file
 from isingcut.files.writing import atomic_file, clear_os_errors
 
-Row = npt.NDArray[np.float64]
+Values = npt.NDArray[np.float64]
 
 _BEGIN = b'{"format": "isingcut-journal", "version": 2, "of": "'
 _UNFIT = (
@@ -51,11 +51,11 @@ class Journal:
         self,
         path: Path | None,
         fingerprint: str,
-        fits: Callable[[str, Row], bool] = lambda key, row: True,
+        fits: Callable[[str, Values], bool] = lambda key, row: True,
     ) -> None:
         self.fingerprint = fingerprint
         self._path = path
-        self._rows = dict[str, Row]()
+        self._rows = dict[str, Values]()
         if path is None:
             return
         header = _BEGIN + f'{fingerprint}"}}'.encode()
@@ -75,7 +75,7 @@ class Journal:
                 if whole and np.isfinite(row).all() and fits(key, row):
                     self._rows[key] = row
 
-    def get(self, key: str) -> Row | None:
+    def get(self, key: str) -> Values | None:
         """Return the row stored under ``key``, or None."""
         return self._rows.get(key)
 
@@ -83,7 +83,7 @@ class Journal:
         """Return the keys of all rows, in the order in which they were stored."""
         return list(self._rows)
 
-    def put(self, rows: Mapping[str, Row]) -> None:
+    def put(self, rows: Mapping[str, Values]) -> None:
         """Store rows under their keys and sync them to disk."""
         new = {
             k: np.ascontiguousarray(row, dtype=np.float64) for k, row in rows.items()

@@ -123,9 +123,8 @@ class StageRecord(Strict):
     options: StageOptions
     seconds: Positive | None = None
     sha256: str | None = None
-    # Set if memory was short: blocks were read from disk, with this many tokens per micro-batch.
+    # Whether memory was short, so that blocks were read from disk.
     streamed: bool = False
-    most_tokens: Some | None = None
 
     @model_validator(mode="after")
     def _complete(self) -> Self:

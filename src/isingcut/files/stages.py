@@ -1,10 +1,10 @@
-"""The stages of a run as a table, and which results are out of date.
+"""The files of a run's stages as a table, and which results are out of date.
 
     calibration -> energy -> [pack] -> solve -> rank -> cut -> [heal] -> evaluate, benchmarks
 
 Each stage writes one file or folder, and its record in `run.json` has its options and the
 fingerprints of the results that it read. `find_outdated` compares these with the current ones.
-Nothing else decides whether a result is up to date.
+Nothing else decides whether a result is up to date. `runs.stages` makes and reads the files.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from isingcut.files.runs import RunFile, StageRecord
 
 
 @dataclass(frozen=True)
-class Stage:
-    """What one stage writes, reads and depends on.
+class StageFile:
+    """The file or folder of one stage, and what it depends on.
 
     Args:
         verb: the command that runs it.
@@ -34,56 +34,64 @@ class Stage:
     options: tuple[str, ...] = ()
     of_run: bool = False
 
+    @property
+    def main(self) -> str:
+        """The name of its file or folder, of the main one if it writes several."""
+        return self.file.replace("*", "")
+
 
 _SEARCH = ("remove", "budget", "keep", "drop")
 SOLVING = ("keep", "drop", "solver", "states", "solve_seconds")
 """The options that are typed for `solve`, and not for the stages that use its spectrum."""
-STAGES = {
-    "calibration": Stage(
+STAGE_FILES = {
+    "calibration": StageFile(
         "energy",
         "calibration.safetensors",
         options=("calibration", "length", "rank_samples", "report_samples", "seed"),
         of_run=True,
     ),
-    "energy": Stage(
+    "energy": StageFile(
         "energy",
         "hamiltonian*.safetensors",
         reads=("calibration",),
-        options=(*_SEARCH, "effort"),
+        options=("energy", *_SEARCH, "effort"),
         of_run=True,
     ),
-    "pack": Stage(
+    "pack": StageFile(
         "run",
         "packing.json",
         reads=("calibration",),
         options=("budget", "keep", "drop", "patch", "patch_tokens", "seed"),
     ),
-    "solve": Stage(
+    "solve": StageFile(
         "solve",
         "spectrum.json",
         reads=("energy",),
         options=("remove", "budget", "seed", *SOLVING),
     ),
-    "rank": Stage(
+    "rank": StageFile(
         "rank",
         "candidates.json",
         reads=("energy", "spectrum"),
         options=("random_states", "choose"),
     ),
-    "baseline": Stage("baseline", "baseline-*.json", reads=("calibration",)),
-    "cut": Stage("excise", "model", reads=("calibration",)),
-    "heal": Stage("run", "healed", reads=("calibration", "model")),
-    "gguf": Stage("excise", "model.gguf", reads=("product",)),
-    "evaluate": Stage("evaluate", "evaluation.json", reads=("calibration", "product")),
-    "benchmarks": Stage("evaluate", "benchmarks.json", reads=("product",)),
+    "baseline": StageFile("baseline", "baseline-*.json", reads=("calibration",)),
+    "cut": StageFile("excise", "model", reads=("calibration",)),
+    "heal": StageFile("run", "healed", reads=("calibration", "model")),
+    "gguf": StageFile("excise", "model.gguf", reads=("product",)),
+    "evaluate": StageFile(
+        "evaluate", "evaluation.json", reads=("calibration", "product")
+    ),
+    "benchmarks": StageFile("evaluate", "benchmarks.json", reads=("product",)),
 }
 """The stages, in the order of a run."""
 
 
-def find_stage(file: Path) -> Stage | None:
+def find_stage(file: Path) -> StageFile | None:
     """Return the stage that writes a file or folder, by its name; None for other files."""
     return next(
-        (stage for stage in STAGES.values() if fnmatch(file.name, stage.file)), None
+        (stage for stage in STAGE_FILES.values() if fnmatch(file.name, stage.file)),
+        None,
     )
 
 
@@ -94,10 +102,10 @@ def find_product(run: RunFile, folder: Path, target: Path) -> Path:
         folder: the run folder.
         target: the folder with the files of the removal.
     """
-    healed = target / STAGES["heal"].file
+    healed = target / STAGE_FILES["heal"].file
     made = run.find_record(folder, healed)
     current = made is not None and made.done and not find_outdated(run, folder, healed)
-    return healed if current else target / STAGES["cut"].file
+    return healed if current else target / STAGE_FILES["cut"].file
 
 
 def find_outdated(run: RunFile, folder: Path, file: Path) -> str:
@@ -116,13 +124,13 @@ def find_outdated(run: RunFile, folder: Path, file: Path) -> str:
         return ""
     read = made.options.content()
     places = {
-        "calibration": ("calibration", folder / STAGES["calibration"].file),
-        "energy": ("energy", folder / "hamiltonian.safetensors"),
-        "model": ("model", file.with_name(STAGES["cut"].file)),
+        "calibration": ("calibration", folder / STAGE_FILES["calibration"].file),
+        "energy": ("energy", folder / STAGE_FILES["energy"].main),
+        "model": ("model", file.with_name(STAGE_FILES["cut"].file)),
     }
     for name in stage.reads:
         if name == "spectrum":
-            solved = run.find_record(folder, file.with_name(STAGES["solve"].file))
+            solved = run.find_record(folder, file.with_name(STAGE_FILES["solve"].file))
             if solved is not None and not _has_options(made, solved):
                 return name
             continue

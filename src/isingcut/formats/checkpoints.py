@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import math
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -116,12 +116,11 @@ class Checkpoint:
     def by_block(self) -> list[dict[str, StoredTensor]]:
         """Return the tensors of each block, with their names inside it; errors as `prefix`."""
         found: dict[str, dict[str, StoredTensor]] = {
-            str(i): {} for i in range(self.depth)
+            f"{self.prefix}{i}": {} for i in range(self.depth)
         }
         for name, tensor in self.stored.items():
             number, _, rest = name.removeprefix(self.prefix).partition(".")
-            if name.startswith(self.prefix) and number in found:
-                found[number][rest] = tensor
+            found.get(self.prefix + number, {})[rest] = tensor
         return list(found.values())
 
     def mtp_tensors(self) -> dict[str, StoredTensor]:
@@ -131,9 +130,8 @@ class Checkpoint:
     @property
     def most_numbers(self) -> int | None:
         """Largest number of weights in its tensors; None without weights."""
-        return (
-            sum(t.most_numbers for t in self.stored.values()) if self.stored else None
-        )
+        numbers = (tensor.most_numbers for tensor in self.stored.values())
+        return sum(numbers) if self.stored else None
 
 
 def check_fit(folder: Path, *, weights: bool = True) -> Checkpoint:
@@ -156,24 +154,22 @@ def check_fit(folder: Path, *, weights: bool = True) -> Checkpoint:
                 f"{'an object' if kind is dict else 'a text'}"
             )
     _refuse_huge(folder, config)
-    stored = (
-        read_checkpoint(folder) if weights or any(folder.glob("*.safetensors")) else {}
-    )
+    stored = {}
+    if weights or any(folder.glob("*.safetensors")):
+        stored = read_checkpoint(folder)
     if weights:
         refuse_packing(config)
     checkpoint = Checkpoint(folder, config, stored)
     count = checkpoint.depth
-    heads = checkpoint.mtp_layers
-    numbers = _stack(stored.values(), count, heads)[1]
+    numbers = _stack(stored.values(), count, checkpoint.mtp_layers)[1]
     if numbers and not config.get("is_encoder_decoder"):
         found = max(numbers) + 1
-        if count <= found <= count + heads:
+        if count <= found <= count + checkpoint.mtp_layers:
             found = count
-        gap = min(set(range(found)) - numbers, default=None)
-        if gap is not None:
+        if gaps := set(range(found)) - numbers:
             raise CheckpointError(
                 f"the checkpoint in {folder} has tensors of blocks up to {max(numbers)}, but none "
-                f"of block {gap}; complete the download"
+                f"of block {min(gaps)}; complete the download"
             )
         if found != count:
             raise ModelError(
@@ -197,13 +193,11 @@ def check_sizes(seen: Checkpoint, model: Any) -> None:
     """
     for name, parameter in model.named_parameters():
         stored = seen.stored.get(name)
-        if (
-            stored
-            and not stored.packed
-            and math.prod(stored.shape) != parameter.numel()
-        ):
+        if stored is None or stored.packed:
+            continue
+        if math.prod(stored.shape) != parameter.numel():
             raise ModelError(
-                explain_shape(name, seen.folder, stored.shape, tuple(parameter.shape))
+                explain_shape(name, seen.folder, stored.shape, parameter.shape)
             )
 
 
@@ -239,23 +233,20 @@ def _stack(
 
     Prefixes with the right numbers win, unless their tensors are far too small; then the largest.
     """
-    numbers: dict[str, set[int]] = {}
-    sizes: dict[str, int] = {}
+    numbers = defaultdict[str, set[int]](set)
+    sizes = Counter[str]()
     for tensor in tensors:
         match = _NUMBERED.match(tensor.name)
         if match is not None and not is_mtp(before := match[1] or ""):
             prefix = f"{before}{match[2]}."
-            numbers.setdefault(prefix, set()).add(int(match[3]))
-            sizes[prefix] = sizes.get(prefix, 0) + tensor.size
-    if not numbers:
-        return "", set()
+            numbers[prefix].add(int(match[3]))
+            sizes[prefix] += tensor.size
     # Leave out blocks of other modalities, unless the model is an encoder (BERT as a decoder).
-    ours = {
-        p: n for p, n in sizes.items() if not any(word in p for word in OTHER_STACKS)
-    } or sizes
-    least = max(ours.values()) / _SMALLER
-    fitting = [p for p in ours if ours[p] >= least and _fits(numbers[p], count, heads)]
-    prefix = max(fitting or ours, key=lambda p: ours[p])
+    ours = [p for p in sizes if not any(word in p for word in OTHER_STACKS)]
+    ours = ours or list(sizes)
+    least = max((sizes[p] for p in ours), default=0) / _SMALLER
+    fits = [p for p in ours if sizes[p] >= least and _fits(numbers[p], count, heads)]
+    prefix = max(fits or ours, key=lambda p: sizes[p], default="")
     return prefix, numbers[prefix]
 
 

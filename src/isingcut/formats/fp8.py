@@ -60,11 +60,9 @@ def fp8_layout(folder: Path, config: Mapping[str, Any]) -> str | None:
     if method == "compressed-tensors":
         groups = _object(quantisation.get("config_groups")).values()
         weights = [_object(_object(group).get("weights")) for group in groups]
-        if weights and all(
-            w.get("num_bits") == 8 and w.get("type") == "float" for w in weights
-        ):
-            return "compressed-tensors"
-        return None
+        kinds = [[w.get("num_bits"), w.get("type")] for w in weights]
+        fits = kinds and kinds == [[8, "float"]] * len(kinds)
+        return "compressed-tensors" if fits else None
     algorithm = quantisation.get("quant_algo")
     sidecar = folder / "hf_quant_config.json"
     if algorithm is None and not method and sidecar.is_file():
@@ -115,9 +113,7 @@ def dequantise(
     """
     values = weight.float()
     factor = scale.float()
-    if factor.numel() == 1:
-        return values * factor.reshape(())
-    if factor.ndim == 1 and factor.shape[0] == values.shape[0]:
+    if factor.numel() == 1 or factor.shape == values.shape[:1]:
         return values * factor.reshape(-1, *[1] * (values.ndim - 1))
     if factor.ndim != values.ndim or factor.shape[:-2] != values.shape[:-2]:
         raise CheckpointError(
@@ -165,26 +161,18 @@ def dequantise_checkpoint(
     block = tile_of(config)
     for name, tensor in weights_of(stored).items():
         value = read_plain(name, stored, block)
-        yield (
-            name,
-            value.to(dtype)
-            if tensor.dtype.startswith(("F8_", "BF16", "F16"))
-            else value,
-        )
+        narrow = tensor.dtype.startswith(("F8_", "BF16", "F16"))
+        yield name, value.to(dtype) if narrow else value
 
 
 def weights_of(stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
     """Return a checkpoint's tensors without the scales of FP8 weights, activations and caches."""
+    scales = {name + s for name in stored for s in (*_SCALES, "_activation_scale")}
     return {
         name: tensor
         for name, tensor in stored.items()
-        if name.rpartition(".")[2] not in _DROPPED and not _is_scale(name, stored)
+        if name.rpartition(".")[2] not in _DROPPED and name not in scales
     }
-
-
-def _is_scale(name: str, stored: Mapping[str, StoredTensor]) -> bool:
-    suffixes = (*_SCALES, "_activation_scale")
-    return any(name.endswith(s) and name.removesuffix(s) in stored for s in suffixes)
 
 
 def scale_of(name: str, stored: Mapping[str, StoredTensor]) -> StoredTensor:

@@ -25,7 +25,7 @@ from isingcut.files.writing import atomic_folder, lock_place
 from isingcut.formats.checkpoints import limit_structure
 from isingcut.formats.libraries import (
     catch_errors,
-    one_line,
+    convert_errors,
     quiet_transformers,
     refuse_incomplete,
     refuse_infinite,
@@ -202,13 +202,10 @@ def read_gguf(path: Path) -> GgufHeader:
             return found
 
     regular_file(path, "the GGUF file", CheckpointError)
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            reader = Reader(path)
-    except Exception as error:
-        # Counts and lengths in a damaged file may be any numbers.
-        words = one_line(error)
-        raise CheckpointError(f"{path} is damaged or no GGUF file: {words}") from error
+    # Counts and lengths in a damaged file may be any numbers.
+    damaged = convert_errors(CheckpointError, f"{path} is damaged or no GGUF file")
+    with damaged, warnings.catch_warnings(action="ignore"):
+        reader = Reader(path)
     return GgufHeader(path, reader, {tensor.name: tensor for tensor in reader.tensors})
 
 
@@ -231,15 +228,15 @@ def convert_file(path: Path, progress: Progress = silent) -> Path:
         CheckpointError: the file is damaged or truncated.
     """
     regular_file(path, "the GGUF file", ModelError)
-    with path.open("rb") as f:
-        if f.read(4) != b"GGUF":
-            raise ModelError(
-                f"{path} is not a GGUF file: its first four bytes are not 'GGUF'"
-            )
     target = gguf_cache() / file_sha256(path, progress)
     try:
         if not target.is_dir():
-            _convert(path, target, progress)
+            # One process at a time. The lock deletes the large leftovers of a killed process.
+            with lock_place(target.parent, inside=True, wait=True):
+                if not target.is_dir():
+                    # Overwrite, because a file system may have no locks.
+                    with atomic_folder(target, overwrite=True) as temporary:
+                        unpack_gguf(path, temporary, progress)
     except InputError as e:
         why = str(getattr(e.__cause__, "strerror", None) or e).lower()
         raise ModelError(
@@ -255,66 +252,43 @@ def convert_file(path: Path, progress: Progress = silent) -> Path:
     return target
 
 
-def _convert(path: Path, target: Path, progress: Progress) -> None:
-    """Write the converted file to the cache, unless another process has done so meanwhile."""
-    _count_numbers(path)
-    # One process at a time. The lock deletes the large leftovers of a killed process.
-    with lock_place(target.parent, inside=True, wait=True):
-        if not target.is_dir():
-            # Overwrite, because a file system may have no locks.
-            with atomic_folder(target, overwrite=True) as temporary:
-                unpack_gguf(path, temporary, progress)
-
-
-def _count_numbers(path: Path) -> int:
-    """Return the number of elements in the file's tensors, after checking header and blocks."""
-    header = read_gguf(path)
-    header.check_blocks()
-    return sum(tensor.n_elements for tensor in header.tensors.values())
-
-
 def unpack_gguf(path: Path, folder: Path, progress: Progress = silent) -> None:
     """Write a GGUF file as a Hugging Face checkpoint in bfloat16.
 
     Raises:
         ModelError, CheckpointError: as in `convert_file`.
     """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    header = read_gguf(path)
+    header.check_blocks()
+    numbers = sum(tensor.n_elements for tensor in header.tensors.values())
+    loader: Any = AutoModelForCausalLM
+    source = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     with progress(f"unpacking {path.name}", 2) as bar:
-        model, tokenizer = _load_unpacked(path)
+        with (
+            catch_errors(f"{path.name} with transformers"),
+            # One of transformers' progress bars cannot be turned off.
+            contextlib.redirect_stderr(io.StringIO()),
+            limit_structure(numbers, path.name),
+        ):
+            tokenizer = AutoTokenizer.from_pretrained(**source)
+            model, found = loader.from_pretrained(
+                **source,
+                **get_unpacking(),
+                dtype=torch.bfloat16,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )
+        refuse_incomplete(found, path)
+        refuse_infinite(model.named_parameters(), path)
         bar.advance(1)
+        # `save_pretrained` fails if a quantiser is attached.
+        for trace in ("hf_quantizer", "quantization_method", "is_quantized"):
+            model.__dict__.pop(trace, None)
+        model.config.__dict__.pop("quantization_config", None)
         with quiet_transformers():
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
         bar.advance(1)
-
-
-def _load_unpacked(path: Path) -> tuple[Any, Any]:
-    """Load the model of a GGUF file in bfloat16, and its tokenizer."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    loader: Any = AutoModelForCausalLM
-    source = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
-    with (
-        catch_errors(f"{path.name} with transformers"),
-        # One of transformers' progress bars cannot be turned off.
-        contextlib.redirect_stderr(io.StringIO()),
-        limit_structure(_count_numbers(path), path.name),
-    ):
-        tokenizer = AutoTokenizer.from_pretrained(**source)
-        model, found = loader.from_pretrained(
-            **source,
-            **get_unpacking(),
-            dtype=torch.bfloat16,
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-        )
-    refuse_incomplete(found, path)
-    refuse_infinite(model.named_parameters(), path)
-    # `save_pretrained` fails if a quantiser is attached.
-    for trace in ("hf_quantizer", "quantization_method", "is_quantized"):
-        if hasattr(model, trace):
-            delattr(model, trace)
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    return model, tokenizer

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from isingcut.console.printing import say
 from isingcut.errors import CheckpointError, IsingcutError, ModelError
 from isingcut.formats.transformers_private import KERNEL_LOGGER
 from isingcut.memory import raise_if_exhausted
@@ -18,7 +16,7 @@ from isingcut.memory import raise_if_exhausted
 if TYPE_CHECKING:
     import torch
 
-_LACKS_KERNEL = re.compile("because `([^`]+)` is not installed")
+
 _PIECE = 1 << 20
 _LONGEST = 300
 # Errors whose messages are sentences; messages of others are unclear without the class name.
@@ -57,6 +55,24 @@ def catch_errors(what: str) -> Iterator[None]:
         raise ModelError(f"cannot load {what}: {words}") from e
 
 
+@contextlib.contextmanager
+def convert_errors(kind: type[IsingcutError], what: str) -> Iterator[None]:
+    """Convert all errors within the context to one of ``kind``, whose message begins with ``what``.
+
+    Raises:
+        MemoryExhaustedError: there is not enough memory. Errors of isingcut and of a device are not
+            converted either.
+    """
+    try:
+        yield
+    except Exception as error:
+        device = type(error).__name__ == "AcceleratorError"
+        if device or isinstance(error, IsingcutError):
+            raise
+        raise_if_exhausted(error)
+        raise kind(f"{what}: {one_line(error)}") from error
+
+
 def one_line(error: BaseException) -> str:
     """Return the message of an error as one line of bounded length."""
     # Torch appends the place in its own sources that raised the error.
@@ -84,33 +100,9 @@ def quiet_transformers() -> Iterator[None]:
             hf_logging.enable_progress_bar()
 
 
-class _KernelReport(logging.Handler):
-    """Print which packages would bring the kernels that a model lacks, each package once."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.WARNING)
-        self._named = set[str]()
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Print the missing package of a record of transformers."""
-        package = _LACKS_KERNEL.search(record.getMessage())
-        if package is not None and package[1] not in self._named:
-            self._named.add(package[1])
-            say(
-                f"isingcut: {package[1]} is not installed, so some layers run without their GPU "
-                f"kernels, many times slower; type: pip install {package[1]}"
-            )
-
-
-_kernel_report = _KernelReport()
-
-
 def report_missing_kernels() -> None:
-    """Print packages whose kernels transformers misses, from now on; its own words are silent."""
-    logger = logging.getLogger(KERNEL_LOGGER)
-    logger.setLevel(logging.WARNING)
-    logger.addHandler(_kernel_report)
-    logger.propagate = False
+    """Let transformers say, also where it is quiet, which packages would bring faster kernels."""
+    logging.getLogger(KERNEL_LOGGER).setLevel(logging.WARNING)
 
 
 def explain_shape(

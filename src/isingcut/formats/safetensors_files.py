@@ -53,11 +53,6 @@ class StoredTensor:
         )
 
     @property
-    def element_size(self) -> int:
-        """Bytes of one element; 0 for less than a byte, or without elements."""
-        return self.size // max(1, math.prod(self.shape))
-
-    @property
     def most_numbers(self) -> int:
         """Largest number of weights in the tensor: its elements or, if packed, eight per byte."""
         return 8 * self.size if self.packed else math.prod(self.shape)
@@ -252,7 +247,7 @@ def read_header(path: Path) -> list[StoredTensor]:
 
 
 _CHUNK = 32 * 2**20
-_BUFFER = 2**20
+_BUFFER = 4 * 2**20
 
 
 @dataclass(frozen=True)
@@ -315,7 +310,9 @@ def write_checkpoint(
 def write_file(path: Path, tensors: Sequence[NewTensor]) -> None:
     """Write tensors as one safetensors file; it must not be a file that they are read from."""
     # Wide dtypes first, so that every tensor starts at a multiple of its own element size.
-    ordered = sorted(tensors, key=lambda t: -t.source.element_size)
+    ordered = sorted(
+        tensors, key=lambda t: -(t.source.size // max(1, math.prod(t.source.shape)))
+    )
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for tensor in ordered:
@@ -329,48 +326,28 @@ def write_file(path: Path, tensors: Sequence[NewTensor]) -> None:
     text += b" " * (-len(text) % 8)
     with path.open("wb") as f:
         f.write(len(text).to_bytes(8, "little") + text)
+        # On Linux, a buffer in the CPU's cache is faster than `copy_file_range` and `sendfile`.
+        buffer = memoryview(bytearray(_BUFFER))
         for tensor in ordered:
-            if tensor.axis is None:
-                source = tensor.source
-                copy_bytes(f, source.file, source.start, source.size)
-            else:
+            source = tensor.source
+            if tensor.axis is not None:
                 _write_sliced(f, tensor)
-
-
-def copy_bytes(target: BinaryIO, file: Path, start: int, size: int) -> None:
-    """Append ``size`` bytes of ``file`` from ``start`` to another file.
-
-    The bytes pass through one small buffer that stays in the CPU's cache. On Linux this is faster
-    than `copy_file_range` and `sendfile`, and it works between any two file systems.
-
-    Raises:
-        CheckpointError: the file became shorter meanwhile.
-    """
-    buffer = memoryview(bytearray(min(_BUFFER, size)))
-    with file.open("rb", buffering=0) as f:
-        f.seek(start)
-        left = size
-        while left:
-            done = f.readinto(buffer[: min(len(buffer), left)])
-            if not done:
-                raise CheckpointError(
-                    f"{file} ended early, {left} bytes before {start + size}"
-                )
-            target.write(buffer[:done])
-            left -= done
+                continue
+            for first in range(0, source.size, _BUFFER):
+                piece = buffer[: source.size - first]
+                source.read_into(piece, first)
+                f.write(piece)
 
 
 def _write_sliced(target: BinaryIO, tensor: NewTensor) -> None:
     """Write the kept slices, with the bytes viewed as an array (outer, count, width)."""
     source = tensor.source
-    count = tensor.count
     outer = math.prod(source.shape[: tensor.axis])
-    width = source.size // max(outer, 1) // count
-    rows = max(1, _CHUNK // (width * count))
-    with source.file.open("rb") as f:
-        f.seek(source.start)
-        for first in range(0, outer, rows):
-            n = min(rows, outer - first)
-            data = np.frombuffer(f.read(n * count * width), dtype=np.uint8)
-            kept = data.reshape(n, count, width)[:, list(tensor.kept)]
-            target.write(np.ascontiguousarray(kept).data)
+    row = source.size // max(outer, 1)
+    rows = max(1, _CHUNK // row)
+    for first in range(0, outer, rows):
+        data = np.zeros(
+            (min(rows, outer - first), tensor.count, row // tensor.count), "u1"
+        )
+        source.read_into(data.data.cast("B"), first * row)
+        target.write(np.ascontiguousarray(data[:, list(tensor.kept)]).data)

@@ -11,7 +11,7 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from isingcut.console.progress import Progress, silent
 from isingcut.data.mixture import (
@@ -24,7 +24,7 @@ from isingcut.errors import InputError, IsingcutError, ModelError, first_line
 from isingcut.files.inputs import load_json, regular_file, user_path
 from isingcut.files.writing import temporary_folder
 from isingcut.formats.gguf_files import convert_file, gguf_cache
-from isingcut.formats.libraries import quiet_transformers
+from isingcut.formats.libraries import convert_errors, quiet_transformers
 from isingcut.formats.safetensors_files import (
     HEADER_LIMIT,
     explain_no_weights,
@@ -32,7 +32,6 @@ from isingcut.formats.safetensors_files import (
     weight_files,
 )
 from isingcut.formats.transformers_private import has_adapters
-from isingcut.memory import raise_if_exhausted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -159,21 +158,15 @@ def _download(name: str, trust_remote_code: bool, weights: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
-        HfHubHTTPError,
-        HFValidationError,
         LocalEntryNotFoundError,
         OfflineModeIsEnabled,
     )
 
-    # Base class of the HTTP library's errors; the library differs between hub versions.
-    transport_error = cast(type[Exception], HfHubHTTPError.__mro__[1])
-    code = ("*.py",) if trust_remote_code else ()
-    files = _HUB_FILES if weights else ("*.json",)
+    files = [*(_HUB_FILES if weights else ("*.json",))]
+    files += ["*.py"] * trust_remote_code
     try:
         folder = snapshot_download(
-            name,
-            allow_patterns=[*files, *code],
-            ignore_patterns=list(_HUB_IGNORE),
+            name, allow_patterns=files, ignore_patterns=[*_HUB_IGNORE]
         )
     except GatedRepoError as e:
         raise ModelError(
@@ -186,7 +179,8 @@ def _download(name: str, trust_remote_code: bool, weights: bool) -> Path:
             "cannot be reached (offline, or HF_HUB_OFFLINE is set); give a local folder or a .gguf "
             "file, or connect and run again"
         ) from e
-    except (OSError, HFValidationError, transport_error) as e:
+    except Exception as e:
+        # The hub's HTTP library has errors of its own.
         raise ModelError(
             f"there is no local folder {name}, and downloading it from the hub failed "
             f"({first_line(e)}); {_EXPECTED}, or run again to resume"
@@ -292,16 +286,13 @@ def save_loaded_model(
         )
     with temporary_folder() as place:
         folder = place / "model"
-        try:
-            with quiet_transformers():
-                given.save_pretrained(folder)
-                tokenizer.save_pretrained(folder)
-        except Exception as e:
-            raise_if_exhausted(e)
-            raise ModelError(
-                f"saving the loaded model into {folder} failed ({first_line(e)}); save it with "
-                "save_pretrained yourself and give that folder"
-            ) from e
+        what = (
+            f"saving the loaded model into {folder} failed; save it with save_pretrained yourself "
+            "and give that folder"
+        )
+        with quiet_transformers(), convert_errors(ModelError, what):
+            given.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
         digest = model_identity(folder)["sha256"][:16]
         with register_object(
             f"{type(given).__name__} in memory ({digest})", folder

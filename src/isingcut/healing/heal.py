@@ -312,7 +312,7 @@ def _train(job: Job, text: HealingText) -> tuple[Path, HealingFile | None]:
     record: dict[str, Any] = {}
     if main:
         if not (work / "before.json").exists():
-            _check_effort(job, text.report, patches=patches)
+            _check_train(job, text.report, patches=patches)
         record["before"] = keep_result(
             work / "before.json",
             HealedScores,
@@ -380,7 +380,7 @@ def _train(job: Job, text: HealingText) -> tuple[Path, HealingFile | None]:
     )
 
 
-def _check_effort(job: Job, report: TokenSet, *, patches: bool) -> None:
+def _check_train(job: Job, report: TokenSet, *, patches: bool) -> None:
     """Raise if the time is too short for a useful training, estimated from timed forward passes.
 
     Raises:
@@ -407,9 +407,9 @@ def _check_effort(job: Job, report: TokenSet, *, patches: bool) -> None:
     if seconds < (total := judging + patching + training):
         enough = math.ceil(total / 60 + 0.5)
         raise InputError(
-            f"--effort {job.config.effort} is too short: evaluating the model before and after "
+            f"--train {job.config.train} is too short: evaluating the model before and after "
             f"takes about {duration(judging)} here, the patch {duration(patching)}, and "
-            f"{LEAST_STEPS} steps of training {duration(training)}; give --effort {enough}min or "
+            f"{LEAST_STEPS} steps of training {duration(training)}; give --train {enough}min or "
             "more, or fewer --report-samples"
         )
 

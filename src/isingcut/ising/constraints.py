@@ -1,8 +1,8 @@
 """Constraints on a state: linear rows, each with a name and a reason in words.
 
 Every constraint becomes `LinearConstraint` rows here: exactly M blocks, counts per block kind,
-budgets, keep and drop lists, and the legality rows of an architecture. `spellings` parses the typed
-forms (``attention=2,moe=3``, ``params=25%``, ``0,1,5-8``).
+budgets, keep and drop lists, and the legality rows of an architecture. `options.parsed` parses the
+typed forms (``attention=2,moe=3``, ``params=25%``, ``0,1,5-8``).
 """
 
 from __future__ import annotations
@@ -49,8 +49,7 @@ class LinearConstraint:
         if self.sense not in ("==", "<=", ">="):
             raise InputError(f"constraint {self.name!r}: sense must be ==, <= or >=")
         row.setflags(write=False)
-        object.__setattr__(self, "coefficients", row)
-        object.__setattr__(self, "rhs", float(self.rhs))
+        vars(self).update(coefficients=row, rhs=float(self.rhs))
 
     @property
     def tolerance(self) -> float:

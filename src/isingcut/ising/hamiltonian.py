@@ -105,20 +105,19 @@ class Hamiltonian:
                 f"h must be a vector with at least one entry, got shape {h.shape}"
             )
         n = h.size
-        object.__setattr__(self, "h", h)
-        coupling = _symmetric("J", _finite("J", self.J, (n, n)))
-        if np.diagonal(coupling).any():
+        J = _symmetric("J", _finite("J", self.J, (n, n)))
+        if np.diagonal(J).any():
             raise InputError(
                 "J must have a zero diagonal; put own terms into h (x_i^2 = x_i)"
             )
-        object.__setattr__(self, "J", coupling)
-        object.__setattr__(self, "c", float(_finite("c", self.c, ())))
+        checked = {"h": h, "J": J, "c": float(_finite("c", self.c, ()))}
         if self.h_error is not None:
-            object.__setattr__(self, "h_error", _finite("h_error", self.h_error, (n,)))
+            checked["h_error"] = _finite("h_error", self.h_error, (n,))
         if self.J_error is not None:
-            error = _symmetric("J_error", _finite("J_error", self.J_error, (n, n)))
-            object.__setattr__(self, "J_error", error)
-        object.__setattr__(self, "meta", dict(self.meta))
+            error = _finite("J_error", self.J_error, (n, n))
+            checked["J_error"] = _symmetric("J_error", error)
+        # The dataclass is frozen.
+        vars(self).update(checked, meta=dict(self.meta))
 
     @classmethod
     def from_quadratic(

@@ -48,7 +48,7 @@ class Problem:
     constraints: Sequence[LinearConstraint] = ()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "constraints", tuple(self.constraints))
+        vars(self).update(constraints=tuple(self.constraints))
         for row in self.constraints:
             if not isinstance(row, LinearConstraint):
                 raise InputError(
@@ -89,10 +89,6 @@ class Problem:
         Raises:
             InfeasibleError: there is no feasible state.
         """
-        for row in self.constraints:
-            if (m := read_count(row)) is not None:
-                self.check()
-                return m, m
         least = self._find_lowest(np.ones(self.n))
         most = self._find_lowest(-np.ones(self.n))
         return int(least.sum()), int(most.sum())

@@ -147,7 +147,7 @@ class _Way:
         self._replay = replay
         self._batch = batch
         self._gate = gate
-        self._removed = removed
+        self._removed = np.zeros(len(replay), bool) if removed is None else removed
         self._graphs = graphs
         self._kept: dict[int, Backward] = {}
         self._streams: dict[int, Tensor] = {}
@@ -162,15 +162,13 @@ class _Way:
     def there(self, block: int) -> None:
         """Run a block; keep its graph if those of all later blocks on its device fit too."""
         before = self._streams[block]
-        if self._removed is not None:
+        places = self._replay.places[block:]
+        if self._removed.any():
             with torch.no_grad():
                 self._original = self._recording.block(block, self._original)
-        if self._is_removed(block):
+        if self._removed[block]:
             after = before
-        elif (
-            self._replay.places[block:].count(self._replay.places[block])
-            <= self._graphs
-        ):
+        elif places.count(places[0]) <= self._graphs:
             del self._streams[block]
             after, self._kept[block] = _run_gated(
                 self._recording, block, before, self._gate
@@ -186,7 +184,7 @@ class _Way:
     def turn(self, toward: Toward) -> None:
         """Run the head, and compute the gradient to propagate back."""
         stream = self._streams.pop(len(self._replay)).detach()
-        original = stream if self._removed is None else self._original
+        original = self._original if self._removed.any() else stream
         self._toward = toward(self._recording, self._batch, stream, original)
 
     def back(self, block: int) -> None:
@@ -194,7 +192,7 @@ class _Way:
         backward = self._kept.pop(block, None)
         if backward is None:
             before = self._streams.pop(block)
-            if self._is_removed(block):
+            if self._removed[block]:
                 # With a gate at 0, the gradient of the output is also that of the input.
                 with torch.no_grad():
                     before = self._recording.bring(block, before)
@@ -204,9 +202,6 @@ class _Way:
                 return
             _, backward = _run_gated(self._recording, block, before, self._gate)
         self.rows[:, block], self._toward = backward(self._toward)
-
-    def _is_removed(self, block: int) -> bool:
-        return self._removed is not None and bool(self._removed[block])
 
 
 def measure_batches(

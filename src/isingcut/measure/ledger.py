@@ -10,7 +10,7 @@ import numpy as np
 
 from isingcut.data.tokens import TokenSet
 from isingcut.errors import InputError
-from isingcut.ising.states import Bools, Floats, States, key_of
+from isingcut.ising.states import Floats, States, key_of
 from isingcut.measure.losses import measure_together, tree_nodes
 from isingcut.measure.work import SharedJournal, Work, identity
 from isingcut.models.replay import Replay
@@ -100,37 +100,30 @@ class Ledger:
         self, wanted: Sequence[tuple[States, Sequence[int]]], description: str
     ) -> list[Floats]:
         """Return for each set of states (S, N) losses (S, R) on its samples, summed over tokens."""
-        missing: list[tuple[dict[str, Bools], Sequence[int]]] = []
+        missing: list[tuple[list[str], tuple[TokenSet, States]]] = []
         keys: list[list[str]] = []
         for states, rows in wanted:
-            named = hashlib.sha256(
-                np.array(rows, dtype=np.int64).tobytes()
-            ).hexdigest()[:16]
+            samples = np.array(rows, dtype=np.int64).tobytes()
+            named = hashlib.sha256(samples).hexdigest()[:16]
             keys.append([f"{key_of(state)}:{named}" for state in states])
-            unpaid = {
-                k: s
-                for k, s in zip(keys[-1], states, strict=True)
-                if k not in self._paid
-            }
+            by_key = dict(zip(keys[-1], states, strict=True))
+            unpaid = [key for key in by_key if key not in self._paid]
             if unpaid:
                 share = self.share(rows)
                 self._paid |= set(unpaid)
-                self.runs += tree_nodes(np.array(list(unpaid.values()))) * share
+                self.runs += tree_nodes(np.array([by_key[k] for k in unpaid])) * share
                 self.heads += len(unpaid) * share
                 self.evaluations += len(unpaid)
-            absent = {
-                k: s for k, s in unpaid.items() if self._row(k, len(rows)) is None
-            }
+            absent = [key for key in unpaid if self._row(key, len(rows)) is None]
             if absent:
-                missing.append((absent, rows))
+                new = np.array([by_key[key] for key in absent])
+                missing.append((absent, (self._tokens.select(rows), new)))
         if missing:
-            sets = [
-                (self._tokens.select(r), np.array(list(s.values()))) for s, r in missing
-            ]
+            sets = [one for _, one in missing]
             measured = measure_together(self._replay, sets, self._work, description)
-            for (states_of, _), found in zip(missing, measured, strict=True):
+            for (absent, _), found in zip(missing, measured, strict=True):
                 sums = found.kl_sums if self._loss == "kl" else found.nll_sums
-                self._kept.put(dict(zip(states_of, sums, strict=True)))
+                self._kept.put(dict(zip(absent, sums, strict=True)))
         return [
             np.array([self._kept.get(key) for key in own]).reshape(len(own), len(rows))
             for own, (_, rows) in zip(keys, wanted, strict=True)

@@ -15,9 +15,8 @@ piece at a time, so that the original's logits exist for one micro-batch only.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import groupby, pairwise
 from operator import itemgetter
 from typing import Any, TypeVar
@@ -49,7 +48,7 @@ _BY_SAMPLE = ("kl_sums", "nll_sums", "original_nll_sums", "counts")
 def in_order(states: States) -> npt.NDArray[np.int64]:
     """Return indices that sort states (S, N) by bits; neighbours then share longest prefixes."""
     # lexsort sorts by its last key first.
-    return np.lexsort(states.T[::-1]) if len(states) else np.zeros(0, dtype=np.int64)
+    return np.lexsort(states.T[::-1])
 
 
 def own_blocks(states: States) -> States:
@@ -89,32 +88,26 @@ def walk(
         (tree, first, last, output): the output of the last block for a tree's states first to
         last - 1, which are equal; in order.
     """
-    roots = [
-        (tree, 0, len(states), entered) for tree, (states, entered) in enumerate(trees)
-    ]
-    waiting = (
-        [(0, deque(roots))]
-        if by_block
-        else [(0, deque([root])) for root in reversed(roots)]
+    waiting = deque(
+        (0, tree, 0, len(states), entered)
+        for tree, (states, entered) in enumerate(trees)
     )
     while waiting:
-        depth, branches = waiting.pop()
-        grown: deque[tuple[int, int, int, T]] = deque()
-        while branches:
-            tree, first, last, stream = branches.popleft()
-            states = trees[tree][0]
-            if depth == states.shape[1]:
-                yield tree, first, last, stream
-                continue
-            middle = first + int((~states[first:last, depth]).sum())
-            if first < middle:
-                grown.append((tree, first, middle, run(tree, depth, stream)))
-            if middle < last:
-                grown.append((tree, middle, last, stream))
-        if by_block and grown:
-            waiting.append((depth + 1, grown))
+        depth, tree, first, last, stream = waiting.popleft()
+        states = trees[tree][0]
+        if depth == states.shape[1]:
+            yield tree, first, last, stream
+            continue
+        middle = first + int((~states[first:last, depth]).sum())
+        grown = []
+        if first < middle:
+            grown.append((depth + 1, tree, first, middle, run(tree, depth, stream)))
+        if middle < last:
+            grown.append((depth + 1, tree, middle, last, stream))
+        if by_block:
+            waiting.extend(grown)
         else:
-            waiting += [(depth + 1, deque([branch])) for branch in reversed(grown)]
+            waiting.extendleft(reversed(grown))
 
 
 @dataclass(frozen=True)
@@ -303,7 +296,6 @@ def measure_together(
                 part.task.kept.put(
                     dict(zip(part.piece.keys, rows.swapaxes(0, 1), strict=True))
                 )
-                bar.advance(0, part.task.fill(part.piece.keys))
         return [task.result() for task in tasks]
 
 
@@ -343,79 +335,62 @@ class _Task:
         )
         whole = (Piece(b, range(len(self.ordered))) for b in range(len(self.batches)))
         self._rows = {key: (p.batch, k) for p in whole for k, key in enumerate(p.keys)}
-        self.kept = SharedJournal(work.journal, measured, self._fits, replay.processes)
-        self._counts = tokens.counts
-        self._sums = np.zeros((2, len(self.ordered), tokens.samples))
-        self._seen = np.zeros((len(self.ordered), tokens.samples), dtype=bool)
-
-    def _fits(self, key: str, row: Floats) -> bool:
-        """Whether a journal's row can belong to this measurement."""
-        return key in self._rows and row.shape == (
-            2,
-            self.batches[self._rows[key][0]].samples,
+        shapes = {
+            key: (2, self.batches[batch].samples)
+            for key, (batch, _) in self._rows.items()
+        }
+        self.kept = SharedJournal(
+            work.journal,
+            measured,
+            lambda key, row: row.shape == shapes.get(key),
+            replay.processes,
         )
+        self._counts = tokens.counts
 
     def begin(self, bar: Bar) -> None:
-        """Read the journal, and collect the remaining pieces of this process."""
-        note = self.fill(self.kept.keys())
-        missing: dict[int, list[int]] = {}
-        for key, (batch, place) in self._rows.items():
-            if self.kept.get(key) is None:
-                missing.setdefault(batch, []).append(place)
-        todo = [Piece(*item) for item in missing.items()]
-        bar.advance(self.all_blocks - sum(map(self.blocks_run, todo)), note)
-        again = 2 * len(self._replay) / int(self._nodes.sum())
-        own, self.bar = self.kept.share(
-            divide(todo, self._replay.processes.size, again), bar
-        )
-        pieces = sorted(own, key=lambda piece: piece.places[0])
-        self.todo = [part for piece in pieces for part in self._fitting(piece)]
-
-    def _fitting(self, piece: Piece) -> list[_Part]:
-        """Divide a piece into parts whose hidden states fit the memory limit.
+        """Read the journal, and collect the remaining parts of this process, each with as many
+        states as fit the memory limit.
 
         Raises:
             InputError: one state does not fit.
         """
-        batch = self.batches[piece.batch]
-        each = self._replay.stream_bytes(batch)
-        room = self._replay.room(batch)
-        fit = room // each - _OTHERS
-        if fit < 1:
-            raise InputError(
-                f"hidden states may take {room / 1e6:.0f} MB, but one state of "
-                f"{batch.input_ids.numel()} tokens takes {(_OTHERS + 1) * each / 1e6:.0f} "
-                "MB; raise --memory-limit or lower --batch-tokens"
-            )
-        return [
-            _Part(self, part, batch) for part in piece.cut(-(-len(piece.places) // fit))
-        ]
+        missing: dict[int, list[int]] = {}
+        for key, (batch, place) in self._rows.items():
+            if self.kept.get(key) is None:
+                missing.setdefault(batch, []).append(place)
+        left = [Piece(*item) for item in missing.items()]
+        bar.advance(self.all_blocks - sum(map(self.blocks_run, left)))
+        again = 2 * len(self._replay) / int(self._nodes.sum())
+        pieces = divide(left, self._replay.processes.size, again)
+        own, self.bar = self.kept.share(pieces, bar)
+        self.todo = []
+        for piece in sorted(own, key=lambda piece: piece.places[0]):
+            tokens = self.batches[piece.batch]
+            each = self._replay.stream_bytes(tokens)
+            room = self._replay.room(tokens)
+            fit = room // each - _OTHERS
+            if fit < 1:
+                raise InputError(
+                    f"hidden states may take {room / 1e6:.0f} MB, but one state of "
+                    f"{tokens.input_ids.numel()} tokens takes {(_OTHERS + 1) * each / 1e6:.0f} "
+                    "MB; raise --memory-limit or lower --batch-tokens"
+                )
+            parts = piece.cut(-(-len(piece.places) // fit))
+            self.todo += [_Part(self, part, tokens) for part in parts]
 
     def blocks_run(self, piece: Piece) -> int:
         """Return the number of block evaluations of a piece."""
         return int(self._nodes[piece.places].sum())
 
-    def fill(self, keys: Iterable[str]) -> str:
-        """Read rows from the journal; return the lowest running mean of KL as text."""
-        for key in keys:
-            batch, place = self._rows[key]
-            samples = self.batches[batch].index.numpy()
-            self._sums[:, place, samples] = self.kept.get(key)
-            self._seen[place, samples] = True
-        seen = self._seen[1:]
-        if not seen.any():
-            return ""
-        # Unmeasured samples of a state are in neither sum.
-        mean = self._sums[0, 1:].sum(1) / np.maximum(1, seen @ self._counts)
-        return f"lowest running mean of KL {mean[seen.any(1)].min():.4f}"
-
     def result(self) -> Measurement:
         """Return the measurement, with the rows of all processes."""
         self.kept.gather()
-        self.fill(self.kept.keys())
-        kl, nll = self._sums[:, 1 + np.argsort(self._order)]
+        sums = np.zeros((2, len(self.ordered), len(self._counts)))
+        for key, (batch, place) in self._rows.items():
+            sums[:, place, self.batches[batch].index.numpy()] = self.kept.get(key)
+        kl, nll = sums[:, 1 + np.argsort(self._order)]
         run = int(self._nodes.sum())
-        return Measurement(self._wanted, kl, nll, self._sums[1, 0], self._counts, run)
+        return Measurement(self._wanted, kl, nll, sums[1, 0], self._counts, run)
 
 
 @dataclass(frozen=True)
@@ -468,21 +443,17 @@ def _measure(
 
     leaves = walk(trees, run, by_block=replay.streamed)
     for tree, group in groupby(leaves, key=itemgetter(0)):
-        original: Comparison | None = None
-        found = list[Tensor]()
-        lengths = list[int]()
+        batch = batches[tree]
+        found = []
+        lengths = []
         for _, first, last, end in group:
-            logits = partial(head.logits, recordings[tree], end, batches[tree])
-            if original is None:
-                original = Comparison(logits(), batches[tree])
-                found = [original.own]
-                lengths = [1]
-                first += 1
-            if first < last:
-                found.append(original.compare(logits()))
-                lengths.append(last - first)
-        assert original is not None
+            logits = head.logits(recordings[tree], end, batch)
+            if first == 0:
+                original = Comparison(logits, batch)
+            found.append(original.compare(logits) if first else original.own)
+            lengths.append(last - first)
         # Before this line, nothing is read from the device.
         rows = np.repeat(original.sum_samples(found), lengths, axis=1)
-        check_finite(replay, batches[tree], rows, trees[tree][0])
+        del original
+        check_finite(replay, batch, rows, trees[tree][0])
         yield rows[:, -len(todo[tree].piece.places) :]

@@ -18,7 +18,7 @@ from safetensors.numpy import load, save
 from isingcut.console.progress import Bar, Progress, silent
 from isingcut.data.tokens import TokenSet
 from isingcut.errors import ModelError
-from isingcut.files.journal import Journal, Row
+from isingcut.files.journal import Journal, Values
 from isingcut.files.results import fingerprint
 from isingcut.models.replay import Replay
 from isingcut.options.config import BATCH_TOKENS
@@ -76,7 +76,7 @@ class SharedJournal(Journal):
         self,
         path: Path | None,
         fingerprint: str,
-        fits: Callable[[str, Row], bool] = lambda key, row: True,
+        fits: Callable[[str, Values], bool] = lambda key, row: True,
         processes: Processes = ALONE,
     ) -> None:
         self._processes = processes
@@ -92,7 +92,7 @@ class SharedJournal(Journal):
                     self._new |= Journal(left, fingerprint, fits)._rows
         self.gather()
 
-    def put(self, rows: Mapping[str, Row]) -> None:
+    def put(self, rows: Mapping[str, Values]) -> None:
         """Store rows under their keys and sync them to disk."""
         super().put(rows)
         self._new |= {key: self._rows[key] for key in rows}
@@ -108,18 +108,15 @@ class SharedJournal(Journal):
         Raises:
             ModelError, RankError: as for the constructor.
         """
-        if self._processes.size == 1:
-            self._rows |= self._new
-        else:
-            own = f"{self.fingerprint}\n".encode() + save(self._new)
-            for data in self._processes.gather(own):
-                fingerprint, _, rows = data.partition(b"\n")
-                if fingerprint.decode() != self.fingerprint:
-                    raise ModelError(
-                        "the processes have different inputs; give every machine the same model, "
-                        "options, package versions and kind of device"
-                    )
-                self._rows |= load(rows)
+        own = f"{self.fingerprint}\n".encode() + save(self._new)
+        for data in self._processes.gather(own):
+            fingerprint, _, rows = data.partition(b"\n")
+            if fingerprint.decode() != self.fingerprint:
+                raise ModelError(
+                    "the processes have different inputs; give every machine the same model, "
+                    "options, package versions and kind of device"
+                )
+            self._rows |= load(rows)
         self._new = {}
 
 

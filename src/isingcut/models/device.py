@@ -17,7 +17,7 @@ from isingcut.console.printing import say
 from isingcut.errors import InputError
 from isingcut.files.provenance import cpu_name
 from isingcut.formats.safetensors_files import read_checkpoint
-from isingcut.options.spellings import Device, Memory
+from isingcut.options.parsed import Device, Memory
 from isingcut.processes import is_launched, local_rank
 
 if TYPE_CHECKING:
@@ -79,12 +79,12 @@ def pick_devices(
     if len(set(found)) < len(found):
         raise InputError(f"--device {device} names a device twice")
     first = found[0]
-    launched = is_launched()
-    if cards and (first.type == "cpu" or ":" in device):
+    named = first.type == "cpu" or ":" in device
+    if cards and named:
         raise InputError(
             f"--cards-per-process needs --device cuda or auto on GPUs; got {device}"
         )
-    if first.type == "cpu" or ":" in device or (launched and not cards):
+    if named or (is_launched() and not cards):
         return found
     present = device_module(first).device_count()
     begin = first_card(present, cards) if cards else 0
@@ -174,19 +174,18 @@ def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
         raise InputError(
             f"--dtype must be auto, float32, bfloat16 or float16; got {dtype!r}"
         )
+    fast: Any = False
     if device.type == "cuda":
-        capability = torch.cuda.get_device_capability(device)
-        if (7, 0) <= capability < (8, 0):
+        generation, _ = torch.cuda.get_device_capability(device)
+        if generation == 7:
             return torch.float16
-        native = capability >= (8, 0)
+        fast = generation >= 8
     elif device.type == "cpu":
         features = torch.cpu.get_capabilities()
         # An Intel Xeon whose AMX is hidden by a virtual machine is slower in bfloat16.
         fast = features.get("avx512_bf16") and "Intel" not in cpu_name()
-        native = bool(features.get("amx_bf16") or fast)
-    else:
-        native = False
-    return torch.bfloat16 if native else torch.float32
+        fast = fast or features.get("amx_bf16")
+    return torch.bfloat16 if fast else torch.float32
 
 
 def dtype_name(dtype: str, device: str) -> str:

@@ -112,37 +112,28 @@ def _difference(old: nn.Module, new: nn.Module) -> str:
     for name in left.keys() ^ right.keys():
         return f"{name} is in only one of them"
     for name, module in left.items():
-        other = right[name]
-        place = f"{name}." if name else ""
-        if type(module) is not type(other):
-            return (
-                f"{name} is {type(module).__name__} and would be {type(other).__name__}"
-            )
-        for key, value in _shapes(module).items():
-            if value != (found := _shapes(other).get(key)):
-                return f"{place}{key} has the shape {value} and would have {found}"
-        for key, value in vars(module).items():
-            if _NUMBER.search(key) or key in _CUT or not _is_plain(value):
-                continue
-            if not _equal(value, found := vars(other).get(key)):
-                return f"{place}{key} is {value!r:.40} and would be {found!r:.40}"
+        there = _plain_values(right[name])
+        for key, value in _plain_values(module).items():
+            found = there.get(key)
+            if isinstance(value, float) and isinstance(found, float):
+                # Rescaled scales differ by rounding.
+                found = value if math.isclose(value, found, rel_tol=1e-12) else found
+            if value != found:
+                place = f"{name}.{key}".strip(".")
+                return f"{place} is {value!r:.40} and would be {found!r:.40}"
     return ""
 
 
-def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
-    own = [
-        *module.named_parameters(recurse=False),
-        *module.named_buffers(recurse=False),
-    ]
-    return {name: tuple(tensor.shape) for name, tensor in own}
-
-
-def _equal(value: Any, found: Any) -> bool:
-    if isinstance(value, float) and isinstance(found, float):
-        return math.isclose(
-            value, found, rel_tol=1e-12
-        )  # rescaled scales differ by rounding
-    return bool(value == found)
+def _plain_values(module: nn.Module) -> dict[str, Any]:
+    """Return the class of a module, the shapes of its tensors, and its attributes."""
+    tensors = {**module._parameters, **module._buffers}
+    shapes = {name: [*t.shape] for name, t in tensors.items() if t is not None}
+    plain = {
+        key: value
+        for key, value in vars(module).items()
+        if not _NUMBER.search(key) and key not in _CUT and _is_plain(value)
+    }
+    return {"": type(module).__name__, **shapes, **plain}
 
 
 def _is_plain(value: Any) -> bool:
@@ -282,6 +273,5 @@ def _count_stored(seen: Checkpoint, stack: BlockStack) -> int:
         return 0
     for block, tensors in zip(stack.blocks, seen.by_block(), strict=True):
         block.bytes = sum(tensor.size for tensor in tensors.values())
-    return sum(t.size for t in seen.stored.values()) - sum(
-        block.bytes for block in stack.blocks
-    )
+    inside = sum(block.bytes for block in stack.blocks)
+    return sum(t.size for t in seen.stored.values()) - inside

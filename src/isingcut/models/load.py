@@ -68,15 +68,6 @@ def find_auto_class(config: Any) -> Any:
     )
 
 
-def find_loading_class(folder: Path, *, trust_remote_code: bool = False) -> str:
-    """Return the name of the class that loads a checkpoint with plain transformers."""
-    return str(
-        find_auto_class(
-            load_config(folder, trust_remote_code=trust_remote_code)
-        ).__name__
-    )
-
-
 def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
     """Load a checkpoint's configuration with transformers.
 

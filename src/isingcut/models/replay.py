@@ -14,12 +14,12 @@ same interface.
 from __future__ import annotations
 
 import contextlib
+import copy
 import ctypes
 import statistics
 import sys
 import time
-from collections import UserDict
-from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -63,22 +63,14 @@ class Weights:
 
 
 _NOT_ONE_AT_A_TIME = "such blocks can be cut, but not measured one at a time"
-_HANDED_ON = (
-    f"blocks pass more than the residual stream to later blocks: {_NOT_ONE_AT_A_TIME}"
-)
 
 
 @dataclass
 class BlockCall:
-    """Recorded arguments of a block's call, without the hidden states.
-
-    Attributes:
-        keyword: whether the block was called with ``hidden_states=``.
-    """
+    """Recorded arguments of a block's call, without the hidden states, which are the first."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    keyword: bool
 
     @classmethod
     def split(
@@ -89,20 +81,17 @@ class BlockCall:
         Raises:
             ArchitectureError: the arguments have no hidden states in the expected place.
         """
-        if args and isinstance(args[0], Tensor):
-            return args[0], cls(args[1:], kwargs, keyword=False)
-        if isinstance(kwargs.get("hidden_states"), Tensor):
-            rest = {k: v for k, v in kwargs.items() if k != "hidden_states"}
-            return kwargs["hidden_states"], cls(args, rest, keyword=True)
-        raise ArchitectureError(
-            f"block {i} was called without hidden states as its first argument or as "
-            "'hidden_states'; such a block cannot be replayed"
-        )
+        rest = dict(kwargs)
+        hidden, *others = args or (rest.pop("hidden_states", None),)
+        if not isinstance(hidden, Tensor):
+            raise ArchitectureError(
+                f"block {i} was called without hidden states as its first argument or as "
+                "'hidden_states'; such a block cannot be replayed"
+            )
+        return hidden, cls(tuple(others), rest)
 
     def repeat(self, block: Callable[..., Any], hidden: Tensor) -> Any:
         """Call the block with the recorded arguments and other hidden states."""
-        if self.keyword:
-            return block(*self.args, hidden_states=hidden, **self.kwargs)
         return block(hidden, *self.args, **self.kwargs)
 
 
@@ -123,15 +112,14 @@ def learn_outputs(
     streams: list[Tensor] = []
     rest: list[tuple[Any, ...] | None] = []
     calls: list[tuple[nn.Module, Tensor, BlockCall]] = []
-    shared: dict[int, _Shared] = {}
+    # What blocks may hand on, by its id, with what stands in for it in a test.
+    handed: dict[int, Any] = {}
 
-    def before(module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
-        for name, value in kwargs.items():
-            if isinstance(value, MutableMapping):
-                watched = shared.setdefault(id(value), _Shared(value))
-                watched.block = len(calls)
-                kwargs = {**kwargs, name: watched}
+    def before(module: nn.Module, args: Any, kwargs: Any) -> None:
         stream, call = BlockCall.split(args, kwargs, len(rest))
+        for value in kwargs.values():
+            if isinstance(value, MutableMapping):
+                handed.setdefault(id(value), copy.copy(value))
         if (
             streams
             and stream is not streams[-1]
@@ -142,7 +130,6 @@ def learn_outputs(
                 f"({type(module).__name__}): {_NOT_ONE_AT_A_TIME}"
             )
         calls.append((module, stream, call))
-        return args, kwargs
 
     def after(module: nn.Module, args: Any, output: Any) -> None:
         stream = output[0] if isinstance(output, (list, tuple)) and output else output
@@ -156,10 +143,14 @@ def learn_outputs(
                 f"block {len(rest)} ({type(module).__name__}) passes on a stream of shape "
                 f"{list(stream.shape)}, expected (batch, tokens, width): {_NOT_ONE_AT_A_TIME}"
             )
-        if _reads_another(*calls[-1], stream, rest):
-            raise ArchitectureError(_HANDED_ON)
+        if _reads_another(*calls[-1], stream, handed):
+            raise ArchitectureError(
+                "blocks pass more than the residual stream to later blocks: "
+                + _NOT_ONE_AT_A_TIME
+            )
         streams.append(stream)
         rest.append(tuple(output[1:]) if isinstance(output, (list, tuple)) else None)
+        handed.update((id(v), None) for v in rest[-1] or () if isinstance(v, Tensor))
 
     with torch.no_grad(), catch_text_errors(model), contextlib.ExitStack() as hooks:
         for block in blocks:
@@ -169,8 +160,6 @@ def learn_outputs(
             hooks.enter_context(block.register_forward_hook(after))
         model(input_ids=ids, use_cache=False)
     _refuse_uncalled(blocks, [module for module, *_ in calls])
-    if any(watched.handed_on for watched in shared.values()):
-        raise ArchitectureError(_HANDED_ON)
     return rest, max(s[0, 0].numel() * s.element_size() for s in streams)
 
 
@@ -195,46 +184,30 @@ def _reads_another(
     hidden: Tensor,
     call: BlockCall,
     stream: Tensor,
-    rest: Sequence[tuple[Any, ...] | None],
+    handed: Mapping[int, Any],
 ) -> bool:
-    """Whether a block uses a tensor that an earlier block returned next to the stream.
+    """Whether a block uses what an earlier block returned next to the stream, or put into a mapping
+    that all blocks receive.
 
-    Some blocks receive such a tensor and do not use it. So the block runs again without it.
+    Some blocks receive such values and do not use them; in Gemma 4 the last block of each type
+    writes into the mapping, even if no later block reads. So the block runs again without them.
     """
-    extra = {id(v) for one in rest for v in one or () if isinstance(v, Tensor)}
-    if not any(id(v) in extra for v in (*call.args, *call.kwargs.values())):
+
+    def stand_in(value: Any) -> Any:
+        return copy.copy(handed[id(value)]) if id(value) in handed else value
+
+    if not any(id(v) in handed for v in (*call.args, *call.kwargs.values())):
         return False
-    args = tuple(None if id(v) in extra else v for v in call.args)
-    kwargs = {k: None if id(v) in extra else v for k, v in call.kwargs.items()}
+    kwargs = {k: stand_in(v) for k, v in call.kwargs.items()}
+    again = BlockCall(tuple(map(stand_in, call.args)), kwargs)
     try:
-        output = BlockCall(args, kwargs, call.keyword).repeat(block.forward, hidden)
-    except (AttributeError, RuntimeError, TypeError, ValueError) as error:
+        output = again.repeat(block.forward, hidden)
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise_if_exhausted(error)
         return True
     return not torch.equal(
         output[0] if isinstance(output, (list, tuple)) else output, stream
     )
-
-
-class _Shared(UserDict[Any, Any]):
-    """Mapping that all blocks receive; it records whether a block reads what another one wrote.
-
-    In Gemma 4 the last block of each type writes, even if no later block reads.
-    """
-
-    def __init__(self, value: MutableMapping[Any, Any]) -> None:
-        self.data: Any = value
-        self.block = 0
-        self.handed_on = False
-        self._writer: dict[Any, int] = {}
-
-    def __setitem__(self, key: Any, item: Any) -> None:
-        self._writer[key] = self.block
-        self.data[key] = item
-
-    def __getitem__(self, key: Any) -> Any:
-        self.handed_on |= self._writer.get(key, self.block) != self.block
-        return self.data[key]
 
 
 class _StackReached(Exception):
@@ -357,8 +330,10 @@ class Replay:
             call.args, call.kwargs = move((call.args, call.kwargs), place, known)
         return Recording(self, ids, calls[0][0], [call for _, call in calls])
 
-    def latency(self, length: int = 128, repeats: int = 5) -> list[float]:
-        """Return the median seconds of each block on one sequence of ``length`` tokens.
+    def latency(
+        self, length: int = 128, repeats: int = 5, rows: int = 1
+    ) -> list[float]:
+        """Return the median seconds of each block on ``rows`` sequences of ``length`` tokens.
 
         Of blocks whose parameters have the same names and shapes, only the first one is timed.
         """
@@ -366,7 +341,7 @@ class Replay:
             tuple((n, p.shape) for n, p in b.named_parameters()) for b in self.blocks
         ]
         examples = {kind: i for i, kind in reversed(list(enumerate(kinds)))}
-        ids = torch.zeros((1, length), dtype=torch.long, device=self.device)
+        ids = torch.zeros((rows, length), dtype=torch.long, device=self.device)
         seconds: dict[Any, float] = {}
         with torch.inference_mode():
             recording = self.record(ids)

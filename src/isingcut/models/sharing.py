@@ -73,33 +73,28 @@ def share(cut: Any, original: Any, removed: Sequence[int]) -> bool:
         name: t for name, t in _named_tensors(original) if t.device.type == device.type
     }
     # By the id of the replaced tensor, so that tied tensors stay tied.
-    equal: dict[int, Tensor] = {}
-    own: dict[int, Tensor] = {}
+    placed: dict[int, Tensor] = {}
     homes: dict[int, torch.device] = {}
     for name, mine in _named_tensors(cut):
         other = theirs.get(named(name))
-        if id(mine) in own or id(mine) in equal:
+        if id(mine) in placed:
             continue
+        placed[id(mine)] = mine
         if other is not None and not mine.requires_grad and _equal(mine, other):
-            equal[id(mine)] = as_parameter(other.detach(), mine)
-        else:
-            own[id(mine)] = mine
+            placed[id(mine)] = as_parameter(other.detach(), mine)
+        elif device.type != "cpu":
             homes[id(mine)] = place_of(name, places or {"": device})
-    if device.type != "cpu":
-        for home in set(homes.values()):
-            needed = sum(mine.nbytes for key, mine in own.items() if homes[key] == home)
-            if needed > allowance("", home).left:
-                return False
-        own = {
-            key: as_parameter(mine.detach().to(homes[key]), mine)
-            for key, mine in own.items()
-        }
-    placed = {**own, **equal}
+    for home in set(homes.values()):
+        needed = sum(placed[key].nbytes for key in homes if homes[key] == home)
+        if needed > allowance("", home).left:
+            return False
+    for key, home in homes.items():
+        placed[key] = as_parameter(placed[key].detach().to(home), placed[key])
     for module in cut.modules():
-        for home in (module._parameters, module._buffers):
-            for leaf, mine in home.items():
+        for tensors in (module._parameters, module._buffers):
+            for leaf, mine in tensors.items():
                 if mine is not None:
-                    home[leaf] = placed[id(mine)]
+                    tensors[leaf] = placed[id(mine)]
     connect(cut, places)
     return True
 
@@ -129,20 +124,13 @@ def _original_names(
 ) -> Callable[[str], str]:
     """Return a function from the name of a tensor in the cut to its name in the original."""
     stack = find_stack(original)
-    gone = set(removed)
-    kept = [i for i in range(len(stack)) if i not in gone]
+    kept = (i for i in range(len(stack)) if i not in removed)
     ours = f"{find_stack(cut).path}."
-    theirs = f"{stack.path}."
+    sources = {f"{ours}{new}": f"{stack.path}.{old}" for new, old in enumerate(kept)}
 
     def name_source(name: str) -> str:
         name = name.replace("base_layer.", "")
-        number, dot, rest = name.removeprefix(ours).partition(".")
-        if (
-            not name.startswith(ours)
-            or not number.isdigit()
-            or int(number) >= len(kept)
-        ):
-            return name
-        return f"{theirs}{kept[int(number)]}{dot}{rest}"
+        block = ours + name.removeprefix(ours).partition(".")[0]
+        return name.replace(block, sources.get(block, block), 1)
 
     return name_source

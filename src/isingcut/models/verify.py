@@ -27,7 +27,7 @@ from isingcut.formats.architectures.blocks import (
 )
 from isingcut.formats.architectures.cuts import read_decoder
 from isingcut.formats.checkpoints import is_mtp
-from isingcut.formats.libraries import one_line, quiet_transformers
+from isingcut.formats.libraries import convert_errors, one_line, quiet_transformers
 from isingcut.formats.safetensors_files import read_config
 from isingcut.memory import raise_if_exhausted
 from isingcut.models.load import freeze, load_plain
@@ -39,6 +39,8 @@ ImageInputs = dict[str, Tensor]
 
 _PIXELS = ("pixel_values", "image_patches", "flattened_patches", "aspect_ratio_ids")
 _RESERVED = re.compile(r"_token(_id|_index)?$")
+# How the names of a vocabulary's image tokens begin.
+_IMAGES = ("<image>", "IMGIMG")
 # Number of last positions of a prompt whose logits are compared: they come after the whole image.
 _KEPT = 32
 _PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
@@ -139,19 +141,6 @@ def _run_processor(folder: Path, trust: bool) -> ImageInputs:
     )
 
 
-def reserved_tokens(config: Any) -> set[int]:
-    """Return the token ids to which a configuration gives a meaning, such as those of images."""
-    found = {
-        v for k, v in vars(config).items() if _RESERVED.search(k) and isinstance(v, int)
-    }
-    table = getattr(config, "vocabulary_map", None)
-    if isinstance(table, dict):
-        found |= {
-            i for name, i in table.items() if name.startswith(("<image>", "IMGIMG"))
-        }
-    return found
-
-
 _TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-9}
 _HALF_TOLERANCE = 2e-2
 
@@ -237,34 +226,26 @@ def check_generation(
     greedy = {**lengths, **unset, "do_sample": False, "num_beams": 1}
     for row in torch.split(tokens, 1):
         options = {**greedy, "attention_mask": torch.ones_like(row)}
-        try:
-            with torch.no_grad():
-                cached = model.generate(row, use_cache=True, **options)[0]
-                plain = model.generate(row, use_cache=False, **options)[0]
-        except Exception as error:
-            raise_if_exhausted(error)
-            raise VerificationError(
-                f"{name} loads but does not generate: {type(error).__name__}: {error}"
-            ) from error
+        broken = convert_errors(
+            VerificationError, f"{name} loads but does not generate"
+        )
+        with torch.no_grad(), broken:
+            cached = model.generate(row, use_cache=True, **options)[0]
+            plain = model.generate(row, use_cache=False, **options)[0]
         unequal = (cached != plain).nonzero()
         if len(unequal) == 0:
             continue
         at = int(unequal[0])
         with torch.no_grad():
-            logits = (
-                model(input_ids=plain[None, :at], use_cache=False).logits[0].float()
-            )
+            output = model(input_ids=plain[None, :at], use_cache=False)
+            logits = output.logits[0].float()
             both = logits[-1, torch.stack([plain[at], cached[at]])]
             # Relative to the larger of these and the usual size, as bfloat16 rounds by size.
-            gap = float(
-                (both[0] - both[1]).abs()
-                / both.abs().max().clamp(usual_size(logits)[-1, 0])
-            )
+            size = both.abs().max().clamp(usual_size(logits)[-1, 0])
+            gap = float((both[0] - both[1]).abs() / size)
             if gap <= max(_TIE, tolerance(model.dtype)):
                 continue
-            if reference is not None and torch.equal(
-                reference(row, options)[0], cached
-            ):
+            if reference and torch.equal(reference(row, options)[0], cached):
                 continue
         raise VerificationError(
             f"{name}: greedy generation with a cache differs from generation without at token "
@@ -317,21 +298,12 @@ def verify(
     def compare(kind: str, logits: Callable[[Any], torch.Tensor]) -> float:
         with torch.no_grad(), skip_blocks(model, removed):
             expected = logits(model)
-        try:
-            with torch.no_grad():
-                got = logits(cut).to(expected.device)
-        except (
-            AttributeError,
-            LookupError,
-            RuntimeError,
-            TypeError,
-            ValueError,
-        ) as error:
-            raise_if_exhausted(error)
-            raise VerificationError(
-                f"the checkpoint {out} fails on {kind}, but the original without blocks "
-                f"{sorted(removed)} does not: {one_line(error)}"
-            ) from error
+        broken = (
+            f"the checkpoint {out} fails on {kind}, but the original without blocks "
+            f"{sorted(removed)} does not"
+        )
+        with torch.no_grad(), convert_errors(VerificationError, broken):
+            got = logits(cut).to(expected.device)
         difference = relative_difference(expected, got)
         if not difference <= allowed:
             raise VerificationError(
@@ -434,14 +406,9 @@ def reload(out: Path, *, dtype: torch.dtype, trust_remote_code: bool = False) ->
         VerificationError: transformers cannot load it, or tensors are missing, unexpected or of
             another shape.
     """
-    try:
-        with quiet_transformers():
-            model, report = load_plain(out, dtype, trust_remote_code=trust_remote_code)
-    except Exception as error:
-        raise_if_exhausted(error)
-        raise VerificationError(
-            f"the checkpoint {out} does not load: {type(error).__name__}: {error}"
-        ) from error
+    unfit = convert_errors(VerificationError, f"the checkpoint {out} does not load")
+    with quiet_transformers(), unfit:
+        model, report = load_plain(out, dtype, trust_remote_code=trust_remote_code)
     _refuse_keys(out, report)
     return model
 
@@ -455,6 +422,10 @@ def random_tokens(model: Any, batch: int, length: int) -> torch.Tensor:
     size = int(text_config(model).vocab_size)
     low = min(8, size // 2)  # special ids come first in most vocabularies
     tokens = torch.randint(low, size, (batch, length), generator=generator)
-    special = torch.tensor(sorted(reserved_tokens(model.config)), dtype=torch.long)
+    fields = vars(model.config)
+    named = [v for name, v in fields.items() if _RESERVED.search(name)]
+    images = fields.get("vocabulary_map") or {}
+    named += [i for name, i in images.items() if name.startswith(_IMAGES)]
+    special = torch.tensor([v for v in named if isinstance(v, int)], dtype=torch.long)
     ordinary = next(i for i in range(low, size) if i not in special)
     return tokens.masked_fill(torch.isin(tokens, special), ordinary).to(model.device)

@@ -1,3 +1,3 @@
 """Options. `config`: every option of a run and of healing; `declaration`: declare options, check
-values and read them from YAML; `spellings`: parse typed values.
+values and read them from YAML; `parsed`: texts with parsed values.
 """

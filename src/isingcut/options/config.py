@@ -5,49 +5,32 @@ The command line, `run.yaml` and Python all use these declarations and these def
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 from annotated_types import Interval as Bounds
 
 from isingcut.errors import InputError
-from isingcut.files.inputs import user_path
-from isingcut.options import spellings
+from isingcut.options import parsed
 from isingcut.options.declaration import (
     Options,
     Section,
-    Then,
     option,
     options_from,
     read_options,
 )
-
-
-def _at_home(text: str) -> str:
-    return str(user_path(text)) if text.startswith("~") else text
-
 
 Count = Annotated[int, Bounds(ge=1, le=1_000_000)]
 Few = Annotated[int, Bounds(ge=2, le=1_000_000)]
 Tokens = Annotated[int, Bounds(ge=1, le=2**20)]
 Length = Annotated[int, Bounds(ge=8, le=2**20)]
 Seed = Annotated[int, Bounds(ge=0, le=2**32 - 1)]
-Place = Annotated[str, Then(_at_home)]
-"""A path, or other text that never begins with ``~``."""
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Patch = Literal["none", "linear", "tuned"]
 
 
-def _enough(number: int) -> int:
-    if 0 < number < LEAST_STATES:
-        raise ValueError(f"must be 0 or at least {LEAST_STATES}, got {number}")
-    return number
-
-
 LEAST_STATES = 30
 """Fewest random states to judge an energy on; with fewer, the correlation is noise."""
-RandomStates = Annotated[int, Bounds(ge=0, le=100_000), Then(_enough)]
 PatchTokens = Annotated[int, Bounds(ge=64, le=2**30)]
 TEXT = "wiki=0.75,python=0.25"
 """Prose and code, available without a network. A patch fitted on prose alone makes code worse."""
@@ -68,7 +51,7 @@ QUICK: dict[str, Any] = {
 """Values that `quick` sets for options with their default value."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class RunConfig(Options):
     """The options of one run; every field is also a CLI option and a key of `run.yaml`.
 
@@ -78,23 +61,23 @@ class RunConfig(Options):
         'auto'
     """
 
-    model: Place = option(
+    model: str = option(
         "",
         "Local Hugging Face folder, hub id, .gguf file, or 'smollm2'.",
         "model",
         argument=True,
     )
-    remove: spellings.Removal = option(
-        spellings.Removal(),
+    remove: parsed.Removal = option(
+        parsed.Removal(),
         "How many blocks to remove: 6, 4..15 for a curve, or attention=2,mlp=1.",
         "solve",
         metavar="M",
     )
-    out: Place = option(
+    out: str = option(
         "", "Folder for the run; every stage writes its file there.", "report"
     )
 
-    calibration: Place = option(
+    calibration: str = option(
         TEXT,
         "Calibration text: a .txt, .jsonl, .json or .csv file (also .gz); - for standard input; a "
         "datasets name; 'web', 'instruct' or 'maths' from the hub; 'wiki'; 'python' (standard "
@@ -123,14 +106,14 @@ class RunConfig(Options):
         "energy",
         room="energies",
     )
-    also: str = option(
+    compare_energies: str = option(
         "",
         "Further energies to measure and to compare on the same states, comma-separated.",
         "energy",
         room="energies",
     )
-    effort: spellings.Effort = option(
-        spellings.Effort(),
+    effort: parsed.Effort = option(
+        parsed.Effort(),
         "Search limit of refined and auto: passes over the text (150) or a time (20min); default: "
         "0.4 of the cost of a greedy search; most searches take half of that.",
         "energy",
@@ -138,7 +121,7 @@ class RunConfig(Options):
     dtype: Dtype = option(
         "auto", "Dtype of the weights: auto, float32, bfloat16 or float16.", "energy"
     )
-    device: spellings.Device = option(
+    device: parsed.Device = option(
         "auto",
         "Device: auto, cpu, cuda, cuda:N; several (cuda:0,cuda:1) have a part of the model each.",
         "energy",
@@ -164,8 +147,8 @@ class RunConfig(Options):
         "--memory-limit).",
         "energy",
     )
-    memory_limit: spellings.Memory = option(
-        spellings.Memory(),
+    memory_limit: parsed.Memory = option(
+        parsed.Memory(),
         "Memory for weights and hidden states: 8GB or 50% (default: 80% of the free memory).",
         "energy",
     )
@@ -179,8 +162,8 @@ class RunConfig(Options):
     states: Annotated[int, Bounds(ge=1, le=100_000)] = option(
         20, "States kept in the spectrum.", "solve"
     )
-    budget: spellings.Budgets = option(
-        spellings.Budgets(),
+    budget: parsed.Budgets = option(
+        parsed.Budgets(),
         "Remove at least this much, comma-separated: params=25%, bytes=1GB, kv=30%, latency=20%. "
         "Or let `run` choose a GGUF type and how many blocks go with it, none if quantising is "
         "better: file=90MB (the largest file), memory=2GB@8k (the same with the cache of 8k "
@@ -190,14 +173,14 @@ class RunConfig(Options):
     solve_seconds: Annotated[float, Bounds(gt=0, le=3600 * 24 * 365)] = option(
         60.0, "Time limit of the solver, in seconds.", "solve"
     )
-    keep: spellings.BlockList = option(
-        spellings.BlockList(), "Blocks to keep, for example 0,1,29.", "solve"
+    keep: parsed.BlockList = option(
+        parsed.BlockList(), "Blocks to keep, for example 0,1,29.", "solve"
     )
-    drop: spellings.BlockList = option(
-        spellings.BlockList(), "Blocks to remove in any case.", "solve"
+    must_remove: parsed.BlockList = option(
+        parsed.BlockList(), "Blocks to remove in any case.", "solve"
     )
 
-    random_states: RandomStates = option(
+    random_states: Annotated[int, Bounds(ge=0, le=100_000)] = option(
         40,
         "Random states to measure on a quarter of the text, which show how well the energy ranks "
         "(at least 30; 0 skips this).",
@@ -216,13 +199,11 @@ class RunConfig(Options):
         "Benchmarks for both models, comma-separated: lm-evaluation-harness tasks, with --data "
         "the tasks that isingcut ships, or your own .jsonl files of questions.",
         "rank",
-        filled=True,
     )
-    data: Place = option(
+    data: str = option(
         "",
         "Folder with the questions of --tasks (default: the hub).",
         "rank",
-        filled=True,
     )
     questions: Count | None = option(
         None, "Most questions per task (default: all).", "rank"
@@ -243,12 +224,11 @@ class RunConfig(Options):
         "Share of --patch-tokens from the default text, if --calibration is of other text only: "
         "it keeps the patch from harming other text (0: your text alone).",
     )
-    heal: spellings.Training = option(
-        spellings.Training(),
+    heal: parsed.Training = option(
+        parsed.Training(),
         "Then distil the original into the cut model: for a time (10min), a number of tokens "
         "(5Mtokens), or over the whole text (all; the same as --heal alone).",
         metavar="BUDGET",
-        bare="all",
     )
     healing: Section = option(
         Section(),
@@ -283,31 +263,33 @@ class RunConfig(Options):
     @property
     def energies(self) -> list[str]:
         """The names of all energies to measure, the main one first."""
-        also = [name.strip() for name in self.also.split(",") if name.strip()]
-        return list(dict.fromkeys([self.energy, *also]))
+        others = [name.strip() for name in self.compare_energies.split(",")]
+        return list(dict.fromkeys([self.energy, *filter(None, others)]))
+
+    @property
+    def drop(self) -> parsed.BlockList:
+        """The blocks of `must_remove`, by their name in the records of `run.json`."""
+        return self.must_remove
 
     def at(self, remove: int | str) -> RunConfig:
         """Return the options of another removal, which replaces a budget without ``remove``."""
         budget = self.budget if self.remove else ""
         return self.replace(remove=remove, budget=budget)
 
-    if TYPE_CHECKING:
-
-        def __init__(self, **options: Any) -> None:
-            """Convert text, numbers and lists to the fields' types."""
-
-    def __post_init__(self) -> None:
-        # The value may be a boolean from Python, YAML or an older run folder.
-        heal: Any = self.heal
-        if isinstance(heal, bool):
-            object.__setattr__(self, "heal", "all" if heal else "")
+    def __init__(self, **values: Any) -> None:
+        if isinstance(heal := values.get("heal"), bool):
+            values["heal"] = "all" if heal else ""
+        super().__init__(**values)
         for name, value in QUICK.items() if self.quick else ():
             if getattr(self, name) == self.__dataclass_fields__[name].default:
                 object.__setattr__(self, name, value)
-        super().__post_init__()
-        if both := {*self.keep.numbers} & {*self.drop.numbers}:
+        if 0 < self.random_states < LEAST_STATES:
             raise InputError(
-                f"--keep and --drop both name block {min(both)}; remove it from one of them"
+                f"--random-states must be 0 or at least {LEAST_STATES}, got {self.random_states}"
+            )
+        if both := {*self.keep.numbers} & {*self.must_remove.numbers}:
+            raise InputError(
+                f"--keep and --must-remove both name block {min(both)}; remove it from one"
             )
 
     def validate(self) -> RunConfig:
@@ -321,8 +303,8 @@ class RunConfig(Options):
             raise InputError(
                 "MODEL is missing; give a folder, a hub id, a .gguf file or 'smollm2'"
             )
-        if self.budget.packed and (self.remove or self.drop):
-            what = "--remove" if self.remove else "--drop"
+        if self.budget.packed and (self.remove or self.must_remove):
+            what = "--remove" if self.remove else "--must-remove"
             raise InputError(
                 f"--budget {self.budget} chooses the blocks to remove; omit {what}"
             )
@@ -335,19 +317,9 @@ class RunConfig(Options):
 
 LENGTH = 1024
 """Default tokens per sample."""
-_NUMBERED = re.compile(r"(last|lora):([1-9]\d{0,4})")
 
 
-def _method(name: str) -> str:
-    if name not in ("full", "lora", "none") and not _NUMBERED.fullmatch(name):
-        raise ValueError(
-            "must be one of full, last:N (the last N blocks, as last:3), lora or lora:RANK, none; "
-            f"got {name!r}"
-        )
-    return name
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class HealConfig(Options):
     """The options of healing a cut model; every field is also an option of `isingcut heal`.
 
@@ -356,21 +328,21 @@ class HealConfig(Options):
         8
     """
 
-    student: Place = option("", "The cut checkpoint's folder.", argument=True)
-    teacher: Place = option(
+    student: str = option("", "The cut checkpoint's folder.", argument=True)
+    teacher: str = option(
         "",
         "The original model: folder, hub id, .gguf file or 'smollm2' (default: the model named "
         "in the checkpoint's isingcut.json).",
     )
-    out: Place = option("", "Folder for the healed checkpoint.")
-    text: Place = option(
+    out: str = option("", "Folder for the healed checkpoint.")
+    text: str = option(
         TEXT,
         "Training text: every source of --calibration but 'self'.",
     )
     samples: Count | None = option(None, "Samples of the training text (default: all).")
     length: Length | None = option(
         None,
-        "Tokens per sample (default: 1024; a small --effort splits them into pieces).",
+        "Tokens per sample (default: 1024; a small --train splits them into pieces).",
     )
     report_samples: Few = option(
         16, "Unseen samples, for the figures before and after."
@@ -385,12 +357,12 @@ class HealConfig(Options):
     )
     patch_tokens: PatchTokens = option(65536, "Tokens to fit the patch on.")
 
-    method: Annotated[str, Then(_method)] = option(
-        "full",
+    method: parsed.Method = option(
+        parsed.Method("full"),
         "What to train: full (all weights), last:N (the last N blocks and the head), lora (rank "
         "16) or lora:RANK, none (patch only).",
     )
-    effort: spellings.Training | None = option(
+    train: parsed.Training | None = option(
         None,
         "How long to train: a time (30m, 2h), tokens (10M tokens), or all: one epoch, which may "
         "take hours (default: 10min, unless --trainer sets steps or epochs).",
@@ -411,7 +383,7 @@ class HealConfig(Options):
     dtype: Dtype = option(
         "auto", "Dtype of the weights: auto, float32, bfloat16 or float16."
     )
-    device: spellings.Device = option(
+    device: parsed.Device = option(
         "auto",
         "Device: auto, cpu, cuda, cuda:N; several (cuda:0,cuda:1) have a part of the model each.",
     )
@@ -421,9 +393,9 @@ class HealConfig(Options):
     overwrite: bool = option(False, "Replace an existing output.")
 
     @property
-    def training(self) -> spellings.Training:
-        """The effort; before `validate`, one epoch if none is given."""
-        return self.effort or spellings.Training()
+    def training(self) -> parsed.Training:
+        """The length of the training; before `validate`, one epoch if none is given."""
+        return self.train or parsed.Training()
 
     @property
     def last(self) -> int | None:
@@ -450,14 +422,13 @@ class HealConfig(Options):
             raise InputError(
                 "--method none and --patch none leave nothing to do; change one"
             )
-        if self.effort is None:
+        if self.train is None:
             counted = {"max_steps", "num_train_epochs"} & self.trainer.values.keys()
-            return self.replace(effort="all" if counted else "10min")
-        if "max_steps" in self.trainer.values and (
-            self.effort.tokens or self.effort.seconds
-        ):
+            return self.replace(train="all" if counted else "10min")
+        limited = self.train.tokens or self.train.seconds
+        if limited and "max_steps" in self.trainer.values:
             raise InputError(
-                "--effort and max_steps in --trainer both set how long to train; remove one"
+                "--train and max_steps in --trainer both set how long to train; remove one"
             )
         return self
 
@@ -477,7 +448,7 @@ def heal_config(config: RunConfig) -> HealConfig:
         "trust_remote_code",
         "overwrite",
     }
-    set_by_run |= {"other_teacher", "patch", "patch_tokens", "effort"}
+    set_by_run |= {"other_teacher", "patch", "patch_tokens", "train"}
     if taken := sorted(set_by_run & values.keys()):
         raise InputError(
             f"--healing: the run itself sets {', '.join(taken)}; remove it here"
@@ -493,7 +464,7 @@ def heal_config(config: RunConfig) -> HealConfig:
         patch="none" if config.patch == "none" else None,
         patch_tokens=config.patch_tokens,
         method=found.method if config.heal else "none",
-        effort="" if config.heal == "all" else config.heal,
+        train="" if config.heal == "all" else config.heal,
         device=config.device,
         trust_remote_code=config.trust_remote_code,
     )

@@ -9,11 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
 import functools
-import importlib
 import json
-import math
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -21,9 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar, get_args, get_type_hints
 
-from isingcut.errors import InputError
-from isingcut.files.inputs import read_text
-from isingcut.options.spellings import Spelling
+from isingcut.errors import InputError, suggest
+from isingcut.files.inputs import find_surrogate, read_text
+from isingcut.options.parsed import Parsed
 
 _WRONG = {
     "int_type": "must be a whole number, got {shown}",
@@ -38,14 +35,9 @@ _WRONG = {
     "value_error": "{error}",
 }
 """Messages for the error types of pydantic."""
-_FURTHER = {
-    "room": "",
-    "bare": "",
-    "metavar": None,
-    "typed": False,
-    "argument": False,
-    "filled": False,
-}
+_FURTHER = {"room": "", "metavar": None, "typed": False, "argument": False}
+RENAMED = {"also": "compare_energies", "drop": "must_remove", "effort": "train"}
+"""New names of options by the old ones, which are accepted for one more release."""
 
 
 def option(default: Any, help_: str, stage: str = "heal", **further: Any) -> Any:
@@ -55,65 +47,55 @@ def option(default: Any, help_: str, stage: str = "heal", **further: Any) -> Any
         default: value of the field's type; None if the value is decided later.
         help_: help text, one line.
         stage: first stage of a run that the option can change.
-        further: ``room``: sub-package with the registry of allowed names; a value may list
-            several, comma-separated. ``typed``: must be given on each command line or call,
-            never in a file. ``argument``: a positional argument. ``metavar``: the name of the
-            value in the help. ``bare``: the value of the option when it is typed without one.
-            ``filled``: a value that is given may not be empty.
+        further: ``room``: sub-package of the parts that the option names. ``typed``: must be given
+            on each command line or call, never in a file. ``argument``: a positional argument.
+            ``metavar``: the name of the value in the help.
     """
     metadata = {**_FURTHER, **further, "stage": stage, "help": help_}
     return dataclasses.field(default=default, metadata=metadata)
 
 
-# Pydantic is imported when the first value is checked, so its own annotations cannot be used here.
-@dataclass(frozen=True)
-class Then:
-    """A function that converts a value of the right type, or rejects it with a ValueError."""
-
-    function: Callable[[Any], Any]
-
-    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
-        from pydantic import AfterValidator
-
-        return AfterValidator(self.function).__get_pydantic_core_schema__(
-            source, handler
-        )
-
-
 class OptionError(InputError):
-    """An option has an invalid value.
+    """An option is unknown or has an invalid value.
 
     Args:
-        f: field of the option.
+        f: field of the option; None if it is unknown.
         wrong: description of the fault, to follow the option's name.
     """
 
-    def __init__(self, f: dataclasses.Field[Any], wrong: str) -> None:
-        self.name = f.name
-        self.wrong = wrong
-        super().__init__(flag(f) + self.wrong)
+    def __init__(self, f: dataclasses.Field[Any] | None, wrong: str) -> None:
+        super().__init__((flag(f) if f else "") + wrong)
+        self.in_file = (f.name if f else "") + wrong
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class Options:
     """Base of the option classes; every value is checked on construction.
 
     Raises:
-        InputError: one line with the option, the expected value and the given value.
+        InputError: one line with the option, the expected value and the given value; or no option
+            has that name, with a suggestion.
     """
 
     if TYPE_CHECKING:
         __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
 
+    def __init__(self, **values: Any) -> None:
+        known = type(self).__dataclass_fields__
+        for name, f in known.items():
+            object.__setattr__(self, name, f.default)
+        for given, value in values.items():
+            name = given if given in known else RENAMED.get(given, given)
+            if name not in known:
+                hint = suggest(name, known)
+                raise OptionError(None, f"unknown option {shorten(given)}{hint}")
+            if value is not known[name].default:
+                value = _check_value(type(self), known[name], value)
+            object.__setattr__(self, name, value)
+
     def replace(self, **changes: Any) -> Self:
         """Return a copy with some options changed."""
-        return dataclasses.replace(self, **changes)
-
-    def __post_init__(self) -> None:
-        for f in dataclasses.fields(self):
-            value = getattr(self, f.name)
-            if value is not f.default:
-                object.__setattr__(self, f.name, _check_value(type(self), f, value))
+        return type(self)(**{**vars(self), **changes})
 
 
 Kind = TypeVar("Kind", bound=Options)
@@ -126,13 +108,11 @@ def _types(kind: Any) -> dict[str, Any]:
 
 
 def plain_type(kind: Any, name: str) -> type:
-    """Return the plain type of an option: str, int, float or bool."""
+    """Return the plain type of an option: int, float, bool, or str for all that is parsed."""
     annotation = _types(kind)[name]
     while inner := get_args(annotation):
         annotation = inner[0]
-    # Literal[...] and `Spelling` are parsed from text.
-    plain = isinstance(annotation, type) and not issubclass(annotation, str)
-    return annotation if plain else str
+    return annotation if annotation in (int, float, bool) else str
 
 
 @functools.cache
@@ -147,10 +127,13 @@ def _validator(kind: Any, name: str) -> Callable[[Any], Any]:
 def _check_value(kind: Any, f: dataclasses.Field[Any], value: Any) -> Any:
     from pydantic import ValidationError
 
+    # Arrays and numbers of NumPy and PyTorch.
+    value = getattr(value, "tolist", lambda: value)()
+    plain = plain_type(kind, f.name)
+    if plain in (int, float) and isinstance(value, str):
+        value = read_number(value)
     try:
-        return _validator(kind, f.name)(
-            _plain(value, plain_type(kind, f.name), f.default)
-        )
+        return _validator(kind, f.name)(_text(value) if plain is str else value)
     except ValidationError as e:
         first = e.errors(include_url=False)[0]
         context = {**first.get("ctx", {}), "shown": shorten(first["input"])}
@@ -158,28 +141,14 @@ def _check_value(kind: Any, f: dataclasses.Field[Any], value: Any) -> Any:
         words = str(context.get("expected")).replace("'", "").replace(" or ", ", ")
         wrong = _WRONG[first["type"]].format(**context, words=words)
         raise OptionError(f, f" {wrong}") from None
-    except ValueError as e:
-        raise OptionError(f, f" {e}") from None
     except InputError as e:
-        # Of a `Spelling`; its message is a sentence of its own.
+        # Of a text that is parsed.
         raise OptionError(f, f": {e}") from None
 
 
-def _plain(value: Any, kind: type, default: Any) -> Any:
-    """Convert arrays and numbers of NumPy and PyTorch to Python's, and paths and lists to text."""
-    value = getattr(value, "tolist", lambda: value)()
-    if kind is str:
-        return _text(value, default)
-    # Python does not convert integers of more than 308 digits to floats.
-    return (
-        math.inf
-        if kind is float and isinstance(value, int) and value >= 10**308
-        else value
-    )
-
-
-def _text(value: Any, default: str) -> Any:
-    if isinstance(value, dict) and isinstance(default, Section):
+def _text(value: Any) -> Any:
+    """Convert paths, numbers, lists and sections to text."""
+    if isinstance(value, dict):
         value = json.dumps(
             value,
             ensure_ascii=False,
@@ -190,14 +159,8 @@ def _text(value: Any, default: str) -> Any:
     if isinstance(value, bool) or not isinstance(value, str | Path | int | float):
         return value
     text = shorten(value) if isinstance(value, int) else str(value)
-    if default and not text.strip():
-        raise ValueError("is empty; give a value, or remove the option")
-    try:
-        text.encode()
-    except UnicodeEncodeError as e:
-        raise ValueError(f"must be UTF-8 text, got {shorten(text)}") from e
-    if "\0" in text:
-        raise ValueError(f"must not contain a NUL byte, got {shorten(text)}")
+    if find_surrogate(text):
+        raise InputError(f"must be UTF-8 text, got {shorten(text)}")
     return text
 
 
@@ -210,60 +173,41 @@ def options_from(kind: type[Kind], values: Mapping[str, Any], source: str = "") 
     Raises:
         InputError: an unknown name (with a suggestion), a repeated name, or an invalid value.
     """
-    known = list(kind.__dataclass_fields__)
-    found: dict[str, Any] = {}
+    given: dict[str, Any] = {}
     for raw, value in values.items():
         name = str(raw).replace("-", "_")
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise InputError(
-                f"{source}: unknown option {shorten(raw)}{hint} known: {', '.join(known)}"
-            )
-        if name in found:
+        if name in given:
             raise InputError(
                 f"{source}: {name} appears twice, with a dash and an underscore"
             )
-        found[name] = value
+        given[name] = value
     try:
-        return kind(**found)
+        return kind(**given)
     except OptionError as e:
-        raise InputError(f"{source}: {e.name}{e.wrong}" if source else str(e)) from e
+        raise InputError(f"{source}: {e.in_file}" if source else str(e)) from e
 
 
 def read_options(
     kind: type[Options], values: Mapping[str, Any], source: str = ""
 ) -> dict[str, Any]:
-    """Check the given options, look up the parts that they name, and return only these options.
-
-    A run folder may name a part of a plug-in that is not installed here, so only the parts of the
-    options given now are looked up.
+    """Check the given options, and return only these.
 
     Raises:
-        InputError: as for `options_from`, or no registered part has a given name.
+        InputError: as for `options_from`, or an option is given without a value.
     """
     options = options_from(kind, values, source)
     names = {str(k).replace("-", "_") for k in values}
-    for f in dataclasses.fields(options):
-        value = getattr(options, f.name)
+    names |= {RENAMED.get(name, name) for name in names}
+    given = {
+        f: getattr(options, f.name) for f in dataclasses.fields(kind) if f.name in names
+    }
+    for f, value in given.items():
         # A file may repeat the default, as run.json does.
-        stated = f.name in names and not (source and value == f.default)
-        if stated and f.metadata["filled"] and not value.strip(" ,"):
+        repeated = source and value == f.default
+        if isinstance(value, str) and not value.strip(" ,") and not repeated:
             called = f"{source}: {f.name}" if source else flag(f)
             raise InputError(f"{called} is empty; give a value, or remove the option")
-        if f.name in names and f.metadata["room"] and value != f.default:
-            registry = importlib.import_module(
-                f"isingcut.{f.metadata['room']}"
-            ).registry
-            # A known part is not imported, which takes seconds.
-            for part in map(str.strip, value.split(",")):
-                if part in registry.choices or part not in registry.names():
-                    registry.get(part)
-    return {
-        name: getattr(options, name)
-        for name in kind.__dataclass_fields__
-        if name in names
-    }
+    return {f.name: value for f, value in given.items()}
 
 
 def from_yaml(kind: type[Options], path: Path) -> dict[str, Any]:
@@ -299,9 +243,8 @@ def read_number(text: str) -> Any:
     """Return the number that a YAML file or a typed option spells; other text as it is."""
     for kind in (int, float):
         if re.fullmatch(_PLAIN_VALUES[kind.__name__], text):
-            with contextlib.suppress(
-                ValueError
-            ):  # Python does not convert thousands of digits.
+            # Python does not convert thousands of digits.
+            with contextlib.suppress(ValueError):
                 return kind(text)
     return text
 
@@ -344,7 +287,7 @@ def parse_yaml(text: str) -> Any:
         raise ValueError("it is nested too deeply") from None
 
 
-class Section(Spelling):
+class Section(Parsed):
     """Options by name: a section of the `--config` file, or ``"{max_steps: 4}"`` typed.
 
     Attributes:
@@ -366,12 +309,6 @@ def _loader() -> Any:
 
     class Loader(safe):  # type: ignore[misc]
         yaml_implicit_resolvers: dict[Any, Any] = {}  # noqa: RUF012
-        yaml_constructors = {  # noqa: RUF012
-            tag: make
-            for tag, make in safe.yaml_constructors.items()
-            if tag is None
-            or tag.rpartition(":")[2] in (*_PLAIN_VALUES, "str", "seq", "map")
-        }
 
         def compose_node(self, parent: Any, index: Any) -> Any:
             if self.check_event(yaml.AliasEvent):

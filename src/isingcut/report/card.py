@@ -18,7 +18,7 @@ from isingcut.files.cuts import CardParts
 from isingcut.files.evaluations import EvaluationFile
 from isingcut.files.healings import HealingFile
 from isingcut.formats.sources import hub_id
-from isingcut.report.rows import benchmark_rows, healing_rows, healing_start
+from isingcut.report.rows import benchmark_rows
 from isingcut.report.run_files import PLAIN_CLASS, RunFiles
 from isingcut.report.words import markdown, render, sentence
 
@@ -96,7 +96,7 @@ def model_card(
         healing: record of the healing, if the checkpoint is healed.
         measured: scores of the GGUF file, from `gguf_card`.
     """
-    healed = "" if healing is None else _healed_section(healing)
+    healed = "" if healing is None else render("healed.md.j2", healing=healing)
     patch = parts.patch
     if (
         patch is not None
@@ -189,11 +189,4 @@ def healed_card(parts: CardParts | None, card: str, healing: HealingFile) -> str
     """
     if parts is not None:
         return model_card(parts, healing)
-    return f"{card.rstrip()}\n\n{_healed_section(healing)}"
-
-
-def _healed_section(healing: HealingFile) -> str:
-    rows = {row.key: row for row in healing_rows(healing)}
-    return render(
-        "healed.md.j2", healing=healing, start=healing_start(healing), rows=rows
-    )
+    return f"{card.rstrip()}\n\n{render('healed.md.j2', healing=healing)}"

@@ -15,11 +15,11 @@ import numpy as np
 from isingcut.files.healings import HealingFile
 from isingcut.files.states import MeasuredState
 from isingcut.ising.hamiltonian import Hamiltonian
-from isingcut.ising.states import Bools, Floats, states_of
-from isingcut.report.plots import Figure, Plot, Scale, span, whisker, x_span, y_span
-from isingcut.report.rows import CUT_RANKING, Value, kl_of, plus_minus
+from isingcut.ising.states import Bools, states_of
+from isingcut.report.plots import Figure, Plot, span, x_span, y_span
+from isingcut.report.rows import CUT_RANKING, kl_of, plus_minus
 from isingcut.report.run_files import RunFiles
-from isingcut.report.states import Book, KnownState
+from isingcut.report.states import ReportState
 from isingcut.report.words import join_blocks, sentence
 
 # The block axis -----------------------------------------------------------------------
@@ -31,35 +31,11 @@ SATURATION = 0.95
 ROOT = 0.6
 
 
-def map_rows(
-    files: RunFiles, states: Book
-) -> tuple[list[tuple[KnownState, str]], Scale]:
-    """Return the lowest states and the chosen one, each with its `dots`, and the margin's scale."""
-    candidates = states.of("candidate")
-    shown = [
-        s for k, s in enumerate(candidates) if k < MAP_ROWS or s.chosen
-    ] + states.of("named")
-    scale = margin_scale(files, shown)
-    return [(s, dots(s, scale, energies=files.comparable)) for s in shown], scale
-
-
-def margin_scale(files: RunFiles, states: list[KnownState]) -> Scale:
-    """Make the scale of measured KL and comparable energies, in percent of the margin's width."""
-    losses = [state.kl for state in states if state.kl is not None]
-    values = [end for kl in losses for end in (kl.low, kl.high)]
-    if files.comparable:
-        values += [state.energy for state in states if state.energy is not None]
-    return span(values, 2.0, 98.0)
-
-
-def dots(state: KnownState, scale: Scale, *, energies: bool) -> str:
-    """Return the positions of a state's marks in the margin, as CSS properties in percent."""
-    style = []
-    if energies and state.energy is not None:
-        style.append(f"--e:{scale(state.energy)}%")
-    if state.kl is not None:
-        style.append(whisker(scale, state.kl.figure, state.kl.low, state.kl.high))
-    return ";".join(style)
+def map_rows(states: Sequence[ReportState]) -> list[ReportState]:
+    """Return the lowest states, the chosen one, and one named by hand."""
+    lowest = [s for s in states if s.kind == "candidate"][:MAP_ROWS]
+    kinds = ("candidate", "named")
+    return [s for s in states if s in lowest or (s.chosen and s.kind in kinds)]
 
 
 def block_ticks(n: int) -> list[tuple[int, float]]:
@@ -116,9 +92,8 @@ def draw_couplings(energy: Hamiltonian) -> dict[str, Any]:
     Returns:
         ``cells``, rows of pairs: CSS class (``p`` above 0, ``d`` the diagonal, ``u`` unmeasured,
         else ``n``) and opacity; ``hatch``, an SVG path over the unmeasured cells; ``full``, the |J|
-        from which on the colour is full; ``beyond``, the number of pairs above it; ``legend``,
-        values along the colour bar with their opacity; ``strongest``, the measured pairs of largest
-        |J|, at most 200, as (i, j, text); ``words``, a description.
+        from which on the colour is full; ``beyond``, the number of pairs above it; ``strongest``,
+        the measured pairs of largest |J|, at most 200, as (i, j, text); ``words``, a description.
     """
     coupling = energy.J
     errors = energy.J_error
@@ -127,14 +102,10 @@ def draw_couplings(energy: Hamiltonian) -> dict[str, Any]:
     values = coupling[rows, columns]
     full = float(np.quantile(np.abs(values), SATURATION)) if len(values) else 0.0
     full = full or float(np.abs(values).max(initial=0.0)) or 1.0
-
-    def opacity(found: Floats) -> Floats:
-        return np.minimum(1.0, (np.abs(found) / full) ** ROOT)
-
     kinds = np.where(coupling > 0, "p", "n")
     kinds[unknown] = "u"
     np.fill_diagonal(kinds, "d")
-    shades = opacity(coupling).tolist()
+    shades = np.minimum(1.0, (np.abs(coupling) / full) ** ROOT).tolist()
     strongest = []
     for k in np.argsort(-np.abs(values), kind="stable")[:200]:
         i = int(rows[k])
@@ -147,7 +118,6 @@ def draw_couplings(energy: Hamiltonian) -> dict[str, Any]:
     )
     if missing := int(unknown.sum()) // 2:
         words += f" {missing} other pairs were never removed together: not measured."
-    along = np.linspace(-full, full, 25)
     return {
         "cells": [
             list(zip(*row, strict=True))
@@ -156,7 +126,6 @@ def draw_couplings(energy: Hamiltonian) -> dict[str, Any]:
         "hatch": "".join(f"M{j} {i + 1}l1-1" for i, j in np.argwhere(unknown).tolist()),
         "full": full,
         "beyond": int((np.abs(values) > full).sum()),
-        "legend": list(zip(along.tolist(), opacity(along).tolist(), strict=True)),
         "strongest": strongest,
         "words": words,
     }
@@ -168,55 +137,44 @@ MOST_MARKS = 200
 """Maximum number of marked losses of a training; the line goes through all losses."""
 
 
-def scatter_figure(files: RunFiles, name: str, states: Book) -> Figure:
+def scatter_figure(files: RunFiles, name: str, states: Sequence[ReportState]) -> Figure:
     """Plot one energy against the measured KL of candidates and random states.
 
     Args:
         name: name of the energy, which is in `RunFiles.energies` and `RunFiles.judged`.
     """
     energy = files.energies[name]
-    found = files.judged[name].kl
-    both = [*states.of("random"), *states.of("candidate")]
-    measured = [(s, s.kl) for s in both if s.kl is not None]
+    drawn = [s for s in states if s.kind in ("random", "candidate")]
+    # The chosen state is drawn above all others.
+    drawn.sort(key=lambda s: (s.chosen, s.kind == "candidate"))
+    shown = [(s, s.kl) for s in drawn if s.kl is not None]
     energies = energy.energies(
-        states_of(energy.n, (s.removed for s, _ in measured))
+        states_of(energy.n, (s.removed for s, _ in shown))
     ).tolist()
-    shown = [(s, kl, e) for (s, kl), e in zip(measured, energies, strict=True)]
-    ends = [end for _, kl, _ in shown for end in (kl.low, kl.high)]
     plot = Plot(
         x_span(energies, log=True),
-        y_span(ends, log=True),
+        y_span([end for _, kl in shown for end in (kl.low, kl.high)], log=True),
         f"energy {name}, {energy.unit}",
         f"KL ({CUT_RANKING}), nats/token",
     )
-    for state, kl, value in sorted(shown, key=lambda t: t[0].chosen):
-        random = state.kind == "random"
+    legend = {
+        "candidate": "low-energy candidates",
+        "random": "random states",
+        "chosen": "chosen state",
+    }
+    for (state, kl), value in zip(shown, energies, strict=True):
         plot.mark(
             value,
             kl.figure,
             state.tip(value, energy.unit, "energy" if name == files.energy else name),
-            "chosen" if state.chosen else "random" if random else "measured",
-            shape="ring" if random else "dot",
+            "chosen" if state.chosen else state.kind,
+            shape="ring" if state.kind == "random" else "dot",
             error=kl.error,
             state=state.number,
         )
-    return Figure(
-        f"scatter-{name}",
-        f"{name} against measured loss",
-        sentence("ranks_words", found),
-        plot,
-        f"Energy {name} against measured KL.",
-        ("state", f"energy, {energy.unit}", "KL, nats/token", "blocks removed"),
-        [
-            (s.name, f"{e:.5g}", kl.text(), join_blocks(s.removed))
-            for s, kl, e in sorted(shown, key=lambda t: t[2])
-        ],
-        [
-            ("measured", "low-energy candidates"),
-            ("random", "random states"),
-            ("chosen", "chosen state"),
-        ],
-    )
+    title = f"{name} against measured loss"
+    words = sentence("ranks_words", files.judged[name].kl)
+    return Figure(f"scatter-{name}", title, words, plot, list(legend.items()))
 
 
 def healing_figure(healing: HealingFile) -> Figure:
@@ -230,12 +188,14 @@ def healing_figure(healing: HealingFile) -> Figure:
     plot = Plot(*axes, "tokens of training", "training loss")
     plot.line([(s.tokens, s.loss) for s in steps], "healed")
     for s in steps[:: -(-len(steps) // MOST_MARKS)]:
-        tip = f"step {s.step}\n{s.tokens} tokens\nloss {s.loss:.4f}"
-        plot.mark(s.tokens, s.loss, tip, "healed")
-    rows = [(str(s.step), str(s.tokens), f"{s.loss:.5f}") for s in steps]
-    columns = ("step", "tokens", "loss")
+        plot.mark(
+            s.tokens,
+            s.loss,
+            f"step {s.step}\n{s.tokens} tokens\nloss {s.loss:.4f}",
+            "healed",
+        )
     words = f"The lowest of {len(losses)} is {min(losses):.4f}."
-    return Figure("healing", title, words, plot, "Training loss.", columns, rows)
+    return Figure("healing", title, words, plot)
 
 
 @dataclass(frozen=True)
@@ -246,7 +206,6 @@ class Axis:
         key: HTML id of the figure.
         title: heading of the figure.
         label: label of the axis.
-        sign: unit that follows a figure.
         whole: position of the original.
         cost: block cost whose kept share is the axis; empty for the measured decode speed.
     """
@@ -254,7 +213,6 @@ class Axis:
     key: str
     title: str
     label: str
-    sign: str
     whole: float
     cost: str = ""
 
@@ -264,152 +222,77 @@ class Axis:
             return files.run.blocks.total_parameters
         return float(sum(getattr(b, self.cost) for b in files.blocks))
 
-    def place(self, files: RunFiles) -> float | None:
+    def place(self, files: RunFiles, removed: Sequence[int]) -> float | None:
         """Return the position of a removal on the axis, or None if it was not measured."""
-        best = files.best
-        found = files.evaluation
-        if best is None:
-            return None
         if self.cost:
-            gone = sum(getattr(files.blocks[i], self.cost) for i in best.removed)
+            gone = sum(getattr(files.blocks[i], self.cost) for i in removed)
             return 100 * (1 - gone / self.total(files)) if self.total(files) else None
+        found = files.evaluation
         speeds = [] if found is None else [found.before, found.after]
         rates = [side.decode_tokens_per_second for side in speeds]
         return (
             rates[1] / rates[0] if len(rates) == 2 and rates[0] and rates[1] else None
         )
 
-    def plot(self, points: Sequence[Point]) -> Plot:
-        """Make an empty plot with axes that cover all points and the original."""
-        return Plot(
-            x_span([self.whole, *(p.at for p in points)]),
-            y_span([0.0, *(p.loss.high for p in points)], zero=True),
-            self.label,
-            f"KL ({CUT_RANKING}), nats/token",
-        )
-
 
 AXES = (
-    Axis(
-        "pareto-parameters",
-        "Parameters",
-        "parameters kept, %",
-        " %",
-        100.0,
-        "parameters",
-    ),
-    Axis(
-        "pareto-cache",
-        "KV cache",
-        "KV cache kept, %",
-        " %",
-        100.0,
-        "kv_bytes_per_token",
-    ),
-    Axis("pareto-speed", "Measured speed", "decode speed, × original", " ×", 1.0),
+    Axis("pareto-parameters", "Parameters", "parameters kept, %", 100.0, "parameters"),
+    Axis("pareto-cache", "KV cache", "KV cache kept, %", 100.0, "kv_bytes_per_token"),
+    Axis("pareto-speed", "Measured speed", "decode speed, × original", 1.0),
 )
 
 
 @dataclass(frozen=True)
-class Point:
-    """One removal in a trade-off figure.
+class Group:
+    """Removals of a trade-off figure that look alike.
 
     Attributes:
-        at: position on the horizontal axis.
-        loss: measured KL of the state, or the ground state's energy if no KL was measured.
-        measured: whether ``loss`` is a measured KL.
-        removal: files of the removal.
-        removed: removed blocks.
+        kind: CSS class of their marks.
+        name: their meaning in the legend.
+        removals: the files of each.
+        joined: whether a line joins them to the original.
     """
 
-    at: float
-    loss: Value
-    measured: bool
-    removal: RunFiles
-    removed: list[int]
+    kind: str
+    name: str
+    removals: Sequence[RunFiles]
+    joined: bool = False
 
 
-def points_of(files: RunFiles, axis: Axis) -> list[Point]:
-    """Return the points of all removals of a run that have a position on the axis.
-
-    A removal without a measured KL has its ground state's energy as its loss if that is in nats
-    per token, and is left out otherwise.
-    """
-    points = []
-    for removal in files.removals:
-        at = axis.place(removal)
-        best = removal.best
-        if at is not None and isinstance(best, MeasuredState):
-            points.append(Point(at, kl_of(best), True, removal, best.removed))
-        elif at is not None and best is not None and files.comparable:
-            points.append(Point(at, Value(best.energy), False, removal, best.removed))
-    return points
-
-
-def front(
-    points: Sequence[tuple[float, float]], *, more: bool
-) -> list[tuple[float, float]]:
-    """Return the Pareto front from left to right: no other point has a better position and loss.
+def trade_off_figure(axis: Axis, groups: Sequence[Group], absent: str) -> Figure:
+    """Plot the measured KL of removals against an axis.
 
     Args:
-        points: pairs of position and loss.
-        more: whether a larger position is better (speed), else a smaller one (kept share).
+        absent: the reason if no removal has a measured KL and a position on the axis.
     """
-    best: list[tuple[float, float]] = []
-    for point in sorted(points, key=lambda p: (-p[0] if more else p[0], p[1])):
-        if not best or point[1] < best[-1][1]:
-            best.append(point)
-    return sorted(best)
-
-
-def trade_off_figure(files: RunFiles, axis: Axis) -> Figure:
-    """Plot the KL of all removals of a run against an axis, with the Pareto front."""
-    points = points_of(files, axis)
+    points = []
+    for group in groups:
+        for files in group.removals:
+            best = files.best
+            if isinstance(best, MeasuredState):
+                at = axis.place(files, best.removed)
+                points += [] if at is None else [(group, files, at, best)]
     if not points:
-        return Figure(axis.key, axis.title, sentence("no_points", files, axis))
-    plot = axis.plot(points)
-    taken = [(axis.whole, 0.0), *((p.at, p.loss.figure) for p in points if p.measured)]
-    plot.line(front(taken, more=not axis.cost), "front")
-    plot.mark(axis.whole, 0.0, "the original model\nKL 0", "original", shape="diamond")
-    rows = [("none", f"{axis.whole:.4g}{axis.sign}", "0", "the original", "")]
-    legend = {"original": "original", "chosen": "this removal"}
-    for point in points:
-        name = point.removal.name
-        at = f"{point.at:.4g}{axis.sign}"
-        what = (
-            "measured KL"
-            if point.measured
-            else "not measured; energy of the ground state"
-        )
-        own = point.removal.target == files.target
-        kind = "chosen" if own else "measured" if point.measured else "random"
-        tip = (
-            f"remove {name}\n{axis.label.split(',')[0]}: {at}\n{what} {point.loss.text()} "
-            "nats/token"
-        )
-        shape = "dot" if point.measured else "ring"
-        plot.mark(
-            point.at, point.loss.figure, tip, kind, shape=shape, error=point.loss.error
-        )
-        known = "measured" if point.measured else "energy only"
-        rows.append((name, at, point.loss.text(), known, join_blocks(point.removed)))
-        key = kind if point.measured else "random"
-        legend.setdefault(
-            key, {"measured": "other removals", "random": "energy only"}.get(key, "")
-        )
-    return Figure(
-        axis.key,
-        axis.title,
-        f"The original and {len(points)} removal" + "s" * (len(points) > 1) + ".",
-        plot,
-        f"{axis.title} against KL.",
-        (
-            "removal",
-            axis.label,
-            f"KL ({CUT_RANKING}), nats/token",
-            "how known",
-            "blocks removed",
-        ),
-        rows,
-        list(legend.items()),
+        return Figure(axis.key, axis.title, absent)
+    plot = Plot(
+        x_span([axis.whole, *(at for *_, at, _ in points)]),
+        y_span([0.0, *(kl_of(best).high for *_, best in points)], zero=True),
+        axis.label,
+        f"KL ({CUT_RANKING}), nats/token",
     )
+    plot.mark(axis.whole, 0.0, "the original", "original", shape="diamond")
+    legend = {"original": "original"}
+    for group in groups:
+        own = [(at, best.kl) for of, _, at, best in points if of is group]
+        if group.joined and own:
+            plot.line(sorted([*own, (axis.whole, 0.0)]), group.kind)
+    for group, files, at, best in points:
+        kl = kl_of(best)
+        tip = (
+            f"{group.name}: remove {files.name}\n{axis.label}: {at:.4g}\n"
+            f"KL {kl.text()} nats/token\nwithout blocks {join_blocks(best.removed)}"
+        )
+        plot.mark(at, kl.figure, tip, group.kind, error=kl.error)
+        legend[group.kind] = group.name
+    words = f"The original and {len(points)} measured removal{'s'[: len(points) > 1]}."
+    return Figure(axis.key, axis.title, words, plot, list(legend.items()))

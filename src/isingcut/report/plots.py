@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from isingcut.report.rows import Row
+from isingcut.report.rows import Row, plus_minus
 
 WIDTH = 460.0
 HEIGHT = 300.0
@@ -55,20 +55,9 @@ class Scale:
     def ticks(self, count: int = 5) -> list[float]:
         """Return about ``count`` round values within the scale."""
         if self.log:
-            decades = range(
-                math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1
-            )
-            for digits in ((1, 2, 5), (1, 3), (1,)):
-                found = [
-                    d * 10.0**e
-                    for e in decades
-                    for d in digits
-                    if self.low <= d * 10.0**e <= self.high
-                ]
-                if len(found) <= count + 2:
-                    break
-            if len(found) >= 2:
-                return found
+            near = np.geomspace(self.low, self.high, count + 1)
+            rounded = {float(f"{value:.1g}") for value in near}
+            return sorted(t for t in rounded if self.low <= t <= self.high)
         rough = (self.high - self.low) / count
         power = 10.0 ** math.floor(math.log10(rough))
         step = next(
@@ -118,26 +107,9 @@ def span(
     )
 
 
-def tick_text(ticks: Sequence[float]) -> list[str]:
-    """Format axis labels, with enough digits to tell the ticks apart."""
-    large = max(abs(t) for t in ticks)
-    for least, unit, letter in ((1e9, 1e9, "G"), (1e6, 1e6, "M"), (1e5, 1e3, "k")):
-        if large >= least:
-            return [
-                f"{t / unit:.4g}{letter}".replace("-", "−") if t else "0" for t in ticks
-            ]
-    gaps = np.diff(ticks)
-    if (large and large < 1e-3) or not np.allclose(gaps, gaps.mean()):
-        return [f"{t:.3g}".replace("-", "−") for t in ticks]
-    for digits in range(6):
-        shown = [f"{t:.{digits}f}" for t in ticks]
-        exact = all(
-            abs(float(s) - t) <= 1e-6 * (abs(t) or large)
-            for s, t in zip(shown, ticks, strict=True)
-        )
-        if exact and len(set(shown)) == len(ticks):
-            break
-    return [s.replace("-", "−") for s in shown]
+def tick_text(tick: float) -> str:
+    """Format the label of a tick."""
+    return f"{tick:,.10g}".replace("-", "−")
 
 
 @dataclass
@@ -161,8 +133,10 @@ class Plot:
     @property
     def ticks(self) -> list[list[tuple[float, str]]]:
         """Coordinates and labels of the ticks, for each axis."""
-        both = [(axis, axis.ticks()) for axis in (self.x, self.y)]
-        return [list(zip(map(axis, v), tick_text(v), strict=True)) for axis, v in both]
+        return [
+            [(axis(tick), tick_text(tick)) for tick in axis.ticks()]
+            for axis in (self.x, self.y)
+        ]
 
     def line(self, points: Sequence[tuple[float, float]], kind: str = "") -> None:
         """Add a line through points in data coordinates."""
@@ -192,22 +166,20 @@ class Plot:
             state: number of the state that a click shows.
         """
         ends = None if error is None else (self.y(y - error), self.y(y + error))
+        row = (tip.split("\n")[0], f"{x:.5g}", plus_minus(y, error))
         look = {"tip": tip, "kind": kind, "shape": shape, "ends": ends, "state": state}
-        self.marks.append({"x": self.x(x), "y": self.y(y), **look})
+        self.marks.append({"x": self.x(x), "y": self.y(y), "row": row, **look})
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A chart with its heading, its description and its data.
+    """A chart with its heading and its description; a table below it lists its marks.
 
     Attributes:
         key: HTML id.
         title: heading.
         words: description in a sentence or two.
         plot: the chart, or None without data; ``words`` is then the reason.
-        label: chart label for screen readers, which ``words`` follow.
-        columns: headings of the data table.
-        rows: rows of the data table.
         legend: pairs of a CSS class and its meaning.
     """
 
@@ -215,17 +187,7 @@ class Figure:
     title: str
     words: str
     plot: Plot | None = None
-    label: str = ""
-    columns: Sequence[str] = ()
-    rows: Sequence[Sequence[str]] = ()
     legend: Sequence[tuple[str, str]] = ()
-
-
-def whisker(scale: Scale, value: float, low: float, high: float, key: str = "k") -> str:
-    """Return the positions of a value and its interval in percent, as CSS properties."""
-    a = scale(low)
-    b = scale(high)
-    return f"--{key}:{scale(value)}%;--a:{a}%;--w:{round(b - a, 2)}%"
 
 
 def meter(row: Row, model: str, models: Sequence[str]) -> str:
@@ -237,9 +199,11 @@ def meter(row: Row, model: str, models: Sequence[str]) -> str:
     if value is None or not whole or value.figure < 0:
         return ""
     scale = Scale(0.0, whole)
+    length = f"--v:{scale(value.figure)}%"
     if value.error is None:
-        return f"--v:{scale(value.figure)}%"
-    return whisker(scale, value.figure, value.low, value.high, "v")
+        return length
+    low = scale(value.low)
+    return f"{length};--a:{low}%;--w:{round(scale(value.high) - low, 2)}%"
 
 
 def x_span(values: Iterable[float], *, zero: bool = False, log: bool = False) -> Scale:

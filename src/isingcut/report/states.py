@@ -14,11 +14,11 @@ from isingcut.report.words import join_blocks
 
 
 @dataclass(frozen=True)
-class KnownState:
+class ReportState:
     """A numbered state of a report.
 
     Attributes:
-        number: index in the `Book`.
+        number: index in the list of all.
         name: display name, for example ``"state 11"``.
         kind: ``candidate``, ``random``, ``baseline`` or ``named`` (given by hand).
         removed: removed blocks, ascending.
@@ -53,19 +53,12 @@ class KnownState:
         return "\n".join(lines)
 
 
-class Book(list[KnownState]):
-    """The states of one removal: candidates by energy, random, baseline choices, named."""
-
-    def of(self, kind: str) -> list[KnownState]:
-        """Return all states of a kind, in order."""
-        return [s for s in self if s.kind == kind]
-
-
-def number_states(files: RunFiles) -> Book:
-    """Collect and number the states in the files of a removal."""
+def number_states(files: RunFiles) -> list[ReportState]:
+    """Collect and number the states of a removal: candidates by energy, random ones, the choices
+    of baselines, and one named by hand."""
     chosen = None if files.removed is None else tuple(files.removed)
     main = files.hamiltonian
-    result = Book()
+    result: list[ReportState] = []
 
     def add(
         name: str,
@@ -78,7 +71,7 @@ def number_states(files: RunFiles) -> Book:
             None if main is None else float(main.energies(states_of(main.n, [gone]))[0])
         )
         result.append(
-            KnownState(len(result), name, kind, gone, energy, measured, gone == chosen)
+            ReportState(len(result), name, kind, gone, energy, measured, gone == chosen)
         )
 
     ranking = files.candidates
@@ -99,7 +92,7 @@ def number_states(files: RunFiles) -> Book:
     return result
 
 
-def list_rivals(files: RunFiles, states: Book) -> list[dict[str, Any]]:
+def list_rivals(files: RunFiles, states: Sequence[ReportState]) -> list[dict[str, Any]]:
     """List the choices of all baselines and of the run itself, lowest measured KL first.
 
     The run's choice is listed if it was measured. Without a baseline, the list is empty.
@@ -108,6 +101,7 @@ def list_rivals(files: RunFiles, states: Book) -> list[dict[str, Any]]:
         for each choice the ``name`` of the method, the ``state``, and the ``passes`` and ``tokens``
         that finding it took, None if they were not counted.
     """
+    chosen_by = [s for s in states if s.kind == "baseline"]
     found: list[dict[str, Any]] = [
         {
             "name": b.baseline,
@@ -115,13 +109,13 @@ def list_rivals(files: RunFiles, states: Book) -> list[dict[str, Any]]:
             "passes": b.passes,
             "tokens": b.tokens_searched,
         }
-        for state, b in zip(states.of("baseline"), files.baselines, strict=True)
+        for state, b in zip(chosen_by, files.baselines, strict=True)
     ]
-    ranked = (*states.of("candidate"), *states.of("random"))
-    chosen = next((s for s in ranked if s.chosen and s.measured is not None), None)
+    own = (s for s in states if s.chosen and isinstance(s.measured, MeasuredState))
+    chosen = next(own, None)
     if found and chosen is not None:
         meta = files.meta
-        passes = files.meta.passes
+        passes = meta.passes
         if passes is None and meta.blocks_run is not None:
             passes = meta.blocks_run / len(files.blocks)
         costs = {"passes": passes, "tokens": meta.tokens}

@@ -103,7 +103,7 @@ def _environment(**more: Any) -> jinja2.Environment:
         rows.label_figure,
         rows.plus_minus,
         sentence,
-        spectrum_map,
+        spectrum_rows,
         table,
         was_tuned,
     )
@@ -158,36 +158,26 @@ def state_map(removed: Sequence[int], n: int) -> str:
     return "".join("·" if i in removed else "#" for i in range(n))
 
 
-def spectrum_map(
+def spectrum_rows(
     spectrum: states.SpectrumFile,
     candidates: states.CandidatesFile | None,
     removed: Sequence[int] | None,
-) -> list[str]:
-    """Return monospaced lines, one per state: rank (* marks ``removed``), energy, KL, blocks."""
-    n = spectrum.n
-    ranked = () if candidates is None else candidates.candidates
-    measured = {tuple(row.removed): rows.kl_of(row).text() for row in ranked}
-    tens = "".join(str(i // 10) if i % 10 == 0 else " " for i in range(n)).rstrip()
-    lines = [
-        ("", "", "", tens),
-        ("rank", "energy", "KL", "".join(str(i % 10) for i in range(n))),
-    ]
+) -> list[tuple[str, ...]]:
+    """Return the table of states, with headings: rank (* marks ``removed``), energy, KL, blocks."""
+    lines = [("rank", "energy", "KL", "blocks", "removed")]
     for state in spectrum.states:
-        mark = (
-            "*"
-            if removed is not None and sorted(state.removed) == sorted(removed)
-            else " "
+        mark = "*" * (removed is not None and sorted(state.removed) == sorted(removed))
+        known = known_rows(candidates, state.removed) if candidates else []
+        lines.append(
+            (
+                f"{mark}{state.rank}",
+                f"{state.energy:.4g}",
+                "".join(rows.kl_of(row).text() for row, _ in known),
+                f"`{state_map(state.removed, spectrum.n)}`",
+                join_blocks(state.removed),
+            )
         )
-        kl = measured.get(tuple(state.removed), "")
-        row = (
-            f"{mark}{state.rank}",
-            f"{state.energy:.4g}",
-            kl,
-            state_map(state.removed, n),
-        )
-        lines.append(row)
-    wide = [max(len(line[k]) for line in lines) for k in range(3)]
-    return ["  ".join([*map(str.rjust, line[:3], wide), line[3]]) for line in lines]
+    return lines
 
 
 # Pages --------------------------------------------------------------------------------

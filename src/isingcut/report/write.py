@@ -20,12 +20,11 @@ from isingcut.files.ownership import check_output
 from isingcut.files.results import write_json, write_sealed
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.ising.states import Floats
-from isingcut.report import figures, plots
+from isingcut.report import figures
 from isingcut.report.card import gguf_card
-from isingcut.report.rows import CUT_RANKING
 from isingcut.report.run_files import RunFiles
-from isingcut.report.states import Book, list_rivals, number_states
-from isingcut.report.words import paragraphs, render, render_page
+from isingcut.report.states import ReportState, list_rivals, number_states
+from isingcut.report.words import paragraphs, render, render_page, sentence
 
 
 def write_report(folder: Path, target: Path | None = None) -> None:
@@ -109,15 +108,19 @@ def _facts(files: RunFiles) -> dict[str, Any]:
 def _drawings(view: dict[str, Any]) -> dict[str, Any]:
     """Return the figures and the script's data for the HTML page of a view."""
     files: RunFiles = view["files"]
-    states: Book = view["states"]
+    states: list[ReportState] = view["states"]
     energy = files.hamiltonian
     n = len(files.blocks)
     kinds = [b.kind for b in files.blocks]
-    rows, scale = figures.map_rows(files, states)
+    here = [f for f in files.removals if f.target == files.target]
+    others = [f for f in files.removals if f.target != files.target]
+    groups = [
+        figures.Group("chosen", "this removal", here),
+        figures.Group("candidate", "other removals", others),
+    ]
     return {
         "n": n,
-        "rows": rows,
-        "scale": scale,
+        "rows": figures.map_rows(states),
         "ticks": figures.block_ticks(n),
         "fields": None if energy is None else figures.draw_fields(energy, kinds),
         "couplings": None if energy is None else figures.draw_couplings(energy),
@@ -126,11 +129,10 @@ def _drawings(view: dict[str, Any]) -> dict[str, Any]:
             for name in files.judged
             if name in files.energies
         ],
-        "trade_offs": [figures.trade_off_figure(files, axis) for axis in figures.AXES],
-        "dots": figures.dots,
-        "rival_scale": figures.margin_scale(
-            files, [rival["state"] for rival in view["rivals"]]
-        ),
+        "trade_offs": [
+            figures.trade_off_figure(axis, groups, sentence("no_points", files, axis))
+            for axis in figures.AXES
+        ],
         "curve": None
         if files.healing is None
         else figures.healing_figure(files.healing),
@@ -138,7 +140,7 @@ def _drawings(view: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _page_data(files: RunFiles, states: Book) -> dict[str, Any]:
+def _page_data(files: RunFiles, states: list[ReportState]) -> dict[str, Any]:
     """Return the data of the page's script: the blocks, the energy's terms and the states."""
     return {
         "n": len(files.blocks),
@@ -224,6 +226,10 @@ def write_comparison(
     check_output(out, overwrite=overwrite)
     runs = _sides([RunFiles(*places) for places in folders])
     warnings = paragraphs("comparison_warnings", runs)
+    groups = [
+        figures.Group(f"tone-{run.tone}", run.name, run.files.removals, joined=True)
+        for run in runs
+    ]
     page = render_page(
         "compare.html.j2",
         title=f"{len(runs)} runs compared",
@@ -231,7 +237,10 @@ def write_comparison(
         differences=differences(runs),
         warnings=warnings,
         block_ticks=figures.block_ticks,
-        trade_offs=[_trade_off(runs, axis) for axis in figures.AXES],
+        trade_offs=[
+            figures.trade_off_figure(axis, groups, "No run has measured this.")
+            for axis in figures.AXES
+        ],
         data={"n": 0, "kinds": [], "states": []},
     )
     write_sealed(out, page)
@@ -268,38 +277,3 @@ def differences(runs: Sequence[Side]) -> list[tuple[str, list[str]]]:
         if key not in ("model", "calibration"):
             rows.append((key.replace("_", " "), values, values))
     return [(name, shown) for name, shown, identity in rows if len(set(identity)) > 1]
-
-
-def _trade_off(runs: Sequence[Side], axis: figures.Axis) -> plots.Figure:
-    """Plot all measured removals of each run, with a line from the original through them."""
-    found = []
-    for run in runs:
-        measured = [p for p in figures.points_of(run.files, axis) if p.measured]
-        found.append((run, sorted(measured, key=lambda p: p.at)))
-    flat = [point for _, points in found for point in points]
-    if not flat:
-        return plots.Figure(axis.key, axis.title, "No run has measured this.")
-    plot = axis.plot(flat)
-    rows = []
-    plot.mark(axis.whole, 0.0, "the original\nKL 0", "original", shape="diamond")
-    for run, points in found:
-        ends = [(axis.whole, 0.0), *((p.at, p.loss.figure) for p in points)]
-        plot.line(sorted(ends), f"tone-{run.tone}")
-        for point in points:
-            removal = point.removal.name
-            at = f"{point.at:.4g}"
-            loss = point.loss
-            tip = f"{run.name}\nremove {removal}\n{axis.label}: {at}\nKL {loss.text()}"
-            plot.mark(point.at, loss.figure, tip, f"tone-{run.tone}", error=loss.error)
-            rows.append((run.name, removal, at, loss.text()))
-    words = f"{len(flat)} measured removals of {len(runs)} runs."
-    return plots.Figure(
-        axis.key,
-        axis.title,
-        words,
-        plot,
-        f"{axis.title} against KL.",
-        ("run", "removal", axis.label, f"KL ({CUT_RANKING}), nats/token"),
-        rows,
-        [(f"tone-{run.tone}", run.name) for run, points in found if points],
-    )

@@ -1,9 +1,10 @@
 """Runs: the stages from a model to a report.
 
+`stages`: how a stage runs; `pipeline`: the table of stages, and whole jobs.
 `folder`: the files of a run; `checks`: options, folder and text, before torch is imported;
 `solving`: constraints, and the stages without a model (no torch); `session`: the model and the
 processes that share it; `measuring`: text and energy; `cutting`: cut, patch and heal the model;
-`packing`: choose a GGUF type; `ranking`: measure candidates and baseline choices; `evaluating`,
-`benchmarking`: score models on text and on tasks; `pipeline`: whole jobs; `api`: the Python API;
-`interop_hub`: upload to the hub; `plan`: estimates of time and memory.
+`packing`: choose a GGUF type; `ranking`: measure candidates and baseline choices; `trials`: patched
+candidates; `evaluating`, `benchmarking`: score models on text and on tasks; `api`: the Python API;
+`uploading`: upload to the hub; `plan`: estimates of time and memory.
 """

@@ -20,6 +20,7 @@ from isingcut.evaluation.questions import (
 from isingcut.evaluation.scores import score_states
 from isingcut.files import evaluations, states
 from isingcut.files.results import fingerprint, read_document, write_document
+from isingcut.files.runs import BlockList
 from isingcut.measure.work import Work
 from isingcut.options.config import RunConfig
 from isingcut.runs import solving
@@ -28,9 +29,10 @@ from isingcut.runs.cutting import product
 from isingcut.runs.evaluating import open_scores
 from isingcut.runs.folder import RunFolder
 from isingcut.runs.session import Session
+from isingcut.runs.stages import Making, Stage
 
 
-def check_whole(session: Session) -> None:
+def check_whole(session: Session, blocks: BlockList | None = None) -> None:
     """Raise if a task needs the whole model in memory, but the model is streamed.
 
     Raises:
@@ -111,10 +113,10 @@ def choose_by_tasks(
     return best[position], found
 
 
-def benchmarks(
+def _benchmarks(
     session: Session, folder: RunFolder, removed: Sequence[int] | None = None
-) -> evaluations.BenchmarksFile:
-    """Run stage `benchmarks`: score both models on the options' tasks, in `benchmarks.json`.
+) -> Making:
+    """Score both models on the options' tasks.
 
     Args:
         removed: the blocks of another state than the chosen one.
@@ -131,10 +133,9 @@ def benchmarks(
     )
     # Questions that were used for the choice must not be used to score it.
     but = chosen.questions if chosen else []
-    tasks = split_names(config.tasks)
     options = {
         "model": made.fingerprint,
-        "tasks": tasks,
+        "tasks": split_names(config.tasks),
         "questions": config.questions,
         "data": bool(config.data),
         **({"left_out": fingerprint(but)} if but else {}),
@@ -146,10 +147,16 @@ def benchmarks(
         session.choose_tuning(folder)
         write_document(path, _score_both(session, checkpoint, but=but, kept=work))
 
-    file = checkpoint.with_name("benchmarks.json")
-    read = partial(read_document, model=evaluations.BenchmarksFile)
-    drop = partial(benchmark.forget_scores, work, tasks)
-    return folder.stage("benchmarks", file, options, make, read, forget=drop)
+    return folder, checkpoint.with_name("benchmarks.json"), options, make
+
+
+benchmarks = Stage(
+    "benchmarks",
+    _benchmarks,
+    partial(read_document, model=evaluations.BenchmarksFile),
+    check=check_whole,
+    journals=(".benchmarks/*.journal",),
+)
 
 
 def benchmark_checkpoint(

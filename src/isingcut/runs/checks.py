@@ -12,6 +12,7 @@ from typing import Any
 from isingcut.data import corpora
 from isingcut.data.mixture import places_in
 from isingcut.data.text_files import is_read_once
+from isingcut.energies import registry as energies
 from isingcut.errors import InputError
 from isingcut.evaluation.questions import WIKITEXT, check_tasks, split_names
 from isingcut.files.inputs import user_path
@@ -21,6 +22,7 @@ from isingcut.options.config import RunConfig, distil_config, heal_config
 from isingcut.options.declaration import options_from
 from isingcut.processes import is_launched
 from isingcut.runs.folder import MANIFEST, RunFolder
+from isingcut.runs.stages import refuse_changes
 
 
 def check_options(
@@ -46,7 +48,10 @@ def check_options(
         raise InputError(
             f"--budget {config.budget} is only for `isingcut run`; give --remove M"
         )
-    return resolve_energy(config)
+    resolved = resolve_energy(config)
+    for name in resolved.energies:
+        energies.check(name)
+    return resolved
 
 
 def resolve_energy(config: RunConfig) -> RunConfig:
@@ -66,11 +71,11 @@ def check_inputs(config: RunConfig, *, ranks: bool) -> None:
         IsingcutError: the job would fail later.
     """
     RunFolder.refuse_foreign(config)
-    path = Path(config.out)
+    path = user_path(config.out)
     if (path / MANIFEST).is_file():
         before = RunFolder.open(path, overwrite=config.overwrite)
         before.model_places(config.model)
-        before.refuse_changes(config, ranks=ranks)
+        refuse_changes(before, config, ranks=ranks)
     else:
         # Check before any file is opened, which could get the descriptor of a closed pipe.
         corpora.check(config.calibration)

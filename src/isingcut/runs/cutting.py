@@ -24,6 +24,8 @@ from isingcut.data.calibration import Calibration
 from isingcut.data.healing_text import is_mixed, to_fit
 from isingcut.errors import ArchitectureError, InputError
 from isingcut.files import cuts, healings, ownership, results, writing
+from isingcut.files.runs import BlockList
+from isingcut.files.stages import find_product
 from isingcut.formats.checkpoints import Checkpoint, count_mtp_layers
 from isingcut.formats.cutting import gguf
 from isingcut.formats.cutting.checkpoint import excise as write_cut
@@ -41,7 +43,12 @@ from isingcut.healing.patch.checkpoint import (
 )
 from isingcut.healing.patch.linear import Kept
 from isingcut.healing.work_folder import describe_options
-from isingcut.models.load import explain_unused, find_loading_class, find_unused
+from isingcut.models.load import (
+    explain_unused,
+    find_auto_class,
+    find_unused,
+    load_config,
+)
 from isingcut.models.verify import verify
 from isingcut.options.config import RunConfig, distil_config, heal_config, patch_config
 from isingcut.report.card import card_parts, model_card
@@ -49,6 +56,7 @@ from isingcut.runs.folder import RunFolder, slug
 from isingcut.runs.measuring import calibration_options
 from isingcut.runs.session import Session
 from isingcut.runs.solving import chosen_blocks, load_candidates
+from isingcut.runs.stages import Making, Stage
 
 HEALED = "healed"
 
@@ -58,7 +66,7 @@ _OF_STATE = ("model", "model.gguf")
 _LONGEST_NAME = 100
 
 
-def place_of(
+def output_folder(
     folder: RunFolder, config: RunConfig, removed: Sequence[int] | None
 ) -> Path:
     """Return the folder for the model of a state, by default the folder of its removal.
@@ -102,11 +110,9 @@ def product(
     """
     target = folder.target(config.removal)
     place = target if removed is None else _place_without(folder, config, removed)
-    made = folder.find_finished(target / HEALED)
-    # An earlier command may have left the healed checkpoint of another cut.
-    own = made is not None and not folder.find_outdated(target / HEALED)
-    healed = own or (config.heal and made is None)
-    return place / (HEALED if healed and place == target else "model")
+    if place == target and config.heal and not folder.find_finished(target / HEALED):
+        return target / HEALED
+    return find_product(folder.run, folder.path, place)
 
 
 def _place_without(
@@ -139,7 +145,8 @@ def _write_exact(
     config = session.config
     blocks = list(removed)
     trust = config.trust_remote_code
-    loads_with = find_loading_class(session.source, trust_remote_code=trust)
+    original = load_config(session.source, trust_remote_code=trust)
+    loads_with = find_auto_class(original).__name__
     parts = card_parts(folder.path, folder.target(config.removal), blocks, loads_with)
     unused = find_unused(Checkpoint.read(session.source), session.loaded.model)
     write_cut(session.source, blocks, out, drop_mtp=config.drop_mtp, unused=unused)
@@ -199,29 +206,12 @@ def make_gguf(
     found = source or find_gguf(session.config.model)
     if found is None:
         return None
-    removed = folder.record(checkpoint.with_name("model")).options.removed or []
-    read = folder.record(checkpoint)
-    options: dict[str, Any] = {"removed": removed, "model": read.fingerprint}
     out = checkpoint.with_name("model.gguf")
-    made = folder.find_finished(out)
-    if source is None and made and not folder.find_outdated(out):
+    if source is None and folder.find_finished(out) and not folder.find_outdated(out):
         return out  # also if it was made from another GGUF file
-    options["source"] = ownership.file_sha256(found, session.progress)
-    packed = folder.run.blocks.packed if session.config.budget.packed else None
-    if packed is not None:
-        options["type"] = packed.type
-
-    def make(path: Path) -> None:
-        header = read_gguf(found)
-        changed = gguf.changed_tensors(header, session.source, checkpoint, removed)
-        drop = session.config.drop_mtp
-        kind = packed.type if packed else None
-        how: Any = {"changed": changed, "packed": kind, "progress": session.progress}
-        gguf.cut_gguf(found, removed, path, drop_mtp=drop, **how)
-
     ownership.refuse_source(out, [found])
     try:
-        return folder.stage("excise", out, options, make, lambda path: path)
+        return cut_gguf(session, folder, checkpoint, found)
     except ArchitectureError as e:
         if source is not None:
             raise
@@ -229,17 +219,49 @@ def make_gguf(
         return None
 
 
-def make_model(
+def _cut_gguf(
+    session: Session, folder: RunFolder, checkpoint: Path, source: Path
+) -> Making:
+    config = session.config
+    removed = folder.record(checkpoint.with_name("model")).options.removed or []
+    options: dict[str, Any] = {
+        "removed": removed,
+        "model": folder.record(checkpoint).fingerprint,
+        "source": ownership.file_sha256(source, session.progress),
+    }
+    packed = folder.run.blocks.packed if config.budget.packed else None
+    if packed is not None:
+        options["type"] = packed.type
+
+    def make(path: Path) -> None:
+        header = read_gguf(source)
+        changed = gguf.changed_tensors(header, session.source, checkpoint, removed)
+        gguf.cut_gguf(
+            source,
+            removed,
+            path,
+            drop_mtp=config.drop_mtp,
+            changed=changed,
+            packed=options.get("type"),
+            progress=session.progress,
+        )
+
+    return folder, checkpoint.with_name("model.gguf"), options, make
+
+
+cut_gguf = Stage("excise", _cut_gguf, Path)
+
+
+def _make_model(
     session: Session, folder: RunFolder, removed: Sequence[int] | None = None
-) -> Path:
+) -> Making:
     """Write `model/` of one state: the exact cut, verified, and patched if the options say so.
 
     Args:
-        removed: the blocks of another state than the chosen one; see `place_of` for its folder.
+        removed: the blocks of another state than the chosen one; see `output_folder`.
     """
     config = session.config
     blocks = list(removed) if removed is not None else chosen_blocks(folder, config)
-    stage = "excise"
     options = dict[str, Any](removed=blocks)
     if config.drop_mtp:
         options["drop_mtp"] = True
@@ -250,15 +272,16 @@ def make_model(
         if config.heal:
             keys = ("text", "seed", "length", "report_samples")
             how["healing"] = {key: getattr(healing, key) for key in keys}
-        stage = "patch"
         options["patch"] = {**how, **calibration_options(folder)}
 
     def make(path: Path) -> None:
         session.choose_tuning(folder)
         write_model(session, folder, blocks, path, overwrite=True)
 
-    file = place_of(folder, config, removed) / "model"
-    return folder.stage(stage, file, options, make, lambda path: path)
+    return folder, output_folder(folder, config, removed) / "model", options, make
+
+
+make_model = Stage("excise", _make_model, Path)
 
 
 def write_model(
@@ -354,7 +377,7 @@ def fit_patch(
     return new
 
 
-def check_healing(session: Session) -> None:
+def check_healing(session: Session, blocks: BlockList | None = None) -> None:
     """Check that healing is possible before anything is written."""
     config = session.config
     if not config.heal:
@@ -367,11 +390,9 @@ def check_healing(session: Session) -> None:
         )
 
 
-def heal(session: Session, folder: RunFolder) -> Path | None:
-    """Run stage `heal`: write `healed/`, distilled from `model/`; return None without `--heal`."""
+def _heal(session: Session, folder: RunFolder) -> Making:
+    """Write `healed/`, distilled from `model/`."""
     config = session.config
-    if not config.heal:
-        return None
     # The stage has checked the old output.
     healing = distil_config(config).replace(overwrite=True)
     target = folder.target(config.removal)
@@ -398,4 +419,7 @@ def heal(session: Session, folder: RunFolder) -> Path | None:
         heal_checkpoint(job, text, path)
         shutil.copyfile(path / HEALING, target / HEALING)
 
-    return folder.stage("heal", target / HEALED, options, make, lambda path: path)
+    return folder, target / HEALED, options, make
+
+
+heal = Stage("heal", _heal, Path, check=check_healing)

@@ -37,12 +37,13 @@ from isingcut.runs.checks import resolve_energy
 from isingcut.runs.cutting import product
 from isingcut.runs.folder import RunFolder
 from isingcut.runs.session import Session
+from isingcut.runs.stages import Making, Stage
 
 
-def evaluate(
+def _evaluate(
     session: Session, folder: RunFolder, removed: Sequence[int] | None = None
-) -> evaluations.EvaluationFile:
-    """Run stage `evaluate`: measure the original and the cut model on unseen text.
+) -> Making:
+    """Measure the original and the cut model on unseen text.
 
     Args:
         removed: the blocks of another state than the chosen one.
@@ -51,22 +52,18 @@ def evaluate(
     if removed is None:
         solving.require(folder, config, "model")
     checkpoint = product(folder, config, removed)
-    excised = folder.record(checkpoint)
     file = checkpoint.with_name("evaluation.json")
-    plain = {"model": excised.fingerprint, **measuring.calibration_options(folder)}
+    options: dict[str, Any] = {"model": folder.record(checkpoint).fingerprint}
+    options |= measuring.calibration_options(folder)
     gguf = checkpoint.with_name("model.gguf")
     # The GGUF file may be of a model that was replaced.
     packed = None if folder.find_outdated(gguf) else folder.find_record(gguf)
-    whole = {**plain, "gguf": packed.fingerprint} if packed else plain
-    # A result without speed or GGUF may be replaced; one with speed has everything requested.
-    skip = config.skip_speed and not any(
-        folder.is_made(file, made) for made in (plain, whole)
-    )
-    without_speed = {**whole, "skip_speed": True}
-    completes = [
-        {**plain, "skip_speed": True},
-        *([] if skip else [plain, without_speed]),
-    ]
+    if packed:
+        options["gguf"] = packed.fingerprint
+    # A result with speed has everything that is requested.
+    skip = config.skip_speed and not folder.is_made(file, options)
+    if skip:
+        options["skip_speed"] = True
 
     def make(path: Path) -> None:
         folder.check(checkpoint)
@@ -110,9 +107,15 @@ def evaluate(
                 temporary.write_text(written, encoding="utf-8")
         write_document(path, found)
 
-    wanted = without_speed if skip else whole
-    read = partial(read_document, model=evaluations.EvaluationFile)
-    return folder.stage("evaluate", file, wanted, make, read, completes=completes)
+    return folder, file, options, make
+
+
+evaluate = Stage(
+    "evaluate",
+    _evaluate,
+    partial(read_document, model=evaluations.EvaluationFile),
+    additions=("gguf", "skip_speed"),
+)
 
 
 @contextlib.contextmanager

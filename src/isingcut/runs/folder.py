@@ -16,17 +16,13 @@ import contextlib
 import dataclasses
 import os
 import re
-import tempfile
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
 from isingcut.console.progress import Progress, silent
 from isingcut.data.mixture import places_in
 from isingcut.errors import (
-    InputError,
-    IsingcutError,
     ModelError,
     OutputExistsError,
     StageFileError,
@@ -34,8 +30,7 @@ from isingcut.errors import (
 from isingcut.files import documents, ownership, results, runs, writing
 from isingcut.files.inputs import user_path
 from isingcut.files.provenance import model_path, versions
-from isingcut.files.stages import STAGES, find_outdated
-from isingcut.memory import exhausted_error, is_memory_exhausted
+from isingcut.files.stages import find_outdated
 from isingcut.options.config import RunConfig
 from isingcut.options.declaration import options_from
 from isingcut.processes import ALONE
@@ -61,9 +56,7 @@ class RunFolder:
         typed_solver: the solver given now, not read from run.json; only it may import third-party
             code.
         processes: the processes that run the stages together; only rank 0 writes.
-        make_room: frees memory after a stage ran out of it; returns whether it could.
-        memory_record: returns the entries about memory for a stage's record.
-        check_model: raises if the model's weights changed since a session opened it.
+        session: the session that makes the results; None to read them only.
         progress: shows the hashing of large files.
     """
 
@@ -75,9 +68,7 @@ class RunFolder:
         self.overwrite = overwrite
         self.typed_solver: str | None = None
         self.processes = ALONE
-        self.make_room: Callable[[], bool] = lambda: False
-        self.memory_record: Callable[[], dict[str, Any]] = dict
-        self.check_model: Callable[[], None] = lambda: None
+        self.session: Any = None
         self.progress: Progress = silent
 
     @classmethod
@@ -89,7 +80,7 @@ class RunFolder:
         Raises:
             OutputExistsError: ``out`` is something else, or a run of another model.
         """
-        path = Path(config.out)
+        path = user_path(config.out)
         cls.refuse_foreign(config)
         options = {
             k: v for k, v in dataclasses.asdict(config).items() if k not in _NOT_KEPT
@@ -132,7 +123,7 @@ class RunFolder:
             InputError: ``out`` is, contains or lies in the model, the text or a config file.
             OutputExistsError: ``out`` exists and is not a run folder.
         """
-        path = Path(config.out)
+        path = user_path(config.out)
         ownership.refuse_source(path, read_by(config))
         if path.is_file():
             raise OutputExistsError(f"{path} is a file; choose a folder for --out")
@@ -142,43 +133,6 @@ class RunFolder:
                 f"{path} already exists and is not an isingcut run; nothing was written, and "
                 "--overwrite replaces only files of isingcut: choose another --out"
             )
-
-    def refuse_changes(self, config: RunConfig, *, ranks: bool) -> None:
-        """Raise if a whole job with these options would be refused by a file of a finished stage.
-
-        Args:
-            ranks: whether the job ranks removals, or measures the energy only.
-
-        Raises:
-            OutputExistsError: an option has changed; the message has its old and new value.
-        """
-        if self.overwrite:
-            return
-        checked = [
-            (
-                self.path / "calibration.safetensors",
-                config,
-                STAGES["calibration"].options,
-            ),
-            (
-                self.path / "hamiltonian.safetensors",
-                config,
-                ("energy", *STAGES["energy"].options),
-            ),
-        ]
-        # A model has no more removals than blocks, which is checked later.
-        possible = max(config.remove.counts, default=0) < len(self.run.blocks.blocks)
-        for one in each_removal(config) if ranks and possible else ():
-            target = self.target(one.removal)
-            own = (STAGES[name] for name in ("solve", "rank"))
-            checked += [(target / stage.file, one, stage.options) for stage in own]
-        for file, now, names in checked:
-            if (record := self.find_finished(file)) is not None:
-                made = record.options.content()
-                made |= made.pop("typed", {})
-                before = {k: made[k] for k in names if k in made}
-                if lines := _list_changes(before, {k: getattr(now, k) for k in before}):
-                    raise _changed_error(file, lines)
 
     @classmethod
     def open(cls, path: Path, *, overwrite: bool = False) -> RunFolder:
@@ -303,9 +257,10 @@ class RunFolder:
     def is_made(self, file: Path, options: dict[str, Any]) -> bool:
         """Whether a stage's file exists, is finished, and was made with these options."""
         record = self.find_finished(file)
-        return record is not None and record.fingerprint == self._fingerprint(options)
+        return record is not None and record.fingerprint == self.fingerprint(options)
 
-    def _fingerprint(self, options: dict[str, Any]) -> str:
+    def fingerprint(self, options: dict[str, Any]) -> str:
+        """Return the fingerprint of a stage's options and of the original model."""
         # `options["model"]` is the fingerprint of the cut checkpoint that a stage reads; what
         # `options["typed"]` has is in `options["options"]` too.
         read = {k: v for k, v in options.items() if k != "typed"}
@@ -325,209 +280,11 @@ class RunFolder:
                 self.run = results.read_document(self.path / MANIFEST, runs.RunFile)
             yield
 
-    def stage(
-        self,
-        name: str,
-        file: Path,
-        options: dict[str, Any],
-        make: Callable[[Path], None],
-        load: Callable[[Path], T],
-        *,
-        completes: Sequence[dict[str, Any]] = (),
-        together: bool = False,
-        forget: Callable[[], None] = lambda: None,
-    ) -> T:
-        """Return the result of a stage; run the stage unless a result with these options exists.
-
-        Args:
-            completes: other options whose results may be replaced, because the new result
-                includes them.
-            together: whether all processes run the stage, or rank 0 only.
-            forget: deletes the files for resuming the stage; called once the result is recorded,
-                so that a kill before that loses nothing.
-
-        Raises:
-            OutputExistsError: made with other options, and overwriting was not allowed.
-            StageFileError: the file was changed later, or is damaged.
-            BusyError: the stage must run, and another process writes to the folder.
-            ModelError: the model's weights changed meanwhile.
-        """
-        if self.processes.rank:
-            return self._follow(file, make, load)
-        ownership.refuse_source(file, self.sources)
-        made = self.is_made(file, options)
-        with contextlib.nullcontext() if made else self.lock():
-            # Another process may have finished it meanwhile.
-            if made or self.is_made(file, options):
-                if writing.is_locked(self.path):
-                    # Left by a kill right after the record was written.
-                    forget()
-                self.processes.decide(lambda: False)
-                self.share()
-                return self.load(file, load)
-            key = runs.stage_key(self.path, file)
-            wanted = self._fingerprint(options)
-            record = self.find_record(file)
-            if os.path.lexists(file):
-                if record is None:
-                    raise OutputExistsError(
-                        f"{file} was not written by this run and is not replaced; move it away"
-                    )
-                fits = [wanted, *map(self._fingerprint, completes)]
-                if record.fingerprint not in fits and not self.overwrite:
-                    raise _changed_error(
-                        file, _list_changes(record.options.content(), options)
-                    )
-                changed = ownership.find_change_since(file, record, self.progress)
-                if changed is not None:
-                    raise OutputExistsError(
-                        f"{file} is not replaced: {changed} after the run wrote it; --overwrite "
-                        "replaces only files of isingcut; move it away"
-                    )
-                if file.is_dir():
-                    ownership.check_output(file, overwrite=True)
-            begun = runs.StageRecord(
-                stage=name,
-                fingerprint=wanted,
-                options=runs.StageOptions(**options),
-                done=False,
-            )
-            self.run.stages[key] = begun
-            self.save()
-            began = time.monotonic()
-            self.processes.decide(lambda: together)
-            try:
-                while not self._make(make, file):
-                    pass
-                self._check_model(file, forget)
-            except BaseException as e:
-                self._give_up(key, file, record, refused=isinstance(e, IsingcutError))
-                raise
-            seconds = round(time.monotonic() - began, 3)
-            if file.is_dir():
-                sha256 = ownership.folder_hash(file)
-            else:
-                sha256 = ownership.file_sha256(file, self.progress)
-            done = {"done": True, "seconds": seconds, "sha256": sha256}
-            self.run.stages[key] = begun.model_copy(update=done | self.memory_record())
-            self.save()
-            self.share()
-            forget()
-            return load(file)
-
-    def _check_model(self, file: Path, forget: Callable[[], None]) -> None:
-        """Discard the results of a stage if the model's weights changed meanwhile."""
-        try:
-            self.check_model()
-        except IsingcutError:
-            writing.delete(file)
-            forget()
-            raise
-
-    def _make(self, make: Callable[[Path], None], file: Path) -> bool:
-        """Make a stage's file; return False if memory ran out and some could be freed.
-
-        Raises:
-            MemoryExhaustedError: memory ran out, and none can be freed.
-        """
-        try:
-            make(file)
-            return True
-        except Exception as error:
-            if not is_memory_exhausted(error):
-                raise
-            exhausted = exhausted_error(error)
-        # Not inside the except block: the error keeps frames with tensors alive.
-        if not self.make_room():
-            raise exhausted
-        return False
-
-    def _follow(
-        self, file: Path, make: Callable[[Path], None], load: Callable[[Path], T]
-    ) -> T:
-        """Return the result of a stage that rank 0 writes; this process may help to make it."""
-        if self.processes.decide(bool):
-            with tempfile.TemporaryDirectory() as aside:
-                make(Path(aside) / file.name)
-        self.share()
-        return self.load(file, load)
-
     def share(self) -> None:
         """Send rank 0's content of run.json to all processes."""
         self.run = runs.RunFile.model_validate(
             self.processes.decide(lambda: self.run.content())
         )
-
-    def _give_up(
-        self, key: str, file: Path, before: runs.StageRecord | None, *, refused: bool
-    ) -> None:
-        """Restore the old record of a failed stage if its file still exists."""
-        if before is not None and before.done and os.path.lexists(file):
-            if ownership.find_change_since(file, before) is not None:
-                return
-            self.run.stages[key] = before
-        elif before is None and refused:
-            del self.run.stages[key]
-        else:
-            return
-        self.save()
-
-
-def _changed_error(file: Path, changes: Sequence[str]) -> OutputExistsError:
-    return OutputExistsError(
-        f"{file} was made with other options ({'; '.join(changes) or _UNTYPED}); "
-        "choose another --out, or pass --overwrite to replace it"
-    )
-
-
-_UNTYPED = "the model or the energy's options differ"
-_FINGERPRINT = re.compile("[0-9a-f]{16}|[0-9a-f]{64}")
-
-
-def _list_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Describe the options that differ, each as ``remove: was 4, now 5``."""
-    changes = []
-    for key in dict.fromkeys([*now, *before]):
-        old = before.get(key)
-        new = now.get(key)
-        # `refuse_changes` compares what is typed for an energy.
-        if old == new or key in ("options", "typed"):
-            continue
-        if isinstance(old, dict) or isinstance(new, dict):
-            changes += [
-                f"{key}: {line}" for line in _list_changes(old or {}, new or {})
-            ]
-        elif all(x is None or _FINGERPRINT.fullmatch(str(x)) for x in (old, new)):
-            changes.append(f"the {'checkpoint' if key == 'model' else key} changed")
-        else:
-            changes.append(f"{key}: was {_in_words(old)}, now {_in_words(new)}")
-    return changes
-
-
-def _in_words(value: Any) -> str:
-    words = (
-        ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
-    )
-    return "none" if value is None else words or "none"
-
-
-def find_run(gguf: Path) -> tuple[Path, str | None]:
-    """Return the run folder of a `model.gguf`, and its removed blocks, None for the run's own.
-
-    Raises:
-        InputError: no run wrote it.
-    """
-    # Of a relative path, some parents have no name: the parent of "." is ".".
-    gguf = Path(os.path.abspath(gguf))
-    for place in gguf.parents[:2]:
-        if (place / MANIFEST).is_file():
-            record = RunFolder.open(place).find_record(gguf)
-            if record is not None and record.done:
-                removed = ",".join(map(str, record.options.removed or []))
-                return place, None if place == gguf.parent else removed
-    raise InputError(
-        f"{gguf} is not of a run folder; give its original with --original MODEL"
-    )
 
 
 def each_removal(config: RunConfig) -> list[RunConfig]:

@@ -1,14 +1,9 @@
-"""The measuring stages of a run: text to token splits, token splits to Hamiltonians.
-
-Each stage writes its file in the run folder, unless that exists with the same options
-(`RunFolder.stage`).
-"""
+"""Stages `calibration` and `energy`: text to token splits, token splits to Hamiltonians."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +14,14 @@ from isingcut.data.tokens import TokenSet
 from isingcut.energies import registry
 from isingcut.energies.search import Target
 from isingcut.errors import InputError, StageFileError
-from isingcut.files.runs import CalibrationText, SplitSize, WeightsRead
-from isingcut.files.stages import STAGES
+from isingcut.files.runs import BlockList, CalibrationText, SplitSize, WeightsRead
 from isingcut.formats.architectures.blocks import language_model
 from isingcut.ising.hamiltonian import Hamiltonian
-from isingcut.measure.work import forget
 from isingcut.options.config import RunConfig
 from isingcut.runs.folder import RunFolder, each_removal
 from isingcut.runs.session import Session
 from isingcut.runs.solving import removal_rows
+from isingcut.runs.stages import Making, Stage, typed_options
 
 
 def energy_part(config: RunConfig, name: str) -> Any:
@@ -91,18 +85,8 @@ def build_calibration(session: Session) -> Calibration:
 
 
 def calibrate(session: Session, folder: RunFolder, built: Calibration | None) -> None:
-    """Run stage `calibration`: write the three token splits to `calibration.safetensors`."""
-    config = session.config
-
-    def make(path: Path) -> None:
-        (built or build_calibration(session)).save(path)
-
-    options = {k: getattr(config, k) for k in STAGES["calibration"].options}
-    options["samples"] = _samples(config)
-    file = folder.path / "calibration.safetensors"
-    if not folder.processes.rank:
-        options |= _texts(folder, file, config, built)
-    found = folder.stage("calibration", file, options, make, Calibration.load)
+    """Write the token splits to `calibration.safetensors`, and describe them in `run.json`."""
+    found = calibration(session, folder, built)
     folder.run.provenance.calibration = CalibrationText(
         source=found.source,
         sha256=found.sha256,
@@ -111,6 +95,24 @@ def calibrate(session: Session, folder: RunFolder, built: Calibration | None) ->
         repeats=found.meta.get("repeats", {}),
     )
     folder.save()
+
+
+def _calibration(
+    session: Session, folder: RunFolder, built: Calibration | None
+) -> Making:
+    config = session.config
+    file = folder.path / "calibration.safetensors"
+    options = typed_options("calibration", config) | {"samples": _samples(config)}
+    if not folder.processes.rank:
+        options |= _texts(folder, file, config, built)
+
+    def make(path: Path) -> None:
+        (built or build_calibration(session)).save(path)
+
+    return folder, file, options, make
+
+
+calibration = Stage("calibration", _calibration, Calibration.load)
 
 
 def _texts(
@@ -148,64 +150,70 @@ def splits_of(folder: RunFolder) -> Mapping[str, TokenSet]:
 
 
 def measure_energy(session: Session, folder: RunFolder) -> Hamiltonian:
-    """Run stage `energy`: write `hamiltonian.safetensors`, and one file per energy of `also`."""
-    config = session.config
-    result = _measure_one(
-        session, folder, config.energy, folder.path / "hamiltonian.safetensors"
-    )
-    for name in config.energies[1:]:
-        _measure_one(session, folder, name, other_path(folder, name))
-    return result
+    """Measure every energy of the options, and return the main one."""
+    found = [energy(session, folder, name) for name in session.config.energies]
+    return found[0]
 
 
-def other_path(folder: RunFolder, name: str) -> Path:
-    """Return the file of an energy of `also`."""
-    return folder.path / f"hamiltonian.{name}.safetensors"
+def energy_file(folder: RunFolder, config: RunConfig, name: str) -> Path:
+    """Return the file of an energy."""
+    own = "" if name == config.energy else f".{name}"
+    return folder.path / f"hamiltonian{own}.safetensors"
 
 
-def _measure_one(
-    session: Session, folder: RunFolder, name: str, file: Path
-) -> Hamiltonian:
+def _energy(session: Session, folder: RunFolder, name: str) -> Making:
     config = session.config
     part = energy_part(config, name)
     options: dict[str, Any] = {}
     if hasattr(part, "targets"):
-        part = dataclasses.replace(part, targets=targets_of(folder, config))
-        options["typed"] = {
-            key: str(getattr(config, key)) for key in STAGES["energy"].options
-        }
+        targets = targets_of(folder.run.blocks, config)
+        part = dataclasses.replace(part, targets=targets)
+        typed = typed_options("energy", config)
+        options["typed"] = {key: str(value) for key, value in typed.items()}
+    samples = samples_of(config, name)
     options |= calibration_options(folder) | {
         "energy": name,
         "options": repr(part),
-        "samples": samples_of(config, name),
+        "samples": samples,
         "dtype": str(session.loaded.dtype),
     }
-    journal = folder.path / f"{file.name}.journal"
+    file = energy_file(folder, config, name)
 
     def make(path: Path) -> None:
-        split = splits_of(folder)["energy"]
-        own = range(samples_of(config, name))
+        split = splits_of(folder)["energy"].select(range(samples))
         session.choose_tuning(folder)
-        work = session.work(journal)
+        work = session.work(folder.path / f"{file.name}.journal")
         store = session.replay.store
         before = store.count_sweeps()
-        measured = part.measure(session.replay, split.select(own), work)
+        measured = part.measure(session.replay, split, work)
         if sweeps := store.count_sweeps() - before:
             # Assigned, so that pydantic takes the field as set.
             folder.run.provenance.reading |= {name: WeightsRead(sweeps=sweeps)}
         measured.save(path)
 
-    drop = partial(forget, journal)
-    return folder.stage(
-        "energy", file, options, make, Hamiltonian.load, together=True, forget=drop
-    )
+    return folder, file, options, make
 
 
-def targets_of(folder: RunFolder, config: RunConfig) -> tuple[Target, ...]:
+def _check_removals(session: Session, blocks: BlockList) -> None:
+    """Raise if a removal is impossible; `pack` checks a budget for a packed model."""
+    if not session.config.budget.packed:
+        targets_of(blocks, session.config)
+
+
+energy = Stage(
+    "energy",
+    _energy,
+    Hamiltonian.load,
+    check=_check_removals,
+    together=True,
+    journals=("{}.journal",),
+)
+
+
+def targets_of(blocks: BlockList, config: RunConfig) -> tuple[Target, ...]:
     """Return the targets of a search: every removal in the options."""
     if not config.removal:
         return ()
-    blocks = folder.run.blocks
     return tuple(
         Target(one.removal, removal_rows(blocks, one)) for one in each_removal(config)
     )

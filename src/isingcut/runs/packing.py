@@ -20,18 +20,17 @@ from isingcut.energies.search.proposals import one_pass_states
 from isingcut.errors import ArchitectureError, InfeasibleError
 from isingcut.files.results import read_document, without_infinities, write_document
 from isingcut.files.runs import BlockList, PackedLosses, PackingFile
-from isingcut.files.stages import STAGES
 from isingcut.formats.cutting.gguf import refuse_uncuttable
 from isingcut.formats.gguf_files import PACKED
 from isingcut.formats.sources import find_gguf
 from isingcut.ising.states import Floats, blocks_of
 from isingcut.measure.losses import standard_error
 from isingcut.measure.packed import changed_losses
-from isingcut.measure.work import forget
 from isingcut.models.packing import Packer
 from isingcut.runs import cutting, measuring, solving
 from isingcut.runs.folder import RunFolder
 from isingcut.runs.session import Session
+from isingcut.runs.stages import Making, Stage, typed_options
 
 FINALISTS = 3
 LEFT = 0.25
@@ -80,17 +79,19 @@ def find_types(
 
 
 def choose_type(session: Session, folder: RunFolder) -> PackingFile:
-    """Run stage `pack`: measure the types that meet the budget, in `packing.json`.
+    """Choose a type that meets the budget; store its costs in `run.json` for the later stages."""
+    found = pack(session, folder)
+    folder.run.blocks.packed = found.best.packed
+    folder.save()
+    return found
 
-    The costs of the chosen type are stored in `run.json` for the later stages.
-    """
+
+def _pack(session: Session, folder: RunFolder) -> Making:
     config = session.config
     file = folder.target(session.config.removal) / "packing.json"
     journal = file.with_name("packing.journal")
-    typed = {name: getattr(config, name) for name in STAGES["pack"].options}
-    options = (
-        measuring.calibration_options(folder) | typed | cutting.share_options(config)
-    )
+    options = measuring.calibration_options(folder) | typed_options("pack", config)
+    options |= cutting.share_options(config)
 
     def make(path: Path) -> None:
         session.choose_tuning(folder)
@@ -101,12 +102,23 @@ def choose_type(session: Session, folder: RunFolder) -> PackingFile:
             path, PackingFile(budget=str(config.budget), types=types, chosen=best)
         )
 
-    read = partial(read_document, model=PackingFile)
-    drop = partial(forget, journal)
-    found = folder.stage("pack", file, options, make, read, together=True, forget=drop)
-    folder.run.blocks.packed = found.best.packed
-    folder.save()
-    return found
+    return folder, file, options, make
+
+
+def _check_types(session: Session, blocks: BlockList) -> None:
+    """Raise if no type meets the budget for a packed model."""
+    if session.config.budget.packed:
+        find_types(session, blocks)
+
+
+pack = Stage(
+    "pack",
+    _pack,
+    partial(read_document, model=PackingFile),
+    check=_check_types,
+    together=True,
+    journals=("packing.journal",),
+)
 
 
 def _measure(

@@ -17,6 +17,7 @@ from isingcut.console.progress import Progress, as_progress, silent
 from isingcut.data import corpora
 from isingcut.errors import InputError, ModelError, StageFileError
 from isingcut.files import ownership, writing
+from isingcut.files.inputs import user_path
 from isingcut.files.runs import RunFile
 from isingcut.files.states import CandidatesFile
 from isingcut.formats.sources import PACKAGED, PACKAGED_PACKAGE, resolve
@@ -36,7 +37,23 @@ from isingcut.runs import (
 from isingcut.runs.checks import check_inputs, check_options
 from isingcut.runs.folder import MANIFEST, RunFolder, each_removal
 from isingcut.runs.plan import say_times
-from isingcut.runs.session import Session, check_by_config, take_up
+from isingcut.runs.session import Session, check_by_config, join_processes
+from isingcut.runs.stages import Stage
+
+STAGES: tuple[Stage[Any, Any], ...] = (
+    measuring.calibration,
+    measuring.energy,
+    packing.pack,
+    solving.solve,
+    ranking.rank,
+    ranking.compare,
+    cutting.make_model,
+    cutting.heal,
+    cutting.cut_gguf,
+    evaluating.evaluate,
+    benchmarking.benchmarks,
+)
+"""All stages, in the order of a run. `energy` runs the first two; a run skips some."""
 
 
 @convert_memory_errors()
@@ -122,7 +139,7 @@ def solve_and_rank(session: Session, folder: RunFolder) -> CandidatesFile:
 def cut_and_heal(session: Session, folder: RunFolder) -> Path:
     """Write the final checkpoint of the run, patched and healed according to the options."""
     model = cutting.make_model(session, folder)
-    return cutting.heal(session, folder) or model
+    return cutting.heal(session, folder) if session.config.heal else model
 
 
 @convert_memory_errors()
@@ -208,7 +225,7 @@ def open_session(
     if processes.rank:
         yield _follow(config, progress, processes)
         return
-    out = Path(config.out)
+    out = user_path(config.out)
     check_inputs(config, ranks=need_removal)
     for name in config.energies:
         measuring.energy_part(config, name)
@@ -218,27 +235,21 @@ def open_session(
             config, progress, before.run.provenance.dtype if before else None
         )
         ownership.refuse_source(out, [session.source])
-        benchmarking.check_whole(session)
         check_by_config(session.source, config, needed=need_removal)
         if need_removal:
             for one in each_removal(config):
                 check_report(out if before is None else before.target(one.removal))
-        take_up(session, processes)
+        join_processes(session, processes)
         blocks = session.describe_blocks()
-        if config.budget.packed:
-            packing.find_types(session, blocks)
-        elif need_removal or config.removal:
-            for one in each_removal(config):
-                solving.removal_rows(blocks, one)
-        if need_removal:
-            cutting.check_healing(session)
+        for stage in STAGES if need_removal else STAGES[:2]:
+            stage.check(session, blocks)
         calibration = measuring.build_calibration(session) if before is None else None
         folder = RunFolder.create_or_open(config, session.identity, blocks)
         if config.dtype == "auto" and folder.run.provenance.dtype is None:
             folder.run.provenance.dtype = session.dtype
             folder.save()
         folder.processes = processes
-        session.serve(folder)
+        session.attach(folder)
         folder.share()
         measuring.calibrate(session, folder, calibration)
         yield session, folder
@@ -249,10 +260,12 @@ def _follow(
 ) -> tuple[Session, RunFolder]:
     """Open the session in a process other than rank 0, after rank 0's checks."""
     session = Session(config, progress)
-    take_up(session, processes)
+    join_processes(session, processes)
     # Load while rank 0 creates the folder.
     _ = session.replay
-    folder = RunFolder(Path(config.out), RunFile.model_validate(processes.decide(dict)))
+    folder = RunFolder(
+        user_path(config.out), RunFile.model_validate(processes.decide(dict))
+    )
     if not folder.path.is_dir():
         raise InputError(
             f"{folder.path} is not visible on this machine; give an --out on a shared file system"
@@ -291,6 +304,6 @@ def session_of(
             f"{folder.path} was made with another version of {made_with.name!r} than the one at "
             f"{place}; give the original version with --model, or start a new run folder"
         )
-    session.serve(folder)
-    take_up(session, processes)
+    session.attach(folder)
+    join_processes(session, processes)
     return session

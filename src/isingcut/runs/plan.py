@@ -1,20 +1,16 @@
 """`isingcut plan`: estimate the time and memory of each energy and stage, before anything runs.
 
-A forward pass is timed on one block of each kind and on the output head. Only these are read, so
-that planning takes seconds even for a model far larger than memory. Each estimate is this time
-multiplied by a number of passes. Nothing is written.
+One block of each kind and the output head are timed on a micro-batch. `plan` reads only these, so
+that it takes seconds even for a model far larger than memory; a run times the model that it has
+loaded. Each estimate is this time multiplied by a number of passes. Nothing is written.
 """
 
 from __future__ import annotations
 
 import copy
-import dataclasses
 import math
-import shlex
 import time
-from collections.abc import Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,47 +22,32 @@ from isingcut.data.tokens import TokenSet
 from isingcut.energies import registry
 from isingcut.energies.base import Price, price_states
 from isingcut.energies.search import Target
-from isingcut.measure.losses import measure, tree_nodes
-from isingcut.measure.work import Work
-from isingcut.models.compute.divergence import CHUNK_ELEMENTS
+from isingcut.formats.architectures.blocks import text_config
 from isingcut.models.compute.head import Comparison, OutputHead
-from isingcut.models.device import Allowance, pick_device, pick_dtype, weight_bytes
-from isingcut.models.inspect import Inspection, inspect_model
-from isingcut.models.load import load_config
-from isingcut.models.replay import BLOCK_STREAMS, EMBED, HEAD
+from isingcut.models.device import allowance
+from isingcut.models.replay import BLOCK_STREAMS, EMBED, HEAD, Replay
 from isingcut.models.streaming.replay import StreamedReplay, open_model
 from isingcut.options.config import LENGTH, RunConfig
-from isingcut.options.declaration import flag
+from isingcut.runs.checks import resolve_energy
 from isingcut.runs.folder import RunFolder, each_removal
-from isingcut.runs.measuring import energy_part, splits_of
+from isingcut.runs.measuring import energy_part
 from isingcut.runs.session import Session, check_by_config
 from isingcut.runs.solving import TIMED_TOKENS, describe_blocks, removal_rows
 from isingcut.runs.trials import MORE, TOKENS, is_deep, is_searched
 
-MOST_HOURS = 8
-"""Longest run to recommend, in hours."""
 # Bytes per second of a disk, for a run whose weights are in memory.
 _DISK = 2e9
 # Forward passes of a patch.
 _PATCH = {"linear": 2, "tuned": 4}
-# Share of the whole search below which a search is not worthwhile.
-_LEAST = 0.125
-RESIDENT = 1.54
-"""Memory of a run on a card in multiples of the weights, without a quarter of the blocks that lie
-apart; measured by `benchmarks/card.py`."""
-# Float32 copies of a chunk of logits: two models, their difference, a gradient.
-_LOGIT_COPIES = 4
 # Bytes per trained number (weight, gradient, two moments).
 _TRAINED = 16
 
 
-Run = tuple[Session, RunFolder]
-# Single removals that a run times before its energy.
-_SINGLES = 4
-
-
 class Prices:
     """The costs of the energies and stages of one model: a timed pass, times the number of passes.
+
+    Args:
+        folder: the run folder of a run that has begun.
 
     Attributes:
         latency: (N,) seconds per token of each block.
@@ -74,135 +55,67 @@ class Prices:
         reading: seconds per byte of weights, read from disk and converted.
     """
 
-    def __init__(self, config: RunConfig, run: Run | None = None) -> None:
-        self.config = config
-        session = Session(config) if run is None else run[0]
-        source = session.source
-        if run is None:
-            check_by_config(source, config, needed=False)
-        names = (
-            "dtype",
-            "device",
-            "memory_limit",
-            "cards_per_process",
-            "trust_remote_code",
-        )
-        found = inspect_model(source, **{name: getattr(config, name) for name in names})
-        trust = config.trust_remote_code
-        text = load_config(source, trust_remote_code=trust).get_text_config(
-            decoder=True
-        )
-        self.n = len(found.stack)
-        self.placement = found.placement
-        if run is None:
-            self._time(session, found, text)
-        else:
-            self._time_removals(*run, found)
-        self.weights = weight_bytes(source, self.dtype)
-        self.in_blocks = sum(b.bytes for b in found.stack.blocks)
-        self.whole = self.in_blocks + found.other_bytes
-        self.logits = int(text.vocab_size) * self.dtype.itemsize
-        # By default, a fifth of the blocks is removed.
-        self.remove = max(1, self.n // 5)
-        if config.removal:
-            last = each_removal(config)[-1]
-            parameters = found.parameters
-            seconds = [
-                min(TIMED_TOKENS, found.positions or TIMED_TOKENS) * s
-                for s in self.latency
-            ]
-            if run is None:
-                blocks = describe_blocks(
-                    found.stack, found.rows, parameters, self.whole, seconds
-                )
-            else:
-                blocks = run[1].run.blocks
-            self.remove = Target(last.removal, removal_rows(blocks, last)).size
-        self.left = 1 - self.in_blocks / self.whole * self.remove / self.n
-        # Bytes per token for a backward pass: half of the working memory of a block.
-        self.graph = self.n * BLOCK_STREAMS // 2 * self.stream
-
-    def _time(self, session: Session, found: Inspection, text: Any) -> None:
-        """Time one block of each kind, the output head and the disk of this machine.
-
-        Raises:
-            ArchitectureError: the blocks cannot be run one at a time.
-        """
-        config = self.config
+    def __init__(self, session: Session, folder: RunFolder | None = None) -> None:
+        config = self.config = session.config
         self.streamed = session.streaming
-        self.device = pick_device(config.device)
-        self.dtype = pick_dtype(session.dtype, self.device)
-        model, store, self.memory = open_model(
-            session.source,
-            dtype=self.dtype,
-            device=self.device,
-            memory_limit=config.memory_limit,
-            trust_remote_code=config.trust_remote_code,
-        )
-        self.largest = store.largest
-        replay = StreamedReplay(model, store, self.memory)
-        self.batch = min(session.batch_tokens, found.positions or self.memory.total)
-        # Random tokens, so that routers spread them over the experts as in real text.
-        ids = np.random.default_rng(0).integers(
-            int(text.vocab_size), size=(1, self.batch)
-        )
-        batch = TokenSet.from_rows(ids.tolist())
-        # Keep the parts in memory, so that the timing below includes no reading.
-        parts: list[int | str] = [EMBED, HEAD, 0]
-        self.reading = sum(map(store.keep, parts)) / sum(map(store.size, parts))
-        self.latency = [s / batch.positions for s in replay.latency(batch.positions)]
-        with torch.inference_mode():
-            recording = replay.record(batch.input_ids)
-            seconds = []
-            logits = partial(
-                OutputHead(replay).logits, recording, recording.entered, batch
+        self.weights = session.weights
+        self.dtype = session.torch_dtype
+        device = torch.device(session.device.split(",")[0])
+        self.reading = 1 / _DISK
+        self.memory = allowance(config.memory_limit, device)
+        self.largest = 0
+        if folder is None:
+            found = check_by_config(session.source, config, needed=False)
+        if folder is not None and not self.streamed:
+            session.choose_tuning(folder)
+            replay = session.replay
+        else:
+            model, store, self.memory = open_model(
+                session.source,
+                dtype=self.dtype,
+                device=device,
+                memory_limit=config.memory_limit,
+                trust_remote_code=config.trust_remote_code,
             )
-            original = Comparison(logits(), batch)
-            for _ in range(3):
-                began = time.perf_counter()
-                original.sum_samples([original.compare(logits())])
-                seconds.append(time.perf_counter() - began)
-        self.once = min(seconds) / batch.positions
+            replay = StreamedReplay(model, store, self.memory)
+            # Keep the parts in memory, so that the timing below includes no reading.
+            parts: list[int | str] = [EMBED, HEAD, 0]
+            self.reading = sum(map(store.keep, parts)) / sum(map(store.size, parts))
+            self.largest = store.largest
+        vocabulary = text_config(replay.model).vocab_size
+        longest = getattr(text_config(replay.model), "max_position_embeddings", None)
+        length = min(config.length, session.batch_tokens, longest or config.length)
+        rows = session.batch_tokens // length
+        # Random tokens, so that routers spread them over the experts as in real text.
+        ids = np.random.default_rng(0).integers(vocabulary, size=(rows, length))
+        batch = TokenSet.from_rows(ids.tolist())
+        self.batch = batch.positions
+        self.latency = [s / self.batch for s in replay.latency(length, rows=rows)]
+        self.once = _time_head(replay, batch) / self.batch
+        self.n = len(replay)
+        self.logits = vocabulary * self.dtype.itemsize
         self.stream = replay.bytes_per_token
         self.room = replay.room(batch) if self.streamed else 0
-
-    def _time_removals(
-        self, session: Session, folder: RunFolder, found: Inspection
-    ) -> None:
-        """Time the original and a few single removals of a run, on one micro-batch of its text."""
-        session.choose_tuning(folder)
-        replay = session.replay
-        self.batch = session.batch_tokens
-        self.streamed = session.streaming
-        split = splits_of(folder)["energy"]
-        work = Work(session.batch_tokens)
-        batch = split.batches(self.batch)[0]
-        last = np.eye(self.n, dtype=bool)[-_SINGLES:]
-
-        def seconds(tokens: TokenSet, states: Any) -> float:
-            began = time.perf_counter()
-            measure(replay, tokens, states, work)
-            return time.perf_counter() - began
-
-        # The first measurement takes longer.
-        seconds(split.select([0]), last)
-        more = seconds(batch, last)
-        whole = seconds(batch, [])
-        # The removals run the shared blocks once, and the output head for each.
-        extra = tree_nodes(last) / self.n
-        head = (more - whole * (1 + extra)) / (len(last) - extra)
-        self.once = min(max(0.0, head), whole) / batch.positions
-        known = [b.latency_seconds or 1e-9 for b in folder.run.blocks.blocks]
-        each = (whole / batch.positions - self.once) / sum(known)
-        self.latency = [each * latency for latency in known]
-        self.dtype = session.loaded.dtype
-        streamed = whole / weight_bytes(session.source, self.dtype)
-        self.reading = streamed if self.streamed else 1 / _DISK
-        self.stream = replay.bytes_per_token
-        self.room = replay.room(batch)
-        # Only the times of a run that has begun matter.
-        self.memory = Allowance(0, 0)
-        self.largest = 0
+        # Bytes per token for a backward pass: half of the working memory of a block.
+        self.graph = self.n * BLOCK_STREAMS // 2 * self.stream
+        # By default, a fifth of the blocks is removed.
+        self.remove = max(1, self.n // 5)
+        if folder is not None:
+            blocks = folder.run.blocks
+        else:
+            seconds = [
+                min(TIMED_TOKENS, longest or TIMED_TOKENS) * s for s in self.latency
+            ]
+            size = found.other_bytes + sum(b.bytes for b in found.stack.blocks)
+            blocks = describe_blocks(
+                found.stack, found.rows, found.parameters, size, seconds
+            )
+        self.whole = blocks.total_bytes
+        if config.removal:
+            last = each_removal(config)[-1]
+            self.remove = Target(last.removal, removal_rows(blocks, last)).size
+        in_blocks = sum(b.bytes for b in blocks.blocks)
+        self.left = 1 - in_blocks / self.whole * self.remove / self.n
 
     @property
     def forward(self) -> float:
@@ -214,9 +127,8 @@ class Prices:
         part = energy_part(self.config, name)
         samples = self.config.samples or part.default_samples
         if self.streamed and not getattr(part, "streams", True):
-            return _estimate(
-                name, samples, impossible="needs the whole model in memory"
-            )
+            why = "needs the whole model in memory"
+            return _estimate(name, samples, impossible=why)
         if not hasattr(part, "price"):
             return _estimate(name, samples, impossible="not estimated")
         sizes = self.config.remove.counts or [self.remove]
@@ -229,35 +141,27 @@ class Prices:
     def stages(self) -> list[dict[str, Any]]:
         """Estimate the stages before and after the energy."""
         c = self.config
-        weights = self._weights_in_memory()
-        forward = self.forward
-        reading = self.reading * self.weights
-        work = self.batch * self.logits
         ranked = [self._rank(removed) for removed in c.remove.counts or [self.remove]]
         seconds = sum(one["seconds"] for one in ranked)
-        found = [
-            _estimate("load", 0, reading, weights),
-            ranked[-1] | {"seconds": seconds},
-        ]
+        found = [self._stage("load", reads=1), ranked[-1] | {"seconds": seconds}]
         if len(ranked) > 1:
             # The user chooses one of a range to cut.
             return found
         # A checkpoint is read, written, and read again to verify it.
-        found.append(_estimate("excise", 0, 3 * reading, weights))
+        found.append(self._stage("excise", reads=3))
         if c.patch != "none":
             passes = _PATCH["linear" if c.heal or self.streamed else c.patch]
-            seconds = 3 * reading + passes * c.patch_tokens * forward
-            memory = weights + 4 * c.patch_tokens * self.stream
+            work = 4 * c.patch_tokens * self.stream
+            samples = -(-c.patch_tokens // c.length)
             found.append(
-                _estimate("patch", -(-c.patch_tokens // c.length), seconds, memory)
+                self._stage("patch", samples, passes * c.patch_tokens, 3, work)
             )
         if c.heal:
             found.append(self._healing())
         # The original, the exact cut and the final model; the memory is that of two new processes.
-        seconds = 3 * c.report_samples * c.length * forward + 2 * reading
-        found.append(
-            _estimate("evaluate", c.report_samples, seconds, weights + 4 * work)
-        )
+        tokens = 3 * c.report_samples * c.length
+        work = 4 * self.batch * self.logits
+        found.append(self._stage("evaluate", c.report_samples, tokens, 2, work))
         return found
 
     def _rank(self, removed: int) -> dict[str, Any]:
@@ -279,21 +183,31 @@ class Prices:
 
     def _healing(self) -> dict[str, Any]:
         """Estimate healing with a budget of time or tokens."""
-        tokens = self.config.heal.tokens
-        seconds = self.config.heal.seconds
-        # A pass of the original, then forward and backward through the remaining blocks.
-        each = self.forward * (1 + 3 * self.left)
         if self.streamed:
-            return _estimate("heal", 0, impossible="needs the whole model in memory")
-        if tokens is None and seconds is None:
+            return _estimate("heal", impossible="needs the whole model in memory")
+        # A pass of the original, then forward and backward through the remaining blocks.
+        passes = 1 + 3 * self.left
+        tokens = self.config.heal.tokens or 0
+        if seconds := self.config.heal.seconds:
+            tokens = seconds / passes / self.forward
+        if not tokens:
             why = "depends on the text; set a limit with --heal 10min"
-            return _estimate("heal", 0, impossible=why)
-        tokens = tokens if seconds is None else seconds / each
+            return _estimate("heal", impossible=why)
         trained = _TRAINED * self.left * self.weights / self.dtype.itemsize
-        memory = self._weights_in_memory() + trained + self.batch * self.graph
-        return _estimate(
-            "heal", int(tokens or 0) // LENGTH, (tokens or 0) * each, memory
-        )
+        work = trained + self.batch * self.graph
+        return self._stage("heal", int(tokens) // LENGTH, passes * tokens, 0, work)
+
+    def _stage(
+        self,
+        name: str,
+        samples: int = 0,
+        tokens: float = 0,
+        reads: float = 0,
+        work: float = 0,
+    ) -> dict[str, Any]:
+        """Estimate forward passes over tokens, and reads of all weights; ``work`` in bytes."""
+        seconds = tokens * self.forward + reads * self.reading * self.weights
+        return _estimate(name, samples, seconds, self._weights_in_memory() + work)
 
     def _weights_in_memory(self) -> float:
         """Return the bytes of the process with its weights, or with two buffers if streamed."""
@@ -320,50 +234,50 @@ class Prices:
         return _estimate(name, samples, price.seconds or seconds, memory)
 
 
+def _time_head(replay: Replay, batch: TokenSet) -> float:
+    """Return the seconds of the output head and the loss on a micro-batch."""
+    seconds = []
+    with torch.inference_mode():
+        recording = replay.record(batch.input_ids)
+        stream = recording.bring(len(replay) - 1, recording.entered)
+        logits = partial(OutputHead(replay).logits, recording, stream, batch)
+        original = Comparison(logits(), batch)
+        for _ in range(3):
+            began = time.perf_counter()
+            original.sum_samples([original.compare(logits())])
+            seconds.append(time.perf_counter() - began)
+    return min(seconds)
+
+
 def say_times(session: Session, folder: RunFolder) -> None:
     """Print the time of each stage of a run, from its first removals; nothing if it is resumed."""
-    config = session.config
     file = folder.path / "hamiltonian.safetensors"
-    if (
-        session.progress is silent
-        or session.processes.size > 1
-        or folder.find_record(file)
-    ):
+    alone = session.processes.size == 1
+    if session.progress is silent or not alone or folder.find_record(file):
         return
-    prices = Prices(config, (session, folder))
+    prices = Prices(session, folder)
     quick = copy.copy(prices)
-    quick.config = config.replace(quick=True)
+    quick.config = session.config.replace(quick=True)
     total, less = (sum(one["seconds"] for one in p.times()) for p in (prices, quick))
-    rows = [
-        one
+    parts = [
+        f"{one['name']} {one['impossible'] or duration(one['seconds'])}"
         for one in prices.times()
         if one["impossible"] or one["seconds"] > total / 100
     ]
-    parts = [
-        f"{one['name']} {one['impossible'] or duration(one['seconds'])}" for one in rows
-    ]
-    hint = "" if config.quick else f"; with --quick {duration(less)}"
+    hint = "" if session.config.quick else f"; with --quick {duration(less)}"
     say(f"this run takes about {duration(total)} here ({', '.join(parts)}){hint}")
 
 
 def _estimate(
     name: str,
-    samples: int,
+    samples: int = 0,
     seconds: float = 0.0,
-    memory: float = 0,
+    memory: float = 0.0,
     impossible: str = "",
 ) -> dict[str, Any]:
     """Make one line of a plan, memory in bytes; ``impossible`` is the reason if it cannot run."""
     found = {"name": name, "samples": samples, "impossible": impossible}
     return found | {"seconds": seconds, "memory": int(memory)}
-
-
-def card_bytes(prices: Prices) -> int:
-    """Return the bytes of a card that a run needs in memory: `RESIDENT` times the weights, a sample
-    of the patch's tuning, and the logits of a micro-batch with a chunk of them in float32."""
-    sample = prices.config.length * prices.graph
-    logits = prices.batch * prices.logits + _LOGIT_COPIES * 4 * CHUNK_ELEMENTS
-    return int(RESIDENT * prices.weights + sample + logits)
 
 
 def make_plan(config: RunConfig) -> dict[str, Any]:
@@ -373,85 +287,36 @@ def make_plan(config: RunConfig) -> dict[str, Any]:
         config: `model`; `remove` or `budget` for the stages after the energy.
 
     Returns:
-        the content of `plan --json`: ``weights``, ``allowed``, ``checkpoint`` and ``card_bytes``
-        (see `card_bytes`) in bytes, ``forward`` in tokens per second, ``reading`` in bytes per
-        second, ``energies`` and ``stages``, and ``seconds`` of the whole run that ``command``
-        starts.
+        the content of `plan --json`: ``weights``, ``allowed`` and ``checkpoint`` in bytes,
+        ``forward`` in tokens per second, ``reading`` in bytes per second, ``energies`` and
+        ``stages``, and ``seconds`` of a whole run with ``energy``, or of the energy alone without
+        a removal.
 
     Raises:
         IsingcutError: no such model, it cannot be measured, or an impossible removal.
     """
+    config = resolve_energy(config)
     began = time.perf_counter()
-    prices = Prices(config)
-    energies = [
-        prices.energy(name) for name in registry.names() if name not in registry.choices
-    ]
+    session = Session(config)
+    prices = Prices(session)
+    names = [name for name in registry.names() if name not in registry.choices]
     stages = prices.stages()
-    seconds = {e["name"]: e["seconds"] for e in energies}
-    # Without a removal, the command only loads the model and measures its energy.
-    rest = sum(s["seconds"] for s in (stages if config.removal else stages[:1]))
-    recommended, effort, why = advise(config, seconds, rest)
+    done = [*(stages if config.removal else stages[:1]), prices.energy(config.energy)]
     return {
         "model": config.model,
         "blocks": prices.n,
         "remove": prices.remove,
-        "device": str(prices.device),
-        "placement": {} if prices.streamed else prices.placement,
-        "dtype": str(prices.dtype).removeprefix("torch."),
+        "device": session.device,
+        "dtype": session.dtype,
         "weights": prices.weights,
         "allowed": prices.memory.total,
         "checkpoint": int(prices.left * prices.whole),
-        "card_bytes": card_bytes(prices),
-        "card_weights": RESIDENT,
         "streamed": prices.streamed,
         "forward": 1 / prices.forward,
         "reading": 1 / max(1e-15, prices.reading),
-        "energies": energies,
+        "energies": [prices.energy(name) for name in names],
         "stages": stages,
-        "recommended": recommended,
-        "seconds": seconds[recommended] + rest,
-        "why": why,
-        "command": command(config, recommended, effort),
+        "energy": config.energy,
+        "seconds": sum(one["seconds"] for one in done),
         "probe_seconds": time.perf_counter() - began,
     }
-
-
-def advise(
-    config: RunConfig, seconds: Mapping[str, float], rest: float
-) -> tuple[str, str, str]:
-    """Choose the best energy that fits in `MOST_HOURS` hours; return it, its effort and the reason.
-
-    Args:
-        config: the options.
-        seconds: time of each energy.
-        rest: time of all other stages.
-    """
-    room = MOST_HOURS * 3600 - rest
-    if config.removal and seconds["refined"] <= room:
-        return "refined", config.effort, "it ranks best near one removal"
-    if seconds["pairwise"] <= room:
-        return "pairwise", "", "it is measured and works for every removal"
-    if config.removal and _LEAST * seconds["refined"] <= room:
-        why = f"the whole search takes more than {MOST_HOURS} hours; this effort fits"
-        return "refined", f"{max(1, int(room / 3600))}h", why
-    why = f"measured energies take more than {MOST_HOURS} hours here; this one is only a guide: "
-    return "fisher", "", why + "check its fidelity in the report"
-
-
-def command(config: RunConfig, energy: str, effort: str = "") -> str:
-    """Return the command line for an energy, with the given options."""
-    words = ["isingcut", "run" if config.removal else "energy", config.model]
-    own = {"model", "energy", "effort", "out"}
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        # `energy` has no options of the later stages.
-        known = config.removal or field.metadata["stage"] in (
-            "model",
-            "calibration",
-            "energy",
-        )
-        if known and value != field.default and field.name not in own:
-            words += [flag(field)] if value is True else [flag(field), str(value)]
-    words += ["--energy", energy, *(["--effort", effort] if effort else [])]
-    name = Path(config.model).name.removesuffix(".gguf") or "model"
-    return shlex.join([*words, "--out", f"{name}-run"])

@@ -15,23 +15,21 @@ from typing import Any
 import numpy as np
 
 from isingcut.baselines import registry
-from isingcut.evaluation import benchmark, candidates
-from isingcut.evaluation.questions import split_names
+from isingcut.evaluation import candidates
 from isingcut.files import states
 from isingcut.files.results import read_document, write_document
-from isingcut.files.stages import STAGES
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.ising.problem import Problem
 from isingcut.ising.spectrum import Spectrum
 from isingcut.ising.states import States, states_of
 from isingcut.measure.losses import measure
-from isingcut.measure.work import forget
 from isingcut.options.config import RunConfig
 from isingcut.runs import benchmarking, measuring, solving
 from isingcut.runs.checks import check_run_tasks
 from isingcut.runs.cutting import share_options
 from isingcut.runs.folder import RunFolder
 from isingcut.runs.session import Session
+from isingcut.runs.stages import Making, Stage, typed_options
 from isingcut.runs.trials import (
     Trials,
     choose_by_patch,
@@ -42,17 +40,16 @@ from isingcut.runs.trials import (
 )
 
 
-def rank(session: Session, folder: RunFolder) -> states.CandidatesFile:
-    """Run stage `rank`: measure the spectrum's states and random ones, in `candidates.json`."""
+def _rank(session: Session, folder: RunFolder) -> Making:
     config = solving.with_solved(folder, session.config)
     target = folder.target(config.removal)
     spectrum = folder.load(target / "spectrum.json", Spectrum.load)
     others = {
-        name: folder.load(measuring.other_path(folder, name), Hamiltonian.load)
+        name: folder.load(measuring.energy_file(folder, config, name), Hamiltonian.load)
         for name in config.energies[1:]
     }
     options = solving.solve_options(folder, config) | {"also": sorted(others)}
-    options |= {key: getattr(config, key) for key in STAGES["rank"].options}
+    options |= typed_options("rank", config)
     if tokens := trial_tokens(config):
         options |= {
             "patch_tokens": tokens,
@@ -66,10 +63,6 @@ def rank(session: Session, folder: RunFolder) -> states.CandidatesFile:
             name: getattr(config, name) for name in ("tasks", "data", "questions")
         }
         options |= benchmarking.hashes_of(config)
-    journal = target / "candidates.journal"
-    scores = target / ".questions"
-    patched = target / "patched.journal"
-    searched = target / "searched.journal"
 
     def make(path: Path) -> None:
         split = measuring.splits_of(folder)["rank"]
@@ -80,11 +73,12 @@ def rank(session: Session, folder: RunFolder) -> states.CandidatesFile:
         count = len(spectrum.removed(0))
         if is_searched(config, count, problem.n, streamed=session.streaming):
             start = np.concatenate([more, spectrum.states])
-            best = search_patched(session, folder, problem, start, split, searched)
+            journal = target / "searched.journal"
+            best = search_patched(session, folder, problem, start, split, journal)
             more = np.concatenate([more, states_of(problem.n, best)])
         by = " and search" if best or "search" in problem.hamiltonian.meta else ""
         considered = add_states(spectrum, problem, more, by)
-        work = session.work(journal)
+        work = session.work(target / "candidates.journal")
         found = candidates.rank(
             session.replay, split, problem, considered, others, config, work
         )
@@ -95,11 +89,12 @@ def rank(session: Session, folder: RunFolder) -> states.CandidatesFile:
         reason: dict[str, Any] = {"why": found.chosen.why}
         if config.choose == "tasks" and not folder.processes.rank:
             position, found.by_tasks = benchmarking.choose_by_tasks(
-                session, rows, scores
+                session, rows, target / ".questions"
             )
             reason = {"why": "questions"}
         elif tokens:
-            trials = Trials(session, folder, split, patched, session.progress)
+            journal = target / "patched.journal"
+            trials = Trials(session, folder, split, journal, session.progress)
             deep = is_deep(count, problem.n)
             near = choose_by_patch(found, deep, config, trials, best)
             if len(near) > 1:
@@ -113,16 +108,19 @@ def rank(session: Session, folder: RunFolder) -> states.CandidatesFile:
         )
         write_document(path, found)
 
-    file = target / "candidates.json"
+    return folder, target / "candidates.json", options, make
 
-    def drop() -> None:
-        for file in (journal, candidates.random_journal(journal), patched, searched):
-            forget(file)
-        benchmark.forget_scores(scores, split_names(config.tasks))
 
-    return folder.stage(
-        "rank", file, options, make, solving.load_candidates, together=True, forget=drop
-    )
+rank = Stage(
+    "rank",
+    _rank,
+    solving.load_candidates,
+    together=True,
+    journals=(
+        *("candidates.journal", "random.journal", "patched.journal"),
+        *("searched.journal", ".questions/*.journal"),
+    ),
+)
 
 
 def found_states(spectrum: Spectrum, problem: Problem, config: RunConfig) -> States:
@@ -185,15 +183,14 @@ def one_pass(
     )
 
 
-def compare(session: Session, folder: RunFolder, name: str) -> states.BaselineFile:
-    """Run one baseline for the removal of the session's options: `baseline-NAME.json`.
+def _compare(session: Session, folder: RunFolder, name: str) -> Making:
+    """Run one baseline for the removal of the session's options.
 
     Baselines only support a number of blocks. For a budget or a number per kind, the baseline
     removes as many blocks as the run's chosen state, and ``violated`` lists broken constraints.
 
-    Returns:
-        The file: the removed blocks, with their losses on the ranking split, the cost in passes and
-        heads (see `isingcut.baselines.base.Outcome`), and the violated constraints of the run.
+    The file has the removed blocks, with their losses on the ranking split, the cost in passes and
+    heads (see `isingcut.baselines.base.Outcome`), and the violated constraints of the run.
     """
     config = session.config
     part = registry.get(name)()
@@ -218,7 +215,7 @@ def compare(session: Session, folder: RunFolder, name: str) -> states.BaselineFi
         splits = measuring.splits_of(folder)
         searched = splits["energy"].select(range(samples))
         session.choose_tuning(folder)
-        work = session.work(journal)
+        work = session.work(target / f"{file.name}.journal")
         outcome = part.choose(session.replay, searched, count, work, config.seed)
         found = measure(
             session.replay,
@@ -242,9 +239,13 @@ def compare(session: Session, folder: RunFolder, name: str) -> states.BaselineFi
         write_document(path, content)
 
     file = target / f"baseline-{name}.json"
-    journal = file.with_name(file.name + ".journal")
-    read = partial(read_document, model=states.BaselineFile)
-    drop = partial(forget, journal)
-    return folder.stage(
-        "baseline", file, options, make, read, together=True, forget=drop
-    )
+    return folder, file, options, make
+
+
+compare = Stage(
+    "baseline",
+    _compare,
+    partial(read_document, model=states.BaselineFile),
+    together=True,
+    journals=("{}.journal",),
+)

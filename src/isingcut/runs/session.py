@@ -38,7 +38,7 @@ from isingcut.models.device import (
     pick_device,
     weight_bytes,
 )
-from isingcut.models.inspect import inspect_model
+from isingcut.models.inspect import Inspection, inspect_model
 from isingcut.models.placement import devices_of, name_devices
 from isingcut.models.replay import Replay
 from isingcut.models.sharing import open_cut
@@ -146,18 +146,22 @@ class Session:
             found["weight_bytes"] = packed.stat().st_size
         return ModelIdentity(**found)
 
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The dtype of the weights once loaded."""
+        return devices.pick_dtype(self.dtype, pick_device(self.config.device))
+
     @cached_property
-    def _bytes(self) -> int:
+    def weights(self) -> int:
         """The bytes of the weights once loaded."""
-        device = devices.pick_device(self.config.device)
-        return weight_bytes(self.source, devices.pick_dtype(self.dtype, device))
+        return weight_bytes(self.source, self.torch_dtype)
 
     @cached_property
     def device(self) -> str:
         """The device, or several, separated by commas; a streamed model uses the first."""
         given = (self.config.memory_limit, self.config.cards_per_process)
         return ",".join(
-            map(str, devices.pick_devices(self.config.device, self._bytes, *given))
+            map(str, devices.pick_devices(self.config.device, self.weights, *given))
         )
 
     @cached_property
@@ -169,7 +173,7 @@ class Session:
         """
         places = map(torch.device, self.device.split(","))
         limit = self.config.memory_limit
-        too_large = self._bytes > sum(allowance(limit, place).left for place in places)
+        too_large = self.weights > sum(allowance(limit, place).left for place in places)
         return too_large if self.config.stream == "auto" else self.config.stream == "on"
 
     @cached_property
@@ -194,28 +198,23 @@ class Session:
         """Return the settings for a measurement, with a journal if it has one."""
         return Work(self.batch_tokens, self.progress, journal)
 
-    def serve(self, folder: RunFolder) -> None:
-        """Let a run folder free memory when a stage runs out of it, and check the weights."""
-        folder.make_room = self._stream_from_now
-        folder.memory_record = self._memory_record
-        folder.check_model = lambda: check_unchanged(self.source, self._stamp)
+    def attach(self, folder: RunFolder) -> None:
+        """Let the stages of a run folder free memory and check the weights."""
+        folder.session = self
         folder.progress = self.progress
 
-    def _stream_from_now(self) -> bool:
-        """Switch to streaming; return False if the model is streamed already."""
+    def check_model(self) -> None:
+        """Raise if the model's weights changed since this session opened it."""
+        check_unchanged(self.source, self._stamp)
+
+    def make_room(self) -> bool:
+        """Free memory by switching to streaming; return False if that is impossible."""
         if self.streaming or self.config.stream != "auto" or self.processes.size > 1:
             return False
         say("isingcut: out of memory; the model is streamed from disk from now on")
         self.leave_device()
         self.streaming = True
         return True
-
-    def _memory_record(self) -> dict[str, Any]:
-        """Return the settings that a stage used because memory was short."""
-        replay = self.__dict__.get("replay")
-        if replay is None or replay.limit.tokens >= self.batch_tokens:
-            return {"streamed": True} if self.streaming else {}
-        return {"streamed": self.streaming, "most_tokens": replay.limit.tokens}
 
     def leave_device(self) -> None:
         """Free the device's memory; the model is loaded again on the next use."""
@@ -267,7 +266,7 @@ class Session:
         )
 
 
-def take_up(session: Session, processes: Processes) -> None:
+def join_processes(session: Session, processes: Processes) -> None:
     """Share the session's measurements among all processes, with the settings of rank 0.
 
     Raises:
@@ -334,7 +333,7 @@ def _use_own_card(config: RunConfig, processes: Processes) -> None:
             )
 
 
-def check_by_config(folder: Path, config: RunConfig, *, needed: bool) -> None:
+def check_by_config(folder: Path, config: RunConfig, *, needed: bool) -> Inspection:
     """Check the options against a model's configuration, before its weights are read.
 
     Args:
@@ -367,3 +366,4 @@ def check_by_config(folder: Path, config: RunConfig, *, needed: bool) -> None:
             f"--length {config.length} is more than this model's {found.positions} positions; give "
             f"--length {found.positions} or less"
         )
+    return found

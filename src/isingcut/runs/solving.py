@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from isingcut.console.progress import Progress, show_time, silent
+from isingcut.console.progress import Progress, silent
 from isingcut.errors import InfeasibleError, InputError, StageFileError
 from isingcut.files.results import read_document
 from isingcut.files.runs import BlockList, LegalityRow
-from isingcut.files.stages import SOLVING, STAGES
+from isingcut.files.stages import SOLVING, STAGE_FILES
 from isingcut.files.states import CandidatesFile
 from isingcut.ising import constraints as rows
 from isingcut.ising.constraints import LinearConstraint
@@ -29,9 +29,10 @@ from isingcut.ising.solvers import solve as find
 from isingcut.ising.spectrum import Spectrum
 from isingcut.ising.states import Floats
 from isingcut.options.config import RunConfig
-from isingcut.options.spellings import Budget, Removal
+from isingcut.options.parsed import Budget, Removal
 from isingcut.report.write import write_report
 from isingcut.runs.folder import RunFolder
+from isingcut.runs.stages import Making, Stage, typed_options
 
 if TYPE_CHECKING:
     from isingcut.formats.architectures.blocks import BlockStack
@@ -246,10 +247,7 @@ def describe_blocks(
     )
 
 
-def solve(
-    folder: RunFolder, config: RunConfig, progress: Progress = silent
-) -> Spectrum:
-    """Run stage `solve`: write `spectrum.json` of one removal, from the Hamiltonian's file."""
+def _solve(folder: RunFolder, config: RunConfig, progress: Progress = silent) -> Making:
     file = folder.path / "hamiltonian.safetensors"
     if not file.exists():
         raise StageFileError(
@@ -266,17 +264,17 @@ def solve(
                 f"the options of {folder.path} have --solver {config.solver}, which imports "
                 f"third-party code; if you trust it, type --solver {config.solver} yourself"
             )
-        with show_time(
-            progress, f"solving for {config.removal}", config.solve_seconds
-        ) as bar:
+        with progress(f"solving for {config.removal}", 0) as bar:
             spectrum = find(
                 problem, config.solver, config.states, **_solver_options(config)
             )
             bar.advance(0, f"lowest energy {spectrum.energies[0]:.4g}")
         spectrum.save(path)
 
-    target = folder.target(config.removal)
-    return folder.stage("solve", target / "spectrum.json", options, make, Spectrum.load)
+    return folder, folder.target(config.removal) / "spectrum.json", options, make
+
+
+solve = Stage("solve", _solve, Spectrum.load)
 
 
 def problem_of(folder: RunFolder, config: RunConfig) -> Problem:
@@ -300,9 +298,7 @@ def _solver_options(config: RunConfig) -> dict[str, Any]:
 def solve_options(folder: RunFolder, config: RunConfig) -> dict[str, Any]:
     """Return the options of stage `solve`, with the fingerprint of the Hamiltonian's stage."""
     record = folder.record(folder.path / "hamiltonian.safetensors")
-    return {"energy": record.fingerprint} | {
-        k: getattr(config, k) for k in STAGES["solve"].options
-    }
+    return {"energy": record.fingerprint} | typed_options("solve", config)
 
 
 def with_solved(folder: RunFolder, config: RunConfig) -> RunConfig:
@@ -339,7 +335,7 @@ def require(folder: RunFolder, config: RunConfig, name: str) -> Path:
             if config.remove
             else ["--budget", config.budget]
         )
-        needed = (STAGES[stage] for stage in ("solve", "rank", "cut"))
+        needed = (STAGE_FILES[stage] for stage in ("solve", "rank", "cut"))
         verb = next(
             stage.verb for stage in needed if not (target / stage.file).exists()
         )

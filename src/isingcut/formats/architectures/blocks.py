@@ -19,11 +19,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from isingcut.errors import ArchitectureError, IsingcutError
+from isingcut.errors import ArchitectureError
 from isingcut.files.runs import BlockCosts
-from isingcut.formats.architectures.fields import count_of
-from isingcut.formats.libraries import one_line
-from isingcut.memory import raise_if_exhausted
+from isingcut.formats.architectures.fields import count_of, first_whole
+from isingcut.formats.libraries import convert_errors
 
 
 @dataclass(frozen=True)
@@ -119,17 +118,28 @@ def _mixers(module: nn.Module, index: int, config: Any) -> list[tuple[str, int, 
 
 def _recurrence(module: nn.Module) -> tuple[str, int, int] | None:
     own = _own(module)
-    if "A_log" in own or ("time_decay" in own and "time_first" in own):
-        return _recurrent(module, own, _itemsize(module))
+    size = _itemsize(module)
+    convolutions = [c for n, c in module.named_children() if n.startswith("conv")]
+    conv = _conv_state(convolutions[0]) if convolutions else 0
     if "recurrent_param" in own:
-        return "recurrent", 0, own["recurrent_param"].numel() * _itemsize(module)
-    # The decay may be in a separate module (Kimi Delta Attention) next to the convolution.
-    gate = next((g for c in module.children() if "A_log" in (g := _own(c))), None)
-    if gate is not None and any(
-        name.startswith("conv") for name, _ in module.named_children()
-    ):
-        return _recurrent(module, gate, _itemsize(module))
-    return None
+        return "recurrent", 0, own["recurrent_param"].numel() * size
+    if "time_decay" in own and "time_first" in own:
+        return "rwkv", 0, 5 * own["time_decay"].numel() * size
+    if "A_log" not in own and convolutions:
+        # The decay may be in a separate module (Kimi Delta Attention) next to the convolution.
+        gates = (_own(child) for child in module.children())
+        own = next((gate for gate in gates if "A_log" in gate), own)
+    if "A_log" not in own:
+        return None
+    heads = own["A_log"].numel()
+    width = int(getattr(module, "head_dim", 0))
+    if "D" not in own:  # gated delta rule: a key x value matrix per head
+        key, value = (int(getattr(module, f"head_{s}_dim", width)) for s in "kv")
+        return "linear-attention", 0, (conv + heads * key * value) * size
+    if own["A_log"].ndim > 1:
+        return "mamba", 0, (conv + heads) * size
+    state = heads * width * int(getattr(module, "ssm_state_size", 0))
+    return "mamba2", 0, (conv + state) * size
 
 
 def _is_attention(name: str, children: dict[str, nn.Module]) -> bool:
@@ -149,31 +159,6 @@ def _span(module: nn.Module, index: int, config: Any) -> str:
     return "sliding-" if isinstance(window, int) and window > 0 else ""
 
 
-def _recurrent(
-    module: nn.Module, own: dict[str, torch.Tensor], size: int
-) -> tuple[str, int, int]:
-    convolution = next(
-        (c for n, c in module.named_children() if n.startswith("conv")), None
-    )
-    conv = _conv_state(convolution) if convolution is not None else 0
-    if "A_log" not in own:
-        return "rwkv", 0, 5 * own["time_decay"].numel() * size
-    if "D" not in own:  # gated delta rule: a key x value matrix per head
-        heads = own["A_log"].numel()
-        width = getattr(module, "head_dim", 0)
-        key, value = (int(getattr(module, f"head_{s}_dim", width)) for s in "kv")
-        return "linear-attention", 0, (conv + heads * key * value) * size
-    if own["A_log"].ndim > 1:
-        return "mamba", 0, (conv + own["A_log"].numel()) * size
-    heads = own["A_log"].numel()
-    state = (
-        heads
-        * int(getattr(module, "head_dim", 0))
-        * int(getattr(module, "ssm_state_size", 0))
-    )
-    return "mamba2", 0, (conv + state) * size
-
-
 def _conv_state(convolution: nn.Module) -> int:
     weight = getattr(convolution, "weight", None)
     return weight.shape[0] * weight.shape[-1] if isinstance(weight, torch.Tensor) else 0
@@ -181,26 +166,21 @@ def _conv_state(convolution: nn.Module) -> int:
 
 def _kv_elements(module: nn.Module, config: Any) -> int:
     """Count the elements of keys and values that transformers caches per token in one attention."""
-    projections = [getattr(module, name, None) for name in ("k_proj", "v_proj")]
-    widths = [getattr(p, "out_features", None) for p in projections if p is not None]
-    if widths and all(isinstance(w, int) for w in widths):
+    projections: list[Any] = [getattr(module, p, None) for p in ("k_proj", "v_proj")]
+    widths = [p.out_features for p in projections if hasattr(p, "out_features")]
+    if widths:
         # Without a value projection, keys serve as values (or values of another layer are used).
-        return sum(int(w) for w in widths if w is not None) * (
-            2 if len(widths) == 1 else 1
-        )
+        return int(2 * sum(widths) // len(widths))
     heads = int(getattr(config, "num_attention_heads", 0) or 0)
     groups = int(getattr(config, "num_key_value_heads", None) or heads)
-    if getattr(config, "multi_query", False) and not getattr(
-        config, "new_decoder_architecture", False
-    ):
+    several = getattr(config, "new_decoder_architecture", False)
+    if getattr(config, "multi_query", False) and not several:
         groups = 1
     if getattr(config, "kv_lora_rank", None):
         key = int(config.qk_nope_head_dim) + int(config.qk_rope_head_dim)
         return heads * (key + int(config.v_head_dim))
-    width = int(
-        getattr(config, "head_dim", None) or config.hidden_size // max(heads, 1)
-    )
-    return 2 * groups * width
+    width = getattr(config, "head_dim", None) or config.hidden_size // max(heads, 1)
+    return 2 * groups * int(width)
 
 
 def _feed_forward(block: nn.Module) -> str:
@@ -222,9 +202,7 @@ def _feed_forward(block: nn.Module) -> str:
 
 def _idle_expert_parameters(block: nn.Module, config: Any) -> int:
     """Count the parameters of routed experts that one token does not use."""
-    top_k = next(
-        (v for k in _TOP_K if isinstance(v := getattr(config, k, None), int)), None
-    )
+    top_k = first_whole(config, _TOP_K)
     idle = 0
     for name, module in block.named_modules():
         if name.rsplit(".", 1)[-1] != "experts":
@@ -242,9 +220,7 @@ def _expert_count(module: nn.Module, config: Any) -> int | None:
     stacked = next((p.shape[0] for p in module.parameters() if p.ndim == 3), None)
     if stacked is not None:
         return int(stacked)
-    return next(
-        (v for k in _EXPERTS if isinstance(v := getattr(config, k, None), int)), None
-    )
+    return first_whole(config, _EXPERTS)
 
 
 def text_config(model: Any) -> Any:
@@ -293,7 +269,9 @@ def stack_modules(model: nn.Module) -> list[nn.Module]:
 
 
 def _stack_path(model: nn.Module, count: int | None) -> str | None:
-    decoder = _decoder_path(model)
+    text: Any = model
+    inner = text.get_decoder()
+    decoder = next((name for name, m in model.named_modules() if m is inner), "")
     found: dict[str, tuple[bool, int]] = {}
     for path, module in model.named_modules():
         listed = isinstance(module, nn.ModuleList) and len(module) == count
@@ -302,14 +280,6 @@ def _stack_path(model: nn.Module, count: int | None) -> str | None:
             inside = decoder == "" or path.startswith(f"{decoder}.")
             found[path] = inside, sum(p.numel() for p in module.parameters())
     return max(found, key=lambda path: found[path], default=None)
-
-
-def _decoder_path(model: Any) -> str:
-    """Return the path of the module from `get_decoder`, or "" for the root."""
-    decoder = model.get_decoder()
-    return next(
-        (str(path) for path, module in model.named_modules() if module is decoder), ""
-    )
 
 
 def stop_rescaling(model: Any) -> None:
@@ -371,20 +341,11 @@ def language_model(model: Any) -> Any:
     )
 
 
-@contextlib.contextmanager
-def catch_text_errors(model: Any) -> Iterator[None]:
+def catch_text_errors(model: Any) -> contextlib.AbstractContextManager[None]:
     """Convert errors of a model on text alone to an error of one line, within the context.
 
     Raises:
         ArchitectureError: the model failed.
     """
-    try:
-        yield
-    except (torch.AcceleratorError, IsingcutError):
-        raise  # an error of the device, or one that is already converted
-    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        raise_if_exhausted(error)
-        raise ArchitectureError(
-            f"{type(model).__name__} does not run on text alone, so it cannot be measured or "
-            f"verified: {one_line(error)}"
-        ) from error
+    what = "does not run on text alone, so it cannot be measured or verified"
+    return convert_errors(ArchitectureError, f"{type(model).__name__} {what}")

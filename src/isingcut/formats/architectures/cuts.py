@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import fnmatch
+import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -87,31 +88,21 @@ def refuse_unknown(
 
 
 def _speaks_of_blocks(key: str, value: Any, count: int, lengths: set[int]) -> bool:
-    if isinstance(value, (list, tuple)):
-        flat = [
-            v
-            for item in value
-            for v in (item if isinstance(item, (list, tuple)) else [item])
-        ]
-        numbers = bool(flat) and all(
-            _is_whole(i) and -count <= i <= count for i in flat
-        )
-        return len(value) in lengths or (numbers and bool(_LAYERISH.search(key)))
-    if isinstance(value, dict):
-        return (
-            bool(value)
-            and bool(_LAYERISH.search(key))
-            and all(str(k).isdigit() for k in value)
-        )
-    if isinstance(value, str):
-        listed = bool(re.fullmatch(r"\d+(,\d+)+", value)) and bool(
-            _LAYERISH.search(key)
-        )
-        return listed or (len(value) in lengths and bool(_PATTERNISH.search(key)))
     if _is_whole(value):
-        return (value > 1 and bool(_PERIODISH.search(key))) or (
-            value > 0 and bool(_COUNTS.search(key))
-        )
+        periodish = value > 1 and _PERIODISH.search(key)
+        return bool(periodish or (value > 0 and _COUNTS.search(key)))
+    layerish = bool(_LAYERISH.search(key))
+    if isinstance(value, (list, tuple)):
+        rows = (item if isinstance(item, (list, tuple)) else [item] for item in value)
+        flat = [*itertools.chain.from_iterable(rows)]
+        numbers = all(_is_whole(i) and -count <= i <= count for i in flat)
+        return len(value) in lengths or (layerish and numbers and bool(flat))
+    if isinstance(value, dict):
+        return layerish and bool(value) and all(str(k).isdigit() for k in value)
+    if isinstance(value, str):
+        listed = layerish and re.fullmatch(r"\d+(,\d+)+", value)
+        pattern_like = len(value) in lengths and _PATTERNISH.search(key)
+        return bool(listed or pattern_like)
     return False
 
 
@@ -131,11 +122,9 @@ def find_parts(
         config: the whole configuration.
         text: the decoder's part of it.
     """
-    for part in (text, *_within(text, text)):
-        yield part, True
-    if config is not text:
-        for part in (config, *_within(config, text)):
-            yield part, False
+    for root in [text] if config is text else [text, config]:
+        for part in (root, *_within(root, text)):
+            yield part, root is text
 
 
 def _within(part: dict[str, Any], text: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -179,9 +168,8 @@ def _cut_field(
     gone = [i for i in range(count) if i not in mapping]
     if key in fields.COUNT and value in (count, count * often):
         return value // count * len(kept)
-    if key in fields.SLICE or (
-        key in fields.SLICE_OR_SCALAR and isinstance(value, list)
-    ):
+    listed = isinstance(value, list) and key in fields.SLICE_OR_SCALAR
+    if listed or key in fields.SLICE:
         return _slice_field(key, value, mapping, count)
     if key in fields.INDICES:
         return _renumber_list(value, mapping, first=0)
@@ -219,7 +207,7 @@ def _drop_generators(part: dict[str, Any]) -> None:
 
 
 def _slice_field(key: str, value: Any, mapping: dict[int, int], count: int) -> Any:
-    if isinstance(value, (int, float, bool)):
+    if isinstance(value, (int, float)):
         return value  # e.g. moe_layer_freq = 1: every block is the same
     if len(value) < count:
         raise ArchitectureError(
@@ -284,7 +272,7 @@ def cut_config(
             raise ArchitectureError(
                 f"blocks {', '.join(map(str, removed))} cannot be removed: {row.describe()}"
             )
-    families.move_images(result, count, mapping)
+    families.move_images(result, mapping)
     read, types = _read_depth(config)
     numbers = renumber_blocks(count, removed, 0 if drop_mtp else mtp_layers(text))
     for part, _ in find_parts(result, text):
@@ -349,11 +337,8 @@ def cut_quantisation(value: Any, mapping: dict[int, int]) -> Any:
         return {name: item for key, item in cut for name in rename(key)}
     if isinstance(value, list):
         names = [name for item in value for name in rename(item)]
-        return (
-            list(dict.fromkeys(names))
-            if all(isinstance(n, str) for n in names)
-            else names
-        )
+        plain = all(isinstance(name, str) for name in names)
+        return list(dict.fromkeys(names)) if plain else names
     return value
 
 
@@ -383,10 +368,8 @@ def renumber_blocks(
         raise ArchitectureError(
             f"all {count} blocks would be removed; keep at least one"
         )
-    return {
-        old: new
-        for new, old in enumerate(i for i in range(count + layers) if i not in chosen)
-    }
+    kept = (i for i in range(count + layers) if i not in chosen)
+    return {old: new for new, old in enumerate(kept)}
 
 
 def rename_pattern(entry: str, mapping: dict[int, int]) -> list[str]:
@@ -459,24 +442,22 @@ def depth(text: Mapping[str, Any]) -> int:
     Raises:
         ArchitectureError: the configuration has no valid number of blocks.
     """
+    model_type = text.get("model_type", "")
     for key in ("layers_block_type", "hybrid_override_pattern"):
-        if text.get("model_type") == "nemotron_h" and isinstance(
-            text.get(key), (list, str)
-        ):
+        if model_type == "nemotron_h" and isinstance(text.get(key), (list, str)):
             return len(text[key])
-    for key in counted_by(text.get("model_type", "")):
-        value = text.get(key)
-        if isinstance(value, int) and not isinstance(value, bool):
+    for key in counted_by(model_type):
+        value: Any = text.get(key)
+        if _is_whole(value):
             if value < 1:
                 raise ArchitectureError(
                     f"the configuration says {key}={value}; expected at least 1"
                 )
-            return value
-    if reason := explain_uncuttable(text):
-        raise ArchitectureError(reason)
+            return int(value)
     raise ArchitectureError(
-        f"the configuration does not say how many blocks the model has: expected one of "
-        f"{', '.join(fields.COUNT)}"
+        explain_uncuttable(text)
+        or "the configuration does not say how many blocks the model has: expected one of "
+        + ", ".join(fields.COUNT)
     )
 
 
@@ -497,17 +478,15 @@ def materialise(config: dict[str, Any]) -> dict[str, Any]:
         return text
     full = derived.get_text_config(decoder=True)
     values = full.to_dict()
-    has_types = any(
-        text.get(k) is not None
-        for k in ("layer_types", "layers_block_type", "hybrid_override_pattern")
-    )
+    kinds = ("layer_types", "layers_block_type", "hybrid_override_pattern")
+    has_types = any(text.get(key) is not None for key in kinds)
     aliases = dict(getattr(full, "attribute_map", {}))
     for key in fields.WRITTEN_OUT:
         value = values.get(key)
         names = (key, *(alias for alias, real in aliases.items() if real == key))
         if value is None or any(text.get(name) is not None for name in names):
             continue
-        if key in ("layer_types", "layers_block_type") and has_types:
+        if key in kinds[:2] and has_types:
             continue
         text[key] = copy.deepcopy(value)
     text.setdefault("model_type", values.get("model_type", ""))

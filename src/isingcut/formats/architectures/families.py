@@ -22,18 +22,12 @@ from isingcut.formats.architectures import fields
 from isingcut.formats.architectures.fields import STAY, TWO_STAY, config_object, of_type
 from isingcut.ising.constraints import LinearConstraint
 
-# Model types whose config class turns the last block into full attention.
-_LAST_IS_FULL = {"gemma4_text", "gemma4_unified_text"}
-_LAST_REASON = "the last block has to be full attention in this family"
-
 ATTENTION = (
     "one attention block stays, because generation reads the sequence length from an attention "
     "cache"
 )
 _RECEIVES = "image features (DeepStack) join the stream behind the first {} blocks, by their number"
-_ENTERS = (
-    "image features join the stream in front of blocks {}, which must not fall together"
-)
+_ENTERS = "image features join the stream in front of blocks {}"
 
 
 def write_out(text: dict[str, Any], count: int) -> None:
@@ -47,14 +41,6 @@ def write_out(text: dict[str, Any], count: int) -> None:
         text["decoder_sparse_step"] = 1
 
 
-def _has_periods(text: dict[str, Any]) -> bool:
-    """Whether periods define the kinds of blocks; Zamba has a period as well as the full list."""
-    listed = isinstance(text.get("layers_block_type"), list)
-    return not listed and all(
-        isinstance(text.get(name), int) for name in fields.PERIODS
-    )
-
-
 def find_fixed_blocks(
     config: dict[str, Any], text: dict[str, Any], count: int
 ) -> dict[int, str]:
@@ -65,22 +51,14 @@ def find_fixed_blocks(
         text: the decoder's part of it, with its per-layer fields written out.
         count: number of blocks of the decoder.
     """
-    features = max(
-        (len(value) for _, value in _find(config, fields.DEEPSTACK)), default=0
-    )
-    received = dict.fromkeys(range(min(features, count)), _RECEIVES.format(features))
-    return _find_fixed_of_text(text, count) | received
-
-
-def _find_fixed_of_text(text: dict[str, Any], count: int) -> dict[int, str]:
+    fixed: dict[int, str] = {}
     model_type = str(text.get("model_type", ""))
     if found := of_type(STAY, model_type):
-        at, reason = found
-        return {at % count: reason}
+        fixed[found[0] % count] = found[1]
     if model_type in {"zamba", "zamba2"}:
         types = text.get("layers_block_type") or text.get("layer_types") or []
         reason = "hybrid blocks take turns with shared weights, so their number and order are fixed"
-        return {i: reason for i, kind in enumerate(types) if kind == "hybrid"}
+        fixed |= {i: reason for i, kind in enumerate(types) if kind == "hybrid"}
     shared = text.get("num_kv_shared_layers")
     if isinstance(shared, int) and 0 < shared < count:
         if not isinstance(text.get("layer_types"), list):
@@ -88,8 +66,27 @@ def _find_fixed_of_text(text: dict[str, Any], count: int) -> dict[int, str]:
                 f"the configuration has num_kv_shared_layers={shared} and no list 'layer_types', "
                 "which says whose keys and values are shared; write it out"
             )
-        return _key_value_producers(text["layer_types"], count - shared)
-    return {}
+        first = count - shared
+        last_of_kind = {kind: i for i, kind in enumerate(text["layer_types"][:first])}
+        for kind, i in last_of_kind.items():
+            fixed[i] = (
+                f"blocks from {first} on read the keys and values of this {kind} block"
+            )
+    entered: set[int] = set()
+    for path, value in _find(config, fields.IMAGE_ENTRIES):
+        with fields.catch_unknown_form(path[-1], value):
+            ends = (
+                item[-1] if isinstance(item, (list, tuple)) else item for item in value
+            )
+            entered |= {range(count)[i] for i in ends if 0 <= i < count}
+    fixed |= dict.fromkeys(
+        entered, _ENTERS.format(", ".join(map(str, sorted(entered))))
+    )
+    features = max(
+        (len(value) for _, value in _find(config, fields.DEEPSTACK)), default=0
+    )
+    received = dict.fromkeys(range(min(features, count)), _RECEIVES.format(features))
+    return fixed | received
 
 
 def _sources(name: str, value: Any, count: int) -> Iterator[tuple[int, int, str]]:
@@ -116,31 +113,6 @@ def _sources(name: str, value: Any, count: int) -> Iterator[tuple[int, int, str]
             )
 
 
-def _key_value_producers(types: list[str], first_shared: int) -> dict[int, str]:
-    """Find the last unshared block of each attention type: later blocks read its keys and
-    values."""
-    last = {kind: i for i, kind in enumerate(types[:first_shared])}
-    return {
-        i: f"blocks from {first_shared} on read the keys and values of this {kind} block"
-        for kind, i in last.items()
-    }
-
-
-def _full_attention_last(types: list[str]) -> list[LinearConstraint]:
-    """Return constraints to keep a full-attention block after each kept block of another type."""
-    n = len(types)
-    rows = []
-    for i, kind in enumerate(types):
-        if kind != "full_attention":
-            later = [j for j in range(i + 1, n) if types[j] == "full_attention"]
-            row = _row(n, later, [i])
-            most = len(later) - 1.0
-            rows.append(
-                LinearConstraint(f"full after {i}", row, "<=", most, _LAST_REASON)
-            )
-    return rows
-
-
 def has_attention(types: list[str]) -> bool:
     """Whether any of these transformers layer types fills an attention cache."""
     return any(("attention" in t and "linear" not in t) or "hybrid" in t for t in types)
@@ -162,8 +134,6 @@ def legality(
             LinearConstraint(f"keep block {i}", _row(n, [i]), "==", 0.0, reason)
             for i, reason in find_fixed_blocks(config, text, n).items()
         ]
-        if text.get("model_type") in _LAST_IS_FULL:
-            rows.extend(_full_attention_last(types))
     for name in ("indexer_types", *fields.SOURCES, *fields.RANKED):
         value = text.get(name) or ()
         with fields.catch_unknown_form(name, value):
@@ -173,22 +143,18 @@ def legality(
                     LinearConstraint(f"keep {source} for {i}", row, "<=", 0.0, reason)
                 )
     if 0 < len(attention) < n:
-        rows.append(_keep_one(n, "attention", attention, f"at least {ATTENTION}"))
+        row = _row(n, attention)
+        most = len(attention) - 1.0
+        reason = f"at least {ATTENTION}"
+        rows.append(LinearConstraint("keep attention", row, "<=", most, reason))
     if why := of_type(TWO_STAY, text.get("model_type")):
         rows.append(LinearConstraint("keep two", np.ones(n), "<=", n - 2.0, why))
-    if _has_periods(text):
-        rows.extend(_whole_periods(n, lcm(*(int(text[p]) for p in fields.PERIODS))))
-    places, reason = _image_places(config, n)
-    return rows + [_keep_one(n, _words(place), place, reason) for place in places]
-
-
-def _keep_one(
-    n: int, name: str, blocks: Sequence[int], reason: str
-) -> LinearConstraint:
-    """Return the constraint that at least one of these blocks stays."""
-    return LinearConstraint(
-        f"keep {name}", _row(n, blocks), "<=", len(blocks) - 1.0, reason
-    )
+    periods = [v for p in fields.PERIODS if isinstance(v := text.get(p), int)]
+    # Zamba has a period as well as the full list.
+    listed = isinstance(text.get("layers_block_type"), list)
+    if len(periods) == len(fields.PERIODS) and not listed:
+        rows.extend(_whole_periods(n, lcm(*periods)))
+    return rows
 
 
 def _whole_periods(n: int, period: int) -> list[LinearConstraint]:
@@ -214,21 +180,16 @@ def _row(n: int, plus: Sequence[int], minus: Sequence[int] = ()) -> NDArray[np.f
     return row
 
 
-def move_images(config: dict[str, Any], count: int, mapping: Mapping[int, int]) -> None:
+def move_images(config: dict[str, Any], mapping: Mapping[int, int]) -> None:
     """Renumber, in place, the blocks in front of which image features join the stream.
-
-    Features in front of a removed block join in front of the next kept one.
 
     Args:
         config: the whole configuration of a checkpoint.
-        count: number of blocks of its decoder.
         mapping: new number of each kept block, by its old number; must satisfy `legality`.
     """
 
     def move(block: int) -> int:
-        if not 0 <= block < count:
-            return block  # Never reached, before or after the cut.
-        return next(mapping[i] for i in range(block, count) if i in mapping)
+        return mapping.get(block, block)  # A number beyond the blocks is never reached.
 
     for path, value in list(_find(config, fields.IMAGE_ENTRIES)):
         part = config
@@ -240,27 +201,6 @@ def move_images(config: dict[str, Any], count: int, mapping: Mapping[int, int]) 
             else move(item)
             for item in value
         ]
-
-
-def _image_places(config: dict[str, Any], count: int) -> tuple[list[range], str]:
-    """Return the blocks from each place where image features join to the next place, and the
-    reason to keep one of them."""
-    joined: set[int] = set()
-    for path, value in _find(config, fields.IMAGE_ENTRIES):
-        with fields.catch_unknown_form(path[-1], value):
-            ends = (
-                item[-1] if isinstance(item, (list, tuple)) else item for item in value
-            )
-            joined.update(range(count)[i] for i in ends if 0 <= i < count)
-    blocks = sorted(joined)
-    reason = _ENTERS.format(", ".join(map(str, blocks)))
-    return [range(*ends) for ends in pairwise([*blocks, count])], reason
-
-
-def _words(place: range) -> str:
-    if len(place) == 1:
-        return f"block {place.start}"
-    return f"one of blocks {place.start} to {place.stop - 1}"
 
 
 def _find(

@@ -8,11 +8,11 @@ errors that name the field, never guesses. `families` handles what does not fit 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 from isingcut.errors import ArchitectureError
-from isingcut.formats.libraries import one_line, quiet_transformers
+from isingcut.formats.libraries import convert_errors, quiet_transformers
 
 Entry = TypeVar("Entry")
 
@@ -270,7 +270,10 @@ UNCUTTABLE = {
 }
 
 # Blocks that have to stay (-1: the last), with the reason.
+_LAST_IS_FULL = "the last block has to be full attention in this family"
 STAY = {
+    "gemma4": (-1, _LAST_IS_FULL),
+    "gemma4_unified": (-1, _LAST_IS_FULL),
     "gpt_neox_japanese": (
         -1,
         "only the last block of this family has a bias after its attention",
@@ -331,10 +334,9 @@ def text_part(config: dict[str, Any], derived: Any | None) -> dict[str, Any]:
         text = text.get(key) if isinstance(text, dict) else None
     if isinstance(text, dict):
         return text
-    for place in (None, *config):
-        if _is_read(config, place):
-            found: dict[str, Any] = config if place is None else config[place]
-            return found
+    for part in (config, *config.values()):
+        if isinstance(part, dict) and _is_read(config, part):
+            return part
     text = config
     for key in path:
         if not isinstance(text.get(key), dict):
@@ -345,8 +347,13 @@ def text_part(config: dict[str, Any], derived: Any | None) -> dict[str, Any]:
 
 def count_of(config: Any) -> int | None:
     """Return the number of blocks of a decoder's configuration object."""
-    counts = (getattr(config, name, None) for name in counted_by(config.model_type))
-    return next((number for number in counts if isinstance(number, int)), None)
+    return first_whole(config, counted_by(config.model_type))
+
+
+def first_whole(config: Any, names: Iterable[str]) -> int | None:
+    """Return the first of these fields of a configuration object that is a whole number."""
+    values = (getattr(config, name, None) for name in names)
+    return next((value for value in values if isinstance(value, int)), None)
 
 
 def config_object(config: dict[str, Any]) -> Any | None:
@@ -361,13 +368,9 @@ def config_object(config: dict[str, Any]) -> Any | None:
     if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         return None
     plain = {k: v for k, v in config.items() if k != "quantization_config"}
-    try:
-        with quiet_transformers():
-            return CONFIG_MAPPING[model_type].from_dict(_decode_floats(plain))
-    except Exception as error:
-        raise ArchitectureError(
-            f"the configuration is not a valid {model_type} configuration: {one_line(error)}"
-        ) from error
+    what = f"the configuration is not a valid {model_type} configuration"
+    with quiet_transformers(), convert_errors(ArchitectureError, what):
+        return CONFIG_MAPPING[model_type].from_dict(_decode_floats(plain))
 
 
 @contextlib.contextmanager
@@ -391,17 +394,16 @@ def catch_unknown_form(key: str, value: Any) -> Iterator[None]:
         ) from error
 
 
-def _is_read(config: dict[str, Any], key: str | None) -> bool:
+def _is_read(config: dict[str, Any], part: dict[str, Any]) -> bool:
     """Whether transformers reads the decoder's vocabulary size from a part, or from the root."""
-    part = config if key is None else config[key]
-    size = part.get("vocab_size") if isinstance(part, dict) else None
+    size = part.get("vocab_size")
     if not isinstance(size, int):
         return False
     changed = {**part, "vocab_size": size + 1}
-    derived: Any = config_object(changed if key is None else {**config, key: changed})
-    return bool(
-        getattr(derived.get_text_config(decoder=True), "vocab_size", None) == size + 1
-    )
+    whole = {key: changed if value is part else value for key, value in config.items()}
+    derived: Any = config_object(changed if part is config else whole)
+    text = derived.get_text_config(decoder=True)
+    return bool(getattr(text, "vocab_size", None) == size + 1)
 
 
 def _decode_floats(value: Any) -> Any:

@@ -46,7 +46,7 @@ _COPIED_NAMES = re.compile(
     r"^(license|licence|notice|use_policy|copying)", re.IGNORECASE
 )
 _NOT_COPIED = re.compile(
-    r"(\.index\.json$|^config\.json$|^isingcut\.json$|^trainer_state\.json$|^training_args|^optimizer|^scheduler)"
+    r"(^\.|\.index\.json$|^config\.json$|^isingcut\.json$|^trainer_state\.json$|^training_args|^optimizer|^scheduler)"
 )
 _COPY_LIMIT = 256 * 2**20
 
@@ -78,9 +78,8 @@ def excise(
     """
     whole = Checkpoint.read(source)
     new_config = cuts.cut_config(whole.config, removed, drop_mtp=drop_mtp)
-    mapping = cuts.renumber_blocks(
-        whole.depth, removed, 0 if drop_mtp else whole.mtp_layers
-    )
+    heads = 0 if drop_mtp else whole.mtp_layers
+    mapping = cuts.renumber_blocks(whole.depth, removed, heads)
     tensors = _list_tensors(whole, mapping, drop_mtp=drop_mtp)
     tensors = [t for t in tensors if t.source.name not in unused]
     with atomic_folder(out, sources=[source]) as folder:
@@ -108,28 +107,26 @@ def _list_tensors(
     prefix = whole.prefix
     axes = DEPTH_SHAPED.get(str(whole.text.get("model_type")), {})
     kept = tuple(i for i in mapping if i < count)
+    numbers = {str(old): new for old, new in mapping.items()}
     tensors = []
     for name, tensor in whole.stored.items():
         if name.startswith(prefix):
-            number, _, rest = name[len(prefix) :].partition(".")
-            if number.isdigit() and int(number) in mapping:
-                tensors.append(
-                    NewTensor(f"{prefix}{mapping[int(number)]}.{rest}", tensor)
+            number, _, rest = name.removeprefix(prefix).partition(".")
+            new = numbers.get(number)
+            if new is not None:
+                tensors.append(NewTensor(f"{prefix}{new}.{rest}", tensor))
+        elif drop_mtp and is_mtp(name):
+            continue
+        elif ends := [end for end in axes if f".{name}".endswith(f".{end}")]:
+            axis = axes[ends[0]]
+            if tensor.shape[axis] % count:
+                raise CheckpointError(
+                    f"tensor {name!r} of shape {list(tensor.shape)} does not divide into {count} "
+                    "blocks"
                 )
-            continue
-        if drop_mtp and is_mtp(name):
-            continue
-        axis = next(
-            (a for end, a in axes.items() if f".{name}".endswith(f".{end}")), None
-        )
-        if axis is None:
+            tensors.append(NewTensor(name, tensor, axis, count, kept))
+        else:
             tensors.append(NewTensor(name, tensor))
-            continue
-        if tensor.shape[axis] % count:
-            raise CheckpointError(
-                f"tensor {name!r} of shape {list(tensor.shape)} does not divide into {count} blocks"
-            )
-        tensors.append(NewTensor(name, tensor, axis, count, kept))
     return tensors
 
 
@@ -139,21 +136,14 @@ def _copy_companions(source: Path, folder: Path, mapping: dict[int, int]) -> Non
     for path in [*sorted(source.iterdir()), *nested]:
         name = path.relative_to(source).as_posix()
         wanted = path.suffix in _COPIED_SUFFIXES or _COPIED_NAMES.match(name)
-        if (
-            path.is_dir()
-            or not wanted
-            or _NOT_COPIED.search(name)
-            or name.startswith(".")
-        ):
+        if path.is_dir() or not wanted or _NOT_COPIED.search(name):
             continue
         real = find_contained(source, name)
         (folder / name).parent.mkdir(exist_ok=True)
         if name in _QUANTISATION_FILES:
-            content = cuts.cut_quantisation(
-                load_json(real, "the quantisation file", CheckpointError), mapping
-            )
-            (folder / name).write_text(
-                json.dumps(content, indent=2) + "\n", encoding="utf-8"
-            )
+            given = load_json(real, "the quantisation file", CheckpointError)
+            content = cuts.cut_quantisation(given, mapping)
+            text = json.dumps(content, indent=2) + "\n"
+            (folder / name).write_text(text, encoding="utf-8")
         elif real.stat().st_size <= _COPY_LIMIT:
             shutil.copyfile(real, folder / name)

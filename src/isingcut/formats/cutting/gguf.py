@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -57,29 +57,25 @@ def check_same_model(header: GgufHeader, model: Path) -> None:
     """
     theirs = Checkpoint.read(model)
     count = header.check_blocks()
-    _same(header, "blocks", count, theirs.depth)
-    text = theirs.text
-    width = next((text[k] for k in _WIDTHS if isinstance(text.get(k), int)), None)
-    if width is not None:
-        _same(header, "numbers in its stream", header.number("embedding_length"), width)
+    width = header.number("embedding_length")
+    widths = [v for k in _WIDTHS if isinstance(v := theirs.text.get(k), int)]
+    for what, found, wanted in (
+        ("blocks", count, theirs.depth),
+        ("numbers in its stream", width, [*widths, width][0]),
+    ):
+        if found != wanted:
+            raise InputError(
+                f"{header.path} is of another model: it has {found} {what}, the run's model "
+                f"{wanted}"
+            )
     for name, stored in names_in_gguf(header, count, theirs.stored).items():
         tensor = header.tensors.get(name)
-        if (
-            tensor is not None
-            and name.endswith("norm.weight")
-            and not _is_equal(tensor, stored)
-        ):
+        norm = tensor is not None and name.endswith("norm.weight")
+        if norm and not _is_equal(tensor, stored):
             raise InputError(
                 f"{header.path} is of another model: its tensor {name} differs from the run's "
                 "model; give the GGUF file of that model"
             )
-
-
-def _same(header: GgufHeader, what: str, found: int, wanted: int) -> None:
-    if found != wanted:
-        raise InputError(
-            f"{header.path} is of another model: it has {found} {what}, the run's model {wanted}"
-        )
 
 
 def names_in_gguf(
@@ -88,13 +84,10 @@ def names_in_gguf(
     """Return the checkpoint's tensors that have a name in llama.cpp, by this name."""
     import gguf
 
-    architecture = next(
-        (a for a, name in gguf.MODEL_ARCH_NAMES.items() if name == header.architecture),
-        None,
-    )
-    if architecture is None:
+    architectures = {name: a for a, name in gguf.MODEL_ARCH_NAMES.items()}
+    if header.architecture not in architectures:
         return {}
-    known = gguf.get_tensor_name_map(architecture, count)
+    known = gguf.get_tensor_name_map(architectures[header.architecture], count)
     found = {}
     for name, tensor in stored.items():
         theirs = known.get_name(name, try_suffixes=(".weight", ".bias"))
@@ -109,10 +102,9 @@ def _is_equal(tensor: Any, stored: StoredTensor) -> bool:
         return True
     ours = tensor.data.flatten()
     theirs = read_tensor(stored).double().flatten().numpy()
-    same = ours.size == theirs.size
-    return same and any(
-        np.allclose(ours, theirs + m, rtol=0.02, atol=1e-3) for m in (0.0, 1.0)
-    )
+    if ours.size != theirs.size:
+        return False
+    return any(np.allclose(ours, theirs + m, rtol=0.02, atol=1e-3) for m in (0, 1))
 
 
 _Turn = Callable[[NDArray[np.float32]], NDArray[np.float32]]
@@ -162,11 +154,7 @@ def changed_tensors(
         start = next((start for start in places if name.startswith(start)), "")
         before = places.get(start, "") + name.removeprefix(start)
         was = old.stored.get(before)
-        if (
-            was is not None
-            and was.dtype == stored.dtype
-            and was.data() == stored.data()
-        ):
+        if was and was.dtype == stored.dtype and was.data() == stored.data():
             continue
         if was is None or theirs.get(before) not in header.tensors:
             raise ArchitectureError(_cannot(header.path, before))
@@ -201,25 +189,20 @@ def lay_out(path: Path, tensor: Any, changed: Changed) -> NDArray[np.float32]:
         raise ArchitectureError(_cannot(path, changed.name)) from error
     most = 0.02 if tensor.tensor_type.name in PLAIN_TYPES else _SAME
     values = changed.before()
+    # The heads can have any size that divides the rows.
+    rows = len(values)
+    sizes = [size for size in range(rows // 2, 0, -1) if rows % (2 * size) == 0]
     turns: list[_Turn] = [
         lambda x: x,
         np.transpose,
         lambda x: x + 1,
-        *_interleave_heads(values),
+        *(partial(_interleave, size=size) for size in sizes),
     ]
     for turn in turns:
         before = turn(values)
         if before.shape == there.shape and _difference(there, before) <= most:
             return np.ascontiguousarray(turn(changed.after()))
     raise ArchitectureError(_cannot(path, changed.name))
-
-
-def _interleave_heads(values: NDArray[np.float32]) -> Iterator[_Turn]:
-    """Yield the interleaving for every number of heads that the rows can have."""
-    rows = len(values)
-    for size in range(rows // 2, 0, -1):
-        if rows % (2 * size) == 0:
-            yield partial(_interleave, size=size)
 
 
 def _interleave(values: NDArray[np.float32], size: int) -> NDArray[np.float32]:
@@ -289,13 +272,10 @@ def cut_gguf(
 
     fields = {k: header.value(k) for k in reader.fields if not k.startswith("GGUF.")}
     architecture = header.architecture
-    _refuse_unwritable(header, fields)
     windows = _find_windows(header, fields, count)
     if windows is not None:
         fields.pop(f"{architecture}.{_WINDOWS}", None)
-    values = {
-        k: _cut_value(architecture, k, v, count, mapping) for k, v in fields.items()
-    }
+    values = {k: _cut_value(header, k, v, count, mapping) for k, v in fields.items()}
     if drop_mtp and mtp:
         values[f"{architecture}.nextn_predict_layers"] = 0
     with atomic_file(out) as temporary:
@@ -331,9 +311,8 @@ def cut_gguf(
                 shape = gguf.quants.quant_shape_to_byte_shape(numbers, kind)
                 dtype = np.dtype(np.uint8)
             kept.append((tensor, new, kind))
-            writer.add_tensor_info(
-                name, shape, dtype, math.prod(shape) * dtype.itemsize, kind
-            )
+            size = math.prod(shape) * dtype.itemsize
+            writer.add_tensor_info(name, shape, dtype, size, kind)
         with (
             contextlib.closing(writer),
             progress(f"writing {out.name}", len(kept)) as bar,
@@ -389,9 +368,7 @@ def _find_windows(
     if period is None:
         return None
     if architecture == "gemma3" and not fields.get("gemma3.attention.sliding_window"):
-        return (
-            None  # llama.cpp then gives no block a window; gemma2's have one by default
-        )
+        return None  # llama.cpp gives no block a window; gemma2's have one by default
     stored = fields.get(f"{architecture}.{_WINDOWS}", period)
     if isinstance(stored, list) and len(stored) == count:
         return None
@@ -403,38 +380,30 @@ def _find_windows(
     return [stored == 0 or i % stored < stored - 1 for i in range(count)]
 
 
-def _refuse_unwritable(header: GgufHeader, fields: dict[str, Any]) -> None:
-    for key, value in fields.items():
-        if value == []:
-            raise CheckpointError(
-                f"{header.path} has an empty list as its metadata {key!r}, which the package gguf "
-                "cannot write; remove the key first"
-            )
-        prefix = key.removeprefix(f"{header.architecture}.") in _TABLE["prefix"]
-        if prefix and not isinstance(value, int):
-            raise CheckpointError(
-                f"{header.path}: expected a whole number as its metadata {key!r}, got {value!r:.60}"
-            )
-
-
 def _cut_value(
-    architecture: str, key: str, value: Any, count: int, mapping: dict[int, int]
+    header: GgufHeader, key: str, value: Any, count: int, mapping: dict[int, int]
 ) -> Any:
-    short = key.removeprefix(f"{architecture}.")
+    if value == []:
+        raise CheckpointError(
+            f"{header.path} has an empty list as its metadata {key!r}, which the package gguf "
+            "cannot write; remove the key first"
+        )
+    short = key.removeprefix(f"{header.architecture}.")
     if short == key:
         return value
     if short == "block_count":
         return len(mapping)
     if short in _TABLE["prefix"]:
-        return value - sum(i < value and i not in mapping for i in range(count))
-    if (
-        isinstance(value, list)
-        and len(value) == count
-        and short not in _TABLE["not_per_layer"]
-    ):
-        if short not in _TABLE["sliced"]:
-            raise ArchitectureError(
-                f"the metadata {key!r} looks per-layer, but isingcut does not know it"
+        if not isinstance(value, int):
+            raise CheckpointError(
+                f"{header.path}: expected a whole number as its metadata {key!r}, got {value!r:.60}"
             )
-        return [value[i] for i in mapping]
-    return value
+        return value - sum(i < value and i not in mapping for i in range(count))
+    listed = isinstance(value, list) and len(value) == count
+    if not listed or short in _TABLE["not_per_layer"]:
+        return value
+    if short not in _TABLE["sliced"]:
+        raise ArchitectureError(
+            f"the metadata {key!r} looks per-layer, but isingcut does not know it"
+        )
+    return [value[i] for i in mapping]

@@ -16,8 +16,11 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
+compiled = njit(cache=True, nogil=True)
+"""Decorator that compiles a function of numbers and arrays, to run in several threads."""
 
-@njit(cache=True, nogil=True)
+
+@compiled
 def half_sums(J, m):  # type: ignore[no-untyped-def]
     """Return (N, N, m): at [p, j, r] half the sum of the r smallest J[j, k] over k >= p, k != j."""
     n = J.shape[0]
@@ -42,7 +45,7 @@ def half_sums(J, m):  # type: ignore[no-untyped-def]
     return table
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _smallest(values, count, r):  # type: ignore[no-untyped-def]
     """Return the sum of the r smallest of values[:count], which are reordered."""
     low = 0
@@ -72,7 +75,7 @@ def _smallest(values, count, r):  # type: ignore[no-untyped-def]
     return total
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def sift_down(energies, best, keys):  # type: ignore[no-untyped-def]
     """Restore the max-heap (energies, best, keys) after its first entry was replaced."""
     k = energies.shape[0]
@@ -92,7 +95,7 @@ def sift_down(energies, best, keys):  # type: ignore[no-untyped-def]
         i = child
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def reach(A):  # type: ignore[no-untyped-def]
     """Return the least and most, (R, N + 1) each, that the columns from i on can add to a row."""
     rows, n = A.shape
@@ -105,7 +108,7 @@ def reach(A):  # type: ignore[no-untyped-def]
     return least, most
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def enumerate_below(  # type: ignore[no-untyped-def]
     h, J, A, low, high, m, base, threshold, stop, budget, energies, best
 ):

@@ -22,11 +22,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 from scipy.linalg import orth
 from scipy.optimize import Bounds, minimize
 
+from isingcut.ising.solvers._enumeration import compiled
 from isingcut.ising.solvers.base import Reduced
 from isingcut.ising.states import Floats
 
@@ -42,13 +42,13 @@ GIVE_UP = 0.12
 LEAST_VIOLATION = 0.01
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _triangle(X, i, j, k, kind):  # type: ignore[no-untyped-def]
     signs = SIGNS[kind]
     return signs[0] * X[i, j] + signs[1] * X[i, k] + signs[2] * X[j, k]
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _slack_matrix(C, ineq, x, cuts, kinds):  # type: ignore[no-untyped-def]
     """Return Z = C - Diag(y) - B*(z) - G*(mu) for x = (y, z, mu)."""
     size = C.shape[0]
@@ -70,7 +70,7 @@ def _slack_matrix(C, ineq, x, cuts, kinds):  # type: ignore[no-untyped-def]
     return Z
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _project(Z, Q):  # type: ignore[no-untyped-def]
     """Return P Z P for P = I - Q Q^T."""
     M = Z @ Q
@@ -78,7 +78,7 @@ def _project(Z, Q):  # type: ignore[no-untyped-def]
     return Z - M @ Q.T - Q @ M.T
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _evaluate(C, Q, ineq, x, cuts, kinds, sigma, centre, X, g):  # type: ignore[no-untyped-def]
     """Return minus the augmented dual function; fill its gradient g and the primal matrix X."""
     size = C.shape[0]
@@ -97,7 +97,7 @@ def _evaluate(C, Q, ineq, x, cuts, kinds, sigma, centre, X, g):  # type: ignore[
     return norm / (2.0 * sigma) - x[:size].sum() + x[size : size + count].sum()
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _find_violated(X):  # type: ignore[no-untyped-def]
     """Return the triangles (T, 4) that X violates, as i < j < k and kind, and violations (T,)."""
     size = X.shape[0]

@@ -15,19 +15,19 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from isingcut.errors import InputError, IsingcutError, MissingExtraError
+from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.ising.problem import Problem
 from isingcut.ising.solvers.base import NO_CLASS, Solution, reduce
-from isingcut.ising.states import Bools, Floats, States
+from isingcut.ising.states import Bools, States
 
 __all__ = ["Dimod"]
 
 
 @dataclass(frozen=True)
 class Dimod:
-    """One call of a dimod sampler; infeasible samples are repaired or dropped, and counted.
+    """One call of a dimod sampler; infeasible samples are repaired and counted.
 
     A class with ``sample_cqm`` receives the constraints as rows, any other the penalty form. It
     runs in this process, without limits on time and memory.
@@ -70,18 +70,10 @@ class Dimod:
         except BaseException as error:
             raise _make_error(f"the sampler {name}", error) from error
         feasible = small.feasible(states)
-        repaired = [repair(small, state) for state in states[~feasible]]
-        mended = [state for state in repaired if state is not None]
-        info.update(
-            samples=int(states.shape[0]),
-            repaired=len(mended),
-            dropped=len(repaired) - len(mended),
-        )
-        kept = np.concatenate(
-            [states[feasible], np.array(mended).reshape(-1, small.n) > 0]
-        )
+        repaired = [find_nearest(small, state) for state in states[~feasible]]
+        info.update(samples=len(states), repaired=len(repaired))
         # Many samples may be repaired to the same state.
-        kept = np.unique(kept, axis=0)
+        kept = np.unique([*states[feasible], *repaired], axis=0)
         order = np.argsort(small.hamiltonian.energies(kept), kind="stable")[: 4 * k]
         return Solution(reduced.expand(kept[order]), None, False, info)
 
@@ -197,41 +189,17 @@ def _make_error(what: str, error: BaseException) -> InputError:
     )
 
 
-def repair(problem: Problem, state: Bools) -> Bools | None:
-    """Find a feasible state near ``state`` by flips, then swaps, that reduce the violation most.
+def find_nearest(problem: Problem, state: Bools) -> Bools:
+    """Return the feasible state with the fewest differences from ``state``.
 
-    Of equal moves, take the one with the lowest energy. Return None if no move reduces the
-    violation before all rows are satisfied.
+    Of equally near states, it is the one of the lowest energy in first order around ``state``.
+
+    Raises:
+        InfeasibleError: there is no feasible state.
     """
-    rows = problem.constraints
-    matrix = np.array([row.coefficients for row in rows])
-    size = np.abs(matrix).max(axis=1)
-    low, high = (np.array([row.interval() for row in rows]) / size[:, None]).T
-    matrix = matrix / size[:, None]
-    x = state.astype(np.int8)
-    n = problem.n
-    flips = np.eye(n, dtype=np.int8)
-    pairs = np.triu_indices(n, 1)
-    swaps = flips[pairs[0]] + flips[pairs[1]]
-
-    def violation(states: NDArray[np.int8]) -> Floats:
-        value = states @ matrix.T
-        total: Floats = (np.maximum(low - value, 0) + np.maximum(value - high, 0)).sum(
-            axis=1
-        )
-        return total
-
-    left = float(violation(x[None])[0])
-    while left > 0:
-        for moves in (flips, swaps):
-            near = x[None] ^ moves
-            remaining = violation(near)
-            if remaining.min() < left - 1e-12:
-                break
-        else:
-            return None
-        best = np.flatnonzero(remaining <= remaining.min() + 1e-12)
-        x = near[best[int(np.argmin(problem.hamiltonian.energies(near[best])))]]
-        left = float(remaining.min())
-    result: Bools = x > 0
-    return result if bool(problem.feasible(result[None])[0]) else None
+    energy = problem.hamiltonian
+    slope = energy.h + energy.J @ state
+    # All slopes together weigh less than one difference.
+    small = slope / (2 * np.abs(slope).sum() + 1e-300)
+    distance = Hamiltonian(small + np.where(state, -1, 1), np.zeros_like(energy.J))
+    return Problem(distance, problem.constraints).a_state()

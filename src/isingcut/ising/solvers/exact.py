@@ -17,6 +17,7 @@ import time
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from functools import cache
+from operator import itemgetter
 
 import numpy as np
 from numpy.typing import NDArray
@@ -124,33 +125,23 @@ class _Pool:
         self.k = k
         self.tolerance = tolerance
         self.threshold = np.array([np.inf])
-        self._heap: list[tuple[float, bytes]] = []
-        self._known: set[bytes] = set()
+        self._energies: dict[bytes, float] = {}
         self._lock = threading.Lock()
 
     def add(self, energies: Floats, states: NDArray[np.uint8]) -> None:
         """Add new states (S, V) with their energies (S,), and keep the K best."""
         with self._lock:
             for energy, state in zip(energies.tolist(), states, strict=True):
-                key = state.tobytes()
-                if key in self._known:
-                    continue
-                if len(self._heap) < self.k:
-                    heapq.heappush(self._heap, (-energy, key))
-                elif energy < -self._heap[0][0]:
-                    _, gone = heapq.heapreplace(self._heap, (-energy, key))
-                    self._known.discard(gone)
-                else:
-                    continue
-                self._known.add(key)
-            if len(self._heap) == self.k:
-                self.threshold[0] = min(
-                    self.threshold[0], -self._heap[0][0] - self.tolerance
-                )
+                self._energies.setdefault(state.tobytes(), energy)
+            best = heapq.nsmallest(self.k, self._energies.items(), itemgetter(1))
+            self._energies = dict(best)
+            if len(best) == self.k:
+                worst = best[-1][1] - self.tolerance
+                self.threshold[0] = min(self.threshold[0], worst)
 
     def states(self, width: int) -> NDArray[np.uint8]:
         """Return the states (S, V)."""
-        rows = [np.frombuffer(key, dtype=np.uint8) for _, key in self._heap]
+        rows = [np.frombuffer(key, dtype=np.uint8) for key in self._energies]
         return np.array(rows, dtype=np.uint8).reshape(len(rows), width)
 
 
@@ -199,9 +190,8 @@ class _BranchAndBound:
         states, _ = heuristic.search(r, min(self.k, 1000), problem)
         self.pool.add(self.energies(states), states)
         for m in range(r.m_low, r.m_high + 1):
-            self._push(
-                _Node(self._simple_bound(m), 0, np.full(r.n, -1, dtype=np.int8), m)
-            )
+            free = np.full(r.n, -1, dtype=np.int8)
+            self._push(_Node(self._simple_bound(m), 0, free, m))
 
     def energies(self, states: NDArray[np.uint8]) -> Floats:
         """Return the scaled energies (S,) of reduced states (S, V)."""
@@ -371,10 +361,7 @@ class _BranchAndBound:
         if not root:
             self._luck[difficulty] = luck + 0.1 * (float(complete) - luck)
         found = np.isfinite(energies)
-        if found.any():
-            states = np.repeat(
-                (part.fixed == 1).astype(np.uint8)[None], int(found.sum()), axis=0
-            )
-            states[:, part.free[order]] = 1 - best[found] if flip else best[found]
-            self.pool.add(energies[found], states)
+        states = np.tile((part.fixed == 1).astype(np.uint8), (int(found.sum()), 1))
+        states[:, part.free[order]] = 1 - best[found] if flip else best[found]
+        self.pool.add(energies[found], states)
         return bool(complete)

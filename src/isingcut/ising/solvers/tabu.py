@@ -14,16 +14,15 @@ import time
 from dataclasses import dataclass
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
 from isingcut.errors import InputError
 from isingcut.ising.problem import Problem
-from isingcut.ising.solvers._enumeration import sift_down
+from isingcut.ising.solvers._enumeration import compiled, sift_down
 from isingcut.ising.solvers.base import Reduced, Solution, reduce
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _insert(x, energy, key, pool_energies, pool, hashes):  # type: ignore[no-untyped-def]
     """Put a state into the pool (a max-heap); return False for a duplicate or too high energy."""
     k = pool_energies.shape[0]
@@ -39,7 +38,7 @@ def _insert(x, energy, key, pool_energies, pool, hashes):  # type: ignore[no-unt
     return True
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _next(random):  # type: ignore[no-untyped-def]
     """Return the next state of the 64-bit xorshift generator (G. Marsaglia, 2003)."""
     random ^= random << np.uint64(13)
@@ -48,7 +47,7 @@ def _next(random):  # type: ignore[no-untyped-def]
     return random
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _violation(sums, low, high):  # type: ignore[no-untyped-def]
     total = 0.0
     for r in range(sums.shape[0]):
@@ -59,7 +58,7 @@ def _violation(sums, low, high):  # type: ignore[no-untyped-def]
     return total
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def tabu_walk(  # type: ignore[no-untyped-def]
     h, J, A, low, high, m_low, m_high, x, steps, seed, keys, pool_energies, pool, hashes
 ):

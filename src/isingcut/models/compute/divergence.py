@@ -1,7 +1,7 @@
 """KL and NLL of rows of logits against reference logits.
 
-`RowSums` reads logits once, in pieces of the vocabulary. `row_kl` takes complete rows. `divergence`
-and `divergence_from_stream` compute the KL summed over rows, with gradients for training.
+`RowSums` reads logits once, in pieces of the vocabulary. `divergence` and `divergence_from_stream`
+compute the KL summed over rows, with gradients for training.
 For one position with reference logits l and logits q, and p = softmax(l),
 
     NLL = log Z(q) - q[label]
@@ -39,6 +39,7 @@ _BLOCK = 2048
 # Elements (rows times columns) for each additional thread.
 _WORTH_A_THREAD = 1 << 17
 
+_compiled = partial(njit, cache=True, nogil=True)
 _f = np.float32
 _LOG2_E = _f(1.44269504)
 _LN2_HIGH = _f(0.693359375)
@@ -100,7 +101,7 @@ def _stored_as(value, like):  # type: ignore[no-untyped-def]
     return lambda value, like: np.float32(value).view(np.int32)
 
 
-@njit(cache=True, nogil=True, fastmath={"contract"})
+@_compiled(fastmath={"contract"})
 def exp_of(x):  # type: ignore[no-untyped-def]
     """Compute exp(x) in float32 for x <= 0, to about 1e-7; NaN stays NaN."""
     x = _LOWEST if x < _LOWEST else x
@@ -112,7 +113,7 @@ def exp_of(x):  # type: ignore[no-untyped-def]
     return y * value_of(np.int32((n + np.int32(127)) << np.int32(23)))
 
 
-@njit(cache=True, nogil=True, fastmath={"reassoc", "contract", "nsz"})
+@_compiled(fastmath={"reassoc", "contract", "nsz"})
 def _sums(q, reference, top, log_z):  # type: ignore[no-untyped-def]
     """Sum exp(q - top) and, if there is a reference, p (l - q) over a piece of one row."""
     total = np.float32(0)
@@ -131,7 +132,7 @@ def _sums(q, reference, top, log_z):  # type: ignore[no-untyped-def]
     return total, difference
 
 
-@njit(cache=True, nogil=True)
+@_compiled()
 def accumulate(  # type: ignore[no-untyped-def]
     q, reference, offset, log_z, labels, top, total, difference, picked, first, last
 ):
@@ -161,7 +162,7 @@ def accumulate(  # type: ignore[no-untyped-def]
             top[t] = new
 
 
-@njit(cache=True, nogil=True)
+@_compiled()
 def softmax_gradient(logits, log_z, labels, scale, first, last):  # type: ignore[no-untyped-def]
     """Replace the logits of rows ``first`` to ``last`` by scale (softmax - one-hot)."""
     for t in range(first, last):
@@ -174,7 +175,7 @@ def softmax_gradient(logits, log_z, labels, scale, first, last):  # type: ignore
         row[labels[t]] = stored_as(at_label, row[labels[t]])
 
 
-@njit(cache=True, nogil=True)
+@_compiled()
 def softmax_difference(logits, log_z, reference, reference_log_z, out, first, last):  # type: ignore[no-untyped-def]
     """Write softmax(logits) - softmax(reference) of rows ``first`` to ``last`` to ``out``."""
     for t in range(first, last):
@@ -189,7 +190,7 @@ def softmax_difference(logits, log_z, reference, reference_log_z, out, first, la
             )
 
 
-@njit(cache=True, nogil=True, fastmath={"reassoc", "contract", "nsz"})
+@_compiled(fastmath={"reassoc", "contract", "nsz"})
 def _dot(a, b):  # type: ignore[no-untyped-def]
     total = np.float32(0)
     for k in range(a.shape[0]):
@@ -197,7 +198,7 @@ def _dot(a, b):  # type: ignore[no-untyped-def]
     return total
 
 
-@njit(cache=True, nogil=True)
+@_compiled()
 def fill_row_dots(a, b, out):  # type: ignore[no-untyped-def]
     """Fill ``out`` with the dot product of each row of ``a`` with that of ``b``, in float64."""
     for t in range(a.shape[0]):
@@ -244,12 +245,6 @@ _BUFFER_ELEMENTS = 1 << 22
 _CACHED_ELEMENTS = 1 << 19
 
 
-def row_kl(logp: Tensor, logq: Tensor) -> Tensor:
-    """Compute KL(p || q) of each row (R,), in nats, from log-probabilities (R, V)."""
-    found: Tensor = torch.linalg.vecdot(logp.exp(), logp - logq)
-    return found
-
-
 class RowSums:
     """Running sums over the vocabulary for R positions.
 
@@ -265,7 +260,7 @@ class RowSums:
         # Finite, because the first piece may be masked completely, and inf - inf is NaN.
         self._top = torch.full((rows,), torch.finfo(torch.float32).min, device=device)
         self._total = torch.zeros(rows, dtype=torch.float64, device=device)
-        self._difference = torch.zeros(rows, dtype=torch.float64, device=device)
+        self._difference = self._total.clone()
         self._picked = torch.zeros(rows, device=device)
         # NaN, so that a KL without a reference is not taken for a number.
         none = torch.full_like(self._total, torch.nan)
@@ -333,6 +328,12 @@ def widen(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+def softmax(logits: Tensor, log_z: Tensor) -> Tensor:
+    """Compute the probabilities (R, V) of logits whose log Z (R,) is known."""
+    wide = widen(logits)
+    return (wide - log_z.to(wide.dtype)[:, None]).exp_()
+
+
 class _Divergence(torch.autograd.Function):
     """Sum over rows of KL(softmax(teacher) || softmax(student)).
 
@@ -343,18 +344,26 @@ class _Divergence(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, student: Tensor, teacher: Tensor) -> Tensor:
-        if can_compile(student):
-            found, gradient = _compute_compiled(student, teacher)
-            ctx.save_for_backward(gradient)
-            return found
+        compiled = can_compile(student)
         total = torch.zeros((), dtype=torch.float64, device=student.device)
-        gradient = torch.empty_like(student)
-        step = max(1, _BUFFER_ELEMENTS // student.shape[-1])
-        for a in range(0, len(student), step):
-            logp = torch.log_softmax(teacher[a : a + step].float(), dim=-1)
-            logq = torch.log_softmax(student[a : a + step].float(), dim=-1)
-            total += row_kl(logp, logq).sum(dtype=torch.float64)
-            gradient[a : a + step] = logq.exp_().sub_(logp.exp_())
+        gradient = torch.empty(student.shape, dtype=student.dtype, device=total.device)
+        none = torch.zeros(len(student), dtype=torch.int64, device=total.device)
+        elements = _CACHED_ELEMENTS if compiled else _BUFFER_ELEMENTS
+        step = max(1, elements // student.shape[-1])
+        chunks = (torch.split(x, step) for x in (student, teacher, gradient, none))
+        for q, p, toward, labels in zip(*chunks, strict=True):
+            theirs = RowSums(labels)
+            theirs.add(p)
+            mine = RowSums(labels, theirs.log_z)
+            mine.add(q, reference=p)
+            total += mine.kl.sum()
+            ends = mine.log_z, theirs.log_z
+            if compiled:
+                both = bits(q), ends[0].numpy(), bits(p), ends[1].numpy()
+                fill = partial(softmax_difference, *both, bits(toward))
+                run_in_threads(fill, len(q), q.numel())
+            else:
+                toward.copy_(softmax(q, ends[0]) - softmax(p, ends[1]))
         ctx.save_for_backward(gradient)
         return total.float()
 
@@ -362,33 +371,6 @@ class _Divergence(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         (gradient,) = ctx.saved_tensors
         return gradient.mul_(grads[0]), None
-
-
-def _compute_compiled(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """Compute the KL summed over the rows, and its gradient, on a CPU."""
-    gradient = torch.empty(student.shape, dtype=student.dtype)
-    total = 0.0
-    labels = torch.zeros(len(student), dtype=torch.int64)
-    step = max(1, _CACHED_ELEMENTS // student.shape[-1])
-    for a in range(0, len(student), step):
-        rows = slice(a, a + step)
-        q = student[rows].detach()
-        p = teacher[rows]
-        none = labels[rows]
-        theirs = RowSums(none)
-        theirs.add(p)
-        mine = RowSums(none, theirs.log_z)
-        mine.add(q, reference=p)
-        total += float(mine.kl.sum())
-        given = (
-            bits(q),
-            mine.log_z.numpy(),
-            bits(p),
-            theirs.log_z.numpy(),
-            bits(gradient[rows]),
-        )
-        run_in_threads(partial(softmax_difference, *given), len(q), q.numel())
-    return torch.tensor(total, dtype=torch.float32), gradient
 
 
 def divergence(student: Tensor, teacher: Tensor) -> Tensor:

@@ -30,8 +30,8 @@ from isingcut.models.compute.divergence import (
     bits,
     can_compile,
     run_in_threads,
+    softmax,
     softmax_gradient,
-    widen,
 )
 from isingcut.models.replay import Recording, Replay, replace_forwards
 
@@ -160,9 +160,9 @@ class OutputHead:
             return torch.mm(inputs, weight, out=out)
         return torch.addmm(bias[start:stop], inputs, weight, out=out)
 
-    def back(self, toward: Tensor, out: Tensor) -> Tensor:
-        """Compute the gradient (R, D) of the inputs from that of the logits (R, V), in ``out``."""
-        return torch.mm(toward, self._back_weight, out=out)
+    def back(self, toward: Tensor) -> Tensor:
+        """Compute the gradient (R, D) of the inputs from that of the logits (R, V)."""
+        return torch.mm(toward, self._back_weight)
 
     @cached_property
     def _back_weight(self) -> Tensor:
@@ -290,34 +290,40 @@ def loss_gradient(
     Returns:
         (B, T, D), zero at positions without a prediction.
     """
-    draws = None if label_seed is None else _draws(batch, label_seed)
+    predicted = batch.predicted
+    targets = batch.input_ids[:, 1:][predicted]
+    if label_seed is not None:
+        targets = _draws(batch, label_seed)
+    scale = (1 / predicted.sum(1).double())[predicted.nonzero()[:, 0]]
     if not head.plain:
-        return _by_sample(recording, hidden, batch, draws)
+        counts = predicted.sum(1).tolist()
+        own = list(
+            zip(*(torch.split(x, counts) for x in (targets, scale)), strict=True)
+        )
+
+        def gradient_of(sample: int, logits: Tensor) -> Tensor:
+            positions = predicted[sample].nonzero()[:, 0].to(logits.device)
+            selected = logits[positions]
+            _to_gradient(selected, *own[sample])
+            return torch.zeros_like(logits).index_copy_(0, positions, selected)
+
+        return _back_by_sample(recording, hidden, gradient_of)
     with torch.enable_grad():
         leaf = hidden.detach().requires_grad_(True)
         inputs = head.inputs(leaf, recording.input_ids)  # (B, T, D)
-    device = inputs.device
-    predicted = batch.predicted
-    rows = _predicting_rows(batch).to(device)
-    labels = batch.input_ids[:, 1:][predicted].to(device)
-    scale = (1 / predicted.sum(1).double())[predicted.nonzero()[:, 0]].to(device)
+    rows = _predicting_rows(batch).to(inputs.device)
     flat = inputs.detach().flatten(0, 1)
     toward = torch.zeros_like(flat)
-    chosen = flat.index_select(0, rows)
-    back = torch.empty_like(chosen)
     # Enough rows for a fast matrix product, for any vocabulary.
-    step = min(
-        len(rows), max(64, (1 << 24 if device.type == "cpu" else 1 << 27) // head.width)
-    )
-    buffer = chosen.new_empty((step, head.width))
-    for a in range(0, len(rows), max(1, step)):
+    elements = 1 << 24 if flat.device.type == "cpu" else 1 << 27
+    step = max(1, min(len(rows), max(64, elements // head.width)))
+    buffer = flat.new_empty((step, head.width))
+    for a in range(0, len(rows), step):
         part = slice(a, a + step)
-        logits = head.piece(chosen[part], 0, head.width, buffer[: len(rows[part])])
-        _to_gradient(
-            logits, labels[part], scale[part], None if draws is None else draws[part]
-        )
-        head.back(logits, back[part])
-    toward.index_copy_(0, rows, back)
+        chosen = flat.index_select(0, rows[part])
+        logits = head.piece(chosen, 0, head.width, buffer[: len(chosen)])
+        _to_gradient(logits, targets[part], scale[part])
+        toward.index_copy_(0, rows[part], head.back(logits))
     (gradient,) = torch.autograd.grad(inputs, leaf, toward.view_as(inputs))
     return gradient
 
@@ -337,38 +343,35 @@ def divergence_gradient(
     Returns:
         (B, T, D), zero at positions without a prediction.
     """
-    out = torch.empty_like(stream)
-    for s in range(batch.samples):
+
+    def gradient_of(sample: int, logits: Tensor) -> Tensor:
         with torch.no_grad():
-            p = torch.softmax(recording.logits(original[s], s).float(), dim=-1)
-        leaf = stream[s].detach().requires_grad_(True)
-        logits = recording.logits(leaf, s)  # (T, V)
-        difference = torch.softmax(logits.detach().float(), dim=-1) - p
-        predicted = nn.functional.pad(batch.predicted[s], (0, 1)).to(logits.device)
-        difference[~predicted] = 0.0
-        (out[s],) = torch.autograd.grad(logits, leaf, difference.to(logits.dtype))
-    return out
-
-
-def _by_sample(
-    recording: Recording, hidden: Tensor, batch: TokenSet, draws: Tensor | None
-) -> Tensor:
-    out = torch.empty_like(hidden)
-    counts = batch.predicted.sum(1).tolist()
-    parts = [None] * len(counts) if draws is None else torch.split(draws, counts)
-    for s, own in enumerate(parts):
-        with torch.enable_grad():
-            leaf = hidden[s].detach().requires_grad_(True)
-            logits = recording.logits(leaf, s)  # (T, V)
-        positions = batch.predicted[s].nonzero()[:, 0].to(logits.device)
-        labels = batch.input_ids[s, 1:].to(logits.device)[positions]
-        selected = logits.detach()[positions]
-        scale = logits.new_full(
-            (len(labels),), 1 / max(1, len(labels)), dtype=torch.float64
+            whole = recording.logits(original[sample], sample)
+        difference = torch.softmax(logits.float(), -1) - torch.softmax(
+            whole.float(), -1
         )
-        _to_gradient(selected, labels, scale, own)
-        toward = torch.zeros_like(logits).index_copy_(0, positions, selected)
-        (out[s],) = torch.autograd.grad(logits, leaf, toward)
+        predicted = nn.functional.pad(batch.predicted[sample], (0, 1))
+        difference[~predicted.to(logits.device)] = 0.0
+        return difference.to(logits.dtype)
+
+    return _back_by_sample(recording, stream, gradient_of)
+
+
+def _back_by_sample(
+    recording: Recording, hidden: Tensor, gradient_of: Callable[[int, Tensor], Tensor]
+) -> Tensor:
+    """Compute the gradient (B, T, D) of a loss, one sample at a time.
+
+    Args:
+        gradient_of: function from a sample and its logits (T, V) to the loss's gradient in these.
+    """
+    out = torch.empty_like(hidden)
+    for sample in range(len(hidden)):
+        with torch.enable_grad():
+            leaf = hidden[sample].detach().requires_grad_(True)
+            logits = recording.logits(leaf, sample)
+        toward = gradient_of(sample, logits.detach())
+        (out[sample],) = torch.autograd.grad(logits, leaf, toward)
     return out
 
 
@@ -382,25 +385,26 @@ def _draws(batch: TokenSet, seed: int) -> Tensor:
     return torch.from_numpy(np.concatenate(numbers))
 
 
-def _to_gradient(
-    logits: Tensor, labels: Tensor, scale: Tensor, draws: Tensor | None
-) -> None:
+def _to_gradient(logits: Tensor, targets: Tensor, scale: Tensor) -> None:
     """Replace logits (R, V) by scale (softmax - one-hot).
 
-    With ``draws`` (uniform numbers), the labels are drawn from the model instead: the tokens at
-    which its cumulative distribution exceeds the draw.
+    Args:
+        targets: (R,) the labels; or uniform numbers, to draw the labels from the model: the tokens
+            at which its cumulative distribution exceeds them.
     """
-    sums = RowSums(labels)
+    labels = targets.to(logits.device)
+    scale = scale.to(logits.device)
+    sums = RowSums(labels.long())
     sums.add(logits)
     log_z = sums.log_z
-    if draws is not None:
-        labels = _draw_labels(logits, log_z, draws.to(logits.device))
+    if labels.is_floating_point():
+        labels = _draw_labels(logits, log_z, labels)
     if can_compile(logits):
         given = (bits(logits), log_z.numpy(), labels.numpy(), scale.float().numpy())
         run_in_threads(partial(softmax_gradient, *given), len(labels), logits.numel())
         return
     for rows in _row_parts(logits):
-        p = _softmax(logits[rows], log_z[rows])
+        p = softmax(logits[rows], log_z[rows])
         p[torch.arange(len(p), device=p.device), labels[rows]] -= 1
         logits[rows] = (p * scale[rows].to(p)[:, None]).to(logits.dtype)
 
@@ -411,15 +415,10 @@ def _draw_labels(logits: Tensor, log_z: Tensor, draws: Tensor) -> Tensor:
     found = []
     for rows in _row_parts(logits):
         # In float64: the error of a float32 running sum exceeds the probability of most tokens.
-        cumulative = _softmax(logits[rows], log_z[rows]).double().cumsum(-1)
+        cumulative = softmax(logits[rows], log_z[rows]).double().cumsum(-1)
         wanted = draws[rows][:, None] * cumulative[:, -1:]
         found.append(torch.searchsorted(cumulative, wanted, right=True)[:, 0])
     return torch.cat(found).clamp(max=logits.shape[1] - 1)
-
-
-def _softmax(logits: Tensor, log_z: Tensor) -> Tensor:
-    wide = widen(logits)
-    return (wide - log_z.to(wide.dtype)[:, None]).exp_()
 
 
 def _row_parts(logits: Tensor) -> list[slice]:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from isingcut.errors import ModelError
-from isingcut.formats.architectures.blocks import find_stack, language_model
+from isingcut.formats.architectures.blocks import language_model, stack_modules
 from isingcut.formats.fp8 import (
     fp8_layout,
     read_plain,
@@ -125,33 +125,20 @@ def plan_parts(
     groups, unexpected = _groups(folder, stored, names)
     group_of = {name: group for group in groups for name in group.targets}
     kept = _resolve_names(folder, names, set(group_of))
-    paths = _paths(model)
-    members: dict[Part, dict[str, str]] = {
-        p: {} for p in (*paths.values(), EMBED, HEAD, REST)
+    decoder = language_model(model)
+    parts: dict[Any, Part] = {
+        decoder.get_input_embeddings(): EMBED,
+        decoder.get_output_embeddings(): HEAD,
     }
+    parts |= {block: i for i, block in enumerate(stack_modules(model))}
+    paths = {path: parts[m] for path, m in model.named_modules() if m in parts}
+    members: dict[Part, dict[str, str]] = {p: {} for p in (*parts.values(), REST)}
     for name, target in kept.items():
         stems = (name[: dot.start()] for dot in re.finditer(r"\.", name))
         part = next((paths[stem] for stem in stems if stem in paths), REST)
         members[part][name] = target
-    return {
-        part: _layout(found, group_of) for part, found in members.items()
-    }, unexpected
-
-
-def _paths(model: Any) -> dict[str, Part]:
-    """Return the part of each module that is a block, the embedding or the head, by its path."""
-    paths: dict[str, Part] = {
-        block.path: block.index for block in find_stack(model).blocks
-    }
-    decoder = language_model(model)
-    outer = {
-        id(decoder.get_input_embeddings()): EMBED,
-        id(decoder.get_output_embeddings()): HEAD,
-    }
-    for name, module in model.named_modules():
-        if id(module) in outer:
-            paths[name] = outer[id(module)]
-    return paths
+    plans = {part: _layout(found, group_of) for part, found in members.items()}
+    return plans, unexpected
 
 
 def _layout(names: Mapping[str, str], group_of: Mapping[str, Group]) -> PartPlan:
@@ -176,17 +163,13 @@ def _resolve_names(folder: Path, names: Names, there: set[str]) -> dict[str, str
     """
     kept = {name: name for name in names.tensors if name in there}
     # Either may be stored. If both are, transformers ties them only if they are equal.
-    kept |= {
-        that: this
-        for this, that in names.ties.items()
-        if this in there and that not in there
-    }
     for this, that in names.ties.items():
-        if this not in kept and that in kept:
-            kept[this] = kept[that]
-    missing = sorted(
-        n for n in names.tensors if n not in kept and not names.may_miss(n)
-    )
+        if this in there:
+            kept.setdefault(that, this)
+    for this, that in names.ties.items():
+        if that in kept:
+            kept.setdefault(this, kept[that])
+    missing = [n for n in names.tensors if n not in kept and not names.may_miss(n)]
     refuse_incomplete({"missing_keys": missing, "mismatched_keys": ()}, folder)
     return kept
 
@@ -245,14 +228,10 @@ def _slices(
 ) -> list[CopyStep] | None:
     """Return one copy step per tensor, or None unless a conversion only stacks and joins."""
     kinds = [type(op).__name__ for op in converter.operations]
-    if kinds not in (
-        ["MergeModulelist"],
-        ["MergeModulelist", "Concatenate"],
-        ["Concatenate"],
-    ):
-        return None
     stacked = kinds[0] == "MergeModulelist"
     joined = kinds[-1] == "Concatenate"
+    if kinds != ["MergeModulelist"] * stacked + ["Concatenate"] * joined:
+        return None
     if stacked and converter.operations[0].dim != 0:
         return None
     # Axis within one item, without the axis along which items are stacked.

@@ -34,10 +34,8 @@ class _Buffer:
             size, dtype=torch.uint8, pin_memory=device.type == "cuda"
         )
         if self._module is not None:
-            self._stream, self._copied = (
-                self._module.Stream(device),
-                self._module.Event(),
-            )
+            self._stream = self._module.Stream(device)
+            self._copied = self._module.Event()
             self._memory = torch.empty(size, dtype=torch.uint8, device=device)
             # Earlier work of the main stream may still use this memory.
             self.leave()
@@ -95,14 +93,13 @@ class Buffers:
 
     def holds(self, part: StoredPart) -> bool:
         """Whether a part is installed."""
-        return any(installed is part for installed in self._installed)
+        return part in self._installed
 
     def take(self, part: StoredPart) -> None:
         """Install a part; the previous one stays installed, an older one is removed."""
-        for index, installed in enumerate(self._installed):
-            if installed is part:
-                self._recent = index
-                return
+        if part in self._installed:
+            self._recent = self._installed.index(part)
+            return
         self.expect(part)
         assert self._pending is not None
         _, index, future = self._pending
@@ -119,34 +116,21 @@ class Buffers:
         """Start to read a part into the buffer that is not in use, after emptying this buffer."""
         if self.holds(part) or (self._pending is not None and self._pending[0] is part):
             return
-        self._settle()
+        # A pending read that is not needed. Its error is discarded too: a checkpoint may be renamed
+        # once its verification is done.
+        if self._pending is not None and not self._pending[2].cancel():
+            wait([self._pending[2]])
         if not self._buffers:
             with torch.inference_mode(False):
                 self._buffers = [_Buffer(self.size, self.device) for _ in range(2)]
         index = 1 - self._recent
-        self._drop(index)
-        self._pending = (
-            part,
-            index,
-            self._thread.submit(self._buffers[index].load, part),
-        )
-
-    def _settle(self) -> None:
-        """Cancel a pending read that is not needed, or wait for its end and discard it.
-
-        Its error is discarded too: a checkpoint may be renamed once its verification is done.
-        """
-        if self._pending is not None:
-            if not self._pending[2].cancel():
-                wait([self._pending[2]])
-            self._pending = None
-
-    def _drop(self, index: int) -> None:
+        buffer = self._buffers[index]
         installed = self._installed[index]
         if installed is not None:
-            self._buffers[index].leave()
+            buffer.leave()
             installed.remove()
             self._installed[index] = None
+        self._pending = (part, index, self._thread.submit(buffer.load, part))
 
 
 class Store(Weights):
@@ -192,15 +176,22 @@ class Store(Weights):
         if buffers is None or buffers.size < self.largest or buffers.device != device:
             buffers = Buffers(self.largest, device)
         self.buffers = buffers
-        self._settle_rest(model)
-        _compute_on(model, device)
-        modules: dict[Part, Any] = dict(enumerate(blocks))
+        # Small tensors stay on the device: norms, position embeddings, and computed buffers.
+        for module in model.modules():
+            for leaf, buffer in module._buffers.items():
+                if buffer is not None and not buffer.is_meta:
+                    module._buffers[leaf] = buffer.to(device)
+        self.keep(REST)
+        # Most parameters are on the meta device, but `model.device` is the computing one.
+        family = type(model)
+        place = {"device": property(lambda _: device), "__module__": family.__module__}
+        model.__class__ = type(family.__name__, (family,), place)
         decoder = language_model(model)
-        modules[EMBED] = decoder.get_input_embeddings()
+        embedding = decoder.get_input_embeddings()
+        modules: dict[Part, Any] = {**dict(enumerate(blocks)), EMBED: embedding}
         for part, module in modules.items():
             module.__dict__["forward"] = self._on_demand(part, module.forward)
-        embedding = modules[EMBED]
-        opening = modules[EMBED].__dict__["forward"]
+        opening = embedding.__dict__["forward"]
 
         def enter(module: Any, args: Any) -> None:
             # Llama 4 reads the device of the embedding's weight before it calls the embedding.
@@ -257,10 +248,8 @@ class Store(Weights):
 
     def count_sweeps(self) -> float:
         """Return how many times all weights were read from disk so far."""
-        return (
-            sum(self._parts[p].sweeps * self._parts[p].size for p in self.order)
-            / self.weights
-        )
+        parts = [self._parts[part] for part in self.order]
+        return sum(part.sweeps * part.size for part in parts) / self.weights
 
     def size(self, part: Part) -> int:
         """Return the bytes of one part in memory."""
@@ -273,14 +262,6 @@ class Store(Weights):
             return forward(*args, **kwargs)
 
         return run
-
-    def _settle_rest(self, model: nn.Module) -> None:
-        """Move small tensors to the device: norms, position embeddings, and computed buffers."""
-        for module in model.modules():
-            for leaf, buffer in module._buffers.items():
-                if buffer is not None and not buffer.is_meta:
-                    module._buffers[leaf] = buffer.to(self.device)
-        self.keep(REST)
 
 
 class StoredPart:
@@ -307,12 +288,9 @@ class StoredPart:
             home: dict[str, Any] = (
                 module._parameters if leaf in module._parameters else module._buffers
             )
-            empty = home[leaf]
-            if not empty.is_meta:
-                # A stored buffer, which `build_skeleton` has computed like the others.
-                empty = empty.to("meta")
-                home[leaf] = empty
-            self._homes.append((home, leaf, target, empty))
+            # A stored buffer was computed by `build_skeleton` like the others.
+            home[leaf] = home[leaf].to("meta")
+            self._homes.append((home, leaf, target, home[leaf]))
 
     def fill(self, buffer: Tensor) -> None:
         """Read the part into host memory."""
@@ -329,12 +307,3 @@ class StoredPart:
         """Set the tensors of this part in the model to empty ones again."""
         for home, leaf, _, empty in self._homes:
             home[leaf] = empty
-
-
-def _compute_on(model: Any, device: torch.device) -> None:
-    """Make ``model.device`` the computing device: most parameters are on the meta device."""
-    family = type(model)
-    place = property(lambda self: device)
-    model.__class__ = type(
-        family.__name__, (family,), {"device": place, "__module__": family.__module__}
-    )

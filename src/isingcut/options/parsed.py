@@ -7,11 +7,11 @@ characters cannot request a list of a billion entries.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from isingcut.errors import InputError
+from isingcut.errors import InputError, suggest
 
 LAST_BLOCK = 99_999
 """Largest block number, and largest number of blocks, that can be typed."""
@@ -19,6 +19,7 @@ LAST_BLOCK = 99_999
 # Other digits, underscores and leading zeros are refused, as in YAML and in numeric options.
 _WHOLE = r"(0|[1-9][0-9]*)"
 _KIND = r"[A-Za-z][A-Za-z0-9_.+-]*"
+_SHARE = {"%": 0.01}
 _PLAIN = {"k": 1e3, "m": 1e6, "g": 1e9, "b": 1e9, "t": 1e12}
 _BYTES = {"b": 1.0} | {
     f"{k}{b}": 1e3**e for e, k in enumerate("kmgt", 1) for b in ("", "b")
@@ -28,13 +29,11 @@ _BYTES |= {f"{k}ib": 1024.0**e for e, k in enumerate("kmgt", 1)}
 _DEVICES = "cpu|cuda|xpu|mps|hpu|mtia|xla|lazy"
 _SECONDS = {"s": 1.0, "ms": 1e-3, "us": 1e-6}
 _TIMES = {"minutes": 60.0, "min": 60.0, "m": 60.0, "hours": 3600.0, "h": 3600.0}
-_AMOUNT = r"([0-9]{1,15}(?:\.[0-9]{0,12})?)\s*"
-_SINGLE = 1e5
-_LONGEST_EFFORT = 1e6
+_LONGEST = 1e6
 _MOST_TOKENS = 1e12
 
 
-class Spelling(str):
+class Parsed(str):
     """A typed text with its parsed values; an empty text sets nothing.
 
     Subclasses set attributes from the text.
@@ -59,7 +58,7 @@ class Quantity:
     Attributes:
         cost: key of a block's cost.
         whole: key of the total that a share refers to; empty for the sum over the blocks.
-        units: units of an amount, in lower case.
+        units: values of the units in lower case; ``%`` is a share.
         unit: unit in messages.
         early: whether it is known from the model's configuration, before its weights are read.
         packed: whether it is of the model in a GGUF type, which `isingcut run` chooses by
@@ -77,13 +76,15 @@ class Quantity:
 
 
 QUANTITIES = {
-    "params": Quantity("parameters", "total_parameters", _PLAIN, "M", early=True),
-    "bytes": Quantity("bytes", "total_bytes", _BYTES, "MB"),
-    "kv": Quantity("kv_bytes_per_token", "", _BYTES, "kB"),
-    "latency": Quantity("latency_seconds", "", _SECONDS, "ms"),
+    "params": Quantity(
+        "parameters", "total_parameters", _SHARE | _PLAIN, "M", early=True
+    ),
+    "bytes": Quantity("bytes", "total_bytes", _SHARE | _BYTES, "MB", early=True),
+    "kv": Quantity("kv_bytes_per_token", "", _SHARE | _BYTES, "kB"),
+    "latency": Quantity("latency_seconds", "", _SHARE | _SECONDS, "ms"),
     "file": Quantity("bytes", "other", _BYTES, "MB", packed=True),
     "memory": Quantity("bytes", "other", _BYTES, "GB", packed=True, context=True),
-    "decode": Quantity("read", "read_other", {}, "", packed=True, context=True),
+    "decode": Quantity("read", "read_other", _SHARE, "%", packed=True, context=True),
 }
 """The quantities of a `--budget`.
 
@@ -106,7 +107,7 @@ class Budget:
         return QUANTITIES[self.name]
 
 
-class Removal(Spelling):
+class Removal(Parsed):
     """The number of blocks to remove: ``"8"``, ``"4..15"``, or by kind, ``"attention=2,moe=3"``.
 
     Attributes:
@@ -131,15 +132,9 @@ class Removal(Spelling):
         for part in text.split(",") if span is None else ():
             match = re.fullmatch(rf"\s*({_KIND})\s*=\s*{_WHOLE}\s*", part)
             if match is None:
-                share = text.strip().endswith("%")
-                how = "a number (8), a range (4..15) or counts per kind (attention=2,moe=3)"
                 raise InputError(
-                    f"cannot read {_cut(text)} as a removal; write "
-                    + (
-                        f"a share as --budget params={_cut(text)[1:-1]}"
-                        if share
-                        else how
-                    )
+                    f"cannot read {_cut(text)} as a removal; write a number (8), a range (4..15), "
+                    "counts per kind (attention=2,moe=3), or a share as --budget params=20%"
                 )
             if match[1] in self.kinds:
                 raise InputError(f"kind {_cut(match[1])} occurs twice in {_cut(text)}")
@@ -148,7 +143,7 @@ class Removal(Spelling):
             raise InputError(f"{_cut(text)} removes nothing; remove at least 1 block")
 
 
-class Budgets(Spelling):
+class Budgets(Parsed):
     """The least removal: a share ``"params=25%"``, or amounts ``"bytes=1.5GB,kv=3kB"``.
 
     Or the largest size of a packed model: ``"file=90MB"``, ``"memory=2GB@8k"``.
@@ -174,34 +169,31 @@ class Budgets(Spelling):
 
 
 def _read_budget(text: str) -> Budget:
-    name, equals, value = (part.strip() for part in text.partition("="))
-    if not equals or not value:
+    name, _, value = (part.strip() for part in text.partition("="))
+    what = f"budget {_cut(text)}"
+    if not value:
         raise InputError(
             f"cannot read {_cut(text)} as a budget; write quantity=share or quantity=amount, "
             "for example params=25% or bytes=1.5GB"
         )
     if name not in QUANTITIES:
         raise InputError(
-            f"budget {_cut(text)}: unknown quantity {_cut(name)}; known: {', '.join(QUANTITIES)}"
+            f"{what}: unknown quantity {_cut(name)}{suggest(name, QUANTITIES)}"
         )
     found = QUANTITIES[name]
-    what = f"budget {_cut(text)}"
     tokens = 0
     if found.context:
         value, at, context = (part.strip() for part in value.partition("@"))
         match = re.fullmatch(r"([0-9]{1,9})\s*(k?)", context.lower())
         tokens = int(match[1]) * (1024 if match[2] else 1) if match else 0
-        if not tokens and (at or found.units):
+        if not tokens and (at or found.units is _BYTES):
             raise InputError(
                 f"{what}: expected a context in tokens behind @, as {name}={value}@8k"
             )
-    ways = ["%"] * (not found.packed or not found.units) + [found.unit] * bool(
-        found.units
-    )
-    return Budget(name, *_measure(value, found.units, what, f"{name}=", ways), tokens)
+    return Budget(name, *_measure(value, found.units, what), tokens)
 
 
-class Memory(Spelling):
+class Memory(Parsed):
     """An amount of memory: ``"8GB"``, or a share of the free memory, ``"50%"``.
 
     Attributes:
@@ -213,12 +205,10 @@ class Memory(Spelling):
         self.amount: float | None = None
         if text:
             what = f"memory {_cut(text)}"
-            self.share, self.amount = _measure(
-                text.strip(), _BYTES, what, "", ["%", "GB"]
-            )
+            self.share, self.amount = _measure(text.strip(), _SHARE | _BYTES, what)
 
 
-class Effort(Spelling):
+class Effort(Parsed):
     """The limit of a search: ``"150"`` passes over the calibration text, or ``"20min"``.
 
     Attributes:
@@ -226,23 +216,16 @@ class Effort(Spelling):
     """
 
     def __init__(self, text: str = "") -> None:
-        self.passes: float | None = None
-        self.seconds: float | None = None
-        if not text.strip():
-            return
-        amount, unit = _read_limit(text.lower(), "|passes|minutes|min|hours|h")
-        if not 0 < amount <= _LONGEST_EFFORT:
+        self.passes, self.seconds = _read_limit(text, "()(?:passes)?")
+        minutes = (self.seconds or 0) / 60
+        if text.strip() and not 0 < (self.passes or minutes) <= _LONGEST:
             raise InputError(
                 f"{_cut(text)}: expected passes over the calibration text (150) or a time (20min, "
-                f"2h), of at most {_LONGEST_EFFORT:,.0f}"
+                f"2h), of at most {_LONGEST:,.0f} passes or minutes"
             )
-        if unit in _TIMES:
-            self.seconds = amount * _TIMES[unit]
-        else:
-            self.passes = amount
 
 
-class BlockList(Spelling):
+class BlockList(Parsed):
     """Block numbers: ``"0,1,5-8"``, separated by commas, spaces or lines, in brackets or not.
 
     Attributes:
@@ -264,7 +247,7 @@ class BlockList(Spelling):
         self.numbers = sorted(found)
 
 
-class Training(Spelling):
+class Training(Parsed):
     """The length of the healing: ``"5Mtokens"``, ``"10min"``, or all text (``"all"`` or empty).
 
     Attributes:
@@ -272,30 +255,18 @@ class Training(Spelling):
     """
 
     def __init__(self, text: str = "") -> None:
-        self.tokens: float | None = None
-        self.seconds: float | None = None
+        self.tokens, self.seconds = _read_limit(text, r"([kmg]?)\s*(?:tokens?|tok)")
         if text.strip().lower() in ("", "all"):
             return
-        # "m" means minutes, but "M" does not, because 5M may mean tokens.
-        units = r"(?:[kmgKMG]?\s*(?i:tokens|token|tok))|(?i:minutes|min|hours|h)|m"
-        amount, unit = _read_limit(text, units)
-        if unit.lower() in _TIMES:
-            self.seconds = amount * _TIMES[unit.lower()]
-        else:
-            self.tokens = amount * _PLAIN.get(
-                unit.lower().partition("tok")[0].strip(), 1.0
-            )
         minutes = (self.seconds or 0) / 60
-        if not (
-            0 < minutes <= _LONGEST_EFFORT or 1 <= (self.tokens or 0) <= _MOST_TOKENS
-        ):
+        if not (0 < minutes <= _LONGEST or 1 <= (self.tokens or 0) <= _MOST_TOKENS):
             raise InputError(
                 f"{_cut(text)}: expected a time (10min, 2h), tokens (500ktokens, 5Mtokens) or all, "
-                f"of at most {_LONGEST_EFFORT:,.0f} minutes or {_MOST_TOKENS:,.0f} tokens"
+                f"of at most {_LONGEST:,.0f} minutes or {_MOST_TOKENS:,.0f} tokens"
             )
 
 
-class Device(Spelling):
+class Device(Parsed):
     """The torch name of a device, or of several devices, separated by commas."""
 
     def __init__(self, text: str = "auto") -> None:
@@ -307,46 +278,54 @@ class Device(Spelling):
             )
 
 
-def _read_limit(text: str, units: str) -> tuple[float, str]:
-    """Parse an amount and a unit that matches the pattern ``units``; (0, "") if this fails."""
-    match = re.fullmatch(rf"{_AMOUNT}({units})", text.strip())
-    return (float(match[1]), match[2]) if match else (0.0, "")
+class Method(Parsed):
+    """What a healing trains: all weights, the last blocks, low-rank matrices or nothing."""
+
+    def __init__(self, text: str) -> None:
+        if not re.fullmatch(r"full|none|lora|(last|lora):[1-9][0-9]{0,4}", text):
+            raise InputError(
+                "must be one of full, last:N (the last N blocks, as last:3), lora or lora:RANK, "
+                f"none; got {text!r}"
+            )
+
+
+def _read_limit(text: str, counted: str) -> tuple[float | None, float | None]:
+    """Parse an amount of what the pattern ``counted`` names, or a time; return it or its seconds.
+
+    Both are None if the text is neither, or zero.
+    """
+    # "m" means minutes, but "M" does not, because 5M may mean tokens.
+    unit = rf"(?:((?i:minutes|min|hours|h)|m)|(?i:{counted}))"
+    match = re.fullmatch(rf"([0-9]{{1,15}}(?:\.[0-9]{{0,12}})?)\s*{unit}", text.strip())
+    if match is None:
+        return None, None
+    amount = float(match[1])
+    if match[2]:
+        return None, amount * _TIMES[match[2].lower()] or None
+    return amount * _PLAIN.get(match[3].lower(), 1.0) or None, None
 
 
 def _measure(
-    text: str, units: Mapping[str, float], what: str, name: str, ways: Sequence[str]
+    text: str, units: Mapping[str, float], what: str
 ) -> tuple[float | None, float | None]:
-    """Parse a share, or an amount in the smallest unit; exactly one of the two is not None.
-
-    Args:
-        ways: units for messages; a share is allowed if ``"%"`` is among them.
-    """
+    """Parse a share, or an amount in the smallest unit; exactly one of the two is not None."""
     match = re.fullmatch(r"([0-9]{1,30}(?:\.[0-9]{0,30})?)\s*(%|[A-Za-z]*)", text)
     if match is None:
         raise InputError(
             f"{what}: expected a share (25%) or an amount (1.5GB), got {_cut(text)}"
         )
-    value = float(match[1])
     unit = match[2].lower()
+    if unit not in units:
+        wrong = f"unknown unit {_cut(match[2])}" if unit else "no unit"
+        raise InputError(f"{what}: {wrong}; known: {', '.join(units)}")
+    value = float(match[1]) * units[unit]
     if value == 0:
         raise InputError(f"{what}: expected more than 0, got {_cut(text)}")
-    if unit == "%" and "%" in ways:
-        if value > 100:
-            raise InputError(f"{what}: a share must be between 0% and 100%")
-        return value / 100, None
-    if not unit:
-        # So large a number is of single bytes or parameters, whatever unit is usual.
-        if units.get("b") == 1 and value >= _SINGLE:
-            ways = ["B"]
-        elif units is _PLAIN and value >= _SINGLE:
-            text = f"{value / 1e6:.15g}"
-            ways = ["M"]
-        found = [f"{name}{text}{way}" for way in ways if way != "%" or value <= 100]
-        raise InputError(f"{what}: no unit; write {' or '.join(found) or f'{name}25%'}")
-    if unit not in units:
-        known = ", ".join([way for way in ways if way == "%"] + [*units])
-        raise InputError(f"{what}: unknown unit {_cut(match[2])}; known: {known}")
-    return None, value * units[unit]
+    if unit != "%":
+        return None, value
+    if value > 1:
+        raise InputError(f"{what}: a share must be between 0% and 100%")
+    return value, None
 
 
 def _read_bounded(digits: str) -> int:
