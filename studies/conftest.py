@@ -7,25 +7,12 @@ import pytest
 
 from isingcut.testing.tiny import tiny_checkpoint
 
-WORDS = [
-    "the",
-    "cat",
-    "sat",
-    "on",
-    "a",
-    "mat",
-    "rain",
-    "fell",
-    "over",
-    "old",
-    "stone",
-    "town",
-]
+WORDS = "the cat sat on a mat rain fell over old stone town"
 
 
 def words(seed, count):
     draw = random.Random(seed)
-    return " ".join(draw.choice(WORDS) for _ in range(count))
+    return " ".join(draw.choice(WORDS.split()) for _ in range(count))
 
 
 def write(path, records):
@@ -47,8 +34,10 @@ def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
 
     def chat(k):
-        answer = {"role": "assistant", "content": words(2 * k + 1, 9)}
-        return [{"role": "user", "content": words(2 * k, 5)}, answer]
+        return [
+            {"role": "user", "content": words(2 * k, 5)},
+            {"role": "assistant", "content": words(2 * k + 1, 9)},
+        ]
 
     write(
         folder / "calib_instruct/mix1000.jsonl",
@@ -59,8 +48,10 @@ def data(tmp_path_factory):
             folder / f"{name}.jsonl",
             [{"text": words(99 * i + k, 60)} for k in range(12)],
         )
-    solved = [{"context": words(k, 9), "solution": words(k + 50, 9)} for k in range(20)]
-    write(folder / "gsm8k/train1000.jsonl", solved)
+    write(
+        folder / "gsm8k/train1000.jsonl",
+        [{"context": words(k, 9), "solution": words(k + 50, 9)} for k in range(20)],
+    )
     records = [
         {
             "context": words(q, 4),
@@ -76,5 +67,11 @@ def data(tmp_path_factory):
 @pytest.fixture(scope="session")
 def tiny(model, data):
     """Return options for a study that takes a few seconds."""
-    where = ["--model", str(model), "--data", str(data), "--dtype=float32"]
-    return [*where, "--length=24", "--judged-tokens=96", "--batch-tokens=96"]
+    return [
+        f"--model={model}",
+        f"--data={data}",
+        "--dtype=float32",
+        "--length=24",
+        "--judged-tokens=96",
+        "--batch-tokens=96",
+    ]

@@ -79,14 +79,13 @@ class Setting:
 
 
 def choose(
-    method: str, setting: Setting, removals: Sequence[int]
+    method: str, s: Setting, removals: Sequence[int]
 ) -> dict[str, list[Content]]:
     """Return the choices of a method for some numbers of blocks, by entry name.
 
     `cbo` and `pairwise` have two entries: the ground state, and the best of the `TOP` lowest.
     """
-    n = len(setting.replay)
-    s = setting
+    n = len(s.replay)
     found: dict[str, dict[int, Outcome]] = {}
     if method in BASELINES:
         name, options = BASELINES[method]
