@@ -52,6 +52,8 @@ HOST: dict[str, str] = {
     "models/compute/head.py:_to_gradient: run_in_threads": "compiled for CPUs",
     "measure/gates.py:row_dots: out": "compiled for CPUs",
     "measure/gates.py:row_dots: fill_row_dots": "compiled for CPUs",
+    "models/device.py": "chooses and counts devices",
+    "healing/training/train.py:Watch.on_step_end: torch.distributed": "several processes",
     "measure/streams.py:_check_stream": "only words of an error",
     "measure/streams.py:check_finite": "only words of an error",
     "measure/curvature.py:_check_linear": "only words of an error",

@@ -18,6 +18,7 @@ from typing import Any
 from unittest import mock
 
 import pytest
+import torch
 
 import isingcut
 from card import short
@@ -26,14 +27,19 @@ from gguf_files import WIDE, WIDE_NUMBERS, named, write
 from healings import TRAINING, Killed, killing
 from isingcut import baselines
 from isingcut.energies import registry as energy_parts
+from isingcut.errors import VerificationError
 from isingcut.formats.cutting.checkpoint import excise
 from isingcut.healing.heal import heal
 from isingcut.healing.patch.linear import _Fitting
+from isingcut.models.verify import check_generation, verify
 from isingcut.options.config import HealConfig
 from isingcut.options.declaration import options_from
 from isingcut.testing.tiny import tiny_model
-from shared import OPTIONS, call, write_jsonl
+from odd_models import composite
+from shared import OPTIONS, call, refuses, write_jsonl
+from sweep.images import invent_images
 from sweep.mtp import add_mtp_layers
+from test_proof import cut_of
 from test_tasks import arc, gsm8k
 
 pytestmark = pytest.mark.filterwarnings("ignore::isingcut.PoorEnergyWarning")
@@ -300,6 +306,20 @@ def timed_healing(place: Place) -> None:
     place.heal(effort="90min")
 
 
+def images(place: Place) -> None:
+    """The proof of a model that reads images, and of generation that differs with its cache."""
+    model = composite("chameleon")
+    cut = cut_of(model, [1], place.out)
+    card = place.device.split(",")[0]
+    model.to(card)
+    assert verify(model, [1], cut, images=invent_images).difference < 1e-5
+    model.model.layers[2].self_attn.layer_idx = 0
+    with refuses("differs from generation", VerificationError):
+        check_generation(
+            model, torch.arange(12, device=card)[None] + 20, 8, "the model"
+        )
+
+
 PATHS: dict[str, Callable[[Place], Any]] = {
     "range": range_of,
     "budget": budget,
@@ -313,6 +333,7 @@ PATHS: dict[str, Callable[[Place], Any]] = {
     "patch alone": patch_alone,
     "rows": rows,
     "slopes": slopes,
+    "images": images,
     "run": default,
     "verbs": verbs,
     "tasks": tasks,

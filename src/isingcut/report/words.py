@@ -164,7 +164,7 @@ def spectrum_rows(
     removed: Sequence[int] | None,
 ) -> list[tuple[str, ...]]:
     """Return the table of states, with headings: rank (* marks ``removed``), energy, KL, blocks."""
-    lines = [("rank", "energy", "KL", "blocks", "removed")]
+    lines: list[tuple[str, ...]] = [("rank", "energy", "KL", "blocks", "removed")]
     for state in spectrum.states:
         mark = "*" * (removed is not None and sorted(state.removed) == sorted(removed))
         known = known_rows(candidates, state.removed) if candidates else []
