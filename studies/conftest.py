@@ -17,7 +17,7 @@ def words(seed, count):
 
 def write(path, records):
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(r) + "\n" for r in records))
+    path.write_text("\n".join(map(json.dumps, records)))
 
 
 @pytest.fixture(scope="session")
