@@ -41,9 +41,9 @@ from isingcut.evaluation import quality, speed
 from isingcut.formats.architectures.blocks import stack_modules
 from isingcut.formats.cutting.checkpoint import excise
 from isingcut.healing.heal import heal
-from isingcut.healing.patch import checkpoint as tuning
-from isingcut.healing.patch import linear
 from isingcut.healing.patch.ridge import bytes_of
+from isingcut.healing.repairs import linear
+from isingcut.healing.repairs import tuned as tuning
 from isingcut.memory import is_memory_exhausted
 from isingcut.models.compute.tuning import bytes_of_backward
 from isingcut.models.device import allowance

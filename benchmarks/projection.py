@@ -38,9 +38,9 @@ from isingcut.energies.refined import KEPT
 from isingcut.energies.search import Search, Target
 from isingcut.evaluation.quality import before_and_after
 from isingcut.evaluation.speed import speed
-from isingcut.healing.patch.checkpoint import BYTES, HELD_OUT_EVERY, STEP_TOKENS
 from isingcut.healing.patch.files import runs
 from isingcut.healing.patch.ridge import bytes_of
+from isingcut.healing.repairs.tuned import BYTES, HELD_OUT_EVERY, STEP_TOKENS
 from isingcut.measure.losses import tree_nodes
 from isingcut.measure.work import Work
 from isingcut.models.inspect import inspect_model

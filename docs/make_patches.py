@@ -22,7 +22,7 @@ from isingcut.data.tokens import TokenSet
 from isingcut.errors import ArchitectureError
 from isingcut.formats.architectures.blocks import find_stack
 from isingcut.healing.patch.files import StoredLayers
-from isingcut.healing.patch.linear import fit_patches
+from isingcut.healing.repairs.linear import fit_patches
 from isingcut.measure.work import Work
 from isingcut.models.load import load
 from isingcut.models.replay import Replay

@@ -27,10 +27,9 @@ from isingcut.measure.work import Work
 from isingcut.models.replay import Replay
 from studies.runner import Content
 
-PLAIN = ("random", "block-influence", "angular-window", "norm-ratio", "sleb")
+PLAIN = ("random", "block-influence", "angular-window", "sleb")
 BASELINES: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: (name, {}) for name in PLAIN},
-    "block-influence-iterative": ("block-influence", {"iterative": True}),
     "sleb-kl": ("sleb", {"loss": "kl", "keep_ends": False}),
 }
 TOP = 20

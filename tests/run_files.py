@@ -168,8 +168,9 @@ def write_removal(place, energy, m, *, ranked=True):
     evaluation = {
         "samples": 5,
         "tokens": 555,
-        "before": side(20.0, n, 40.0),
-        "after": side(20.0 + 3 * m, n - m, 40.0 * n / (n - m)),
+        "before": {**side(20.0, n, 40.0), "worst": 2.0, "worst_se": 0.5},
+        "after": {**side(20.0 + 3 * m, n - m, 40.0 * n / (n - m)), "worst": 4.0},
+        "metrics": {"worst": {"unit": "nats", "form": ".2f"}},
         "kl": 0.3 * m,
         "kl_se": 0.01,
         "generation": {"prompt": "Why?", "before": "Because.", "after": "So ``` so."},
@@ -306,6 +307,5 @@ def _write_extras(path, main, m, chosen):
         task("piqa", 0.7, 0.66),
         task("boolq", 0.6, 0.61),
     ]
-    text = {"tokens": 777, "original": text_scores(15.0), "cut": text_scores(18.0)}
-    found = {"rows": rows, "engine": "lm_eval 0.4", "wikitext2": {**text, "kl": 0.2}}
+    found = {"rows": rows, "engine": "lm_eval 0.4"}
     write_json(path / "benchmarks.json", "benchmarks", found)

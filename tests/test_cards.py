@@ -17,8 +17,8 @@ from cards import fake_cards
 from isingcut.errors import InputError, MemoryExhaustedError
 from isingcut.evaluation import candidates
 from isingcut.formats.cutting.checkpoint import excise
-from isingcut.healing.patch import checkpoint, linear
-from isingcut.healing.patch.linear import fit_patches
+from isingcut.healing.repairs import linear, tuned
+from isingcut.healing.repairs.linear import fit_patches
 from isingcut.measure.gradients import gate_gradients
 from isingcut.measure.losses import measure
 from isingcut.measure.packed import changed_losses
@@ -357,7 +357,7 @@ def test_a_fit_without_room_on_its_card_is_made_on_the_host(stub):
         stub(linear, "bytes_of", 0)
         stub(Replay, "room", 0)
         again = fit_patches(replay, tokens, [3], Work(128))
-    assert (found.maps, found.unpatched) == ("reads", [])
+    assert (found.record.maps, found.record.unpatched) == ("reads", [])
     for fit in (found, again):
         torch.testing.assert_close(
             fit.patches[0].weight, expected, rtol=1e-6, atol=1e-6
@@ -409,15 +409,15 @@ def test_a_run_that_runs_out_of_memory_goes_on_from_disk(
         isingcut.run(out=out, stream="off", **options)
 
 
-@parametrize("step", ["fit_patches", "tune"])
+@parametrize("module, step", [(linear, "fit_patches"), (tuned, "tune")])
 def test_a_patch_that_runs_out_of_memory_leaves_the_model_resident(
-    step, shared, text, tmp_path, monkeypatch
+    module, step, shared, text, tmp_path, monkeypatch
 ):
     given = {**FEW, "model": shared.checkpoint(), "calibration": text}
     with fake_cards() as (card,):
         card.budget = 1 << 30
         exhausted = lambda *_, **__: torch.empty(2 << 30, device=card.device)  # noqa: E731
-        monkeypatch.setattr(checkpoint, step, exhausted)
+        monkeypatch.setattr(module, step, exhausted)
         device = str(card.device)
         out = tmp_path / "run"
         isingcut.run(out=out, **{**given, "patch": "tuned", "device": device})

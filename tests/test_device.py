@@ -21,7 +21,7 @@ from isingcut.energies.search.evaluator import Evaluator
 from isingcut.evaluation import quality as evaluate
 from isingcut.evaluation import speed as timing
 from isingcut.evaluation.answers import answer_scores
-from isingcut.healing.patch.linear import _Fitting, fit_patches
+from isingcut.healing.repairs.linear import _Fitting, fit_patches
 from isingcut.healing.training.batches import batch_of
 from isingcut.healing.training.student import install
 from isingcut.measure.gradients import gate_gradients
@@ -186,7 +186,7 @@ def distilled(place, family="llama"):
 def chosen(place):
     given = (place.replay(), random_tokens(), 2, Work(32))
     # The other baselines use only measured losses.
-    own = ("angular-window", "block-influence", "norm-ratio")
+    own = ("angular-window", "block-influence")
     return [part(name).choose(*given, seed=0).removed for name in own]
 
 

@@ -14,7 +14,10 @@ import typer
 import yaml
 
 from isingcut.cli import main as cli
+from isingcut.energies import registry as energies
 from isingcut.errors import ArchitectureError
+from isingcut.evaluation.metrics import registry as metrics
+from isingcut.healing.repairs import registry as repairs
 from isingcut.options.config import RunConfig
 from isingcut.options.declaration import from_yaml
 from shared import load_json, parametrize, refuses, write_words
@@ -58,9 +61,8 @@ def place(tmp_path, monkeypatch):
 @pytest.mark.filterwarnings("ignore::isingcut.PoorEnergyWarning")
 @parametrize("page", ["extending.md", "constraints.md"])
 def test_code_on_pages_runs(page, place, monkeypatch):
-    from isingcut.energies import registry
-
-    monkeypatch.setattr(registry, "_registered", {})
+    for registry in (energies, metrics, repairs):
+        monkeypatch.setattr(registry, "_registered", {})
     space = {"__name__": "page"}
     code = blocks(DOCS / page, "python")
     assert code

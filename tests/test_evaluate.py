@@ -11,6 +11,7 @@ from isingcut.data.generation import decode_tokens, generate_text, prompt_ids
 from isingcut.errors import ModelError
 from isingcut.evaluation import quality as evaluation
 from isingcut.evaluation import speed as timing
+from isingcut.evaluation.metrics import registry
 from isingcut.files.evaluations import EvaluationFile
 from isingcut.measure.work import Work
 from isingcut.models.compute import divergence, head
@@ -23,6 +24,14 @@ from tiny import (
     tiny_model,
     tiny_tokenizer,
 )
+
+
+class Means:
+    unit = "nats"
+    form = ".2f"
+
+    def measure(self, sums, counts):
+        return (sums.sum(1) / counts.sum())[1:].tolist()
 
 
 @module_fixture
@@ -174,6 +183,7 @@ def test_evaluate_fills_the_whole_document(tmp_path, tokens, monkeypatch):
         return 123
 
     monkeypatch.setattr(timing, "peak_memory", memory)
+    monkeypatch.setattr(registry, "_registered", {"means": Means})
     big, cut = (
         load_tiny(tiny_checkpoint("llama", tmp_path / name, num_hidden_layers=n))
         for name, n in (("big", 6), ("cut", 4))
@@ -189,4 +199,10 @@ def test_evaluate_fills_the_whole_document(tmp_path, tokens, monkeypatch):
         assert side.bytes == (loaded.folder / "model.safetensors").stat().st_size
     assert found.before.peak_memory_bytes == 123
     assert found.before.model_fields_set == found.after.model_fields_set
+    # The metric `means` has the mean NLL of a model as its figure, the mean KL as its error.
+    kl = {"before": 0.0, "after": found.kl}
+    for name, side in (("before", found.before), ("after", found.after)):
+        assert side.means == pytest.approx(side.nll)
+        assert side.means_se == pytest.approx(kl[name])
+    assert found.metrics["means"].unit == "nats"
     assert found.generation is not None

@@ -26,9 +26,8 @@ from isingcut.files.results import read_document
 from isingcut.healing import heal as home
 from isingcut.healing.heal import heal
 from isingcut.healing.job import Domains
-from isingcut.healing.training import batches, train
+from isingcut.healing.training import train
 from isingcut.measure.losses import difference
-from isingcut.models.device import Allowance
 from isingcut.models.load import load
 from isingcut.report.words import healing_warnings
 from ranks import run, type_in
@@ -152,13 +151,11 @@ def test_two_processes_stop_together(models, tmp_path):
     assert found.after.kl == pytest.approx(kl, rel=1e-3)
 
 
-def _trains(room, dies, *arguments):
-    """Run the command line in one of two processes, with this room; kill rank 1 after ``dies``."""
+def _trains(dies, *arguments):
+    """Run the command line in one of two processes; kill rank 1 after the step ``dies``."""
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     # Only rank 0's processor is fast in bfloat16.
     torch.cpu.get_capabilities = lambda: {"amx_bf16": os.environ["RANK"] == "0"}
-    batches.allowance = lambda limit, device: Allowance(10**9 if limit else room, 0)
-    batches.least_left = lambda devices, limit="": 10**9 if limit else room
     end = train.Watch.on_step_end
 
     def step(watch, args, state, control, **rest):
@@ -174,19 +171,19 @@ def _trains(room, dies, *arguments):
 
 
 @parametrize(
-    "room, trainer, more, exact",
+    "trainer, more, exact",
     [
-        (10**9, {}, {}, 1e-6),
-        (10**5, {}, {}, 1e-6),
+        ({}, {}, 1e-6),
+        ({"fsdp": True}, {}, 1e-6),
         # Half of the rounding of bfloat16, 2**-8.
-        (10**5, {}, {"dtype": "auto"}, 2e-3),
-        (10**9, {"fsdp": True}, {"method": "lora:4"}, 1e-6),
+        ({"fsdp": True}, {"dtype": "auto"}, 2e-3),
+        ({"fsdp": True}, {"method": "lora:4"}, 1e-6),
     ],
 )
 def test_two_processes_train_as_one_does(
-    models, healed, tmp_path, room, trainer, more, exact
+    models, healed, tmp_path, trainer, more, exact
 ):
-    """Each has half of a batch, and half of the model if one lacks the room; also after a kill."""
+    """Each has half of a batch, and half of the model if it is sharded; also after a kill."""
     half = {"dtype": "bfloat16"} if "dtype" in more else {}
     one = (
         heal(options(models, tmp_path / "one", **{**more, **half})) if more else healed
@@ -195,14 +192,13 @@ def test_two_processes_train_as_one_does(
         models, tmp_path / "out", {"per_device_train_batch_size": 1, **trainer}, **more
     )
     words = (config.student, *flags_of(config))
-    run([1, -signal.SIGKILL], tmp_path / "said", _trains, room, 3, *words)
+    run([1, -signal.SIGKILL], tmp_path / "said", _trains, 3, *words)
     assert "isingcut: the 2 processes lost contact (" in (tmp_path / "said").read_text()
     sharded = list(
         tmp_path.glob(".out.healing/trainer/checkpoint-2/pytorch_model_fsdp.bin")
     )
-    assert len(sharded) == (room < 10**9 or bool(trainer))
-    # It resumes as it began, even with more room.
-    run([0, 0], tmp_path / "said", _trains, 10**9, 0, *words)
+    assert len(sharded) == bool(trainer)
+    run([0, 0], tmp_path / "said", _trains, 0, *words)
     found = result(tmp_path / "out")
     assert found.processes == 2
     for mine, theirs in zip(found.steps, curve(one), strict=True):

@@ -96,11 +96,10 @@ def test_chunks_of_the_vocabulary_change_nothing():
     "method, family, changes, ends",
     [
         ("lora", "llama", {}, torch.bfloat16),
-        ("last:1", "llama", {}, torch.float32),
         ("lora", "llama", {"tie_word_embeddings": True}, torch.bfloat16),
         # Gemma 3's embedding computes with the dtype of its weight.
         ("lora", "gemma3", {"tie_word_embeddings": True}, torch.float32),
-        ("last:1", "gpt2", {"tie_word_embeddings": True}, torch.bfloat16),
+        ("lora", "gpt2", {"tie_word_embeddings": True}, torch.bfloat16),
     ],
 )
 def test_frozen_weights_are_narrowed_only_where_no_value_changes(
@@ -230,16 +229,14 @@ def places(tensors):
     return {t.untyped_storage().data_ptr() for t in tensors}
 
 
-@parametrize("method", ["lora", "last:2"])
 @parametrize("dtype", ["bfloat16", "float32"])
 def test_what_is_not_trained_is_the_teachers(
-    half, models, tmp_path, monkeypatch, spy, method, dtype
+    half, models, tmp_path, monkeypatch, spy, dtype
 ):
     folder = half if dtype == "bfloat16" else models
     teacher = load(folder / "teacher", dtype=dtype, device="cpu")
     before = {name: t.clone() for name, t in teacher.model.state_dict().items()}
-    method = "lora:4" if method == "lora" else method
-    config = options(folder, tmp_path / "out", {"max_steps": 2}, method=method)
+    config = options(folder, tmp_path / "out", {"max_steps": 2}, method="lora:4")
     job = Job(teacher, REMOVED, folder / "student", TOKENS, tmp_path, config)
     run = train._run
     apart = spy(loss, "divergence_from_stream")
@@ -304,7 +301,6 @@ TERMS = r"\(weights \S+, gradients \S+, moments \S+, teacher \S+, activations of
     [
         (1.1e6, "full", "--method lora, "),
         (0.9e6, "lora", ""),
-        (0.3e6, "last:2", "--method lora, "),
     ],
 )
 def test_a_training_that_cannot_fit_is_refused(

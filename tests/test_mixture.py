@@ -24,7 +24,7 @@ from isingcut.evaluation.quality import quality
 from isingcut.files.cuts import CutRecord, PatchedCut, PatchRecord
 from isingcut.files.evaluations import EvaluationFile, PartScores
 from isingcut.files.healings import HealingFile
-from isingcut.healing.patch.checkpoint import split_samples
+from isingcut.healing.repairs.tuned import split_samples
 from isingcut.options.config import HealConfig
 from isingcut.report.rows import evaluation_rows, healing_rows
 from isingcut.report.words import healing_warnings, paragraphs, patch_warnings

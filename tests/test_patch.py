@@ -15,12 +15,17 @@ from isingcut.errors import ArchitectureError
 from isingcut.formats.architectures.blocks import find_stack, skip_blocks, stack_modules
 from isingcut.formats.cutting.checkpoint import excise
 from isingcut.healing.job import Job
-from isingcut.healing.patch import linear
-from isingcut.healing.patch.checkpoint import patch_checkpoint
 from isingcut.healing.patch.files import apply_patches, runs
-from isingcut.healing.patch.layers import find_gained, find_write, observe, token_gains
-from isingcut.healing.patch.linear import _Fitting, fit_patches
+from isingcut.healing.patch.layers import (
+    find_scaled_writes,
+    find_write,
+    observe,
+    token_gains,
+)
 from isingcut.healing.patch.ridge import Moments, Rows, bytes_of, fit_ridge
+from isingcut.healing.repairs import linear
+from isingcut.healing.repairs.base import patch_checkpoint
+from isingcut.healing.repairs.linear import _Fitting, fit_patches
 from isingcut.measure.work import Work
 from isingcut.models.device import Allowance
 from isingcut.models.replay import Recording
@@ -218,7 +223,7 @@ def test_a_cut_that_no_map_helps_is_listed_and_the_others_go_on(monkeypatch):
 
     monkeypatch.setattr(linear, "fit_ridge", first_fails)
     found = fit_patches(replay_of(model), tokens(), [2, 4], Work(96))
-    assert [(c.removed, c.reason[:39]) for c in found.unpatched] == [
+    assert [(c.removed, c.reason[:39]) for c in found.record.unpatched] == [
         ([2, 2], "no map of block 1's mlp.down_proj is be")
     ]
     (alone,) = found.patches
@@ -293,7 +298,7 @@ def test_a_cut_without_memory_for_its_fit_is_listed_and_the_others_go_on(monkeyp
     room = lambda *given: Allowance(rooms.pop() if rooms else 1 << 40, 0)  # noqa: E731
     monkeypatch.setattr(linear, "allowance", room)
     found = fit_patches(replay_of(tiny_model("llama")), tokens(), [2, 4], Work(96))
-    (cut,) = found.unpatched
+    (cut,) = found.record.unpatched
     assert cut.removed == [2, 2]
     assert (
         "fitting a map of mlp.down_proj needs 0.0 GB of host memory, and 0.0 GB"
@@ -432,7 +437,7 @@ def test_gains_are_those_of_the_norm_behind_the_layer():
     with torch.no_grad():
         recording = replay.record(tokens(64).input_ids)
         entered = recording.block(0, recording.entered)
-        gained = find_gained(recording, 1, entered)[0]
+        gained = find_scaled_writes(recording, 1, entered)[0]
         _, _, written = observe(recording, 1, entered, gained.write)
         found = (
             token_gains(recording, 1, entered, gained, written)[..., None]
@@ -470,3 +475,10 @@ def test_removing_a_block_that_changes_nothing_leaves_nothing_to_patch(family):
             model.model.layers[2].get_submodule(name).weight.zero_()
     with refuses(r"no map of block 1's .* is better than none", ArchitectureError):
         fitted(model, [2], tokens())
+
+
+def test_a_block_without_a_layer_that_writes_is_refused(stub):
+    stub(linear, "find_scaled_writes", [])
+    reason = r"block 1 \(attention\+moe\) cannot absorb a patch: none of its linear layers writes"
+    with refuses(reason, ArchitectureError):
+        fitted(tiny_model("mixtral"), [2], tokens())

@@ -274,8 +274,6 @@ def folder(tmp_path_factory):
     tiny_checkpoint("llama", place / "model")
     write_text(place / "text.jsonl", 200)
     write_jsonl(place / "data/arc_easy/test.jsonl", [arc(i)[1] for i in range(6)])
-    articles = [{"text": f"The mill of {i}. " * 4} for i in range(5)]
-    write_jsonl(place / "data/wikitext2/test_raw.jsonl", articles)
     return place
 
 
@@ -340,11 +338,10 @@ def test_a_healed_model_of_an_earlier_cut_is_not_the_runs(folder, healed_run, tm
 
 
 def test_benchmarks_of_a_run_from_the_command_line(folder, healed_run, answer):
-    given = {"tasks": "arc_easy,wikitext2", "data": folder / "data"}
+    given = {"tasks": "arc_easy", "data": folder / "data"}
     found = answer("evaluate", healed_run, *flags(given)).benchmarks
     (row,) = found.rows
     assert (row.task, row.n) == ("arc_easy", 6)
-    assert found.wikitext2.tokens > 0
     assert load_json(healed_run / "benchmarks.json").rows == [row]
     assert {"metric", "original", "original_se", "cut", "cut_se"} <= set(row)
 
@@ -377,7 +374,7 @@ def test_heal_from_the_command_line(folder, healed_run, tmp_path, typed):
     "words, changes",
     [
         ("the run itself sets", {"heal": True, "healing": {"teacher": "x"}}),
-        ("--patch must be one of", {"patch": "cubic"}),
+        ("unknown repair 'cubic'; known: ", {"patch": "cubic"}),
         ("range of removals", {"heal": True, "remove": "1..2"}),
     ],
 )

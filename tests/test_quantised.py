@@ -11,8 +11,8 @@ from isingcut.formats.cutting.checkpoint import excise
 from isingcut.formats.fp8 import dequantise, dequantise_checkpoint, fp8_layout
 from isingcut.formats.safetensors_files import read_checkpoint
 from isingcut.healing.job import Job
-from isingcut.healing.patch.checkpoint import patch_checkpoint
 from isingcut.healing.patch.files import _list_plain
+from isingcut.healing.repairs.base import patch_checkpoint
 from isingcut.models.inspect import inspect_model
 from isingcut.models.load import load, load_plain
 from isingcut.models.verify import verify

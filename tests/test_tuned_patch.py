@@ -10,10 +10,10 @@ from cards import fake_cards
 from isingcut.errors import ArchitectureError, FitError
 from isingcut.formats.architectures.blocks import skip_blocks, stack_modules
 from isingcut.healing.job import Job
-from isingcut.healing.patch import checkpoint as tuning
-from isingcut.healing.patch.checkpoint import split_samples, tune
 from isingcut.healing.patch.files import apply_patches
-from isingcut.healing.patch.linear import fit_patches
+from isingcut.healing.repairs import tuned as tuning
+from isingcut.healing.repairs.linear import fit_patches
+from isingcut.healing.repairs.tuned import split_samples, tune
 from isingcut.measure.work import Work
 from isingcut.models.device import Allowance
 from isingcut.options.config import HealConfig

@@ -79,7 +79,7 @@ class Healing(ModelStudy):
     @classmethod
     def add_options(cls, add: Callable[..., Any]) -> None:
         super().add_options(add)
-        add("--method", default="full", help="of healing: full, lora or last:N")
+        add("--method", default="full", help="of healing: full or lora")
         add("--steps", type=numbers, default=[40], help="of trainings")
         add(
             "--samples",

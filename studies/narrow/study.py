@@ -26,7 +26,7 @@ from isingcut.data.healing_text import to_fit
 from isingcut.data.tokens import TokenSet
 from isingcut.formats.architectures.blocks import find_stack
 from isingcut.healing.job import Job
-from isingcut.healing.patch.checkpoint import make_patches
+from isingcut.healing.repairs.base import make_patches
 from isingcut.ising.states import Floats, states_of
 from isingcut.measure.losses import difference, measure
 from isingcut.measure.packed import changed_losses
@@ -107,7 +107,7 @@ class Narrow(ModelStudy):
             config,
             work.progress,
         )
-        _, patches, _ = make_patches(job)
+        patches = make_patches(job).patches
         new = {}
         blocks = find_stack(self.original.model).blocks
         for p in patches:

@@ -98,7 +98,6 @@ WORDS = rows([
     ("batch", heal(per_device_train_batch_size=0), "batch_size must be above 0"),
     ("steps and a time", heal("--train 10min"), "--train and max_steps in .* both set"),
     ("shares of one process", heal(fsdp=True), "fsdp needs several processes; start them with"),
-    ("last blocks", heal("--method last:99"), "--method last:99: the cut model has"),
     ("nothing to do", heal("--method none --patch none"), "leave nothing to do"),
     ("many samples", heal("--samples 1000000"), "too short"),
     ("a pipe", WITH_FILE, "t.yaml", pipe("t.yaml")),
@@ -386,7 +385,7 @@ def test_a_healed_student_is_replaced(arena):
 
 def test_a_patch_that_would_change_nothing_says_so(arena, monkeypatch):
     arena.works("excise {run} --patch none --overwrite", "run/*")
-    from isingcut.healing.patch import linear
+    from isingcut.healing.repairs import linear
 
     def none_is_better(fit, held_out, left=None):
         return None
@@ -410,8 +409,8 @@ def exact_cut(arena):
 
 
 def test_a_patch_that_vanished_in_rounding_says_so(arena, monkeypatch):
-    from isingcut.healing.patch import linear
     from isingcut.healing.patch.ridge import RidgeFit
+    from isingcut.healing.repairs import linear
 
     def too_small(fit, held_out, left):
         return RidgeFit(torch.zeros_like(fit.tx), 1.0, 0.99)

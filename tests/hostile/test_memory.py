@@ -114,7 +114,7 @@ def test_no_library_or_model_is_blamed(monkeypatch, step):
 def test_a_patch_is_left_as_fitted_where_memory_does_not_suffice_to_tune_it(
     arena, monkeypatch
 ):
-    monkeypatch.setattr("isingcut.healing.patch.checkpoint.tune", in_torch)
+    monkeypatch.setattr("isingcut.healing.repairs.tuned.tune", in_torch)
     command = "excise {run} --blocks 0,3"
     arena.works(command, "run/*", line="model")
     record = arena.run / "remove-2-blocks-0-3/model/isingcut.json"

@@ -83,7 +83,6 @@ BLOCK = "arc_easy: the output of block 2 .* of"
 WRITES = (
     "gsm8k: the logits of .*model are NaN or infinite at token .* of a generated text"
 )
-TEXT = asked({"text": "one two " * 30}, task="wikitext2/test_raw")
 SUMS = both(asked(SUM, task="gsm8k/test"), asked(*[SUM] * 8, task="gsm8k/train"))
 LONG = config(max_position_embeddings=4096)
 THE_CUT = tensors(overflow, "run/model")
@@ -103,13 +102,6 @@ OVERFLOWS = [
         asked(GOOD),
         THE_CUT,
     ),
-    (
-        "on a text",
-        "wikitext2",
-        f"the perplexity of .*run/{NOT_FINITE} 'one two",
-        TEXT,
-        THE_CUT,
-    ),
     ("as it writes", "gsm8k", WRITES, SUMS, both(LONG, THE_MODEL)),
 ]
 BENCHMARKS += rows(
@@ -118,7 +110,7 @@ BENCHMARKS += rows(
         for n, task, line, *make in OVERFLOWS
     ]
 )
-ARTICLE = asked({"text": 7}, task="wikitext2/test_raw")
+NUMBER = asked({"text": 7}, task="lambada/test")
 ONE_WORD = asked({"text": "one"}, task="lambada/test")
 EMPTY = asked(GOOD, "", {**GOOD, "choices": ["one", ""]}, task="own")
 OWN = r"data/own.jsonl line 3: expected 'choices', .* none empty, got \['one', ''\]"
@@ -129,11 +121,10 @@ OTHERS = [
     ("no task", evaluate(","), "--tasks is empty", asked(GOOD)),
     ("data alone", evaluate(""), "need benchmarks", asked(GOOD)),
     ("no questions", evaluate(more="--questions 0"), "Invalid value|questions", asked(GOOD)),
-    ("text without data", evaluate("wikitext2", data=""), "wikitext2 needs a local folder", both()),
     ("an empty choice", evaluate("{here}/data/own.jsonl", data=""), OWN, EMPTY),
     ("a name twice", evaluate("{here}/own.jsonl,{here}/data/own.jsonl", data=""),
      "two files named own.jsonl", EMPTY),
-    ("an article", evaluate("wikitext2"), "line 1: expected a text 'text', got 7", ARTICLE),
+    ("a number", evaluate("lambada"), "line 1: expected a text 'text', got 7", NUMBER),
     ("a blank at the end", evaluate("winogrande"), BLANK,
      asked({**GOOD, "context": "It was _ "}, task="winogrande/dev")),
     ("two of four", evaluate("mmlu_0shot"), "line 1: expected 4 'choices', got 2", MMLU),

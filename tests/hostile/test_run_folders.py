@@ -223,7 +223,7 @@ def test_weights_that_are_overwritten_while_they_are_healed(arena, monkeypatch, 
     arena.refuses(heal(), line, makes=(f"{place}/model.safetensors",))
 
 
-ROOMS = ("energies", "solvers", "baselines")
+ROOMS = ("energies", "solvers", "baselines", "repairs")
 CONTENTS = {
     "raises": ("1 / 0", "ZeroDivisionError: division by zero"),
     "ends": ("raise SystemExit('bye')", "SystemExit: bye"),

@@ -19,7 +19,6 @@ import numpy as np
 from isingcut.baselines.base import Outcome, check_count, open_ledger
 from isingcut.data.tokens import TokenSet
 from isingcut.energies.empirical_fisher import EmpiricalFisher
-from isingcut.errors import InputError
 from isingcut.ising.constraints import count
 from isingcut.ising.problem import Problem
 from isingcut.ising.solvers import solve
@@ -52,12 +51,10 @@ class Cbo:
         """Choose the ground state, or the best of the ``top`` lowest; ``seed`` is the solver's.
 
         Raises:
-            InputError: impossible number of removals, or ``top`` below 1.
+            InputError: impossible number of removals, or of states.
             ArchitectureError: no sublayer gate acts on some block.
         """
         check_count(replay, remove)
-        if self.top < 1:
-            raise InputError(f"top must be at least 1, got {self.top}")
         n = len(replay)
         # A journal belongs to one measurement, and the ledger uses the caller's.
         rows = work.journal and work.journal.with_name(f"{work.journal.name}-gradients")

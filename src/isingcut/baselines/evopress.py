@@ -22,7 +22,6 @@ import numpy as np
 
 from isingcut.baselines.base import Outcome, check_count, open_ledger
 from isingcut.data.tokens import TokenSet
-from isingcut.errors import InputError
 from isingcut.ising.states import Bools, States, blocks_of, key_of
 from isingcut.measure.ledger import Ledger
 from isingcut.measure.work import Work
@@ -42,7 +41,6 @@ class Evopress:
         step_tokens: tokens of each selection step.
         initial: number of random states; the best one on the first step's tokens is the first
             parent.
-        loss: ``"kl"`` or ``"nll"``.
     """
 
     generations: int | None = None
@@ -50,7 +48,6 @@ class Evopress:
     survivors: tuple[int, ...] = (2, 1)
     step_tokens: tuple[int, ...] = (2048, 32768)
     initial: int = 64
-    loss: str = "kl"
 
     def choose(
         self, replay: Replay, tokens: TokenSet, remove: int, work: Work, seed: int
@@ -58,13 +55,12 @@ class Evopress:
         """Choose the last parent.
 
         Raises:
-            InputError: impossible number of removals, or inconsistent options.
+            InputError: impossible number of removals.
         """
         check_count(replay, remove)
-        self._check()
         n = len(replay)
         rng = np.random.default_rng([seed, 0xE0])
-        ledger = open_ledger(replay, tokens, work, self.loss)
+        ledger = open_ledger(replay, tokens, work, "kl")
         generations = self.generations
         if generations is None:
             generations = max(1, int(remove * (n - remove) / 1.5))
@@ -88,25 +84,9 @@ class Evopress:
             "generations": generations,
             "improved": improved,
             "evaluations": ledger.evaluations,
-            "loss": self.loss,
         }
         removed = tuple(blocks_of(parent))
         return Outcome(removed, ledger.passes, ledger.heads, info)
-
-    def _check(self) -> None:
-        if (
-            len(self.survivors) != len(self.step_tokens)
-            or not self.survivors
-            or self.survivors[-1] != 1
-        ):
-            raise InputError(
-                "survivors and step_tokens need one entry per selection step, and survivors must "
-                f"end in 1; got {self.survivors} and {self.step_tokens}"
-            )
-        if min(self.offspring, self.initial, *self.survivors, *self.step_tokens) < 1:
-            raise InputError(
-                "offspring, initial, survivors and step_tokens must be at least 1"
-            )
 
 
 def _best(

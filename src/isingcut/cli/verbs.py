@@ -573,16 +573,19 @@ def plan(**options: Any) -> Output:
 
 @verb(name="ls", group=LOOK)
 def list_parts() -> Output:
-    """List the energies, the solvers, the baselines and the benchmark tasks.
+    """List the energies, solvers, baselines, repairs, metrics and benchmark tasks.
 
     Example: isingcut ls
     """
     from isingcut.baselines import registry as baselines
     from isingcut.energies import registry as energies
+    from isingcut.evaluation.metrics import registry as metrics
     from isingcut.evaluation.questions import task_names
+    from isingcut.healing.repairs import registry as repairs
     from isingcut.ising.solvers import registry as solvers
 
-    parts = {r.room: r.names() for r in (energies, solvers, baselines)}
+    rooms = (energies, solvers, baselines, repairs, metrics)
+    parts = {r.room: r.names() for r in rooms}
     parts["tasks"] = task_names()
     lines = [f"{room}: {', '.join(names)}" for room, names in parts.items()]
     return Output(parts, lambda: show.show_lines(*lines), brief="\n".join(lines))

@@ -1,7 +1,7 @@
 """Evaluate cut models.
 
-`quality`: perplexity and KL; `speed`: speed and memory; `candidates`: measured
-losses of the spectrum, and rank correlations; `questions`: benchmark tasks;
+`quality`: perplexity and KL; `metrics/`: further figures; `speed`: speed and memory;
+`candidates`: measured losses of the spectrum, and rank correlations; `questions`: benchmark tasks;
 `answers`: log-likelihoods and generations of many states; `scores`, `harness`: scores by
 lm-evaluation-harness; `benchmark`: paired comparison of two models, and choice of candidates.
 """

@@ -26,7 +26,7 @@ from isingcut.measure.streams import check_finite
 from isingcut.measure.work import Work, identity
 from isingcut.models.replay import Replay, use_attention
 
-Row = tuple[tuple[int, ...], int]
+Continuation = tuple[tuple[int, ...], int]
 """Token ids, two or more, and the number of tokens of the continuation at the end."""
 Likelihood = tuple[float, bool]
 """Log-likelihood of a continuation in nats, and whether it is the greedy one."""
@@ -39,7 +39,7 @@ _OTHERS = 2
 
 def answer_scores(
     replay: Replay,
-    rows: Sequence[Row],
+    rows: Sequence[Continuation],
     states: npt.ArrayLike,
     work: Work,
     description: str = "log-likelihoods",
@@ -127,7 +127,7 @@ class _Places:
         samples: the sample index of each row.
     """
 
-    def __init__(self, rows: Sequence[tuple[int, Row]]) -> None:
+    def __init__(self, rows: Sequence[tuple[int, Continuation]]) -> None:
         where = [
             (sample, t, ids[t + 1], r)
             for r, (sample, (ids, k)) in enumerate(rows)

@@ -15,23 +15,18 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from isingcut.console.progress import Part
-from isingcut.data.calibration import pack
-from isingcut.data.tokens import Encoder, TokenSet
 from isingcut.errors import InputError
-from isingcut.evaluation.quality import quality
-from isingcut.evaluation.questions import Prepared, articles
+from isingcut.evaluation.questions import Prepared
 from isingcut.evaluation.scores import Scores, score_states
-from isingcut.files.evaluations import PairedScores, TaskRow, TextScores
+from isingcut.files.evaluations import PairedScores, TaskRow
 from isingcut.files.results import fingerprint, without_infinities
 from isingcut.files.states import ByTasks, MeasuredState, ScoredCandidate
-from isingcut.formats.architectures.blocks import text_config
 from isingcut.formats.sources import model_identity
 from isingcut.ising.states import Floats, swaps
 from isingcut.measure.losses import standard_error
@@ -102,51 +97,6 @@ def journal_of(kept: Path, task: Prepared, loaded: LoadedModel, depends: Any) ->
     model = model_identity(loaded.folder)["sha256"]
     identity = fingerprint([task.name, task.source, model, str(loaded.dtype), depends])
     return kept / f"{task.name}-{identity}.journal"
-
-
-def text_scores(
-    models: Mapping[str, LoadedModel],
-    data: Path | None,
-    samples: int | None,
-    work: Work = PLAIN,
-    *,
-    length: int = 1024,
-) -> TextScores:
-    """Measure the perplexity of both models on WikiText-2's raw test text, and compare them.
-
-    The articles are joined and split into independent windows of ``length`` tokens; the last, short
-    window is left out.
-
-    Args:
-        data: folder with `wikitext2/test_raw.jsonl`, one article per line.
-        samples: maximum number of windows.
-
-    Raises:
-        InputError: as `articles`, or the text is shorter than one window.
-    """
-    assert data is not None
-    original, cut = models.values()
-    longest = getattr(text_config(original.model), "max_position_embeddings", None)
-    size = min(length, int(longest or length))
-    encode = Encoder(original.tokenizer, original.model)
-    rows = list(
-        islice(pack([encode("\n".join(articles(data)))], encode, size), samples)
-    )
-    if not rows:
-        raise InputError(
-            f"WikiText-2's text is shorter than one window of {size} tokens"
-        )
-    windows = TokenSet.from_rows(rows)
-    found = quality(original.model, cut.model, windows, work)
-    return TextScores(
-        samples=windows.samples,
-        tokens=windows.tokens,
-        original=found.before,
-        cut=found.after,
-        kl=found.kl,
-        kl_se=found.kl_se,
-        nll_change_se=found.nll_change_se,
-    )
 
 
 RESAMPLES = 10_000

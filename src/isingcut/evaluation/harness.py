@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 from lm_eval.models.huggingface import HFLM
 
 from isingcut.data.generation import finite_logits
-from isingcut.evaluation.answers import Likelihood, Prompt, Row, Writer
+from isingcut.evaluation.answers import Continuation, Likelihood, Prompt, Writer
 from isingcut.formats.architectures.blocks import language_model
 
 if TYPE_CHECKING:
     from isingcut.models.load import LoadedModel
 
-Answering = Callable[[Sequence[Row]], Sequence[Likelihood]]
+Answering = Callable[[Sequence[Continuation]], Sequence[Likelihood]]
 Writing = Callable[[Sequence[Prompt], Writer], list[str]]
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from isingcut.data.generation import generate_text, prompt_ids
 from isingcut.data.tokens import TokenSet
+from isingcut.evaluation.metrics import registry
 from isingcut.evaluation.speed import SPEED_KEYS, speed
 from isingcut.files.evaluations import (
     EvaluationFile,
@@ -21,6 +22,7 @@ from isingcut.files.evaluations import (
     ModelScores,
     PartScores,
     Perplexity,
+    Shown,
 )
 from isingcut.files.results import without_infinities
 from isingcut.formats.architectures.blocks import find_stack, language_model
@@ -78,7 +80,11 @@ def before_and_after(
     both = {"before": original, "after": cut}
     first = original.runnable
     second = cut.runnable
-    found = quality(first, second, tokens, work)
+    sums = sample_sums(first, second, tokens, work)
+    found = quality_of(sums, tokens)
+    nll = sums[0]
+    of = {"before": np.stack([nll, nll, np.zeros_like(nll)]), "after": sums}
+    metrics = {name: registry.get(name)() for name in registry.names()}
     speeds: Mapping[str, Mapping[str, Any]] = {}
     rest: dict[str, Any] = {"generation": None, "streamed": True}
     if not (original.streamed or cut.streamed):
@@ -100,14 +106,22 @@ def before_and_after(
         rest["generation"] = Generation(prompt=_PROMPT, **texts)
     if found.parts:
         rest["parts"] = found.parts
+    if metrics:
+        rest["metrics"] = {
+            k: Shown(unit=m.unit, form=m.form) for k, m in metrics.items()
+        }
     rest["elsewhere"] = {
         name: _part(text, quality(first, second, text, work, exact.get(name)))
         for name, text in elsewhere.items()
     }
     for name, side in both.items():
+        figures: dict[str, Any] = {}
+        for key, metric in metrics.items():
+            figures[key], figures[f"{key}_se"] = metric.measure(of[name], tokens.counts)
         rest[name] = ModelScores(
             **getattr(found, name).content(),
             **speeds.get(name, {}),
+            **figures,
             parameters=sum(p.numel() for p in side.model.parameters()),
             bytes=sum(file.stat().st_size for file in weight_files(side.folder)),
             blocks=len(find_stack(side.model)),

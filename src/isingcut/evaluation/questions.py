@@ -27,9 +27,6 @@ from isingcut.errors import InputError, MissingExtraError, UnknownNameError
 from isingcut.files.inputs import read_bytes, user_path
 from isingcut.files.results import fingerprint
 
-WIKITEXT = "wikitext2"
-"""The perplexity task, which has no questions."""
-
 
 @dataclass(frozen=True, eq=False)
 class Prepared:
@@ -95,7 +92,7 @@ def split_names(tasks: str) -> list[str]:
     `all` means all tasks of isingcut.
     """
     if tasks == "all":
-        return [*task_names(), WIKITEXT]
+        return task_names()
     return list(dict.fromkeys(t.strip() for t in tasks.split(",") if t.strip()))
 
 
@@ -128,11 +125,7 @@ def check_tasks(names: Sequence[str], data: Path | None, questions: int | None) 
     if twice := [name for name in shown if shown.count(name) > 1]:
         raise InputError(f"--tasks has two files named {twice[0]}; rename one of them")
     for name in names:
-        if name == WIKITEXT:
-            if data is None:
-                raise InputError("wikitext2 needs a local folder; give it as --data")
-            articles(data)
-        elif is_file(name) or data is not None:
+        if is_file(name) or data is not None:
             prepare_task(name, data, questions)
         elif name not in _manager().task_index:
             raise InputError(
@@ -367,9 +360,3 @@ def _find_fault(
     if type(answer) is not int or not 0 <= answer < len(given):
         return f"'answer', a number from 0 to {len(given) - 1}, got {answer!r:.60}"
     return ""
-
-
-def articles(data: Path) -> list[str]:
-    """Read the articles of WikiText-2's test text in a data folder; errors as `_read_records`."""
-    path = data / "wikitext2" / "test_raw.jsonl"
-    return [r["text"] for r in _read_records(path, "loglikelihood", {})]

@@ -17,9 +17,9 @@ import numpy as np
 from isingcut.console.printing import say
 from isingcut.errors import InputError, ModelError
 from isingcut.evaluation.answers import (
+    Continuation,
     Likelihood,
     Prompt,
-    Row,
     Writer,
     answer_scores,
     generate_texts,
@@ -91,11 +91,11 @@ def score_states(
     replay = loaded.replay
     states = states_of(len(replay), [tuple(blocks) for blocks in removed])
     # Scores of each row under all states, which are computed together.
-    known: dict[Row, tuple[list[float], list[bool]]] = {}
+    known: dict[Continuation, tuple[list[float], list[bool]]] = {}
     shown = sys.stderr
 
     # Stderr is hidden for the harness only; these functions show progress.
-    def answer(state: int, rows: Sequence[Row]) -> Sequence[Likelihood]:
+    def answer(state: int, rows: Sequence[Continuation]) -> Sequence[Likelihood]:
         if new := [row for row in dict.fromkeys(rows) if row not in known]:
             with contextlib.redirect_stderr(shown):
                 likely, greedy = answer_scores(replay, new, states, work, task.name)

@@ -39,7 +39,10 @@ _MEDIAN_ERROR = 1.2533
 MEMORY_KEY = "peak_memory_bytes"
 BATCH = 32
 """Sequences of the batched decoding."""
-SPEED_KEYS = ("prefill_tokens_per_second", "decode_tokens_per_second", MEMORY_KEY)
+PREFILL = "prefill_tokens_per_second"
+DECODE = "decode_tokens_per_second"
+BATCHED = "batched_decode_tokens_per_second"
+SPEED_KEYS = (PREFILL, DECODE, MEMORY_KEY)
 """The keys that are missing in an evaluation without speed."""
 
 
@@ -120,41 +123,36 @@ def speed(
         first = time_call(model, decode_tokens, model, start, 1)
         return time_call(model, decode_tokens, model, start, 1 + new_tokens) - first
 
-    def time_batch(model: PreTrainedModel) -> float:
-        # If memory ran out, no batch is timed any more.
-        if batched and model.device.type != "cpu":
-            try:
-                return time_decoding(model, BATCH)
-            except Exception as error:
-                if not is_memory_exhausted(error):
-                    raise
-                batched.clear()
-        return 0.0
-
-    prefill: dict[str, list[float]] = {name: [] for name in models}
-    decode: dict[str, list[float]] = {name: [] for name in models}
-    batched: dict[str, list[float]] = {name: [] for name in models}
+    tokens = {PREFILL: ids.shape[1], DECODE: new_tokens}
+    if all(model.device.type != "cpu" for model in models.values()):
+        tokens[BATCHED] = BATCH * new_tokens
+    seconds: dict[str, list[dict[str, float]]] = {name: [] for name in models}
     for repeat in range(repeats + 1):
         for name, model in models.items():
             text = ids.to(model.device)
             reading = time_call(model, partial(model, input_ids=text, use_cache=True))
-            decoding = time_decoding(model, 1)
-            of_batch = time_batch(model)
+            found = {PREFILL: reading, DECODE: time_decoding(model, 1)}
+            try:
+                found |= {
+                    k: time_decoding(model, BATCH) for k in tokens if k == BATCHED
+                }
+            except Exception as error:
+                if not is_memory_exhausted(error):
+                    raise
+                # It is not timed any more.
+                del tokens[BATCHED]
             if repeat:
-                prefill[name].append(reading)
-                decode[name].append(decoding)
-                if of_batch:
-                    batched[name].append(of_batch)
-    found = {}
-    for name, model in models.items():
-        found[name] = {
-            **_rate(model, "prefill_tokens_per_second", ids.shape[1], prefill[name]),
-            **_rate(model, "decode_tokens_per_second", new_tokens, decode[name]),
+                seconds[name].append(found)
+    return {
+        name: {
+            k: v
+            for key, count in tokens.items()
+            for k, v in _rate(
+                model, key, count, [s[key] for s in seconds[name]]
+            ).items()
         }
-        if batched.get(name):
-            key = "batched_decode_tokens_per_second"
-            found[name] |= _rate(model, key, BATCH * new_tokens, batched[name])
-    return found
+        for name, model in models.items()
+    }
 
 
 def _rate(

@@ -102,6 +102,13 @@ class PackedScores(FurtherScores):
     bytes: Some
 
 
+class Shown(Strict):
+    """How tables show the figures of a metric: their unit and format specification."""
+
+    unit: str
+    form: str
+
+
 class EvaluationFile(MixedScores, Document, kind="evaluation"):
     """`evaluation.json`.
 
@@ -112,6 +119,7 @@ class EvaluationFile(MixedScores, Document, kind="evaluation"):
         gguf_unread: reason why the cut GGUF file next to the checkpoint was not measured.
         elsewhere: scores on unrelated texts, which no choice or fit used.
         not_measured: keys of speed and memory that were not measured.
+        metrics: further figures of ``before`` and ``after``, by their keys there.
         streamed: whether a model was read from disk block by block, so that its speed is unknown.
     """
 
@@ -131,6 +139,7 @@ class EvaluationFile(MixedScores, Document, kind="evaluation"):
     dtype: str
     threads: Some | None = None
     not_measured: list[str] = Field(default_factory=list)
+    metrics: dict[str, Shown] = Field(default_factory=dict)
     streamed: bool = False
 
 
@@ -167,22 +176,9 @@ class TaskRow(PairedScores):
     shots: Count
 
 
-class TextScores(Strict):
-    """Scores of both models on WikiText-2."""
-
-    samples: Count = 0
-    tokens: Count
-    original: Perplexity
-    cut: Perplexity
-    kl: Number
-    kl_se: Positive | None = None
-    nll_change_se: Positive | None = None
-
-
 class BenchmarksFile(Document, kind="benchmarks"):
     """`benchmarks.json`."""
 
     rows: list[TaskRow]
     engine: str
     left_out: Count = 0
-    wikitext2: TextScores | None = None

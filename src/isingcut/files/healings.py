@@ -144,9 +144,7 @@ class HealingMemory(Document, kind="healing-memory"):
     Attributes:
         most: maximum tokens of a micro-batch, padding included; a single sample may have more.
         recompute: whether activations are recomputed in the backward pass.
-        sharded: whether FSDP or DeepSpeed shards the model.
     """
 
     most: Some
     recompute: bool
-    sharded: bool = False

@@ -24,6 +24,7 @@ from isingcut.files.ownership import find_change, folder_hash
 from isingcut.files.results import fingerprint, read_document
 from isingcut.formats.sources import check_name, model_identity, resolve
 from isingcut.healing import CUT, RECORD
+from isingcut.healing.repairs import registry
 from isingcut.healing.work_folder import check_places, describe_options
 from isingcut.options.config import HealConfig
 
@@ -48,6 +49,7 @@ def check_inputs(
             raise InputError(
                 f"--{name} is missing" if name != "student" else "STUDENT is missing"
             )
+    registry.check(config.repair)
     corpora.check(config.text)
     student = user_path(config.student)
     known = read_removal(student)
@@ -61,7 +63,7 @@ def check_inputs(
     check_name(config.teacher, trust_remote_code=config.trust_remote_code)
     start = start_of(student)
     if start != "cut" and (
-        config.method == "none" or config.patch in ("linear", "tuned")
+        config.method == "none" or config.patch not in (None, "none")
     ):
         raise InputError(
             f"{student} is {start} already, but a patch needs the exact cut; remove --patch and "
@@ -69,7 +71,7 @@ def check_inputs(
         )
     if config.method == "none" and config.patch is None:
         # The patch is the only repair, so it is an error if it is impossible.
-        config = config.replace(patch="tuned")
+        config = config.replace(patch=config.repair)
     if not is_finished(config):
         names = (config.student, config.teacher, *places_in(config.text))
         inputs = [*(user_path(name) for name in names if name), *sources]
@@ -106,9 +108,8 @@ def request_of(config: HealConfig, student: Path, teacher: Path) -> str:
 
     Unlike its identity, it needs no model.
     """
-    options = {k: v for k, v in describe_options(config).items() if k != "device"}
     models = [model_identity(folder)["sha256"] for folder in (student, teacher)]
-    return fingerprint([options, models, text_hashes(config.text)])
+    return fingerprint([describe_options(config), models, text_hashes(config.text)])
 
 
 def read_removal(folder: Path) -> Removal | None:

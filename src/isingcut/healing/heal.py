@@ -25,7 +25,7 @@ from isingcut.data.healing_text import HealingText
 from isingcut.data.mixture import places_in, shares_text
 from isingcut.data.tokens import TokenSet, overlap
 from isingcut.errors import InputError, VerificationError
-from isingcut.evaluation.quality import quality, quality_of, sample_sums
+from isingcut.evaluation.quality import quality_of, sample_sums
 from isingcut.files.evaluations import PairScores
 from isingcut.files.healings import (
     HealedPart,
@@ -61,11 +61,11 @@ from isingcut.healing.job import (
     Domains,
     Job,
     check_training,
-    keep_beginnings,
     trainer_settings,
 )
-from isingcut.healing.patch.checkpoint import CANNOT, patch_checkpoint, record_unpatched
 from isingcut.healing.removed import check_pair, removal_by_weights
+from isingcut.healing.repairs import registry
+from isingcut.healing.repairs.base import CANNOT, patch_checkpoint, record_unpatched
 from isingcut.healing.work_folder import (
     check_places,
     claim_work,
@@ -217,23 +217,20 @@ def sample_length(config: HealConfig, model: Any) -> int:
 
 def identity_of(job: Job, text: HealingText) -> str:
     """Return the identity of a healing: a fingerprint of everything that its work depends on."""
-    config = job.config
-    teacher = job.teacher
-    options = {k: v for k, v in describe_options(config).items() if k != "device"}
-    settings = trainer_settings(config)
+    settings = trainer_settings(job.config)
+    # How often to save may change.
     settings.pop("save_steps", None)
-    both = (text.train, text.report)
+    folders = (job.teacher.folder, job.start)
     return fingerprint(
         {
-            "options": {**options, "trainer": settings},
-            "teacher": model_identity(teacher.folder)["sha256"],
-            "student": model_identity(job.start)["sha256"],
+            "options": {**describe_options(job.config), "trainer": settings},
+            "models": [model_identity(folder)["sha256"] for folder in folders],
             "removed": list(job.removed),
-            "tokens": fingerprint([tokens.input_ids.tolist() for tokens in both]),
-            "counted": [
-                None if t.counted is None else t.counted.tolist() for t in both
+            "tokens": [
+                [t.input_ids.tolist(), t.counted is not None and t.counted.tolist()]
+                for t in (text.train, text.report)
             ],
-            "dtype": str(teacher.dtype),
+            "dtype": str(job.teacher.dtype),
         }
     )
 
@@ -305,20 +302,18 @@ def _train(job: Job, text: HealingText) -> tuple[Path, HealingFile | None]:
     student = job.start
     main = job.leads
     start = start_of(student)
-    patches = config.patch in ("linear", "tuned") or (
-        config.patch is None and start == "cut"
-    )
+    patches = config.patch != "none" and start == "cut"
     began = time.monotonic()
     record: dict[str, Any] = {}
+    file = work / "before.json"
+    known = file.exists()
     if main:
-        if not (work / "before.json").exists():
-            _check_train(job, text.report, patches=patches)
         record["before"] = keep_result(
-            work / "before.json",
-            HealedScores,
-            lambda: _scores(job, student, text.report),
+            file, HealedScores, lambda: _scores(job, student, text.report)
         )
     judging = time.monotonic() - began
+    if main and not known:
+        _check_train(job, text.report, judging, patches=patches)
     if patches:
         patched = work / "patched"
 
@@ -359,7 +354,7 @@ def _train(job: Job, text: HealingText) -> tuple[Path, HealingFile | None]:
         k: {"name": folder.name, **model_identity(folder)}
         for k, folder in models.items()
     }
-    patch = (config.patch or "linear") if "patch" in record else "none"
+    patch = config.repair if "patch" in record else "none"
     return done, HealingFile(
         **{"steps": [], **record},
         after=_pair(record["before"], _scores(job, done, text.report), text.report),
@@ -380,8 +375,12 @@ def _train(job: Job, text: HealingText) -> tuple[Path, HealingFile | None]:
     )
 
 
-def _check_train(job: Job, report: TokenSet, *, patches: bool) -> None:
-    """Raise if the time is too short for a useful training, estimated from timed forward passes.
+def _check_train(job: Job, report: TokenSet, judging: float, *, patches: bool) -> None:
+    """Raise if the time is too short for a useful training.
+
+    Args:
+        judging: seconds of an evaluation, which is a forward pass of each of two models.
+
 
     Raises:
         InputError: the time is too short; the message has an approximate time that is enough.
@@ -389,26 +388,18 @@ def _check_train(job: Job, report: TokenSet, *, patches: bool) -> None:
     seconds = job.config.training.seconds
     if seconds is None or job.config.method == "none":
         return
-    sample = keep_beginnings(report).select([0])
-    times = []
-    for _ in range(2):
-        began = time.monotonic()
-        quality(
-            job.teacher.model, job.teacher.model, sample, Work(job.config.batch_tokens)
-        )
-        times.append(time.monotonic() - began)
-    token = min(times) / (2 * int(sample.mask.sum()))
-    # Evaluation: both models before and after. Step: student forward and backward, teacher forward.
-    judging = 4 * token * int(report.mask.sum())
+    token = judging / (2 * int(report.mask.sum()))
+    # A step: the student forward and backward, the teacher forward.
     training = 4 * token * LEAST_STEPS * SHORT
-    # Forward passes: 2 for a fit (original and cut model), 3 for tuning (forward and backward).
     read = token * min(job.config.patch_tokens, int(job.tokens.mask.sum()))
-    patching = patches * (read * (2 + 3 * job.config.tunes) + judging / 2)
-    if seconds < (total := judging + patching + training):
+    passes = registry.get(job.config.repair).passes
+    patching = patches * (read * passes + judging)
+    # Evaluated before and after.
+    if seconds < (total := 2 * judging + patching + training):
         enough = math.ceil(total / 60 + 0.5)
         raise InputError(
             f"--train {job.config.train} is too short: evaluating the model before and after "
-            f"takes about {duration(judging)} here, the patch {duration(patching)}, and "
+            f"takes about {duration(2 * judging)} here, the patch {duration(patching)}, and "
             f"{LEAST_STEPS} steps of training {duration(training)}; give --train {enough}min or "
             "more, or fewer --report-samples"
         )
@@ -433,8 +424,7 @@ def _pair(before: HealedScores, after: HealedScores, report: TokenSet) -> Healed
     """Add the errors of the changes from ``before``, paired by sample, to ``after``."""
     texts: list[tuple[Any, HealedPart]] = [(slice(None), after)]
     texts += [(rows, after.parts[name]) for name, rows in report.rows_by_part.items()]
-    # Work that an earlier version began has no sums.
-    for rows, scores in texts if before.kl_sums else []:
+    for rows, scores in texts:
         for key in ("kl", "nll"):
             first, last = (
                 np.array(getattr(m, f"{key}_sums"))[rows] for m in (before, after)

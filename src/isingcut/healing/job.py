@@ -383,18 +383,6 @@ def _steps(text: TokenSet, batch: int, epochs: float) -> int:
     return max(1, math.ceil(math.ceil(text.samples / batch) * epochs))
 
 
-def check_last(config: HealConfig, blocks: int) -> None:
-    """Check that the cut model has enough blocks to train.
-
-    Raises:
-        InputError: the model has fewer blocks than requested; the message has their number.
-    """
-    if config.last is not None and config.last > blocks:
-        raise InputError(
-            f"--method {config.method}: the cut model has {blocks} blocks; give fewer"
-        )
-
-
 def stored_dtype(folder: Path) -> str:
     """Return the dtype of most of a checkpoint's weights, by its name in safetensors files.
 

@@ -21,7 +21,6 @@ from isingcut.formats.checkpoints import Checkpoint, check_fit
 from isingcut.formats.sources import model_identity
 from isingcut.healing import CUT
 from isingcut.healing.checks import Removal, original_of
-from isingcut.healing.job import check_last
 from isingcut.models.load import LoadedModel, load, load_tokenizer
 from isingcut.options.config import HealConfig
 
@@ -62,7 +61,6 @@ def check_pair(
                 f"{student} has a {words} of {mine}, but the teacher {config.teacher} has {other}; "
                 "give the original of the cut model"
             )
-    check_last(config, ours.depth)
     trust = config.trust_remote_code
     first, second = (
         Encoder(load_tokenizer(folder, trust_remote_code=trust))(_PROBE)

@@ -46,7 +46,15 @@ def work_of(out: Path) -> Path:
 def describe_options(config: HealConfig) -> dict[str, Any]:
     """Return the options of a healing that affect its result."""
     found = dataclasses.asdict(config) | {"effort": config.training}
-    left_out = ("student", "teacher", "out", "overwrite", "trust_remote_code", "train")
+    left_out = [
+        "student",
+        "teacher",
+        "out",
+        "overwrite",
+        "trust_remote_code",
+        "device",
+        "train",
+    ]
     return {k: v for k, v in found.items() if k not in left_out}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -99,27 +99,10 @@ def check_finite(
     raise explain_nan(model, what, one.input_ids[0].tolist(), removed)
 
 
-Score = Callable[[Tensor, Tensor], Tensor]
-"""Function from a block's hidden states (K, D) before and after it to scores (K,) of the tokens."""
-
-
-def block_means(
-    replay: Replay,
-    tokens: TokenSet,
-    work: Work,
-    score: Score,
-    *,
-    removed: Sequence[int] = (),
-) -> Floats:
-    """Average a score of each block over tokens.
-
-    Returns:
-        (N,) float64; infinite for removed blocks.
-    """
-    means = _sum_scores(replay, tokens, work, score, removed)[-1, :-1]
-    means = means / int(tokens.compared.sum())
-    means[list(removed)] = np.inf
-    return np.asarray(means)
+def block_means(replay: Replay, tokens: TokenSet, work: Work) -> Floats:
+    """Average the `influence` of each block over tokens: (N,) float64."""
+    total = _sum_scores(replay, tokens, work)[-1, :-1]
+    return np.asarray(total / int(tokens.compared.sum()))
 
 
 def one_pass(replay: Replay, tokens: TokenSet, work: Work) -> tuple[Floats, Floats]:
@@ -129,7 +112,7 @@ def one_pass(replay: Replay, tokens: TokenSet, work: Work) -> tuple[Floats, Floa
         (N,) block influence, the mean `influence` over all tokens; and (N + 1, N + 1) the mean
         `angle` between the hidden states at any two boundaries, at each sample's last token.
     """
-    total = _sum_scores(replay, tokens, work, influence, angles=True)
+    total = _sum_scores(replay, tokens, work, angles=True)
     angles = total[:-1]
     influences = total[-1, :-1] / int(tokens.compared.sum())
     return influences, (angles + angles.T) / tokens.samples
@@ -139,28 +122,24 @@ def _sum_scores(
     replay: Replay,
     tokens: TokenSet,
     work: Work,
-    score: Score,
-    removed: Sequence[int] = (),
     *,
     angles: bool = False,
 ) -> Floats:
-    """Return sums over tokens: angles (N + 1, N + 1) of two boundaries, and scores as the last row.
+    """Return sums over tokens: angles (N + 1, N + 1) of two boundaries, and influences as last row.
 
     For a model in memory, micro-batches are processed one after the other.
     """
     n = len(replay)
     batches = tokens.batches(work.batch_tokens)
-    with work.progress(
-        "comparing block outputs", len(batches) * (n - len(removed))
-    ) as bar:
+    with work.progress("comparing block outputs", len(batches) * n) as bar:
 
         def compute(some: Sequence[TokenSet]) -> list[Floats]:
             found = np.zeros((len(some), n + 2, n + 1))
             streams: list[list[Tensor]] = [[] for _ in some]
-            for b, i, before, after in boundaries(replay, some, removed):
+            for b, i, before, after in boundaries(replay, some):
                 real = some[b].compared.to(after.device)
                 own = streams[b]
-                values = score(before[real].float(), after[real].float())
+                values = influence(before[real].float(), after[real].float())
                 found[b, -1, i] = float(values.sum(dtype=torch.float64))
                 if angles:
                     end = some[b].last_compared.to(after.device)

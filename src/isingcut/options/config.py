@@ -26,7 +26,6 @@ Tokens = Annotated[int, Bounds(ge=1, le=2**20)]
 Length = Annotated[int, Bounds(ge=8, le=2**20)]
 Seed = Annotated[int, Bounds(ge=0, le=2**32 - 1)]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-Patch = Literal["none", "linear", "tuned"]
 
 
 LEAST_STATES = 30
@@ -209,11 +208,12 @@ class RunConfig(Options):
         None, "Most questions per task (default: all).", "rank"
     )
 
-    patch: Patch = option(
+    patch: str = option(
         "tuned",
         "linear: fold a least-squares map into the block before each cut, where possible. tuned: "
         "linear, then train the layers next to the cuts for a few steps (not with --heal, which "
         "trains all layers). none: no patch.",
+        room="healing.repairs",
     )
     patch_tokens: PatchTokens = option(
         65536,
@@ -349,18 +349,18 @@ class HealConfig(Options):
     )
     seed: Seed = option(0, "Random seed.")
 
-    patch: Patch | None = option(
+    patch: str | None = option(
         None,
         "linear: fold a least-squares map into the block before each cut. tuned: linear, then "
         "train the layers next to the cuts. none: no patch. (Default: linear unless the "
         "checkpoint is patched already; tuned with --method none.)",
+        room="healing.repairs",
     )
     patch_tokens: PatchTokens = option(65536, "Tokens to fit the patch on.")
 
     method: parsed.Method = option(
         parsed.Method("full"),
-        "What to train: full (all weights), last:N (the last N blocks and the head), lora (rank "
-        "16) or lora:RANK, none (patch only).",
+        "What to train: full (all weights), lora (rank 16) or lora:RANK, none (patch only).",
     )
     train: parsed.Training | None = option(
         None,
@@ -398,19 +398,14 @@ class HealConfig(Options):
         return self.train or parsed.Training()
 
     @property
-    def last(self) -> int | None:
-        """The number of last blocks to train, or None for other methods."""
-        return int(self.method[5:]) if self.method.startswith("last:") else None
-
-    @property
     def lora_rank(self) -> int:
         """The rank of the LoRA matrices; 0 for other methods."""
         return int(self.method[5:] or 16) if self.method.startswith("lora") else 0
 
     @property
-    def tunes(self) -> bool:
-        """Whether to tune a fitted patch; by default only without a training of the weights."""
-        return self.patch == "tuned" or (self.patch is None and self.method == "none")
+    def repair(self) -> str:
+        """The name of the repair; by default layers are tuned only without a training."""
+        return self.patch or ("tuned" if self.method == "none" else "linear")
 
     def validate(self) -> HealConfig:
         """Check that these options fit together, and return them.
@@ -468,11 +463,6 @@ def heal_config(config: RunConfig) -> HealConfig:
         device=config.device,
         trust_remote_code=config.trust_remote_code,
     )
-
-
-def patch_config(config: RunConfig) -> HealConfig:
-    """Return the healing options for the patch, which is made before the training by `--heal`."""
-    return heal_config(config).replace(patch="linear" if config.heal else config.patch)
 
 
 def distil_config(config: RunConfig) -> HealConfig:

@@ -279,13 +279,12 @@ class Device(Parsed):
 
 
 class Method(Parsed):
-    """What a healing trains: all weights, the last blocks, low-rank matrices or nothing."""
+    """What a healing trains: all weights, low-rank matrices or nothing."""
 
     def __init__(self, text: str) -> None:
-        if not re.fullmatch(r"full|none|lora|(last|lora):[1-9][0-9]{0,4}", text):
+        if not re.fullmatch(r"full|none|lora(:[1-9][0-9]{0,4})?", text):
             raise InputError(
-                "must be one of full, last:N (the last N blocks, as last:3), lora or lora:RANK, "
-                f"none; got {text!r}"
+                f"must be one of full, lora or lora:RANK, none; got {text!r}"
             )
 
 

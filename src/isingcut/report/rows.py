@@ -234,6 +234,8 @@ def evaluation_rows(evaluation: evaluations.EvaluationFile) -> list[Row]:
         "original": dict(evaluation.before),
         last: dict(evaluation.after),
     }
+    metrics = evaluation.metrics.items()
+    rows += [_row(k, k, shown.unit, shown.form, 1.0, sizes) for k, shown in metrics]
     if packed:
         sizes["gguf"] = {"bytes": packed.bytes}
     more = [_row(*quantity, sizes) for quantity in _SIZE_AND_SPEED]
@@ -375,7 +377,7 @@ def kl_of(row: states.MeasuredLoss) -> Value:
 def benchmark_rows(
     found: evaluations.BenchmarksFile, *, last: str = "cut"
 ) -> list[Row]:
-    """Return the scores of both models on benchmark tasks, and their perplexity on WikiText-2.
+    """Return the scores of both models on benchmark tasks.
 
     Bars of scores range from 0 to 1. A difference within the noise has a note.
 
@@ -398,10 +400,4 @@ def benchmark_rows(
         )
         whole = max(1.0, *(v.figure for v in values.values()))
         rows.append(Row(r.task, r.task, "", ".4f", values, difference, notes, whole))
-    if (text := found.wikitext2) is not None:
-        cut = {**dict(text.cut), "nll_change_se": text.nll_change_se}
-        models = {"original": dict(text.original), last: cut}
-        row = _row("perplexity", "WikiText-2", "", ".2f", 1.0, models)
-        notes = ["perplexity", f"{text.tokens} tokens", f"KL {text.kl:.4f} nats/token"]
-        rows.append(replace(row, notes=notes))
     return rows

@@ -10,13 +10,7 @@ from typing import Any
 from isingcut.console.progress import Part
 from isingcut.errors import InputError
 from isingcut.evaluation import benchmark
-from isingcut.evaluation.questions import (
-    WIKITEXT,
-    Prepared,
-    articles,
-    prepare_task,
-    split_names,
-)
+from isingcut.evaluation.questions import Prepared, prepare_task, split_names
 from isingcut.evaluation.scores import score_states
 from isingcut.files import evaluations, states
 from isingcut.files.results import fingerprint, read_document, write_document
@@ -36,14 +30,11 @@ def check_whole(session: Session, blocks: BlockList | None = None) -> None:
     """Raise if a task needs the whole model in memory, but the model is streamed.
 
     Raises:
-        InputError: a perplexity task, or a task with generated answers.
+        InputError: a task with generated answers.
     """
     config = session.config
     for name in split_names(config.tasks) if session.streaming else ():
-        if (
-            name == WIKITEXT
-            or prepare_task(name, data_of(config), config.questions).generates
-        ):
+        if prepare_task(name, data_of(config), config.questions).generates:
             raise InputError(
                 f"{name} needs the whole model, which does not fit the memory limit; raise "
                 "--memory-limit, or remove it from --tasks"
@@ -51,20 +42,16 @@ def check_whole(session: Session, blocks: BlockList | None = None) -> None:
 
 
 def prepare_tasks(config: RunConfig) -> list[Prepared]:
-    """Prepare the tasks of a run that have questions."""
-    names = [name for name in split_names(config.tasks) if name != WIKITEXT]
+    """Prepare the tasks of a run."""
+    names = split_names(config.tasks)
     return [prepare_task(name, data_of(config), config.questions) for name in names]
 
 
 def hashes_of(config: RunConfig) -> dict[str, Any]:
     """Return a stage option with the hash of each task's questions; empty if all are of the hub."""
-    data = data_of(config)
-    found = {
-        name: fingerprint(articles(data))
-        if name == WIKITEXT and data
-        else prepare_task(name, data, config.questions).source
-        for name in split_names(config.tasks)
-    }
+    names = split_names(config.tasks)
+    sources = (task.source for task in prepare_tasks(config))
+    found = dict(zip(names, sources, strict=True))
     hashes = {name: source for name, source in found.items() if source != "hub"}
     return {"files": hashes} if hashes else {}
 
@@ -207,10 +194,6 @@ def _score_both(
         cut.replay.attention = session.replay.attention
     rows = benchmark.benchmark(models, prepare_tasks(config), work, but=but, kept=kept)
     found: dict[str, Any] = {"left_out": len(but)} if but else {}
-    if WIKITEXT in split_names(config.tasks):
-        found["wikitext2"] = benchmark.text_scores(
-            models, data_of(config), config.questions, work
-        )
     return evaluations.BenchmarksFile(
         rows=rows, engine=f"lm_eval {version('lm_eval')}", **found
     )

@@ -14,9 +14,11 @@ from isingcut.data.mixture import places_in
 from isingcut.data.text_files import is_read_once
 from isingcut.energies import registry as energies
 from isingcut.errors import InputError
-from isingcut.evaluation.questions import WIKITEXT, check_tasks, split_names
+from isingcut.evaluation.metrics import registry as metrics
+from isingcut.evaluation.questions import check_tasks, split_names
 from isingcut.files.inputs import user_path
 from isingcut.formats.sources import check_name
+from isingcut.healing.repairs import registry as repairs
 from isingcut.ising.solvers import registry as solvers
 from isingcut.options.config import RunConfig, distil_config, heal_config
 from isingcut.options.declaration import options_from
@@ -80,6 +82,10 @@ def check_inputs(config: RunConfig, *, ranks: bool) -> None:
         # Check before any file is opened, which could get the descriptor of a closed pipe.
         corpora.check(config.calibration)
     solvers.check(config.solver)
+    repairs.check(config.patch)
+    # Every evaluation measures all.
+    for name in metrics.names():
+        metrics.get(name)
     check_healing_options(config)
     check_run_tasks(config)
     # Last, because the name may be one of the hub.
@@ -138,10 +144,6 @@ def check_run_tasks(config: RunConfig) -> None:
         )
     names = split_names(config.tasks)
     check_tasks(names, data_of(config), config.questions)
-    if config.choose == "tasks" and names == [WIKITEXT]:
-        raise InputError(
-            "wikitext2 has no questions; --choose tasks needs a task with questions"
-        )
 
 
 def data_of(config: RunConfig) -> Path | None:

@@ -35,13 +35,15 @@ from isingcut.healing import CUT
 from isingcut.healing import RECORD as HEALING
 from isingcut.healing.heal import build_text, heal_checkpoint, sample_length
 from isingcut.healing.job import Job, check_training
-from isingcut.healing.patch.checkpoint import (
+from isingcut.healing.repairs import registry
+from isingcut.healing.repairs.base import (
     CANNOT,
+    Kept,
+    before_training,
     make_patches,
     patch_checkpoint,
     record_unpatched,
 )
-from isingcut.healing.patch.linear import Kept
 from isingcut.healing.work_folder import describe_options
 from isingcut.models.load import (
     explain_unused,
@@ -50,7 +52,7 @@ from isingcut.models.load import (
     load_config,
 )
 from isingcut.models.verify import verify
-from isingcut.options.config import RunConfig, distil_config, heal_config, patch_config
+from isingcut.options.config import HealConfig, RunConfig, distil_config, heal_config
 from isingcut.report.card import card_parts, model_card
 from isingcut.runs.folder import RunFolder, slug
 from isingcut.runs.measuring import calibration_options
@@ -266,8 +268,8 @@ def _make_model(
     if config.drop_mtp:
         options["drop_mtp"] = True
     if config.patch != "none":
-        healing = patch_config(config)
-        how = {"tokens": healing.patch_tokens, "maps": "reads", "tuned": healing.tunes}
+        healing = _patch_config(config)
+        how = {"tokens": healing.patch_tokens, "repair": healing.repair}
         how |= share_options(config)
         if config.heal:
             keys = ("text", "seed", "length", "report_samples")
@@ -340,8 +342,15 @@ def _patch_job(
     tokens, text = to_fit(
         own, loaded.tokenizer, config.patch_tokens, loaded.model, later, share
     )
-    how = patch_config(config).replace(batch_tokens=session.batch_tokens)
+    how = _patch_config(config).replace(batch_tokens=session.batch_tokens)
     return Job(loaded, tuple(removed), cut, tokens, work, how, session.progress), text
+
+
+def _patch_config(config: RunConfig) -> HealConfig:
+    """Return the healing options for the patch, which is made before the training by `--heal`."""
+    registry.check(config.patch)
+    patch = before_training(config.patch) if config.heal else config.patch
+    return heal_config(config).replace(patch=patch)
 
 
 def share_options(config: RunConfig) -> dict[str, Any]:
@@ -359,14 +368,14 @@ def fit_patch(
     """Return the parameters that the patch of a state changes, by name; none if it cannot.
 
     Args:
-        kept: as in `fit_patches`.
+        kept: as in `make_patches`.
     """
     if session.config.patch == "none" or not removed:
         return {}
     job, _ = _patch_job(session, folder, removed, session.source, folder.path)
     job = dataclasses.replace(job, progress=progress)
     try:
-        _, patches, _ = make_patches(job, kept=kept)
+        patches = make_patches(job, kept=kept).patches
     except CANNOT:
         return {}
     new = dict[str, Tensor]()
@@ -404,7 +413,6 @@ def _heal(session: Session, folder: RunFolder) -> Making:
         | calibration_options(folder)
         | {"model": made.fingerprint}
     )
-    del options["device"]
 
     def make(path: Path) -> None:
         if (target / HEALING).exists():

@@ -23,6 +23,8 @@ from isingcut.energies import registry
 from isingcut.energies.base import Price, price_states
 from isingcut.energies.search import Target
 from isingcut.formats.architectures.blocks import text_config
+from isingcut.healing.repairs import registry as repairs
+from isingcut.healing.repairs.base import before_training
 from isingcut.models.compute.head import Comparison, OutputHead
 from isingcut.models.device import allowance
 from isingcut.models.replay import BLOCK_STREAMS, EMBED, HEAD, Replay
@@ -37,8 +39,6 @@ from isingcut.runs.trials import MORE, TOKENS, is_deep, is_searched
 
 # Bytes per second of a disk, for a run whose weights are in memory.
 _DISK = 2e9
-# Forward passes of a patch.
-_PATCH = {"linear": 2, "tuned": 4}
 # Bytes per trained number (weight, gradient, two moments).
 _TRAINED = 16
 
@@ -150,7 +150,8 @@ class Prices:
         # A checkpoint is read, written, and read again to verify it.
         found.append(self._stage("excise", reads=3))
         if c.patch != "none":
-            passes = _PATCH["linear" if c.heal or self.streamed else c.patch]
+            name = before_training(c.patch) if c.heal or self.streamed else c.patch
+            passes = repairs.get(name).passes
             work = 4 * c.patch_tokens * self.stream
             samples = -(-c.patch_tokens // c.length)
             found.append(
@@ -172,9 +173,9 @@ class Prices:
         order = np.random.default_rng(0).random(states).argsort(1).argsort(1)
         found = self._measurement("rank", c.rank_samples, price_states(order < removed))
         if c.patch != "none":
-            # Trial patches in deep cuts are tuned, which takes about twice as long.
-            deep = c.patch == "tuned" and is_deep(removed, self.n)
-            tokens = (2.0 if deep else 1.0) * c.patch_tokens
+            # In deep cuts, trial patches are of the run's kind.
+            trial = c.patch if is_deep(removed, self.n) else "linear"
+            tokens = repairs.get(trial).passes / 2 * c.patch_tokens
             if is_searched(c, removed, self.n, streamed=self.streamed):
                 # Every state reads the texts of the fit and the measurement; the original, once.
                 tokens += 2 * TOKENS * (1 + (self.n + MORE) * self.left)

@@ -23,7 +23,7 @@ from isingcut.console.progress import Progress, silent
 from isingcut.data.tokens import TokenSet
 from isingcut.energies.search.proposals import Target, flip_each, list_exchanges
 from isingcut.files import states
-from isingcut.healing.patch.linear import Kept
+from isingcut.healing.repairs.base import Kept
 from isingcut.ising.problem import Problem
 from isingcut.ising.states import Bools, Floats, States, blocks_of, key_of
 from isingcut.measure.ledger import Ledger
@@ -78,7 +78,7 @@ class Trials:
         text: text to measure on.
         journal: file that keeps each measurement.
         progress: display of one measurement.
-        kept: as in `fit_patches`, for the text of the fits.
+        kept: as in `make_patches`, for the text of the fits.
     """
 
     def __init__(

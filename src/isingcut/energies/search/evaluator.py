@@ -28,7 +28,7 @@ from isingcut.models.replay import Replay
 
 
 @dataclass
-class Known:
+class StateLosses:
     """The measurements of one state.
 
     Attributes:
@@ -71,7 +71,7 @@ class Evaluator:
         self.order = np.random.default_rng([seed, 0x0DE2]).permutation(tokens.samples)
         self._tokens = tokens.select(self.order.tolist())
         self.ledger = Ledger(replay, self._tokens, work)
-        self.known: dict[str, Known] = {}
+        self.known: dict[str, StateLosses] = {}
         self._referenced = 0
         self._waiting: list[tuple[dict[str, Bools], int, int]] = []
         self._together = False
@@ -149,7 +149,7 @@ class Evaluator:
             self._referenced = n
         for (key, state), row in zip(group.items(), sums, strict=True):
             entry = self.known.setdefault(
-                key, Known(state.copy(), np.full(self.m, np.nan))
+                key, StateLosses(state.copy(), np.full(self.m, np.nan))
             )
             entry.sums[have:n] = row
             entry.n = n
@@ -215,7 +215,7 @@ class Estimates:
     """
 
     def __init__(
-        self, evaluator: Evaluator, known: Sequence[Known], rungs: Sequence[int]
+        self, evaluator: Evaluator, known: Sequence[StateLosses], rungs: Sequence[int]
     ) -> None:
         cumulative = np.cumsum(evaluator.ledger.counts)
         sums = np.array([np.nancumsum(k.sums) for k in known]).reshape(

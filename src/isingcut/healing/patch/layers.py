@@ -218,7 +218,7 @@ def _response(
 
 
 @dataclass(frozen=True, eq=False)
-class Gained:
+class ScaledWrite:
     """A layer that writes to the stream with a gain.
 
     Attributes:
@@ -232,7 +232,9 @@ class Gained:
     unexplained: float
 
 
-def find_gained(recording: Recording, i: int, hidden: Tensor) -> list[Gained]:
+def find_scaled_writes(
+    recording: Recording, i: int, hidden: Tensor
+) -> list[ScaledWrite]:
     """Find the layers of block ``i`` that write to the stream with a gain, most linear first.
 
     Args:
@@ -250,12 +252,14 @@ def find_gained(recording: Recording, i: int, hidden: Tensor) -> list[Gained]:
         if bool(size.any()):
             unexplained = float((missed / size)[size > 0].median())
             if unexplained <= _UNEXPLAINED:
-                found.append(Gained(Write(path, module, 1.0), channels, unexplained))
+                found.append(
+                    ScaledWrite(Write(path, module, 1.0), channels, unexplained)
+                )
     return sorted(found, key=lambda gained: gained.unexplained)
 
 
 def token_gains(
-    recording: Recording, i: int, hidden: Tensor, gained: Gained, written: Tensor
+    recording: Recording, i: int, hidden: Tensor, gained: ScaledWrite, written: Tensor
 ) -> Tensor:
     """Return the gain (B, T) of each token, float64."""
     responses = _responses(recording, i, hidden, gained.write.module, written)

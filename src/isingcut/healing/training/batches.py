@@ -12,7 +12,7 @@ training and kept when it resumes. A training that does not fit raises an error 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -24,14 +24,12 @@ from torch.utils.data import Sampler
 from isingcut.data.tokens import TokenSet
 from isingcut.errors import InputError
 from isingcut.files.healings import HealingMemory
-from isingcut.files.results import read_document
 from isingcut.formats.architectures.blocks import find_stack, text_config
 from isingcut.healing.job import Job, is_sharded, trainer_settings
 from isingcut.measure.splitting import fewer_tokens_to_fit
-from isingcut.memory import is_memory_exhausted
 from isingcut.models.compute.divergence import CHUNK_ELEMENTS
 from isingcut.models.compute.tuning import count_graph_bytes
-from isingcut.models.device import BatchLimit, allowance, least_left, weight_bytes
+from isingcut.models.device import BatchLimit, least_left
 from isingcut.models.placement import devices_of, name_devices
 from isingcut.options.config import BATCH_TOKENS
 
@@ -182,30 +180,6 @@ _GRADIENT = 4
 _MOMENTS = 8
 
 
-def shard_if_needed(job: Job) -> Job:
-    """Turn on FSDP if a full training by several processes does not fit on one device.
-
-    A resumed training is sharded as it was at its start.
-    """
-    config = job.config
-    settings = trainer_settings(job.config)
-    file = job.work / "memory.json"
-
-    def is_needed() -> bool:
-        if file.exists():
-            return read_document(file, HealingMemory).sharded
-        numbers = weight_bytes(job.start, torch.uint8)
-        kept = (torch.float32.itemsize + _GRADIENT + _MOMENTS) * numbers
-        return kept > allowance("", job.teacher.device).left
-
-    possible = (
-        config.method == "full" and job.processes.size > 1 and not is_sharded(settings)
-    )
-    if not (possible and job.processes.decide(is_needed)):
-        return job
-    return replace(job, config=config.replace(trainer={**settings, "fsdp": True}))
-
-
 def plan_memory(
     job: Job, student: Any, batch: int, *, placed: bool = True
 ) -> HealingMemory:
@@ -253,15 +227,16 @@ def plan_memory(
     if not is_sharded(settings) and (sum(terms.values()) > total or not placed):
         parts = ", ".join(f"{name} {size / 1e9:.3g}" for name, size in terms.items())
         lora = "" if job.config.lora_rank else "--method lora, "
+        shards = "fsdp: true in --trainer, " if job.processes.size > 1 else ""
         raise InputError(
             f"training with --method {job.config.method} needs {sum(terms.values()) / 1e9:.3g} GB "
             f"({parts}), but {name_devices(job.teacher)} has {total / 1e9:.3g} GB for it; use "
-            f"{lora}a smaller --length or a device with more memory"
+            f"{lora}{shards}a smaller --length or a device with more memory"
         )
     most = max(longest, min(wanted, int(room / of_token)))
     if "gradient_accumulation_steps" in settings:
         most = settings.get("per_device_train_batch_size", 8) * longest
-    return HealingMemory(most=most, recompute=recompute, sharded=is_sharded(settings))
+    return HealingMemory(most=most, recompute=recompute)
 
 
 def _terms(
@@ -296,7 +271,7 @@ def _activations(
 ) -> tuple[float, float, float]:
     """Count the bytes that a forward pass keeps for the backward pass.
 
-    They are measured on a sample. If memory does not suffice, only the inputs of the blocks count.
+    They are measured on a sample.
 
     Returns:
         bytes per token; bytes per token with recomputation; and bytes that do not depend on the
@@ -323,13 +298,7 @@ def _activations(
 
     length = _COUNTED if device.type == job.teacher.device.type else _COUNTED_APART
     length = min(length, row["input_ids"].shape[1])
-    try:
-        each, fixed = fewer_tokens_to_fit(BatchLimit(device), length, 1, count_saved)
-    except Exception as e:
-        if not is_memory_exhausted(e):
-            raise
-        each = float(entering)
-        fixed = 0.0
+    each, fixed = fewer_tokens_to_fit(BatchLimit(device), length, 1, count_saved)
     # The gradient of the logits is computed in the forward pass and never recomputed.
     logits = job.teacher.dtype.itemsize * int(text.vocab_size)
     return each, each / blocks + entering + logits, fixed

@@ -7,7 +7,6 @@ forward pass.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import warnings
 from functools import partial
@@ -20,12 +19,9 @@ from transformers.pytorch_utils import Conv1D
 
 from isingcut.errors import InputError
 from isingcut.formats.architectures.blocks import (
-    find_stack,
     language_model,
-    stack_modules,
     text_config,
 )
-from isingcut.healing.job import check_last
 from isingcut.models.compute.divergence import divergence, divergence_from_stream
 from isingcut.models.compute.head import find_head_input
 from isingcut.models.device import allowance, weight_bytes
@@ -66,20 +62,10 @@ def load_student(
 
 
 def prepare_training(plain: Any, config: HealConfig) -> Any:
-    """Prepare a model for training: all weights, the last blocks, or LoRA matrices.
-
-    Raises:
-        InputError: the model has fewer blocks than `last:N` needs.
-    """
+    """Prepare a model for training: all weights, or LoRA matrices."""
     plain.config.use_cache = False
     if config.method == "full":
         return plain.requires_grad_(True)
-    if config.last is not None:
-        check_last(config, len(find_stack(plain)))
-        plain.requires_grad_(False)
-        for parameter in last_parameters(plain, config.last):
-            parameter.requires_grad_(True)
-        return plain
     import peft
 
     settings = peft.LoraConfig(
@@ -125,35 +111,6 @@ def set_dtypes(model: nn.Module, dtype: torch.dtype) -> None:
     for parameter in model.parameters():
         if parameter.is_floating_point() and id(parameter) not in narrowed:
             parameter.data = parameter.data.float()
-
-
-def last_parameters(model: Any, blocks: int) -> list[nn.Parameter]:
-    """Return the weights of the last blocks, the final norm and the head.
-
-    A head that is tied to the embeddings is excluded, because the input of the first block depends
-    on it too. Earlier layers need no gradients, so the backward pass ends before them.
-    """
-    stack = stack_modules(model)
-    read = language_model(model)
-    first = {id(p) for p in read.get_input_embeddings().parameters()}
-    within = [p for block in stack[-blocks:] for p in block.parameters()]
-    return within + [p for p in _list_behind(read, stack[-1]) if id(p) not in first]
-
-
-def _list_behind(model: Any, block: nn.Module) -> list[nn.Parameter]:
-    """Return the weights of the modules that a model calls after a block."""
-    called: list[nn.Module] = []
-    with contextlib.ExitStack() as hooks:
-        for module in model.modules():
-            hooks.enter_context(
-                module.register_forward_pre_hook(lambda m, _: called.append(m))
-            )
-        hooks.enter_context(block.register_forward_hook(lambda *_: called.clear()))
-        with torch.no_grad():
-            ids = torch.zeros((1, 4), dtype=torch.long, device=model.device)
-            model(input_ids=ids, use_cache=False)
-    behind = {id(p) for module in called for p in module.parameters(recurse=False)}
-    return [p for p in model.parameters() if id(p) in behind]
 
 
 def load_trained(

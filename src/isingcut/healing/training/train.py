@@ -2,9 +2,8 @@
 
 The loss is KL(original || cut) per predicted token at temperature 1, over real tokens. `accelerate
 launch`, FSDP and DeepSpeed configs, bfloat16, gradient checkpointing and resuming work as with the
-Trainer. Full fine-tuning trains all weights in float32; `last:N` trains the last N blocks, the
-final norm and the head; LoRA trains low-rank matrices on all linear layers, which are merged into
-the weights at the end.
+Trainer. Full fine-tuning trains all weights in float32; LoRA trains low-rank matrices on all linear
+layers, which are merged into the weights at the end.
 
 Source: Jansen et al., arXiv 2602.00161, the retraining after the cut (one epoch, KL, temperature
 1, learning rate 2e-5, cosine, 100 warm-up steps, length 1,024).
@@ -57,7 +56,6 @@ from isingcut.healing.training.batches import (
     Steps,
     batch_of,
     plan_memory,
-    shard_if_needed,
 )
 from isingcut.healing.training.student import (
     install,
@@ -90,7 +88,7 @@ def train(job: Job) -> tuple[dict[str, Any], Path]:
         ModelError: the loss is NaN or infinite.
     """
     recipe = job.recipe or usual_recipe(job)
-    job = shard_if_needed(dataclasses.replace(job, recipe=recipe))
+    job = dataclasses.replace(job, recipe=recipe)
     watch = Watch(job, recipe.batch)
     last = _last_state(job)
     if last is not None:
@@ -132,7 +130,7 @@ def train(job: Job) -> tuple[dict[str, Any], Path]:
 
 def step_times(job: Job) -> list[tuple[int, float]]:
     """Return tokens and seconds of steps of one sample, then of many; discard their results."""
-    job, size = shard_if_needed(job), job.processes.size
+    size = job.processes.size
     batch = 64 * size
     watch = Watch(job, batch, timing=True)
     with _student(job, batch) as (student, plan):

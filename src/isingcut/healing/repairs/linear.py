@@ -1,4 +1,4 @@
-"""Fit a least-squares map at each cut, and fold it into the block before the cut.
+"""`linear`: fit a least-squares map at each cut, and fold it into the block before the cut.
 
 A kept block p before a run of removed blocks p+1 .. q writes s W z to the residual stream, with z
 the input of its last linear layer (an MLP's down-projection, a mixer's output projection). With r
@@ -38,8 +38,9 @@ from torch import Tensor
 
 from isingcut.data.tokens import TokenSet
 from isingcut.errors import ArchitectureError, FitError
-from isingcut.files.cuts import PatchedCut, UnpatchedCut
+from isingcut.files.cuts import PatchedCut, PatchRecord, UnpatchedCut
 from isingcut.formats.architectures.blocks import find_stack
+from isingcut.healing.job import Job
 from isingcut.healing.patch.files import (
     Patch,
     StoredLayers,
@@ -48,41 +49,58 @@ from isingcut.healing.patch.files import (
     runs,
 )
 from isingcut.healing.patch.layers import (
-    Gained,
+    ScaledWrite,
     Write,
-    find_gained,
+    find_scaled_writes,
     find_write,
     observe,
     token_gains,
 )
 from isingcut.healing.patch.ridge import Moments, RidgeFit, Rows, bytes_of, fit_ridge
-from isingcut.measure.splitting import attempt
+from isingcut.healing.repairs.base import Kept, Repaired
+from isingcut.measure.splitting import attempt, fewer_tokens_to_fit
 from isingcut.measure.work import Work
 from isingcut.models.device import allowance
 from isingcut.models.replay import Replay
 
+__all__ = ["Linear"]
+
 _CPU = torch.device("cpu")
 _HELD_OUT_EVERY = 4
-Kept = dict[tuple[int, int], list[Tensor]]
-"""Hidden states (B, T, D) of each micro-batch, in host memory, by their number and the block."""
 _CANDIDATES = 2
 """Number of layers to fit if none writes directly to the stream."""
 
 
-@dataclass(frozen=True, eq=False)
-class Fitted:
-    """The patches of one state.
+@dataclass(frozen=True)
+class Linear:
+    """A least-squares map at each cut."""
 
-    Attributes:
-        patches: one for each patched cut, in order.
-        unpatched: the other cuts, with reasons.
-        maps: ``"reads"`` for maps of the layers' inputs, ``"writes"`` for maps of their outputs (if
-            memory did not suffice for the inputs of one).
-    """
+    passes: ClassVar[float] = 2.0
+    trains: ClassVar[bool] = False
 
-    patches: list[Patch]
-    unpatched: list[UnpatchedCut]
-    maps: str
+    def patch(
+        self,
+        job: Job,
+        tokens: TokenSet,
+        layers: StoredLayers | None = None,
+        kept: Kept | None = None,
+    ) -> Repaired:
+        """Fit with as many tokens at a time as the memory allows; as `fit_patches`."""
+        replay = job.teacher.replay
+
+        def fit(count: int) -> Repaired:
+            work = Work(count, job.progress)
+            return fit_patches(replay, tokens, job.removed, work, layers, kept)
+
+        longest = int(tokens.mask.sum(1).max())
+        count = job.config.batch_tokens
+        made = attempt(
+            lambda: fewer_tokens_to_fit(replay.limit, count, longest, fit), True
+        )
+        if made is None:
+            replay.limit.release()
+            raise FitError(f"{replay.device} is out of memory for fitting a patch")
+        return made
 
 
 def fit_patches(
@@ -92,7 +110,7 @@ def fit_patches(
     work: Work,
     stored: StoredLayers | None = None,
     kept: Kept | None = None,
-) -> Fitted:
+) -> Repaired:
     """Fit patches for the cuts of a state, in two forward passes over the tokens, without heads.
 
     A streamed model is read once, up to the last cut; a block that can be patched only
@@ -103,8 +121,7 @@ def fit_patches(
         tokens: every fourth sample is for validation, to choose the ridge.
         removed: the removed blocks.
         stored: the checkpoint to write the patches to; None: any layer is allowed.
-        kept: the original's hidden states of this text, to read and to add to; with those of an
-            earlier state, the original need not run again.
+        kept: as in `make_patches`.
 
     Raises:
         ArchitectureError: no cut can be patched, with the reasons.
@@ -112,17 +129,17 @@ def fit_patches(
     """
     if tokens.samples < 2:
         raise FitError("a patch needs at least two samples, one of them for validation")
-    cuts = runs(removed)
+    ends = runs(removed)
     batches = tokens.batches(work.batch_tokens)
     patches = list[Patch]()
     unpatched = list[UnpatchedCut]()
-    total = len(batches) * (2 * cuts[-1][1] + 2 - len(removed))
+    total = len(batches) * (2 * ends[-1][1] + 2 - len(removed))
     with (
         torch.inference_mode(),
-        work.progress(f"fitting a patch, cuts: {len(cuts)}", total) as bar,
+        work.progress(f"fitting a patch, cuts: {len(ends)}", total) as bar,
     ):
         fitting = _Fitting(replay, batches, stored, bar.advance, kept)
-        for first, last in cuts:
+        for first, last in ends:
             patch = fitting.fit_cut(first, last)
             if isinstance(patch, Patch):
                 patches.append(patch)
@@ -131,7 +148,11 @@ def fit_patches(
     if not patches:
         raise ArchitectureError("; ".join(cut.reason for cut in unpatched))
     maps = "reads" if all(patch.record.reads for patch in patches) else "writes"
-    return Fitted(patches, unpatched, maps)
+    cuts = [patch.record for patch in patches]
+    record = PatchRecord(
+        maps=maps, changed=True, cuts=cuts, unpatched=unpatched, tuning=None
+    )
+    return Repaired(patches, record)
 
 
 # The cuts of a state ------------------------------------------------------------------
@@ -146,7 +167,7 @@ class _Fitting:
         batches: the tokens.
         stored: the checkpoint to write the patches to; None: any layer is allowed.
         done: function called with the number of block runs that were finished.
-        kept: as in `fit_patches`.
+        kept: as in `make_patches`.
     """
 
     replay: Replay
@@ -243,11 +264,11 @@ class _Fitting:
             entered: for each batch the patched model's hidden states before block p.
         """
         reasons = list[str]()
-        usable = list[Gained]()
+        usable = list[ScaledWrite]()
         best: tuple[RidgeFit, Write] | None = None
         patch: Patch | None = None
         for _ in self.replay.store.sweep([p]):
-            for gained in find_gained(self._recordings[0], p, entered[0]):
+            for gained in find_scaled_writes(self._recordings[0], p, entered[0]):
                 if reason := self._obstacle(p, gained.write):
                     reasons.append(reason)
                 else:
@@ -280,7 +301,7 @@ class _Fitting:
         )
 
     def _solve(
-        self, p: int, entered: Sequence[Tensor], gained: Gained
+        self, p: int, entered: Sequence[Tensor], gained: ScaledWrite
     ) -> RidgeFit | None:
         """Return the map of one layer whose block output has the least validation error."""
         before = self._error(p, entered, None)

@@ -1,4 +1,4 @@
-"""Patch a checkpoint: fit a map at each cut, tune the layers next to it, write and verify.
+"""`tuned`: fit as `linear`, and tune the layers next to each cut.
 
 Tuning takes a few optimiser steps on the loss itself. The least-squares fit at a cut brings the
 residual stream as close to the original's as one layer can, but ignores the effect of the remaining
@@ -16,23 +16,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from isingcut.console.progress import Bar
 from isingcut.data.tokens import TokenSet
-from isingcut.errors import ArchitectureError, FitError
-from isingcut.files.cuts import (
-    PatchedCut,
-    PatchRecord,
-    PatchTuning,
-    TunedLayer,
-    UnpatchedCut,
-)
+from isingcut.errors import FitError
+from isingcut.files.cuts import PatchedCut, PatchTuning, TunedLayer
 from isingcut.formats.libraries import one_line
 from isingcut.healing.job import Job
 from isingcut.healing.patch.files import (
@@ -41,12 +35,11 @@ from isingcut.healing.patch.files import (
     apply_patches,
     find_obstacle,
     runs,
-    write_patched,
 )
 from isingcut.healing.patch.layers import list_linear_layers
-from isingcut.healing.patch.linear import Fitted, Kept, fit_patches
+from isingcut.healing.repairs.base import Kept, Repaired
+from isingcut.healing.repairs.linear import Linear
 from isingcut.measure.splitting import attempt, fewer_tokens_to_fit
-from isingcut.measure.work import Work
 from isingcut.memory import raise_if_exhausted
 from isingcut.models.compute.divergence import divergence
 from isingcut.models.compute.head import (
@@ -57,10 +50,9 @@ from isingcut.models.compute.head import (
 from isingcut.models.compute.tuning import bytes_of_backward
 from isingcut.models.device import allowance, least_left
 from isingcut.models.replay import Recording, Replay
-from isingcut.models.verify import verify
 
-CANNOT = (ArchitectureError, FitError)
-"""Errors after which the patch is left out, unless an option requires it."""
+__all__ = ["Tuned"]
+
 HELD_OUT_EVERY = 8
 LEAST_SAMPLES = 4
 SHARES = (1.0, 0.5, 0.25)
@@ -75,52 +67,21 @@ WIDTH = 576
 a stream of this width; smaller for wider models, where more weights change at once."""
 
 
-def patch_checkpoint(job: Job, out: Path) -> PatchRecord:
-    """Fit a patch on the job's first `patch_tokens` tokens, write ``out`` and verify it.
+@dataclass(frozen=True)
+class Tuned:
+    """A least-squares map at each cut, and then the layers next to it tuned."""
 
-    Raises:
-        ArchitectureError, FitError: as `fit_patches`; nothing was written.
-    """
-    layers = StoredLayers(job.start, job.removed)
-    fitted, patches, tuning = make_patches(job, layers)
-    stored = write_patched(layers, patches, out)
-    trust = job.config.trust_remote_code
-    original = job.teacher.runnable
-    replay = job.teacher.replay
-    with apply_patches(replay.blocks, stored, resident=not replay.streamed):
-        proof = verify(
-            original, job.removed, out, trust_remote_code=trust, progress=job.progress
-        )
-    return PatchRecord(
-        maps=fitted.maps,
-        changed=any(p.record.changed for p in stored),
-        cuts=[p.record for p in fitted.patches],
-        tuning=tuning,
-        unpatched=fitted.unpatched,
-        proof=proof,
-    )
+    passes: ClassVar[float] = 4.0
+    trains: ClassVar[bool] = True
 
-
-def make_patches(
-    job: Job, layers: StoredLayers | None = None, kept: Kept | None = None
-) -> tuple[Fitted, list[Patch], PatchTuning | None]:
-    """Fit the maps of a patch, and tune them if the job's options request it.
-
-    Args:
-        layers: the checkpoint to write the layers to; None: any layer may be patched.
-        kept: as in `fit_patches`.
-
-    Returns:
-        the fitted maps; the patches of all changed layers; and the record of the tuning, or None.
-
-    Raises:
-        ArchitectureError, FitError: as `fit_patches`.
-    """
-    replay = job.teacher.replay
-    tokens = job.tokens.first(job.config.patch_tokens, 2)
-    held_out = None
-    why = ""
-    if job.config.tunes:
+    def patch(
+        self,
+        job: Job,
+        tokens: TokenSet,
+        layers: StoredLayers | None = None,
+        kept: Kept | None = None,
+    ) -> Repaired:
+        """Fit as `linear` and tune; where that is impossible, the record of the fit says why."""
         try:
             if job.teacher.streamed:
                 raise FitError(
@@ -128,51 +89,34 @@ def make_patches(
                 )
             tokens, held_out = split_samples(tokens)
         except FitError as e:
-            why = str(e)
+            found = Linear().patch(job, tokens, layers, kept)
+            found.record.tuning = PatchTuning(left_out=str(e))
+            return found
+        found = Linear().patch(job, tokens, layers, kept)
+        limit = job.teacher.replay.limit
+        longest = int(tokens.mask.sum(1).max())
 
-    def fit_with(count: int) -> Fitted:
-        work = Work(count, job.progress)
-        return fit_patches(replay, tokens, job.removed, work, layers, kept)
+        def tune_with(share: float, count: int) -> Repaired:
+            given = (job, tokens, held_out, found.patches, layers)
+            patches, found.record.tuning = tune(*given, at_a_time=count, share=share)
+            return Repaired(patches, found.record)
 
-    def tune_with(share: float, count: int) -> tuple[list[Patch], PatchTuning]:
-        assert held_out is not None
-        given = (job, tokens, held_out, fitted.patches, layers)
-        return tune(*given, at_a_time=count, share=share)
-
-    longest = int(tokens.mask.sum(1).max())
-    fewer = partial(fewer_tokens_to_fit, replay.limit)
-    made = attempt(partial(fewer, job.config.batch_tokens, longest, fit_with), True)
-    if made is None:
-        replay.limit.release()
-        raise FitError(f"{replay.device} is out of memory for fitting a patch")
-    fitted: Fitted = made
-    patches = fitted.patches
-    tuning = None
-    for share in SHARES if held_out is not None else ():
-        try:
-            found = attempt(
-                partial(fewer, STEP_TOKENS, longest, partial(tune_with, share)), True
-            )
-        except FitError as e:
-            why = str(e)
-            break
-        if found is not None:
-            patches, tuning = found
-            why = ""
-            break
-        replay.limit.release()
-        why = f"{replay.device} is out of memory for tuning the patch"
-    if why:
-        tuning = PatchTuning(left_out=why)
-    return fitted, patches, tuning
-
-
-def record_unpatched(removed: Sequence[int], why: Exception) -> PatchRecord:
-    """Make the record of a state whose cuts cannot be patched."""
-    reasons = [
-        UnpatchedCut(removed=list(ends), reason=str(why)) for ends in runs(removed)
-    ]
-    return PatchRecord(cuts=[], changed=False, unpatched=reasons)
+        why = f"{limit.device} is out of memory for tuning the patch"
+        fewer = partial(fewer_tokens_to_fit, limit)
+        for share in SHARES:
+            tuning = partial(tune_with, share)
+            try:
+                made: Repaired | None = attempt(
+                    partial(fewer, STEP_TOKENS, longest, tuning), True
+                )
+            except FitError as e:
+                why = str(e)
+                break
+            if made is not None:
+                return made
+            limit.release()
+        found.record.tuning = PatchTuning(left_out=why)
+        return found
 
 
 def split_samples(tokens: TokenSet) -> tuple[TokenSet, TokenSet]:
