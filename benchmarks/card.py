@@ -45,7 +45,7 @@ from isingcut.healing.patch.ridge import bytes_of
 from isingcut.healing.repairs import linear
 from isingcut.healing.repairs import tuned as tuning
 from isingcut.memory import is_memory_exhausted
-from isingcut.models.compute.tuning import bytes_of_backward
+from isingcut.models.compute.batching import bytes_of_backward
 from isingcut.models.device import allowance
 from isingcut.models.load import load
 from isingcut.models.streaming import replay as streamed

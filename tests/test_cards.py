@@ -14,7 +14,7 @@ from transformers.integrations import hub_kernels
 
 import isingcut
 from cards import fake_cards
-from isingcut.errors import InputError, MemoryExhaustedError
+from isingcut.errors import MemoryExhaustedError
 from isingcut.evaluation import candidates
 from isingcut.formats.cutting.checkpoint import excise
 from isingcut.healing.repairs import linear, tuned
@@ -39,7 +39,7 @@ from isingcut.models.streaming.replay import StreamedReplay
 from isingcut.options.config import RunConfig
 from isingcut.runs import evaluating, session
 from isingcut.testing import gpu
-from shared import OPTIONS, call, flags, load_json, parametrize, refuses
+from shared import OPTIONS, call, load_json, parametrize, refuses
 from tiny import load_tiny, random_tokens, replay_of, tiny_model
 
 KILO = torch.zeros(250)
@@ -450,65 +450,25 @@ def test_ranking_that_runs_out_of_memory_goes_on_from_disk(
     assert replays == [Replay, StreamedReplay]
 
 
-def test_a_gpu_kit_that_cannot_begin_says_so(capsys, tmp_path, monkeypatch, stub):
-    def said(**options):
-        assert gpu.main(flags({"out": tmp_path / "found.json", **options})) == 2
-        return capsys.readouterr().out
-
+def test_without_a_gpu_it_says_so(capsys, stub):
     stub("torch.cuda.device_count", 0)
-    assert "--device cuda is not on this machine" in said()
-    assert not (tmp_path / "found.json").exists()
-    assert "unknown check 'agre'" in said(only="agree,agre")
-    # A place that cannot be written is refused before the checks.
-    monkeypatch.setattr(gpu, "carry_out", None)
-    (tmp_path / "file").touch()
+    assert gpu.main(["Checks.test_twice"]) == 1
+    assert "--device cuda is not on this machine" in capsys.readouterr().err
+
+
+@parametrize("count, shown", [(2, "OK"), (1, "skipped 'needs two GPUs'")])
+def test_checks_of_gpus_pass_on_fake_cards(count, shown, capsys, monkeypatch):
+    with fake_cards(count) as cards:
+        monkeypatch.setattr(gpu, "DEVICE", str(cards[0].device))
+        assert gpu.main(["Checks.test_twice", "Checks.test_placed"]) == 0
+    out, err = capsys.readouterr()
+    assert shown in err
+    assert out.count("equal bits") == (3 if count == 2 else 1)
+
+
+def test_a_difference_fails_a_check(capsys, monkeypatch):
     with fake_cards() as (card,):
-        out = tmp_path / "file/found.json"
-        assert "cannot write" in said(device=card.device, out=out)
-
-
-def refuse(place):
-    raise InputError("no\nroom")
-
-
-def skip(place):
-    raise gpu.SkipTest("needs two GPUs")
-
-
-@parametrize(
-    "check, outcome, words, code",
-    [
-        (lambda place: f"on {place.device}", "passed", "on lazy:0", 0),
-        (skip, "skipped", "needs two GPUs", 0),
-        (refuse, "failed", "no room", 1),
-        (
-            lambda place: gpu.close(1.0, 1.1),
-            "failed",
-            "differs by 9.1e-02 of its size",
-            1,
-        ),
-        (lambda place: {}["x"], "failed", "KeyError('x')", 1),
-    ],
-)
-def test_what_a_check_does_is_in_the_table_the_file_and_the_exit_code(
-    check, outcome, words, code, capsys, tmp_path, monkeypatch
-):
-    monkeypatch.setattr(gpu, "CHECKS", {"fine": lambda place: "yes", "one": check})
-    file = tmp_path / "new/found.json"
-    with fake_cards() as (card,):
-        given = flags({"device": card.device, "out": file, "only": "fine,one"})
-        assert gpu.main(given) == code
-    shown = capsys.readouterr().out
-    assert f"gpu_checks_failed: {code}" in shown
-    assert outcome in shown
-    row = load_json(file).checks[1]
-    assert (row.check, row.outcome) == ("one", outcome)
-    assert row.words.startswith(words)
-    assert ("Traceback" in row.traceback) == (outcome == "failed")
-
-
-@parametrize("check", [gpu.twice, gpu.placed])
-def test_checks_of_one_and_two_gpus_pass_on_fake_cards(check, tmp_path):
-    with fake_cards(2) as cards:
-        found = check(gpu.Place(cards[0].device, tmp_path))
-    assert all(part.endswith("equal bits") for part in found.split("; "))
+        monkeypatch.setattr(gpu, "DEVICE", str(card.device))
+        monkeypatch.setattr(gpu.close, "__defaults__", (-1.0,))
+        assert gpu.main(["Checks.test_twice"]) == 1
+    assert "differs by 0.0e+00 of its size" in capsys.readouterr().err

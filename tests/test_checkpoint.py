@@ -119,6 +119,15 @@ def test_a_shard_that_shrinks_meanwhile_is_noticed(tmp_path):
         write_file(tmp_path / "y", [new])
 
 
+def test_a_tensor_larger_than_the_buffer_is_copied_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr("isingcut.formats.safetensors_files._BUFFER", 7)
+    path = tmp_path / "x"
+    path.write_bytes(bytes(range(30)))
+    stored = StoredTensor("t", path, "U8", (20,), 5, 20)
+    write_file(tmp_path / "y", [NewTensor("t", stored)])
+    assert (tmp_path / "y").read_bytes().endswith(bytes(range(5, 25)))
+
+
 def rewrite(folder, tensors, slices=None):
     """Store tensors, write them or slices of them anew, and load the result."""
     save_file(tensors, folder / "in.safetensors")

@@ -167,7 +167,7 @@ SPOILT = {
     "packed": (packed, "is quantised in memory.*give the folder or hub id"),
     "unsavable": (
         lambda m: setattr(m, "save_pretrained", lambda folder: folder.absent),
-        "saving the loaded model .* failed .*no attribute 'absent'",
+        "saving the loaded model .* failed; .*no attribute 'absent'",
     ),
 }
 

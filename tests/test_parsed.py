@@ -1,6 +1,6 @@
 """Valid and invalid texts for removals, budgets, blocks, efforts and memory."""
 
-from isingcut.options.config import RunConfig
+from isingcut.options.config import HealConfig, RunConfig
 from isingcut.options.parsed import (
     BlockList,
     Budget,
@@ -132,3 +132,13 @@ def test_an_energy_that_is_named_twice_is_measured_once():
         model="m", energy="pairwise", compare_energies="fisher, pairwise,fisher"
     )
     assert config.energies == ["pairwise", "fisher"]
+
+
+def test_old_names_of_options_are_accepted_for_one_release():
+    old = RunConfig(model="m", also="fisher", drop="3")
+    assert old == RunConfig(model="m", compare_energies="fisher", must_remove="3")
+    # `run.json` and `replace` may have the old name.
+    assert old.replace(drop="4").must_remove == old.replace(must_remove=4).drop == "4"
+    assert HealConfig(effort="10min").train.seconds == 600
+    with refuses("'must_remov'; did you mean 'must_remove'"):
+        RunConfig(must_remov="3")

@@ -68,7 +68,7 @@ def prices(**given):
 
 
 def stage(counted, name):
-    return {one["name"]: one for one in counted.stages()}.get(name)
+    return {one.name: one for one in counted.stages()}.get(name)
 
 
 def test_energies_take_the_passes_that_are_counted(llama):
@@ -98,10 +98,10 @@ def test_a_measurement_costs_its_blocks_heads_and_texts():
     states = np.array([[1, 0, 0, 0], [1, 1, 0, 0]], dtype=bool)
     each = (2 + 4) + (3 + 2) + 2 * 2
     assert (
-        counted._measurement("rank", 5, price_states(states))["seconds"]
+        counted._measurement("rank", 5, price_states(states)).seconds
         == 5 * LENGTH * each
     )
-    assert counted.energy("fisher")["seconds"] == pytest.approx(5 * LENGTH * 2.5 * 6)
+    assert counted.energy("fisher").seconds == pytest.approx(5 * LENGTH * 2.5 * 6)
 
 
 def test_a_patch_costs_passes_over_its_text():
@@ -109,22 +109,20 @@ def test_a_patch_costs_passes_over_its_text():
     # Half of the blocks are removed: a deep cut.
     counted.config = counted.config.replace(patch="none")
     assert stage(counted, "patch") is None
-    ranked = stage(counted, "rank")["seconds"]
+    ranked = stage(counted, "rank").seconds
     for patch, passes, trial in (("tuned", 4, 2), ("linear", 2, 1)):
         counted.config = counted.config.replace(patch_tokens=100, patch=patch)
         # The weights are read, written and read again.
-        assert stage(counted, "patch")["seconds"] == pytest.approx(
+        assert stage(counted, "patch").seconds == pytest.approx(
             100 * passes * 6 + 3 * 0.1 * 60
         )
         # The ranking patches candidates near the lowest.
-        assert stage(counted, "rank")["seconds"] == pytest.approx(
-            ranked + 100 * trial * 6
-        )
+        assert stage(counted, "rank").seconds == pytest.approx(ranked + 100 * trial * 6)
     # With the default text, about 44 states are patched and measured on 2,048 tokens each. The
     # original runs once.
     counted.config = counted.config.replace(patch_tokens=65536)
     tokens = 65536 + 2 * 2048 * (1 + (4 + 40) * counted.left)
-    assert stage(counted, "rank")["seconds"] == pytest.approx(ranked + tokens * 6)
+    assert stage(counted, "rank").seconds == pytest.approx(ranked + tokens * 6)
 
 
 def test_a_range_is_ranked_at_each_of_its_removals_and_cut_at_none():
@@ -132,15 +130,13 @@ def test_a_range_is_ranked_at_each_of_its_removals_and_cut_at_none():
     counted = prices(config=config, n=20, latency=(1.0,) * 20)
     each = []
     for counted.remove in (8, 9, 10):
-        each.append(
-            (stage(counted, "rank")["seconds"], counted.energy("refined")["seconds"])
-        )
+        each.append((stage(counted, "rank").seconds, counted.energy("refined").seconds))
     counted.config = counted.config.replace(remove="8..10")
-    ranked = stage(counted, "rank")["seconds"]
-    searched = counted.energy("refined")["seconds"]
+    ranked = stage(counted, "rank").seconds
+    searched = counted.energy("refined").seconds
     assert ranked == pytest.approx(sum(rank for rank, _ in each))
     assert searched > max(search for _, search in each)
-    assert [one["name"] for one in counted.stages()] == ["load", "rank"]
+    assert [one.name for one in counted.stages()] == ["load", "rank"]
 
 
 def test_without_a_removal_the_energy_alone_is_counted(llama):
@@ -159,27 +155,27 @@ def test_a_budget_of_healing_takes_its_tokens_or_its_time():
     each = 6 + 3 * 0.5 * 6
     counted.config = counted.config.replace(heal="20ktokens")
     healed = stage(counted, "heal")
-    assert (healed["seconds"], healed["samples"]) == (20_000 * each, 19)
-    assert healed["memory"] == 1000 + 60 + 16 * 0.5 * 15 + 64 * 100
+    assert (healed.seconds, healed.samples) == (20_000 * each, 19)
+    assert healed.memory == 1000 + 60 + 16 * 0.5 * 15 + 64 * 100
     counted.config = counted.config.replace(heal="2h")
-    assert stage(counted, "heal")["seconds"] == pytest.approx(7200)
+    assert stage(counted, "heal").seconds == pytest.approx(7200)
     counted.config = counted.config.replace(heal=True)
-    assert "set a limit with --heal 10min" in stage(counted, "heal")["impossible"]
+    assert "set a limit with --heal 10min" in stage(counted, "heal").impossible
     counted.streamed = True
     counted.room = 1
-    assert "whole model in memory" in stage(counted, "heal")["impossible"]
+    assert "whole model in memory" in stage(counted, "heal").impossible
 
 
 def test_a_search_costs_its_passes_or_its_minutes():
     counted = prices()
-    pairs = counted.energy("pairwise")["seconds"]
+    pairs = counted.energy("pairwise").seconds
     counted.config = counted.config.replace(effort="3")
-    three = counted.energy("refined")["seconds"]
+    three = counted.energy("refined").seconds
     assert three < pairs
     counted.config = counted.config.replace(effort="6")
-    assert counted.energy("refined")["seconds"] == pytest.approx(2 * three)
+    assert counted.energy("refined").seconds == pytest.approx(2 * three)
     counted.config = counted.config.replace(effort="2min")
-    assert counted.energy("refined")["seconds"] == 120
+    assert counted.energy("refined").seconds == 120
 
 
 def test_where_streams_do_not_fit_the_disk_sets_the_pace():
@@ -187,12 +183,12 @@ def test_where_streams_do_not_fit_the_disk_sets_the_pace():
     # With room for one byte, every byte takes a sweep.
     sweeps = 5 * LENGTH * (len(states) + 1) * 8
     slow = prices(reading=1e6, streamed=True, room=1)
-    assert slow.energy("pairwise")["seconds"] == (sweeps + 1) * 1e6 * slow.weights
+    assert slow.energy("pairwise").seconds == (sweeps + 1) * 1e6 * slow.weights
     quick = prices(reading=0.0, streamed=True, room=10**9)
-    assert quick.energy("pairwise")["seconds"] == prices().energy("pairwise")["seconds"]
-    assert quick.energy("pairwise")["memory"] == quick.memory.total
+    assert quick.energy("pairwise").seconds == prices().energy("pairwise").seconds
+    assert quick.energy("pairwise").memory == quick.memory.total
     # Gradients run every block once more.
-    once = prices(streamed=True, room=10**9).energy("fisher")["seconds"]
+    once = prices(streamed=True, room=10**9).energy("fisher").seconds
     assert once == pytest.approx(5 * LENGTH * 3.5 * 6 + 0.1 * 60)
 
 
@@ -213,7 +209,7 @@ def test_an_energy_of_a_plug_in_is_planned_or_said_not_to_be(llama, monkeypatch)
     assert (own["name"], own["samples"]) == ("whole", 7)
     assert own["impossible"] == "not estimated"
     streamed = prices(streamed=True, room=1).energy("whole")
-    assert streamed["impossible"] == "needs the whole model in memory"
+    assert streamed.impossible == "needs the whole model in memory"
 
 
 def test_a_plan_for_every_energy_writes_nothing(llama, tmp_path, monkeypatch, answer):
@@ -267,7 +263,7 @@ def test_a_run_prices_its_stages_by_the_model_in_memory(
     found = Prices(session, folder)
     assert (found.once, found.latency) == (2, [1] * 6)
     assert (found.batch, found.remove) == (64, 2)
-    assert [one["name"] for one in found.times()] == [
+    assert [one.name for one in found.times()] == [
         "refined", "empirical-fisher", "rank", "excise", "evaluate",
     ]  # fmt: skip
 

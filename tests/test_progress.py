@@ -80,7 +80,7 @@ def test_a_terminal_gets_a_bar(monkeypatch, capsys):
         bar.advance(1)
     shown = capsys.readouterr()
     assert "lowest KL so far [0.5]" in shown.err
-    assert "left" in shown.err
+    assert "measuring" in shown.err
     assert shown.out == ""
 
 

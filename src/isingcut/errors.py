@@ -86,15 +86,7 @@ class VerificationError(IsingcutError):
 
 
 class MemoryExhaustedError(IsingcutError):
-    """The machine or a GPU is out of memory.
-
-    Attributes:
-        wanted: bytes that could not be allocated; None if unknown.
-    """
-
-    def __init__(self, message: str, wanted: int | None = None) -> None:
-        super().__init__(message)
-        self.wanted = wanted
+    """The machine or a GPU is out of memory."""
 
 
 class RankError(IsingcutError):

@@ -48,7 +48,7 @@ def raise_if_exhausted(error: BaseException) -> None:
 def exhausted_error(error: BaseException) -> MemoryExhaustedError:
     """Convert an out-of-memory error to one line with the bytes needed and the bytes available."""
     if isinstance(error, MemoryExhaustedError):
-        return MemoryExhaustedError(str(error), error.wanted)
+        return MemoryExhaustedError(str(error))
     wanted, total = (_bytes(pattern, error) for pattern in (_WANTED, _CAPACITY))
     more = "" if wanted is None else f": {wanted:,} more bytes were needed"
     more += "" if total is None else f" of {total:,} in all"
@@ -57,7 +57,7 @@ def exhausted_error(error: BaseException) -> MemoryExhaustedError:
         line = f"the GPU is out of memory{more}; {smaller}, or --device cpu"
     else:
         line = f"this machine is out of memory{more}; end other programs, {smaller}"
-    return MemoryExhaustedError(line, wanted)
+    return MemoryExhaustedError(line)
 
 
 def _bytes(pattern: re.Pattern[str], error: BaseException) -> int | None:

@@ -15,6 +15,7 @@ import json
 import os
 import socket
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -45,6 +46,7 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0)
 
 
+@dataclass(frozen=True, eq=False)
 class Processes:
     """Processes that load the same model and measure it together.
 
@@ -54,11 +56,10 @@ class Processes:
         group: group of `torch.distributed`; None for its default.
     """
 
-    def __init__(self, rank: int = 0, size: int = 1, group: Any = None) -> None:
-        self.rank = rank
-        self.size = size
-        self._group = group
-        self.local_rank = local_rank()
+    rank: int = 0
+    size: int = 1
+    group: Any = None
+    local_rank: int = field(default_factory=local_rank)
 
     @classmethod
     def join(cls) -> Processes:
@@ -101,7 +102,7 @@ class Processes:
 
         parts = [torch.empty_like(own) for _ in range(self.size)]
         with convert_contact_errors():
-            dist.all_gather(parts, own, group=self._group)
+            dist.all_gather(parts, own, group=self.group)
         return parts
 
     def decide(self, make: Callable[[], T]) -> T:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from isingcut.errors import (
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 _NOT_PARTS = {"base"}
 
 
+@dataclass
 class Registry:
     """The parts of one room, by name.
 
@@ -36,19 +38,17 @@ class Registry:
         choices: names, such as ``"auto"``, for which a run chooses the part.
     """
 
-    def __init__(
-        self, room: str, noun: str, inside: str = "", choices: tuple[str, ...] = ()
-    ) -> None:
-        self.room = room
-        self.noun = noun
-        self.choices = choices
-        self._package = ".".join(filter(None, ("isingcut", inside, room)))
-        self._registered: dict[str, Any] = {}
+    room: str
+    noun: str
+    inside: str = ""
+    choices: tuple[str, ...] = ()
+    _registered: dict[str, Any] = field(default_factory=dict)
 
     def _files(self) -> dict[str, str]:
-        package = importlib.import_module(self._package)
+        name = ".".join(filter(None, ("isingcut", self.inside, self.room)))
+        package = importlib.import_module(name)
         return {
-            info.name.replace("_", "-"): f"{self._package}.{info.name}"
+            info.name.replace("_", "-"): f"{name}.{info.name}"
             for info in pkgutil.iter_modules(package.__path__)
             if not (info.ispkg or info.name in _NOT_PARTS or info.name.startswith("_"))
         }

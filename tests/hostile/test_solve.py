@@ -111,7 +111,7 @@ NAMES = {
     "dimod:dimod.Nothing": "'dimod' has no class .Nothing.",
     "dimod:nowhere.Class": "cannot import 'nowhere'",
     "dimod:Class": "write dimod:package.Class",
-    "dimod": "needs a class: write dimod:package.Class",
+    "dimod": "as a sampler; write dimod:package.Class",
     "os.system": "unknown solver 'os.system'",
 }
 SOLVE = "solve {run} --remove 3 --solver "

@@ -9,9 +9,10 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from transformers import BatchFeature
 
 from isingcut.errors import ModelError
-from isingcut.models.verify import move_inputs, parameters, try_images
+from isingcut.models.verify import parameters, try_images
 
 _TOKENS = (
     "image_token_id",
@@ -80,7 +81,8 @@ def _features(model, pixels):
     places = (model, getattr(model, "model", model))
     found = (getattr(place, name, None) for name in names for place in places)
     features = next(filter(None, found), None) or model.get_image_features
-    return _rows(features(**move_inputs(model, pixels), return_dict=True)) // 2
+    given = BatchFeature(pixels).to(model.device, model.dtype)
+    return _rows(features(**given, return_dict=True)) // 2
 
 
 def _rows(found):

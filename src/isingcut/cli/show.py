@@ -129,10 +129,9 @@ def show_ranking(found: states.CandidatesFile) -> None:
     if line := words.sentence("one_pass_words", found):
         lines.append(line.replace("`", ""))
     if found.by_tasks is not None:
-        for blocks, *cells in words.table("question_rows", found.by_tasks):
-            names = ("right", "difference", "log-probability")
-            shown = [f"{name} {x}" for name, x in zip(names, cells, strict=True) if x]
-            lines.append(f"without {blocks}: {', '.join(shown)}")
+        headings = ("removed", "right", "difference", "log-probability")
+        answers = words.table("question_rows", found.by_tasks)
+        _show_table("choice by questions", headings, answers, headings[:1])
     show_lines(
         *lines,
         f"chosen: blocks {words.join_blocks(chosen.removed)} (state {chosen.position} by energy, "

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
 import inspect
 import json
 import os
@@ -17,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 from typer.core import TyperCommand
@@ -136,16 +135,6 @@ class _Command(TyperCommand):
         return super().parse_args(ctx, words)
 
 
-def part_names(room: str) -> Callable[[str], list[str]]:
-    """Return a shell completion for the part names in `isingcut.ROOM`; imports no part."""
-
-    def complete(incomplete: str) -> list[str]:
-        names: list[str] = importlib.import_module(f"isingcut.{room}").registry.names()
-        return [name for name in names if name.startswith(incomplete)]
-
-    return complete
-
-
 def verb(
     *names: str,
     group: str,
@@ -180,13 +169,9 @@ def verb(
             for p in own.values()
             if p.name != "progress" and p.kind != inspect.Parameter.VAR_KEYWORD
         ]
-        headings = {}
+        parameters += [_parameter(of, n, repeated=n in repeat) for n in names]
         if of is RunConfig and len(names) > _LONG:
-            headings = {n: panel for panel, ns in _PANELS.items() for n in ns.split()}
-        order = ["model", *headings]
-        for n in sorted(names, key=order.index) if headings else names:
-            panel = headings.get(n)
-            parameters.append(_parameter(of, n, repeated=n in repeat, panel=panel))
+            parameters = _in_panels(parameters)
 
         @functools.wraps(handler)
         def command(as_json: bool, quiet: bool, **typed: Any) -> None:
@@ -222,9 +207,9 @@ def verb(
 
 
 def _parameter(
-    of: type[Options], flag_or_name: str, *, repeated: bool, panel: str | None
+    of: type[Options], flag_or_name: str, *, repeated: bool
 ) -> inspect.Parameter:
-    """Return the command-line parameter of an option, for a heading of the help."""
+    """Return the command-line parameter of an option."""
     name = flag_or_name.removeprefix("--")
     kind: Any = plain_type(of, name)
     numeric = f"<{kind.__name__}>" if kind in (int, float) else None
@@ -236,14 +221,11 @@ def _parameter(
         info = typer.Argument(help=f.metadata["help"], metavar=flag(f))
     else:
         default = "" if f.default in ("", None, False) else f" (default: {f.default})"
-        room = f.metadata["room"]
         called = flag_or_name if name != flag_or_name else flag(f)
         info = typer.Option(
             called,
             help=f.metadata["help"] + default,
             metavar=f.metadata["metavar"] or numeric,
-            autocompletion=part_names(room) if room else None,
-            rich_help_panel=panel,
         )
     return inspect.Parameter(
         name,
@@ -251,6 +233,17 @@ def _parameter(
         default=None,
         annotation=Annotated[(list[kind] if repeated else kind) | None, info],
     )
+
+
+def _in_panels(parameters: Sequence[inspect.Parameter]) -> list[inspect.Parameter]:
+    """Sort the parameters in the order of `_PANELS`, each option under its heading."""
+    headings = {name: panel for panel, ns in _PANELS.items() for name in ns.split()}
+    for parameter in parameters:
+        info = get_args(parameter.annotation)[1]
+        if isinstance(info, typer.models.OptionInfo):
+            info.rich_help_panel = headings[parameter.name]
+    order = ["model", *headings]
+    return sorted(parameters, key=lambda parameter: order.index(parameter.name))
 
 
 def _check(

@@ -21,7 +21,6 @@ from isingcut.cli.verb import (
     Folder,
     Output,
     collect,
-    part_names,
     removal_at,
     reopen,
     reopen_at,
@@ -219,7 +218,6 @@ def baseline(
         typer.Argument(
             metavar="NAME",
             help="A method; `isingcut ls` lists all.",
-            autocompletion=part_names("baselines"),
         ),
     ],
     directory: Folder,
@@ -351,11 +349,7 @@ def evaluate(
 
     names = ("tasks", "data", "questions")
     typed = {name: options.pop(name) for name in names if name in options}
-    if typed and not typed.get("tasks", "").strip(" ,"):
-        raise InputError(
-            "--data and --questions need benchmarks; name some with --tasks"
-        )
-    asked = RunConfig(**typed)
+    asked = RunConfig(model=original or "of the run", **typed).validate()
     check_run_tasks(asked)
     if original is not None:
         of_run: list[str] = [n for n in ("model", "remove", "budget") if n in options]
@@ -390,9 +384,7 @@ def evaluate(
         )
     folder, config, removed = reopen_at(directory, options, blocks)
     if typed:
-        config = config.replace(
-            tasks=asked.tasks, data=asked.data, questions=asked.questions
-        )
+        config = config.replace(**{name: getattr(asked, name) for name in names})
     session = pipeline.session_of(folder, config, progress)
     target = cutting.product(folder, config, removed).parent
     output = {"file": str(target / "evaluation.json"), "split": "report"}
@@ -495,7 +487,6 @@ def push(
     folder = None
     if not (directory / "isingcut.json").is_file():
         folder, config = reopen(directory, options)
-        solving.require(folder, config, "model")
         checkpoint = cutting.product(folder, config)
         folder.record(checkpoint)
     elif options:
@@ -517,14 +508,9 @@ def push(
         "records": uploading.read_records(files),
     }
     if dry_run:
-        whole = sum(sizes.values())
-        shown = [
-            *card.data.to_yaml().splitlines(),
-            *(f"{name}: {decimal(size)}" for name, size in sizes.items()),
-            *json.dumps(data["records"], indent=1).splitlines(),
-            f"dry run: {decimal(whole)} from {checkpoint} to {repository}; nothing was uploaded",
-        ]
-        return Output(data, lambda: show.show_lines(*shown), brief=shown[-1])
+        shown = json.dumps(data, indent=1).splitlines()
+        brief = f"dry run: {decimal(sum(sizes.values()))} for {repository}; nothing was uploaded"
+        return Output(data, lambda: show.show_lines(*shown, brief), brief=brief)
     url = uploading.push(files, repository, private=private, message=message)
     return Output({**data, "url": url}, lambda: show.show_lines(url), brief=url)
 

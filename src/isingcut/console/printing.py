@@ -45,8 +45,6 @@ def printable(text: str) -> str:
 
 
 def _in_ascii(character: str) -> str:
-    if "\u2500" <= character <= "\u257f":
-        return {"─": "-", "━": "-", "│": "|", "┃": "|"}.get(character, "+")
     return (
         _PLAIN.get(character) or character.encode("ascii", "backslashreplace").decode()
     )

@@ -168,21 +168,12 @@ def terminal(description: str, total: float) -> Iterator[Bar]:
         yield plain
         plain.finish()
         return
-    from rich.progress import (
-        BarColumn,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
     from rich.progress import Progress as RichProgress
+    from rich.progress import TextColumn
 
     columns = (
         TextColumn("{task.description}", markup=False),
-        BarColumn(bar_width=24),
-        TextColumn("{task.percentage:>3.0f}%"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
+        *RichProgress.get_default_columns()[1:],
         TextColumn("{task.fields[note]}", markup=False),
     )
     with RichProgress(*columns, console=screen, transient=True) as bars:

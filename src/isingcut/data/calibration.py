@@ -98,10 +98,9 @@ class Calibration:
 
         tensors = {}
         for name, tokens in self.splits.items():
-            tensors[f"{name}.input_ids"] = tokens.input_ids.contiguous()
-            tensors[f"{name}.mask"] = tokens.mask.contiguous()
-            if tokens.counted is not None:
-                tensors[f"{name}.counted"] = tokens.counted.contiguous()
+            for key in ("input_ids", "mask", "counted"):
+                if (values := getattr(tokens, key)) is not None:
+                    tensors[f"{name}.{key}"] = values.contiguous()
         header = {
             "format": "isingcut-calibration",
             "version": 1,

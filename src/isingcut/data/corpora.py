@@ -195,11 +195,7 @@ def _check_one(source: str) -> None:
     if source == "-" or _is_file(path):
         text_files.check(path, words_for(source), _SOURCES)
         return
-    folder = (
-        path
-        if path.is_dir()
-        else Path(source.rpartition(":")[0] or source).expanduser()
-    )
+    folder = path if path.is_dir() else user_path(source.rpartition(":")[0] or source)
     if folder.is_dir():
         if has_format(path) or not _data_files(folder):
             raise CalibrationError(

@@ -61,19 +61,14 @@ def register_texts(given: Sequence[str]) -> Iterator[str]:
     Raises:
         CalibrationError: ``given`` is not a list of strings, or is empty.
     """
-    if not isinstance(given, list | tuple):
+    texts = given if isinstance(given, list | tuple) else []
+    if not texts or not all(isinstance(text, str) for text in texts):
         raise CalibrationError(
-            f"calibration must be a source's name or a list of texts, got {type(given).__name__}"
+            "calibration must be a source's name or a list of strings, not empty; got "
+            f"{given!r:.60}"
         )
-    if not given:
-        raise CalibrationError("calibration is an empty list; give texts")
     digest = hashlib.sha256()
-    for number, text in enumerate(given):
-        if not isinstance(text, str):
-            raise CalibrationError(
-                f"calibration must be a list of strings, but text {number} is of type "
-                f"{type(text).__name__}"
-            )
+    for text in texts:
         encoded = text.encode("utf-8", "surrogatepass")
         digest.update(f"{len(encoded)}:".encode() + encoded)
     name = f"{len(given)} texts in memory ({digest.hexdigest()[:16]})"
@@ -220,25 +215,18 @@ def _is_source(key: str, value: Any) -> bool:
 
 def _parse_weights(source: str) -> list[tuple[str, float]]:
     found = []
-    word = ""
     for piece in source.split(","):
-        word = f"{word},{piece}" if word else piece
-        name, _, number = word.rpartition("=")
-        try:
+        name, _, number = (word.strip() for word in piece.rpartition("="))
+        weight = 0.0
+        with contextlib.suppress(ValueError):
             weight = float(number)
-        except ValueError:
-            # The comma may be part of a file name, so read on up to a weight.
-            continue
-        odd = ("=" in name or "," in name) and not _exists(place_of(name))
-        if not name.strip() or odd or not (math.isfinite(weight) and weight > 0):
-            break
-        found.append((name.strip(), weight))
-        word = ""
-    if word:
-        raise CalibrationError(
-            f"the text {source!r} is not a file, and as a mixture its part {word!r} is not "
-            "SOURCE=WEIGHT with a positive number; write for example wiki=0.7,my-code.jsonl=0.3"
-        )
+        if not name or not 0 < weight < math.inf:
+            raise CalibrationError(
+                f"the text {source!r} is not a file, and as a mixture its part {piece!r} is not "
+                "SOURCE=WEIGHT with a positive number; write for example "
+                "wiki=0.7,my-code.jsonl=0.3"
+            )
+        found.append((name, weight))
     return found
 
 

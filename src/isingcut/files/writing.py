@@ -254,8 +254,8 @@ def lock_place(
         InputError: the place is not writable.
     """
     folder = place if inside else place.parent
-    file = _lock_of(place, inside=inside)
-    holder = _this(file)
+    holder = _holder(place, inside=inside)
+    file = holder[2]
     if holder in _held:
         yield False
         return
@@ -286,16 +286,14 @@ def lock_place(
 
 def is_locked(folder: Path) -> bool:
     """Whether this thread has the lock of a work folder."""
-    return _this(_lock_of(folder, inside=True)) in _held
+    return _holder(folder, inside=True) in _held
 
 
-def _lock_of(place: Path, *, inside: bool) -> Path:
+def _holder(place: Path, *, inside: bool) -> tuple[int, int, Path]:
+    """Return this process and thread, and the lock file of a place."""
     with clear_os_errors(place):
         real = place.resolve() if inside else place.parent.resolve() / place.name
-    return real / LOCK if inside else lock_beside(real)
-
-
-def _this(file: Path) -> tuple[int, int, Path]:
+    file = real / LOCK if inside else lock_beside(real)
     return os.getpid(), threading.get_ident(), file
 
 

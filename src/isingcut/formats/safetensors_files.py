@@ -202,11 +202,8 @@ def find_contained(folder: Path, name: str) -> Path:
     if not stat.S_ISREG(mode):
         raise CheckpointError(f"{path} is not a regular file")
     home = folder.resolve()
-    cache = home.parent.parent if home.parent.name == "snapshots" else None
-    inside = real.is_relative_to(home) or (
-        cache is not None and real.is_relative_to(cache)
-    )
-    if not inside:
+    cached = home.parent.name == "snapshots"
+    if not real.is_relative_to(home.parent.parent if cached else home):
         raise CheckpointError(
             f"{path} is a link to {real}, outside the checkpoint; put the file itself there"
         )

@@ -124,12 +124,12 @@ class Names:
             return torch.float32
         return self.tensors[target].dtype
 
-    def may_be_extra(self, target: str) -> bool:
-        """Whether transformers also ignores a stored tensor that the model does not have."""
+    def is_known(self, target: str) -> bool:
+        """Whether the model has this tensor, or transformers also ignores that it has none."""
         patterns = list(self.model._keys_to_ignore_on_load_unexpected or ())
         # Older versions of many families stored these buffers.
         patterns += [r"rotary_emb\.inv_freq", r"(^|\.)position_ids$"]
-        return any(re.search(p, target) for p in patterns)
+        return target in self.tensors or any(re.search(p, target) for p in patterns)
 
     def may_miss(self, target: str) -> bool:
         """Whether a checkpoint may lack a tensor, because the model computes this buffer itself."""

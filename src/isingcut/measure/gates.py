@@ -154,7 +154,7 @@ def run_gated(
         ArchitectureError: a sublayer gate found no residual addition to act on.
         InputError: unknown gate.
     """
-    hidden = recording.bring(i, hidden)
+    hidden = recording.move_to_block(i, hidden)
     alpha = alpha.to(hidden.device)
 
     def scale(added: Tensor) -> Tensor:

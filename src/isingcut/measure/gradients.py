@@ -46,7 +46,7 @@ def _run_gated(
     recording: Recording, block: int, before: Tensor, gate: str
 ) -> tuple[Tensor, Backward]:
     """Run a loaded block; return its output, and its backward pass, to call while it is loaded."""
-    before = recording.bring(block, before)
+    before = recording.move_to_block(block, before)
     alpha = torch.ones(len(before), device=before.device, requires_grad=True)
     # An input from another block's graph is not detached: a leaf would keep its values until its
     # gradient is computed. The input of the first block requires no gradient.
@@ -195,7 +195,7 @@ class _Way:
             if self._removed[block]:
                 # With a gate at 0, the gradient of the output is also that of the input.
                 with torch.no_grad():
-                    before = self._recording.bring(block, before)
+                    before = self._recording.move_to_block(block, before)
                     change = self._recording.block(block, before) - before
                     self._toward = self._toward.to(change.device)
                     self.rows[:, block] = row_dots(self._toward, change)

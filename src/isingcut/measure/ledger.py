@@ -75,7 +75,7 @@ class Ledger:
             self.runs += runs
             self.heads += heads
 
-    def once(
+    def measure_once(
         self,
         key: str,
         length: int,

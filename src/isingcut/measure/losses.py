@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import groupby, pairwise
 from operator import itemgetter
 from typing import Any, TypeVar
@@ -281,21 +282,16 @@ def measure_together(
             task.begin(bar)
         todo = [part for task in tasks for part in task.todo]
         streams = [len(part.piece.places) + _OTHERS for part in todo]
-
-        def compute(some: Sequence[_Part]) -> list[Floats]:
-            return list(_measure(replay, head, some))
-
         for chunk, _ in chunks(replay, [part.batch for part in todo], streams):
             found = split_to_fit(
                 replay.limit,
                 todo[chunk],
-                compute,
+                partial(_measure, replay, head),
                 lambda a, b: np.concatenate([a, b], -1),
             )
             for part, rows in zip(todo[chunk], found, strict=True):
-                part.task.kept.put(
-                    dict(zip(part.piece.keys, rows.swapaxes(0, 1), strict=True))
-                )
+                by_state = rows.swapaxes(0, 1)
+                part.task.kept.put(dict(zip(part.piece.keys, by_state, strict=True)))
         return [task.result() for task in tasks]
 
 
@@ -414,10 +410,8 @@ class _Part:
         return replace(self, batch=first), replace(self, batch=second)
 
 
-def _measure(
-    replay: Replay, head: OutputHead, todo: Sequence[_Part]
-) -> Iterator[Floats]:
-    """Yield for each part (2, K, B): KL and NLL sums of its K states.
+def _measure(replay: Replay, head: OutputHead, todo: Sequence[_Part]) -> list[Floats]:
+    """Return for each part (2, K, B): KL and NLL sums of its K states.
 
     Raises:
         ModelError: a loss is not finite.
@@ -441,6 +435,7 @@ def _measure(
         todo[tree].task.bar.advance(steps[tree])
         return recordings[tree].block(block, stream)
 
+    sums = []
     leaves = walk(trees, run, by_block=replay.streamed)
     for tree, group in groupby(leaves, key=itemgetter(0)):
         batch = batches[tree]
@@ -456,4 +451,5 @@ def _measure(
         rows = np.repeat(original.sum_samples(found), lengths, axis=1)
         del original
         check_finite(replay, batch, rows, trees[tree][0])
-        yield rows[:, -len(todo[tree].piece.places) :]
+        sums.append(rows[:, -len(todo[tree].piece.places) :])
+    return sums

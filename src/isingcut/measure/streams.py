@@ -40,7 +40,7 @@ def boundaries(
         for part in replay.store.sweep(blocks):
             i = int(part)
             for b, recording in enumerate(recordings):
-                streams[b] = recording.bring(i, streams[b])
+                streams[b] = recording.move_to_block(i, streams[b])
                 after = recording.block(i, streams[b])
                 _check_stream(replay, batches[chunk][b], i, after, removed)
                 yield chunk.start + b, i, streams[b], after

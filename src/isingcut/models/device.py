@@ -280,13 +280,11 @@ def container_room(root: Path = Path("/sys/fs/cgroup")) -> int:
     try:
         most = (root / "memory.max").read_text(encoding="ascii").strip()
         now = int((root / "memory.current").read_text(encoding="ascii"))
-        stat = (root / "memory.stat").read_text(encoding="ascii")
+        lines = (root / "memory.stat").read_text(encoding="ascii").splitlines()
+        # Cached file pages count as usage, but are released if memory is needed.
+        cached = int(dict(map(str.split, lines)).get("inactive_file", 0))
     except (OSError, ValueError):
         return 1 << 62
     if not most.isdigit():
         return 1 << 62
-    # Cached file pages count as usage, but are released if memory is needed.
-    cached = [
-        int(x.split()[1]) for x in stat.splitlines() if x.startswith("inactive_file")
-    ]
-    return max(0, int(most) - now + sum(cached))
+    return max(0, int(most) - now + cached)

@@ -155,8 +155,8 @@ def load(
         InputError: the dtype is unknown or the device does not exist.
     """
     number = pick_dtype(dtype, pick_device(device))
-    seen = check_fit(folder)
     trust = trust_remote_code
+    seen = check_fit(folder)
     tokenizer = load_tokenizer(folder, trust_remote_code=trust)
     devices = pick_devices(device, weight_bytes(folder, number))
     places = dict[str, torch.device]()
@@ -195,7 +195,7 @@ def load_tokenizer(
     """
     from transformers import AutoTokenizer
 
-    if not any(True for pattern in _TOKENIZERS for _ in folder.glob(pattern)):
+    if not any(any(folder.glob(pattern)) for pattern in _TOKENIZERS):
         raise ModelError(
             f"{folder} has no tokenizer (tokenizer.json); copy the model's tokenizer into it"
         )
@@ -307,12 +307,11 @@ def find_unused(seen: Checkpoint, model: Any) -> list[str]:
     if seen.config.get("quantization_config") and not fp8:
         return []
     names = Names(model, torch.float32)
-    unused = []
-    for name in weights_of(seen.stored) if fp8 else seen.stored:
-        target, _ = names.target(name)
-        if target not in names.tensors and not names.may_be_extra(target):
-            unused.append(name)
-    return [name for name in unused if not is_mtp(name, seen.text)]
+    return [
+        name
+        for name in (weights_of(seen.stored) if fp8 else seen.stored)
+        if not names.is_known(names.target(name)[0]) and not is_mtp(name, seen.text)
+    ]
 
 
 def explain_unused(names: Sequence[str]) -> str:

@@ -159,14 +159,8 @@ def learn_outputs(
             )
             hooks.enter_context(block.register_forward_hook(after))
         model(input_ids=ids, use_cache=False)
-    _refuse_uncalled(blocks, [module for module, *_ in calls])
-    return rest, max(s[0, 0].numel() * s.element_size() for s in streams)
-
-
-def _refuse_uncalled(blocks: Sequence[nn.Module], called: Sequence[nn.Module]) -> None:
-    silent = [
-        i for i, block in enumerate(blocks) if not any(block is c for c in called)
-    ]
+    called = [module for module, *_ in calls]
+    silent = [i for i, block in enumerate(blocks) if block not in called]
     if silent:
         raise ArchitectureError(
             f"text alone does not run the blocks {', '.join(map(str, silent))} (they may read "
@@ -177,6 +171,7 @@ def _refuse_uncalled(blocks: Sequence[nn.Module], called: Sequence[nn.Module]) -
             f"{len(blocks)} blocks were found, but a forward pass made {len(called)} calls of "
             "them; each must be called exactly once"
         )
+    return rest, max(s[0, 0].numel() * s.element_size() for s in streams)
 
 
 def _reads_another(
@@ -257,10 +252,10 @@ class Replay:
         self.blocks = list(blocks or stack_modules(model))
         self.device = device or next(model.parameters()).device
         # A block that is streamed or has no weights takes the device of the input.
-        homes = [
-            next((p.device for p in b.parameters()), self.device) for b in self.blocks
+        self.places = [
+            next((p.device for p in b.parameters() if not p.is_meta), self.device)
+            for b in self.blocks
         ]
-        self.places = [self.device if home.type == "meta" else home for home in homes]
         self.store = store or Weights()
         self.attention: str | None = None
         self.limit = BatchLimit(self.device)
@@ -408,7 +403,7 @@ class Recording:
         self.input_ids = input_ids
         self.entered = entered
 
-    def bring(self, i: int, hidden: Tensor) -> Tensor:
+    def move_to_block(self, i: int, hidden: Tensor) -> Tensor:
         """Return hidden states on the device of block ``i``, to combine them with its output."""
         return hidden.to(self._replay.places[i])
 

@@ -94,7 +94,9 @@ def try_images(model: Any, make: Callable[[], ImageInputs]) -> ImageInputs:
 
 def compute_logits(model: Any, inputs: ImageInputs) -> Tensor:
     """Compute the logits of prompts with images, at their last positions."""
-    given: dict[str, Any] = move_inputs(model, inputs)
+    from transformers import BatchFeature
+
+    given: dict[str, Any] = {**BatchFeature(inputs).to(model.device, model.dtype)}
     if "logits_to_keep" in parameters(model.forward):
         given["logits_to_keep"] = _KEPT
     logits: Tensor = model(**given, use_cache=False).logits
@@ -103,16 +105,6 @@ def compute_logits(model: Any, inputs: ImageInputs) -> Tensor:
         if getattr(module, "rope_deltas", None) is not None:
             module.rope_deltas = None
     return logits
-
-
-def move_inputs(model: Any, inputs: ImageInputs) -> ImageInputs:
-    """Move inputs to the device of a model and convert them to its dtype."""
-    return {
-        key: value.to(
-            model.device, model.dtype if value.is_floating_point() else value.dtype
-        )
-        for key, value in inputs.items()
-    }
 
 
 def _run_processor(folder: Path, trust: bool) -> ImageInputs:

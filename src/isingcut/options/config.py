@@ -103,13 +103,11 @@ class RunConfig(Options):
         "auto",
         "How the Hamiltonian is measured. auto: refined with --remove or --budget, else pairwise.",
         "energy",
-        room="energies",
     )
     compare_energies: str = option(
         "",
         "Further energies to measure and to compare on the same states, comma-separated.",
         "energy",
-        room="energies",
     )
     effort: parsed.Effort = option(
         parsed.Effort(),
@@ -155,9 +153,7 @@ class RunConfig(Options):
         False, "Allow the model's own Python code to run.", "model", typed=True
     )
 
-    solver: str = option(
-        "auto", "Solver of low-energy states.", "solve", room="ising.solvers"
-    )
+    solver: str = option("auto", "Solver of low-energy states.", "solve")
     states: Annotated[int, Bounds(ge=1, le=100_000)] = option(
         20, "States kept in the spectrum.", "solve"
     )

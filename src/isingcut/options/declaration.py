@@ -7,7 +7,6 @@ model, a text or a run folder is opened.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import json
@@ -35,7 +34,7 @@ _WRONG = {
     "value_error": "{error}",
 }
 """Messages for the error types of pydantic."""
-_FURTHER = {"room": "", "metavar": None, "typed": False, "argument": False}
+_FURTHER = {"metavar": None, "typed": False, "argument": False}
 RENAMED = {"also": "compare_energies", "drop": "must_remove", "effort": "train"}
 """New names of options by the old ones, which are accepted for one more release."""
 
@@ -47,9 +46,8 @@ def option(default: Any, help_: str, stage: str = "heal", **further: Any) -> Any
         default: value of the field's type; None if the value is decided later.
         help_: help text, one line.
         stage: first stage of a run that the option can change.
-        further: ``room``: sub-package of the parts that the option names. ``typed``: must be given
-            on each command line or call, never in a file. ``argument``: a positional argument.
-            ``metavar``: the name of the value in the help.
+        further: ``typed``: must be given on each command line or call, never in a file.
+            ``argument``: a positional argument. ``metavar``: the name of the value in the help.
     """
     metadata = {**_FURTHER, **further, "stage": stage, "help": help_}
     return dataclasses.field(default=default, metadata=metadata)
@@ -130,10 +128,12 @@ def _check_value(kind: Any, f: dataclasses.Field[Any], value: Any) -> Any:
     # Arrays and numbers of NumPy and PyTorch.
     value = getattr(value, "tolist", lambda: value)()
     plain = plain_type(kind, f.name)
-    if plain in (int, float) and isinstance(value, str):
-        value = read_number(value)
     try:
-        return _validator(kind, f.name)(_text(value) if plain is str else value)
+        if plain is str:
+            value = _text(value)
+        elif plain is not bool and isinstance(value, str) and value:
+            value = parse_yaml(value)
+        return _validator(kind, f.name)(value)
     except ValidationError as e:
         first = e.errors(include_url=False)[0]
         context = {**first.get("ctx", {}), "shown": shorten(first["input"])}
@@ -141,7 +141,7 @@ def _check_value(kind: Any, f: dataclasses.Field[Any], value: Any) -> Any:
         words = str(context.get("expected")).replace("'", "").replace(" or ", ", ")
         wrong = _WRONG[first["type"]].format(**context, words=words)
         raise OptionError(f, f" {wrong}") from None
-    except InputError as e:
+    except (InputError, ValueError) as e:
         # Of a text that is parsed.
         raise OptionError(f, f": {e}") from None
 
@@ -237,16 +237,6 @@ def from_yaml(kind: type[Options], path: Path) -> dict[str, Any]:
 def flag(f: dataclasses.Field[Any]) -> str:
     """Return the name of an option on the command line."""
     return f.name.upper() if f.metadata["argument"] else "--" + f.name.replace("_", "-")
-
-
-def read_number(text: str) -> Any:
-    """Return the number that a YAML file or a typed option spells; other text as it is."""
-    for kind in (int, float):
-        if re.fullmatch(_PLAIN_VALUES[kind.__name__], text):
-            # Python does not convert thousands of digits.
-            with contextlib.suppress(ValueError):
-                return kind(text)
-    return text
 
 
 def shorten(value: Any) -> str:

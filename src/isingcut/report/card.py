@@ -44,10 +44,8 @@ def card_parts(
     provenance = files.run.provenance
     base = hub_id(files.model)
     ranking = files.candidates
-    name = Path(files.model).name
     place = provenance.model_path
-    if name in ("", "..") and place is not None:
-        name = Path(place.absolute).name
+    name = Path(files.model if place is None else place.absolute).name
     rows = [
         [
             "original weights and config, SHA-256 of headers and edges",

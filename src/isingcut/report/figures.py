@@ -168,7 +168,6 @@ def scatter_figure(files: RunFiles, name: str, states: Sequence[ReportState]) ->
             kl.figure,
             state.tip(value, energy.unit, "energy" if name == files.energy else name),
             "chosen" if state.chosen else state.kind,
-            shape="ring" if state.kind == "random" else "dot",
             error=kl.error,
             state=state.number,
         )
@@ -280,7 +279,7 @@ def trade_off_figure(axis: Axis, groups: Sequence[Group], absent: str) -> Figure
         axis.label,
         f"KL ({CUT_RANKING}), nats/token",
     )
-    plot.mark(axis.whole, 0.0, "the original", "original", shape="diamond")
+    plot.mark(axis.whole, 0.0, "the original", "original")
     legend = {"original": "original"}
     for group in groups:
         own = [(at, best.kl) for of, _, at, best in points if of is group]

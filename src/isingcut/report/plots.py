@@ -151,7 +151,6 @@ class Plot:
         tip: str,
         kind: str,
         *,
-        shape: str = "dot",
         error: float | None = None,
         state: int | None = None,
     ) -> None:
@@ -160,14 +159,13 @@ class Plot:
         Args:
             x, y: position in data coordinates.
             tip: tooltip text; lines are separated by newlines.
-            kind: CSS class.
-            shape: ``dot``, ``ring`` or ``diamond``.
+            kind: CSS class; ``original`` is a diamond, ``random`` a ring, any other a dot.
             error: standard error of ``y``.
             state: number of the state that a click shows.
         """
         ends = None if error is None else (self.y(y - error), self.y(y + error))
         row = (tip.split("\n")[0], f"{x:.5g}", plus_minus(y, error))
-        look = {"tip": tip, "kind": kind, "shape": shape, "ends": ends, "state": state}
+        look = {"tip": tip, "kind": kind, "ends": ends, "state": state}
         self.marks.append({"x": self.x(x), "y": self.y(y), "row": row, **look})
 
 

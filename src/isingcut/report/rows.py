@@ -16,17 +16,7 @@ Figures = Mapping[str, Any]
 """Figures of one model by their keys; the error of ``KEY`` is under ``KEY_se``."""
 
 
-RANKING = "ranking text"
-UNSEEN = "unseen text"
-"""Names of the texts that figures are measured on: text for the choice, and text not used by it."""
-
-
-def label_figure(quantity: str, model: str, text: str) -> str:
-    """Return the label of a figure, with the model and the text that it was measured on."""
-    return f"{quantity} ({model}, {text})"
-
-
-CUT_RANKING = f"cut, {RANKING}"
+CUT_RANKING = "cut, ranking text"
 """Label of the figures of a ranking: exact cuts, measured on the ranking text."""
 
 
@@ -206,38 +196,28 @@ def evaluation_rows(evaluation: evaluations.EvaluationFile) -> list[Row]:
     Models with the same blocks have the same size and speed, which only the last one lists.
     """
     last = evaluation.last or "GGUF"
-    packed = evaluation.gguf
-    between = {
+    others = {
         name: found
-        for name in ("cut", "patched")
+        for name in ("cut", "patched", "gguf")
         if (found := getattr(evaluation, name, None))
     }
-    rows = _quality_rows(_collect(evaluation, between, last, packed))
-    for name, part in evaluation.parts.items():
-        ways = {
-            way: found.parts[name]
-            for way, found in between.items()
-            if name in found.parts
-        }
-        rows += _rows_of_part(
-            name, _collect(part, ways, last, packed and packed.parts[name])
-        )
-    for name, text in evaluation.elsewhere.items():
-        ways = {
-            k: of[name]
-            for k, found in between.items()
-            if name in (of := found.elsewhere)
-        }
-        models = _collect(text, ways, last, packed and packed.elsewhere[name])
-        rows += _rows_of_part(f"{name} (not calibrated on)", models)
+    rows = _quality_rows(_collect(evaluation, others, last))
+    for of, suffix in (("parts", ""), ("elsewhere", " (not calibrated on)")):
+        for name, scores in getattr(evaluation, of).items():
+            same = {
+                model: getattr(found, of)[name]
+                for model, found in others.items()
+                if name in getattr(found, of)
+            }
+            rows += _rows_of_part(f"{name}{suffix}", _collect(scores, same, last))
     sizes: dict[str, Figures] = {
         "original": dict(evaluation.before),
         last: dict(evaluation.after),
     }
     metrics = evaluation.metrics.items()
     rows += [_row(k, k, shown.unit, shown.form, 1.0, sizes) for k, shown in metrics]
-    if packed:
-        sizes["gguf"] = {"bytes": packed.bytes}
+    if evaluation.gguf:
+        sizes["gguf"] = {"bytes": evaluation.gguf.bytes}
     more = [_row(*quantity, sizes) for quantity in _SIZE_AND_SPEED]
     # Only GPUs decode a batch.
     return rows + [
@@ -247,21 +227,20 @@ def evaluation_rows(evaluation: evaluations.EvaluationFile) -> list[Row]:
 
 def _collect(
     found: evaluations.PairScores,
-    between: Mapping[str, evaluations.Perplexity],
+    others: Mapping[str, evaluations.Perplexity],
     last: str,
-    packed: evaluations.Perplexity | None,
 ) -> dict[str, Figures]:
-    return {
-        "original": {**dict(found.before), "kl": 0.0},
-        **{name: dict(model) for name, model in between.items()},
-        last: {
-            **dict(found.after),
-            "kl": found.kl,
-            "kl_se": found.kl_se,
-            "nll_change_se": found.nll_change_se,
-        },
-        **({} if packed is None else {"gguf": dict(packed)}),
+    """Return the figures of the original, of the models before the last, of it and of the GGUF."""
+    final = {
+        **dict(found.after),
+        "kl": found.kl,
+        "kl_se": found.kl_se,
+        "nll_change_se": found.nll_change_se,
     }
+    known: dict[str, Figures] = {name: dict(model) for name, model in others.items()}
+    known |= {"original": {**dict(found.before), "kl": 0.0}, last: final}
+    order = ("original", "cut", "patched", last, "gguf")
+    return {name: known[name] for name in dict.fromkeys(order) if name in known}
 
 
 def healing_rows(healing: healings.HealingFile) -> list[Row]:

@@ -100,7 +100,6 @@ def _environment(**more: Any) -> jinja2.Environment:
         rows.healing_start,
         rows.judge_kl,
         rows.kl_of,
-        rows.label_figure,
         rows.plus_minus,
         sentence,
         spectrum_rows,
@@ -109,9 +108,7 @@ def _environment(**more: Any) -> jinja2.Environment:
     )
     environment.globals |= {function.__name__: function for function in functions}
     environment.globals["find_spec"] = find_spec
-    environment.globals |= {
-        name: getattr(rows, name) for name in ("CUT_RANKING", "RANKING", "UNSEEN")
-    }
+    environment.globals["CUT_RANKING"] = rows.CUT_RANKING
     return environment
 
 
@@ -224,10 +221,9 @@ def _pages(html: bool) -> jinja2.Environment:
 
 
 def code(text: str) -> Markup:
-    """Escape text for HTML: `...` becomes code; elsewhere set minus signs and no-break spaces."""
+    """Escape text for HTML: `...` becomes code; elsewhere set minus signs."""
     parts = str(escape(text)).split("`")
     plain = [re.sub(r"(?<![\w.-])-(?=\d)", "−", p) for p in parts[::2]]
-    plain = [re.sub(r"(?<=\d) (?=%)|(?<=\d) (?=±)|(?<=±) ", "\u00a0", p) for p in plain]
     marked = [f"<code>{p}</code>" for p in parts[1::2]]
     return Markup("".join(a + b for a, b in zip_longest(plain, marked, fillvalue="")))
 

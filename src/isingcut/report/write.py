@@ -250,10 +250,9 @@ def write_comparison(
 def _sides(found: Sequence[RunFiles]) -> list[Side]:
     places = [f.target.resolve() for f in found]
     short = [p.name for p in places]
-    long = [f"{p.parent.name}/{p.name}" for p in places]
-    names = [s if short.count(s) == 1 else n for s, n in zip(short, long, strict=True)]
     names = [
-        n if names.count(n) == 1 else f"{n} ({k + 1})" for k, n in enumerate(names)
+        p.name if short.count(p.name) == 1 else f"{p.parent.name}/{p.name}"
+        for p in places
     ]
     return [
         Side(f, n, k % 6) for k, (f, n) in enumerate(zip(found, names, strict=True))
@@ -262,18 +261,26 @@ def _sides(found: Sequence[RunFiles]) -> list[Side]:
 
 def differences(runs: Sequence[Side]) -> list[tuple[str, list[str]]]:
     """List what differs between the runs: model, text or option, with the value in each run."""
-    texts = ["" if (c := r.files.calibration) is None else f"{c.source} " for r in runs]
-    texts = [
-        f"{t}(SHA-256 {(r.text or 'not there')[:8]})"
-        for t, r in zip(texts, runs, strict=True)
-    ]
-    rows = [
-        ("model", [r.files.model for r in runs], [r.sha for r in runs]),
-        ("calibration text", texts, [str(r.text) for r in runs]),
-    ]
-    configs = [r.files.run.config.content() for r in runs]
-    for key in dict.fromkeys(k for config in configs for k in config):
-        values = [str(config.get(key, "")) for config in configs]
-        if key not in ("model", "calibration"):
-            rows.append((key.replace("_", " "), values, values))
-    return [(name, shown) for name, shown, identity in rows if len(set(identity)) > 1]
+    facts = []
+    for run in runs:
+        content = run.files.run.config.content()
+        text = run.files.calibration
+        facts.append(
+            {
+                "model": f"{run.files.model} (SHA-256 {run.sha[:8]})",
+                "calibration text": "not there"
+                if text is None
+                else f"{text.source} (SHA-256 {text.sha256[:8]})",
+                **{
+                    k: v
+                    for k, v in content.items()
+                    if k not in ("model", "calibration")
+                },
+            }
+        )
+    found = []
+    for key in dict.fromkeys(key for fact in facts for key in fact):
+        values = [str(fact.get(key, "")) for fact in facts]
+        if len(set(values)) > 1:
+            found.append((key.replace("_", " "), values))
+    return found

@@ -109,8 +109,6 @@ def _benchmarks(
         removed: the blocks of another state than the chosen one.
     """
     config = session.config
-    if removed is None:
-        solving.require(folder, config, "model")
     checkpoint = product(folder, config, removed)
     made = folder.record(checkpoint)
     ranked = folder.target(config.removal) / "candidates.json"

@@ -57,7 +57,7 @@ from isingcut.report.card import card_parts, model_card
 from isingcut.runs.folder import RunFolder, slug
 from isingcut.runs.measuring import calibration_options
 from isingcut.runs.session import Session
-from isingcut.runs.solving import chosen_blocks, load_candidates
+from isingcut.runs.solving import chosen_blocks, load_candidates, require
 from isingcut.runs.stages import Making, Stage
 
 HEALED = "healed"
@@ -89,10 +89,6 @@ def output_folder(
         there = [folder.load(ranked, load_candidates).chosen.removed]
     if all(sorted(blocks) == sorted(removed) for blocks in there):
         return target
-    return _own_place(folder, config, removed)
-
-
-def _own_place(folder: RunFolder, config: RunConfig, removed: Sequence[int]) -> Path:
     named = "-".join(map(str, sorted(removed)))
     if len(named) > _LONGEST_NAME:
         named = results.fingerprint({"removed": sorted(removed)})[:16]
@@ -109,9 +105,13 @@ def product(
 
     Raises:
         InputError: no checkpoint without these blocks was cut.
+        StageFileError: there is no `model/` yet; the message has the next command.
     """
     target = folder.target(config.removal)
-    place = target if removed is None else _place_without(folder, config, removed)
+    if removed is None:
+        place = require(folder, config, "model").parent
+    else:
+        place = _place_without(folder, config, removed)
     if place == target and config.heal and not folder.find_finished(target / HEALED):
         return target / HEALED
     return find_product(folder.run, folder.path, place)
@@ -120,12 +120,10 @@ def product(
 def _place_without(
     folder: RunFolder, config: RunConfig, removed: Sequence[int]
 ) -> Path:
-    """Find the checkpoint without these blocks, first in the folders for their number."""
-    places = [folder.target(config.removal), _own_place(folder, config, removed)]
-    places += [
-        (folder.path / key).parent for key in folder.run.stages if key.endswith("model")
-    ]
-    for place in places:
+    """Find the checkpoint without these blocks, first in the folder for their number."""
+    keys = [key for key in folder.run.stages if key.endswith("model")]
+    others = ((folder.path / key).parent for key in keys)
+    for place in (folder.target(config.removal), *others):
         made = folder.find_record(place / "model")
         if made and made.done and sorted(made.options.removed or ()) == sorted(removed):
             return place

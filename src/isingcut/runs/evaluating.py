@@ -32,7 +32,7 @@ from isingcut.models.load import LoadedModel
 from isingcut.models.sharing import fits
 from isingcut.options.config import RunConfig
 from isingcut.report.card import mark_harm
-from isingcut.runs import measuring, solving
+from isingcut.runs import measuring
 from isingcut.runs.checks import resolve_energy
 from isingcut.runs.cutting import product
 from isingcut.runs.folder import RunFolder
@@ -49,8 +49,6 @@ def _evaluate(
         removed: the blocks of another state than the chosen one.
     """
     config = session.config
-    if removed is None:
-        solving.require(folder, config, "model")
     checkpoint = product(folder, config, removed)
     file = checkpoint.with_name("evaluation.json")
     options: dict[str, Any] = {"model": folder.record(checkpoint).fingerprint}
@@ -226,9 +224,11 @@ def _further_scores(
     judges: dict[str, Callable[[TokenSet], dict[str, evaluations.FurtherPart]]] = {}
     exact: dict[TokenSet, Measurement] = {}
     if last != "cut":
-        texts = (tokens, *elsewhere.values())
+        state = states_of(len(session.replay), [record.removed])
+        what = "perplexity and KL of the exact cut"
         exact = {
-            text: _measure_exact_cut(session, record.removed, text) for text in texts
+            text: measure(session.replay, text, state, session.work(), what)
+            for text in (tokens, *elsewhere.values())
         }
         judges["cut"] = lambda text: _score_exact_cut(exact[text], text)
     if healed and changed:
@@ -286,19 +286,6 @@ def _score_cut(
         name: evaluations.FurtherPart(**one.after.content(), kl=one.kl, kl_se=one.kl_se)
         for name, one in {"": scores, **scores.parts}.items()
     }
-
-
-def _measure_exact_cut(
-    session: Session, removed: Sequence[int], tokens: TokenSet
-) -> Measurement:
-    """Measure the original with its blocks skipped."""
-    return measure(
-        session.replay,
-        tokens,
-        states_of(len(session.replay), [removed]),
-        session.work(),
-        "perplexity and KL of the exact cut",
-    )
 
 
 def _score_exact_cut(

@@ -33,7 +33,7 @@ from isingcut.files.provenance import model_path, versions
 from isingcut.files.stages import find_outdated
 from isingcut.options.config import RunConfig
 from isingcut.options.declaration import options_from
-from isingcut.processes import ALONE
+from isingcut.processes import ALONE, Processes
 
 T = TypeVar("T")
 
@@ -44,6 +44,7 @@ MANIFEST = "run.json"
 _NOT_KEPT = ("out", "overwrite", "trust_remote_code", "skip_speed")
 
 
+@dataclasses.dataclass(eq=False)
 class RunFolder:
     """The files of one run, and the stages that write them; use `create_or_open` or `open`.
 
@@ -60,16 +61,13 @@ class RunFolder:
         progress: shows the hashing of large files.
     """
 
-    def __init__(
-        self, path: Path, run: runs.RunFile, *, overwrite: bool = False
-    ) -> None:
-        self.path = path
-        self.run = run
-        self.overwrite = overwrite
-        self.typed_solver: str | None = None
-        self.processes = ALONE
-        self.session: Any = None
-        self.progress: Progress = silent
+    path: Path
+    run: runs.RunFile
+    overwrite: bool = False
+    typed_solver: str | None = None
+    processes: Processes = ALONE
+    session: Any = None
+    progress: Progress = silent
 
     @classmethod
     def create_or_open(
@@ -105,12 +103,14 @@ class RunFolder:
             made = folder.run.provenance.content()
             folder.run.provenance = runs.Provenance(**{**made, **now})
         else:
-            kept = runs.Config(**options)
-            origin = runs.Provenance(**versions(), **now)
             run = runs.RunFile(
-                config=kept, stages={}, blocks=blocks, provenance=origin, complete=False
+                config=runs.Config(**options),
+                stages={},
+                blocks=blocks,
+                provenance=runs.Provenance(**versions(), **now),
+                complete=False,
             )
-            folder = cls(path, run, overwrite=config.overwrite)
+            folder = cls(path, run, config.overwrite)
         folder.typed_solver = config.solver
         folder.save()
         return folder
@@ -146,11 +146,8 @@ class RunFolder:
                 f"{path} is not an isingcut run folder (no {MANIFEST} in it); "
                 "give the --out of a run, or make one with: isingcut run MODEL --remove M"
             )
-        return cls(
-            path,
-            results.read_document(path / MANIFEST, runs.RunFile),
-            overwrite=overwrite,
-        )
+        run = results.read_document(path / MANIFEST, runs.RunFile)
+        return cls(path, run, overwrite)
 
     @property
     def config(self) -> RunConfig:
@@ -166,13 +163,10 @@ class RunFolder:
     @property
     def sources(self) -> list[Path]:
         """The inputs of the run on this machine."""
-        seen = self.run.provenance.model_path
-        places = (
-            []
-            if seen is None
-            else [self.path / seen.absolute, self.path / seen.relative]
-        )
-        return [*read_by(self.config), *places]
+        found = read_by(self.config)
+        if seen := self.run.provenance.model_path:
+            found += [self.path / seen.absolute, self.path / seen.relative]
+        return found
 
     def model_places(self, name: str) -> list[str]:
         """List possible places of the run's model: its name, or its path relative to this folder.
@@ -231,11 +225,7 @@ class RunFolder:
     def find_finished(self, file: Path) -> runs.StageRecord | None:
         """Return the record of the stage that wrote a file or folder; None if unfinished."""
         found = self.find_record(file)
-        return (
-            found
-            if found is not None and found.done and os.path.lexists(file)
-            else None
-        )
+        return found if found and found.done and os.path.lexists(file) else None
 
     def record(self, file: Path) -> runs.StageRecord:
         """Return the record of the finished stage that wrote a file or folder.
@@ -244,11 +234,11 @@ class RunFolder:
             StageFileError: no finished stage wrote it.
         """
         found = self.find_finished(file)
-        if found is None:
-            raise StageFileError(
-                f"{file} is not finished; type the command that began it again"
-            )
-        return found
+        if found is not None:
+            return found
+        raise StageFileError(
+            f"{file} is not finished; type the command that began it again"
+        )
 
     def find_outdated(self, file: Path) -> str:
         """Return which result a stage's file was made from that has been made again since."""

@@ -103,8 +103,17 @@ def _calibration(
     config = session.config
     file = folder.path / "calibration.safetensors"
     options = typed_options("calibration", config) | {"samples": _samples(config)}
-    if not folder.processes.rank:
-        options |= _texts(folder, file, config, built)
+    if built is not None:
+        options["texts"] = built.meta["texts"]
+    elif not folder.processes.rank:
+        # The recorded hashes of files that are missing now.
+        record = folder.find_finished(file)
+        known = record.options.texts if record else {}
+        if not folder.overwrite:
+            refuse_changed(known, config.calibration)
+        places = [p for p in places_in(config.calibration) if p in known]
+        texts = {place: known[place] for place in places}
+        options["texts"] = texts | text_hashes(config.calibration)
 
     def make(path: Path) -> None:
         (built or build_calibration(session)).save(path)
@@ -113,26 +122,6 @@ def _calibration(
 
 
 calibration = Stage("calibration", _calibration, Calibration.load)
-
-
-def _texts(
-    folder: RunFolder, file: Path, config: RunConfig, built: Calibration | None
-) -> dict[str, Any]:
-    """Return the hashes of the text's files, a stage option; recorded ones for missing files.
-
-    Raises:
-        CalibrationError: a file changed since the measurement, and overwriting was not allowed.
-    """
-    record = folder.find_finished(file)
-    if built is not None:
-        return {"texts": built.meta["texts"]}
-    known = record.options.texts if record else {}
-    if not folder.overwrite:
-        refuse_changed(known, config.calibration)
-    known = {
-        place: known[place] for place in places_in(config.calibration) if place in known
-    }
-    return {"texts": known | text_hashes(config.calibration)}
 
 
 def _size(split: TokenSet) -> SplitSize:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import math
 import time
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -41,6 +42,17 @@ from isingcut.runs.trials import MORE, TOKENS, is_deep, is_searched
 _DISK = 2e9
 # Bytes per trained number (weight, gradient, two moments).
 _TRAINED = 16
+
+
+@dataclass
+class Estimate:
+    """One line of a plan, memory in bytes; ``impossible`` is the reason if it cannot run."""
+
+    name: str
+    samples: int = 0
+    seconds: float = 0.0
+    memory: float = 0.0
+    impossible: str = ""
 
 
 class Prices:
@@ -122,28 +134,28 @@ class Prices:
         """The seconds per token of a forward pass."""
         return sum(self.latency) + self.once
 
-    def energy(self, name: str) -> dict[str, Any]:
+    def energy(self, name: str) -> Estimate:
         """Estimate one energy, with its default number of samples unless the options set it."""
         part = energy_part(self.config, name)
         samples = self.config.samples or part.default_samples
         if self.streamed and not getattr(part, "streams", True):
             why = "needs the whole model in memory"
-            return _estimate(name, samples, impossible=why)
+            return Estimate(name, samples, impossible=why)
         if not hasattr(part, "price"):
-            return _estimate(name, samples, impossible="not estimated")
+            return Estimate(name, samples, impossible="not estimated")
         sizes = self.config.remove.counts or [self.remove]
         return self._measurement(name, samples, part.price(self.n, sizes))
 
-    def times(self) -> list[dict[str, Any]]:
+    def times(self) -> list[Estimate]:
         """Estimate what is left of a run whose model is loaded."""
         return [*map(self.energy, self.config.energies), *self.stages()[1:]]
 
-    def stages(self) -> list[dict[str, Any]]:
+    def stages(self) -> list[Estimate]:
         """Estimate the stages before and after the energy."""
         c = self.config
         ranked = [self._rank(removed) for removed in c.remove.counts or [self.remove]]
-        seconds = sum(one["seconds"] for one in ranked)
-        found = [self._stage("load", reads=1), ranked[-1] | {"seconds": seconds}]
+        seconds = sum(one.seconds for one in ranked)
+        found = [self._stage("load", reads=1), replace(ranked[-1], seconds=seconds)]
         if len(ranked) > 1:
             # The user chooses one of a range to cut.
             return found
@@ -165,7 +177,7 @@ class Prices:
         found.append(self._stage("evaluate", c.report_samples, tokens, 2, work))
         return found
 
-    def _rank(self, removed: int) -> dict[str, Any]:
+    def _rank(self, removed: int) -> Estimate:
         """Estimate the ranking of one removal, with trial patches of candidates near the lowest."""
         c = self.config
         # Random states are measured on a quarter of the text.
@@ -179,13 +191,13 @@ class Prices:
             if is_searched(c, removed, self.n, streamed=self.streamed):
                 # Every state reads the texts of the fit and the measurement; the original, once.
                 tokens += 2 * TOKENS * (1 + (self.n + MORE) * self.left)
-            found["seconds"] += tokens * self.forward
+            found.seconds += tokens * self.forward
         return found
 
-    def _healing(self) -> dict[str, Any]:
+    def _healing(self) -> Estimate:
         """Estimate healing with a budget of time or tokens."""
         if self.streamed:
-            return _estimate("heal", impossible="needs the whole model in memory")
+            return Estimate("heal", impossible="needs the whole model in memory")
         # A pass of the original, then forward and backward through the remaining blocks.
         passes = 1 + 3 * self.left
         tokens = self.config.heal.tokens or 0
@@ -193,7 +205,7 @@ class Prices:
             tokens = seconds / passes / self.forward
         if not tokens:
             why = "depends on the text; set a limit with --heal 10min"
-            return _estimate("heal", impossible=why)
+            return Estimate("heal", impossible=why)
         trained = _TRAINED * self.left * self.weights / self.dtype.itemsize
         work = trained + self.batch * self.graph
         return self._stage("heal", int(tokens) // LENGTH, passes * tokens, 0, work)
@@ -205,16 +217,16 @@ class Prices:
         tokens: float = 0,
         reads: float = 0,
         work: float = 0,
-    ) -> dict[str, Any]:
+    ) -> Estimate:
         """Estimate forward passes over tokens, and reads of all weights; ``work`` in bytes."""
         seconds = tokens * self.forward + reads * self.reading * self.weights
-        return _estimate(name, samples, seconds, self._weights_in_memory() + work)
+        return Estimate(name, samples, seconds, self._weights_in_memory() + work)
 
     def _weights_in_memory(self) -> float:
         """Return the bytes of the process with its weights, or with two buffers if streamed."""
         return self.memory.used + (2 * self.largest if self.streamed else self.weights)
 
-    def _measurement(self, name: str, samples: int, price: Price) -> dict[str, Any]:
+    def _measurement(self, name: str, samples: int, price: Price) -> Estimate:
         """Estimate a measurement, in memory or streamed."""
         tokens = samples * self.config.length
         # With streaming, blocks run forward once more in the backward pass.
@@ -228,11 +240,11 @@ class Prices:
             streams = 2 * (self.n + 1) if price.gradients else price.heads
             sweeps = math.ceil(tokens * streams * self.stream / self.room)
             seconds = max(seconds, sweeps * reading) + reading
-            return _estimate(name, samples, price.seconds or seconds, self.memory.total)
+            return Estimate(name, samples, price.seconds or seconds, self.memory.total)
         kept = (BLOCK_STREAMS + self.n + 1) * self.stream
         work = self.logits + (self.graph if price.gradients else kept)
         memory = self._weights_in_memory() + self.batch * work
-        return _estimate(name, samples, price.seconds or seconds, memory)
+        return Estimate(name, samples, price.seconds or seconds, memory)
 
 
 def _time_head(replay: Replay, batch: TokenSet) -> float:
@@ -240,7 +252,7 @@ def _time_head(replay: Replay, batch: TokenSet) -> float:
     seconds = []
     with torch.inference_mode():
         recording = replay.record(batch.input_ids)
-        stream = recording.bring(len(replay) - 1, recording.entered)
+        stream = recording.move_to_block(len(replay) - 1, recording.entered)
         logits = partial(OutputHead(replay).logits, recording, stream, batch)
         original = Comparison(logits(), batch)
         for _ in range(3):
@@ -259,26 +271,14 @@ def say_times(session: Session, folder: RunFolder) -> None:
     prices = Prices(session, folder)
     quick = copy.copy(prices)
     quick.config = session.config.replace(quick=True)
-    total, less = (sum(one["seconds"] for one in p.times()) for p in (prices, quick))
+    total, less = (sum(one.seconds for one in p.times()) for p in (prices, quick))
     parts = [
-        f"{one['name']} {one['impossible'] or duration(one['seconds'])}"
+        f"{one.name} {one.impossible or duration(one.seconds)}"
         for one in prices.times()
-        if one["impossible"] or one["seconds"] > total / 100
+        if one.impossible or one.seconds > total / 100
     ]
     hint = "" if session.config.quick else f"; with --quick {duration(less)}"
     say(f"this run takes about {duration(total)} here ({', '.join(parts)}){hint}")
-
-
-def _estimate(
-    name: str,
-    samples: int = 0,
-    seconds: float = 0.0,
-    memory: float = 0.0,
-    impossible: str = "",
-) -> dict[str, Any]:
-    """Make one line of a plan, memory in bytes; ``impossible`` is the reason if it cannot run."""
-    found = {"name": name, "samples": samples, "impossible": impossible}
-    return found | {"seconds": seconds, "memory": int(memory)}
 
 
 def make_plan(config: RunConfig) -> dict[str, Any]:
@@ -315,9 +315,9 @@ def make_plan(config: RunConfig) -> dict[str, Any]:
         "streamed": prices.streamed,
         "forward": 1 / prices.forward,
         "reading": 1 / max(1e-15, prices.reading),
-        "energies": [prices.energy(name) for name in names],
-        "stages": stages,
+        "energies": [asdict(prices.energy(name)) for name in names],
+        "stages": [asdict(stage) for stage in stages],
         "energy": config.energy,
-        "seconds": sum(one["seconds"] for one in done),
+        "seconds": sum(one.seconds for one in done),
         "probe_seconds": time.perf_counter() - began,
     }

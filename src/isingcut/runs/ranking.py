@@ -76,8 +76,18 @@ def _rank(session: Session, folder: RunFolder) -> Making:
             journal = target / "searched.journal"
             best = search_patched(session, folder, problem, start, split, journal)
             more = np.concatenate([more, states_of(problem.n, best)])
-        by = " and search" if best or "search" in problem.hamiltonian.meta else ""
-        considered = add_states(spectrum, problem, more, by)
+        considered = spectrum
+        if len(more):
+            # Further states do not affect the proof of the lowest.
+            searched = best or "search" in problem.hamiltonian.meta
+            considered = Spectrum.from_states(
+                problem,
+                np.concatenate([spectrum.states, more]),
+                proven=spectrum.proven,
+                solver=spectrum.solver + (" and search" if searched else ""),
+                seconds=spectrum.seconds,
+                info=spectrum.info,
+            )
         work = session.work(target / "candidates.journal")
         found = candidates.rank(
             session.replay, split, problem, considered, others, config, work
@@ -140,24 +150,6 @@ def found_states(spectrum: Spectrum, problem: Problem, config: RunConfig) -> Sta
     # The spectrum may be solved with more constraints than the search had.
     more = states_of(problem.n, found)
     return more[problem.feasible(more)]
-
-
-def add_states(spectrum: Spectrum, problem: Problem, more: States, by: str) -> Spectrum:
-    """Return a spectrum with further states, which do not affect the proof of the lowest.
-
-    Args:
-        by: what else found them, for the name of the solver.
-    """
-    if not len(more):
-        return spectrum
-    return Spectrum.from_states(
-        problem,
-        np.concatenate([spectrum.states, more]),
-        proven=spectrum.proven,
-        solver=spectrum.solver + by,
-        seconds=spectrum.seconds,
-        info=spectrum.info,
-    )
 
 
 def one_pass(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import socket
 from collections.abc import Iterator, Sequence
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 
 from isingcut.console.printing import say
-from isingcut.console.progress import Progress, as_progress, silent
+from isingcut.console.progress import Progress, silent
 from isingcut.errors import ArchitectureError, InputError, ModelError
 from isingcut.files.cuts import CutRecord
 from isingcut.files.results import read_document
@@ -30,7 +31,7 @@ from isingcut.formats.sources import (
 from isingcut.measure.work import Work
 from isingcut.models import device as devices
 from isingcut.models import load as models
-from isingcut.models.compute.tuning import choose_batch_tokens
+from isingcut.models.compute.batching import choose_batch_tokens
 from isingcut.models.device import (
     allowance,
     first_card,
@@ -55,25 +56,21 @@ from isingcut.runs.solving import (
 )
 
 
+@dataclasses.dataclass(eq=False)
 class Session:
     """The model of a run, with the settings of its computation.
 
     Args:
         config: the run's options; only those about the model are used here.
         progress: shows progress.
-        dtype: the dtype that the run chose for `--dtype auto` before, if any.
-
-    Attributes:
+        recorded: the dtype that the run chose for `--dtype auto` before, if any.
         processes: the processes that load the same model and measure together.
     """
 
-    def __init__(
-        self, config: RunConfig, progress: Progress = silent, dtype: str | None = None
-    ) -> None:
-        self.config = config
-        self.progress = as_progress(progress)
-        self._recorded = dtype
-        self.processes = ALONE
+    config: RunConfig
+    progress: Progress = silent
+    recorded: str | None = None
+    processes: Processes = ALONE
 
     @contextlib.contextmanager
     def at(self, config: RunConfig) -> Iterator[None]:
@@ -122,8 +119,8 @@ class Session:
     @cached_property
     def dtype(self) -> str:
         """The name of the dtype: as requested, as recorded, else chosen now."""
-        if self.config.dtype == "auto" and self._recorded is not None:
-            return self._recorded
+        if self.config.dtype == "auto" and self.recorded is not None:
+            return self.recorded
         return devices.dtype_name(self.config.dtype, self.config.device)
 
     @cached_property

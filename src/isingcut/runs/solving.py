@@ -6,6 +6,7 @@ Counts, budgets, keep and drop lists and legality are linear rows. Nothing here 
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
 import shlex
 from collections.abc import Iterable, Sequence
@@ -180,23 +181,19 @@ def _furthest(
     most = float(costs @ Problem(falling, problem.constraints).a_state())
     unit = budget.quantity.unit
     at = f"@{budget.context}" if budget.context else ""
+    packed = budget.quantity.packed
+    _, before, now = _packed_costs(blocks, budget) if packed else (0, 0.0, 0.0)
     # Rounded so that the printed value is feasible.
-    if budget.quantity.packed:
-        _, before, now = _packed_costs(blocks, budget)
-        if budget.share is None:
-            amount = (
-                math.ceil(1e3 * (now - most) / budget.quantity.units[unit.lower()])
-                / 1e3
-            )
-            return f"{budget.name}={amount:.12g}{unit}{at}"
-        share = (before - now + most) / before
-        return f"{budget.name}={math.floor(1000 * share) / 10:g}%{at}"
     if budget.share is not None:
-        return (
-            f"{budget.name}={math.floor(1000 * most * budget.share / row.rhs) / 10:g}%"
-        )
-    amount = math.floor(1e6 * most / budget.quantity.units[unit.lower()]) / 1e6
-    return f"{budget.name}={amount:.12g}{unit}"
+        share = most * budget.share / row.rhs
+        if packed:
+            share = (before - now + most) / before
+        return f"{budget.name}={math.floor(1000 * share) / 10:g}%{at}"
+    scale = budget.quantity.units[unit.lower()]
+    amount = math.floor(1e6 * most / scale) / 1e6
+    if packed:
+        amount = math.ceil(1e3 * (now - most) / scale) / 1e3
+    return f"{budget.name}={amount:.12g}{unit}{at}"
 
 
 def count_rows(kinds: Sequence[str], remove: Removal) -> list[LinearConstraint]:
@@ -285,14 +282,9 @@ def problem_of(folder: RunFolder, config: RunConfig) -> Problem:
 
 def _solver_options(config: RunConfig) -> dict[str, Any]:
     """Return seed and time limit, if the solver has such options."""
-    part = registry.get(config.solver)
-    fields = (
-        {f.name for f in dataclasses.fields(part)}
-        if dataclasses.is_dataclass(part)
-        else set()
-    )
+    known = inspect.signature(registry.get(config.solver)).parameters
     given = {"seed": config.seed, "seconds": config.solve_seconds}
-    return {k: v for k, v in given.items() if k in fields}
+    return {k: v for k, v in given.items() if k in known}
 
 
 def solve_options(folder: RunFolder, config: RunConfig) -> dict[str, Any]:

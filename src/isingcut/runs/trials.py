@@ -71,6 +71,7 @@ def is_searched(
     return is_deep(removed, blocks) and trial_tokens(config) > TOKENS and not streamed
 
 
+@dataclasses.dataclass
 class Trials:
     """The measured KL of patched states.
 
@@ -81,45 +82,40 @@ class Trials:
         kept: as in `make_patches`, for the text of the fits.
     """
 
-    def __init__(
-        self,
-        session: Session,
-        folder: RunFolder,
-        text: TokenSet,
-        journal: Path,
-        progress: Progress,
-        kept: Kept | None = None,
-    ) -> None:
-        self._session = session
-        self._folder = folder
-        self._text = text
-        self._fitted = kept
+    session: Session
+    folder: RunFolder
+    text: TokenSet
+    journal: Path
+    progress: Progress
+    kept: Kept | None = None
+
+    def __post_init__(self) -> None:
         self._measured = dict[int, list[Tensor]]()
-        self._work = dataclasses.replace(session.work(journal), progress=progress)
-        self._ledger = Ledger(session.replay, text, self._work)
+        work = self.session.work(self.journal)
+        self._work = dataclasses.replace(work, progress=self.progress)
+        self._ledger = Ledger(self.session.replay, self.text, self._work)
 
     def kl(self, removed: Sequence[int], kind: str, tokens: int) -> float:
         """Return the KL of a state after a patch of a kind, fitted on so many tokens."""
-        session = self._session
-        work = self._work
+        session = self.session
         # With `--heal` a patch would be least-squares only, but a tuned one predicts the healing.
         trial = session.config.replace(patch=kind, patch_tokens=tokens, heal="")
 
         def make() -> Floats:
             with session.at(trial):
-                new = fit_patch(
-                    session, self._folder, removed, work.progress, self._fitted
-                )
-            named = f"without {join_blocks(removed)}, patched"
-            replay = session.replay
-            text = self._text
-            own = self._measured
+                new = fit_patch(session, self.folder, removed, self.progress, self.kept)
             return changed_losses(
-                replay, text, lambda name, _: new.get(name), work, named, removed, own
+                session.replay,
+                self.text,
+                lambda name, _: new.get(name),
+                self._work,
+                f"without {join_blocks(removed)}, patched",
+                removed,
+                self._measured,
             )
 
         key = f"{list(removed)}:{kind}:{tokens}"
-        sums = self._ledger.once(key, self._text.samples, 0.0, 0.0, make)
+        sums = self._ledger.measure_once(key, self.text.samples, 0.0, 0.0, make)
         return float(sums.sum() / self._ledger.counts.sum())
 
 

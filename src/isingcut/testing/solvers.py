@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 
 from isingcut.errors import (
     InfeasibleError,
@@ -33,6 +32,10 @@ def problems(seed: int = 0) -> dict[str, Problem]:
     mixed = Hamiltonian.from_quadratic(rng.normal(size=(N, N)), c=1.5)
     degenerate = Hamiltonian.from_quadratic(rng.integers(-2, 3, size=(N, N)))
     costs = rng.uniform(1e6, 3e6, size=N)
+    pairs = np.eye(N) + np.eye(N, k=1)
+    apart = [
+        con.LinearConstraint(f"apart {i}", pairs[i], "<=", 1) for i in range(N - 1)
+    ]
     return {
         "positive semidefinite, count": Problem(definite, [con.count(N, 4)]),
         "indefinite, count": Problem(mixed, [con.count(N, 5)]),
@@ -52,19 +55,9 @@ def problems(seed: int = 0) -> dict[str, Problem]:
             mixed, [con.count(N, 8), con.keep_at_least(_KINDS, "attention")]
         ),
         "periods": Problem(mixed, con.together(N, [(0, 1, 2), (3, 4), (8, 9, 10)])),
-        "neighbours apart": Problem(mixed, [con.count(N, 4), *_neighbours_apart()]),
+        "neighbours apart": Problem(mixed, [con.count(N, 4), *apart]),
         "one state": Problem(mixed, [con.count(N, N)]),
     }
-
-
-def _neighbours_apart() -> list[con.LinearConstraint]:
-    pairs = np.eye(N) + np.eye(N, k=1)
-    return [con.LinearConstraint(f"apart {i}", pairs[i], "<=", 1) for i in range(N - 1)]
-
-
-def _all_feasible(problem: Problem) -> NDArray[np.bool_]:
-    states = (np.arange(2**problem.n)[:, None] >> np.arange(problem.n)) & 1
-    return states[problem.feasible(states)].astype(np.bool_)
 
 
 def check_solver(part: Solver, k: int = 12) -> dict[str, float]:
@@ -82,6 +75,7 @@ def check_solver(part: Solver, k: int = 12) -> dict[str, float]:
     """
     ground = best = proofs = 0
     cases = problems()
+    every = ((np.arange(2**N)[:, None] >> np.arange(N)) & 1).astype(np.bool_)
     for name, problem in cases.items():
         solution = part.solve(problem, k)
 
@@ -101,7 +95,7 @@ def check_solver(part: Solver, k: int = 12) -> dict[str, float]:
             raise wrong("a state violates " + "; ".join(problem.violations(state)))
         ham = problem.hamiltonian
         tolerance = 1e-9 * ham.scale
-        wanted = np.sort(ham.energies(_all_feasible(problem)))[:k]
+        wanted = np.sort(ham.energies(every[problem.feasible(every)]))[:k]
         got = np.sort(ham.energies(np.unique(states, axis=0)))[:k]
         same = got.shape == wanted.shape and bool(
             (np.abs(got - wanted) <= tolerance).all()

@@ -181,7 +181,9 @@ class Search:
             timed = passes
             ledger = self.evaluator.ledger
             passes = float(
-                ledger.once("budget", 1, 0.0, 0.0, lambda: np.array([timed()]))[0]
+                ledger.measure_once("budget", 1, 0.0, 0.0, lambda: np.array([timed()]))[
+                    0
+                ]
             )
         self.budget = passes or default_passes(len(replay), targets)
         self.evaluator.budget = self.budget

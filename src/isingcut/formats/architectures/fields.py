@@ -417,13 +417,9 @@ def _decode_floats(value: Any) -> Any:
 
 def path_of(config: Any, wanted: Any) -> tuple[str, ...]:
     """Return the keys that lead from a configuration object to one inside it."""
-    if config is wanted:
-        return ()
     for key, value in vars(config).items():
         if value is wanted:
             return (key,)
-        if hasattr(value, "get_text_config"):
-            deeper = path_of(value, wanted)
-            if deeper:
-                return (key, *deeper)
+        if hasattr(value, "get_text_config") and (deeper := path_of(value, wanted)):
+            return (key, *deeper)
     return ()

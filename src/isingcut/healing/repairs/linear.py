@@ -436,7 +436,10 @@ class _Fitting:
         return [r.block(i, s) for r, s in zip(self._recordings, streams, strict=True)]
 
     def _bring(self, i: int, streams: Sequence[Tensor]) -> list[Tensor]:
-        return [r.bring(i, s) for r, s in zip(self._recordings, streams, strict=True)]
+        return [
+            r.move_to_block(i, s)
+            for r, s in zip(self._recordings, streams, strict=True)
+        ]
 
     def _home_of_inputs(self, write: Write) -> torch.device:
         """Return the device to keep a layer's inputs on: that of the streams, or the CPU.

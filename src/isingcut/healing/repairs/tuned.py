@@ -41,13 +41,13 @@ from isingcut.healing.repairs.base import Kept, Repaired
 from isingcut.healing.repairs.linear import Linear
 from isingcut.measure.splitting import attempt, fewer_tokens_to_fit
 from isingcut.memory import raise_if_exhausted
+from isingcut.models.compute.batching import bytes_of_backward
 from isingcut.models.compute.divergence import divergence
 from isingcut.models.compute.head import (
     select_predictions,
     split_predictions,
     sum_losses,
 )
-from isingcut.models.compute.tuning import bytes_of_backward
 from isingcut.models.device import allowance, least_left
 from isingcut.models.replay import Recording, Replay
 

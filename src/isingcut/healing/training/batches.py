@@ -27,8 +27,8 @@ from isingcut.files.healings import HealingMemory
 from isingcut.formats.architectures.blocks import find_stack, text_config
 from isingcut.healing.job import Job, is_sharded, trainer_settings
 from isingcut.measure.splitting import fewer_tokens_to_fit
+from isingcut.models.compute.batching import count_graph_bytes
 from isingcut.models.compute.divergence import CHUNK_ELEMENTS
-from isingcut.models.compute.tuning import count_graph_bytes
 from isingcut.models.device import BatchLimit, least_left
 from isingcut.models.placement import devices_of, name_devices
 from isingcut.options.config import BATCH_TOKENS

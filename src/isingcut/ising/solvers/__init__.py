@@ -10,7 +10,7 @@ import numpy as np
 
 from isingcut.errors import InputError
 from isingcut.ising.problem import Problem
-from isingcut.ising.solvers.base import NO_CLASS, Solution
+from isingcut.ising.solvers.base import Solution
 from isingcut.ising.solvers.dimod import sampler_class
 from isingcut.ising.spectrum import Spectrum
 from isingcut.ising.states import read_whole
@@ -44,10 +44,9 @@ class Solvers(Registry):
             InputError: no such sampler.
         """
         self.get(name)
-        if name == "dimod":
-            raise InputError(NO_CLASS)
-        if imports(name):
-            sampler_class(name.removeprefix("dimod:"))
+        kind, _, sampler = name.partition(":")
+        if kind == "dimod":
+            sampler_class(sampler)
 
 
 def imports(name: str) -> bool:

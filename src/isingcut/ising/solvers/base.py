@@ -19,8 +19,6 @@ from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.ising.problem import Problem, read_count
 from isingcut.ising.states import Floats, States
 
-NO_CLASS = "the solver 'dimod' needs a class: write dimod:package.Class"
-
 
 @dataclass(frozen=True, eq=False)
 class Solution:

@@ -19,7 +19,7 @@ import numpy as np
 from isingcut.errors import InputError, IsingcutError, MissingExtraError
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.ising.problem import Problem
-from isingcut.ising.solvers.base import NO_CLASS, Solution, reduce
+from isingcut.ising.solvers.base import Solution, reduce
 from isingcut.ising.states import Bools, States
 
 __all__ = ["Dimod"]
@@ -49,8 +49,6 @@ class Dimod:
 
     def solve(self, problem: Problem, k: int) -> Solution:
         """Find up to ``k`` states, without a proof."""
-        if self.sampler == "":
-            raise InputError(NO_CLASS)
         reduced = reduce(problem)
         if not reduced.n:
             return Solution(reduced.expand(np.zeros((1, 0))))

@@ -66,11 +66,10 @@ class Exact:
         """Find the ``k`` lowest states, proven unless a limit was reached."""
         if self.threads < 0 or (self.seconds is not None and self.seconds <= 0):
             raise InputError("exact needs threads >= 0 and a time limit above 0")
+        deadline = math.inf
         if self.seconds is not None:
             compile_search()
-        deadline = (
-            math.inf if self.seconds is None else time.perf_counter() + self.seconds
-        )
+            deadline = time.perf_counter() + self.seconds
         reduced = reduce(problem)
         threads = self.threads or os.cpu_count() or 1
         search = _BranchAndBound(
@@ -361,7 +360,8 @@ class _BranchAndBound:
         if not root:
             self._luck[difficulty] = luck + 0.1 * (float(complete) - luck)
         found = np.isfinite(energies)
-        states = np.tile((part.fixed == 1).astype(np.uint8), (int(found.sum()), 1))
-        states[:, part.free[order]] = 1 - best[found] if flip else best[found]
-        self.pool.add(energies[found], states)
+        if found.any():
+            states = np.tile((part.fixed == 1).astype(np.uint8), (int(found.sum()), 1))
+            states[:, part.free[order]] = 1 - best[found] if flip else best[found]
+            self.pool.add(energies[found], states)
         return bool(complete)

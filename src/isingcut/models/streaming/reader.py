@@ -179,26 +179,23 @@ def _groups(
 ) -> tuple[list[Group], list[str]]:
     """Group the stored tensors by target; also return the names that the model does not use."""
     unexpected: list[str] = []
-    alone: list[Group] = []
+    groups: list[Group] = []
     together: dict[str, list[tuple[str, StoredTensor]]] = {}
     for name in sorted(stored, key=names.order):
         tensor = stored[name]
         target, pattern = names.target(name)
-        if target not in names.tensors:
-            if not names.may_be_extra(target):
-                unexpected.append(name)
-            continue
-        if pattern is not None:
+        if not names.is_known(target):
+            unexpected.append(name)
+        elif target in names.tensors and pattern is not None:
             together.setdefault(target, []).append((pattern, tensor))
-            continue
-        _same_shape(folder, name, tensor.shape, tuple(names.tensors[target].shape))
-        made = torch.empty(tensor.shape, dtype=names.dtype_of(target), device="meta")
-        alone.append(Group({target: made}, (CopyStep(tensor, target),)))
-    joined = [
-        _join_group(folder, first, members, names)
-        for first, members in together.items()
-    ]
-    return alone + joined, unexpected
+        elif target in names.tensors:
+            shape = tuple(names.tensors[target].shape)
+            _same_shape(folder, name, tensor.shape, shape)
+            made = torch.empty(shape, dtype=names.dtype_of(target), device="meta")
+            groups.append(Group({target: made}, (CopyStep(tensor, target),)))
+    for first, members in together.items():
+        groups.append(_join_group(folder, first, members, names))
+    return groups, unexpected
 
 
 def _join_group(

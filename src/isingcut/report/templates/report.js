@@ -26,25 +26,20 @@
     },
   };
   const read = (area, event) => {
-    const kind = area.dataset.axis;
     const box = area.getBoundingClientRect();
     const along = (v, low, size) => Math.max(0, Math.min(n - 1, Math.floor(((v - low) / size) * n)));
     const i = along(event.clientX, box.left, box.width);
     const j = along(event.clientY, box.top, box.height);
-    for (const bar of all(".cursor")) bar.setAttribute("x", i);
-    for (const bar of all(".cursor-row")) bar.setAttribute("y", kind === "J" ? j : -1);
-    return describe[kind](i, j, area);
+    return describe[area.dataset.axis](i, j, area);
   };
 
-  // Values under the pointer, and the block under it in every figure.
+  // Values under the pointer.
   const tip = one(".tip");
   const point = (event) => {
     const area = event.target.closest("[data-axis], [data-tip]");
-    const axis = area !== null && "axis" in area.dataset;
-    document.body.classList.toggle("pointing", axis);
     tip.hidden = area === null;
     if (area === null) return;
-    tip.textContent = axis ? read(area, event) : area.dataset.tip;
+    tip.textContent = area.dataset.tip ?? read(area, event);
     tip.style.left = `${Math.max(8, Math.min(event.clientX + 14, innerWidth - tip.offsetWidth - 8))}px`;
     const below = event.clientY + 24 + tip.offsetHeight < innerHeight;
     tip.style.top = `${Math.max(8, event.clientY + (below ? 16 : -12 - tip.offsetHeight))}px`;
