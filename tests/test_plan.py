@@ -11,10 +11,12 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import torch
+from rich.filesize import decimal
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 import isingcut
+from isingcut.cli import show
 from isingcut.console.progress import terminal
 from isingcut.energies import registry
 from isingcut.energies.base import price_states
@@ -212,7 +214,9 @@ def test_an_energy_of_a_plug_in_is_planned_or_said_not_to_be(llama, monkeypatch)
     assert streamed.impossible == "needs the whole model in memory"
 
 
-def test_a_plan_for_every_energy_writes_nothing(llama, tmp_path, monkeypatch, answer):
+def test_a_plan_for_every_energy_writes_nothing(
+    llama, tmp_path, monkeypatch, answer, capsys
+):
     monkeypatch.chdir(tmp_path)
     given = {"remove": 2, "length": 16, "samples": 8, "dtype": "float32"}
     found = answer("plan", llama, *flags(given))
@@ -227,6 +231,9 @@ def test_a_plan_for_every_energy_writes_nothing(llama, tmp_path, monkeypatch, an
     assert {e.samples for e in found.energies} == {8}
     assert found.remove == 2
     assert 0 < found.checkpoint < found.weights
+    show.show_plan(found)
+    beside = decimal(found.card_bytes)
+    assert f"a run needs 1.54 x weights + {beside}" in capsys.readouterr().out
 
 
 def test_a_streamed_model_of_two_kinds_is_planned_for_a_budget(tmp_path):

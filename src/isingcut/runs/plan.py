@@ -26,6 +26,7 @@ from isingcut.energies.search import Target
 from isingcut.formats.architectures.blocks import text_config
 from isingcut.healing.repairs import registry as repairs
 from isingcut.healing.repairs.base import before_training
+from isingcut.models.compute.divergence import CHUNK_ELEMENTS
 from isingcut.models.compute.head import Comparison, OutputHead
 from isingcut.models.device import allowance
 from isingcut.models.replay import BLOCK_STREAMS, EMBED, HEAD, Replay
@@ -40,6 +41,11 @@ from isingcut.runs.trials import MORE, TOKENS, is_deep, is_searched
 
 # Bytes per second of a disk, for a run whose weights are in memory.
 _DISK = 2e9
+RESIDENT = 1.54
+"""Memory of a run on a card in multiples of the weights, without a quarter of the blocks that lie
+apart; measured by `benchmarks/card.py`."""
+# Float32 copies of a chunk of logits: two models, their difference, a gradient.
+_LOGIT_COPIES = 4
 # Bytes per trained number (weight, gradient, two moments).
 _TRAINED = 16
 
@@ -133,6 +139,15 @@ class Prices:
     def forward(self) -> float:
         """The seconds per token of a forward pass."""
         return sum(self.latency) + self.once
+
+    def beside_weights(self) -> int:
+        """Return the bytes of a card that a run needs in addition to `RESIDENT` times the weights.
+
+        They hold a sample of the tuning, and the logits of a micro-batch with a chunk in float32.
+        """
+        sample = self.config.length * self.graph
+        logits = self.batch * self.logits + _LOGIT_COPIES * 4 * CHUNK_ELEMENTS
+        return int(sample + logits)
 
     def energy(self, name: str) -> Estimate:
         """Estimate one energy, with its default number of samples unless the options set it."""
@@ -289,6 +304,7 @@ def make_plan(config: RunConfig) -> dict[str, Any]:
 
     Returns:
         the content of `plan --json`: ``weights``, ``allowed`` and ``checkpoint`` in bytes,
+        the size of a card that holds a run (``card_weights`` times the weights + ``card_bytes``),
         ``forward`` in tokens per second, ``reading`` in bytes per second, ``energies`` and
         ``stages``, and ``seconds`` of a whole run with ``energy``, or of the energy alone without
         a removal.
@@ -312,6 +328,8 @@ def make_plan(config: RunConfig) -> dict[str, Any]:
         "weights": prices.weights,
         "allowed": prices.memory.total,
         "checkpoint": int(prices.left * prices.whole),
+        "card_weights": RESIDENT,
+        "card_bytes": prices.beside_weights(),
         "streamed": prices.streamed,
         "forward": 1 / prices.forward,
         "reading": 1 / max(1e-15, prices.reading),
