@@ -77,6 +77,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         | {"attn_layer_indices": list(range(3, 32, 4))},
     ),
 }
+RESIDENT: dict[str, Any] = {"energy": "fisher", "effort": "", "stream": "off"}
 RUNS = tuple(FAMILIES)
 FAMILIES["broad"] = ("llama", {**WIDE, "intermediate_size": BROAD})
 
@@ -126,22 +127,20 @@ def weights(folder: Path) -> int:
 
 
 def text(folder: Path) -> Path:
-    """Return the path of a text of short, distinct lines; write it if it is missing."""
+    """Write a text of short, distinct lines and return its path."""
     path = folder / "text.txt"
-    if not path.exists():
-        lines = (
-            f"{i * 7919 % 1000} of {i * 104729 % 9973} are {i % 13}"
-            for i in range(2000)
-        )
-        path.write_text("\n\n".join(lines), encoding="utf-8")
+    lines = (
+        f"{i * 7919 % 1000} of {i * 104729 % 9973} are {i % 13}" for i in range(2000)
+    )
+    path.write_text("\n\n".join(lines), encoding="utf-8")
     return path
 
 
 def options(place: Path, model: Path, cards: list[Card]) -> dict[str, Any]:
     """Return the options of a run that is reduced to few tokens and states."""
     return {
-        "model": str(model),
-        "calibration": str(text(place)),
+        "model": model,
+        "calibration": text(place),
         "remove": 4,
         "effort": "3",
         "samples": 4,
@@ -191,17 +190,20 @@ def run(
         patched = mock.patch.object(tuning, "choose_layers", chosen)
         with patched, mock.patch.object(Stage, "__call__", measured):
             try:
-                isingcut.run(out=str(out), **options(place, model, cards) | more)
+                isingcut.run(out=out, **options(place, model, cards) | more)
             finally:
                 gc.collect()
-    record = json.loads((out / "model" / "isingcut.json").read_text())
-    stages = json.loads((out / "run.json").read_text())["stages"]
-    evaluation = json.loads((out / "evaluation.json").read_text())
+    record, whole, evaluation = (
+        json.loads((out / f"{name}.json").read_text())
+        for name in ("model/isingcut", "run", "evaluation")
+    )
     tuned = record["patch"].get("tuning") or {}
     return {
         "removed": record["removed"],
         "kl": evaluation["kl"],
-        "resident": not any(stage.get("streamed") for stage in stages.values()),
+        "resident": not any(
+            stage.get("streamed") for stage in whole["stages"].values()
+        ),
         "patched": bool(record["patch"]["changed"]),
         "maps": record["patch"]["maps"],
         "tuned": "left_out" not in tuned,
@@ -247,28 +249,20 @@ def run_budget(
     """Return the smallest budget of a resident run, in W per card."""
     model = checkpoint(place / f"{family}-{quiet[1]}", family, quiet)
     job = partial(run, place, model, count=count, stream="off")
-    low = 1 / count
-    high = 1.8 / count**0.5
-    return smallest(job, "resident", "patched", "tuned", "timed", low=low, high=high)
+    wanted = ("resident", "patched", "tuned", "timed")
+    return smallest(job, *wanted, low=1 / count, high=1.8 / count**0.5)
 
 
 def quarter_budget(place: Path) -> tuple[float, float]:
     """Return the smallest budget of a run without a quarter of the blocks, and the bytes of a
     micro-batch of its tuning, both in W."""
     model = checkpoint(place / f"untied-{QUARTER[1]}", "untied", QUARTER)
-    fixed: dict[str, Any] = {
-        "remove": 8,
-        "must_remove": ",".join(map(str, QUARTER)),
-        "energy": "fisher",
-        "effort": "",
-    }
+    fixed = RESIDENT | {"remove": 8, "must_remove": ",".join(map(str, QUARTER))}
 
-    def job(budget: float) -> dict[str, Any]:
-        return run(place, model, budget, stream="off", **fixed)
-
+    job: Callable[[float], Any] = partial(run, place, model, **fixed)
     roomy = job(3.0)["layers"]
 
-    def with_half(budget: float) -> dict[str, Any]:
+    def with_half(budget: float) -> Any:
         found = job(budget)
         return found | {"half": 2 * found["layers"] >= roomy}
 
@@ -289,18 +283,21 @@ def fit_local(place: Path) -> tuple[float, ...]:
     budget = 1.6
     share = bytes_of(BROAD, WIDE["hidden_size"]) / weights(model)
     assert share > budget, share
-    limited = dict[str, Any](
-        drop=",".join(map(str, NEIGHBOURS)), energy="fisher", effort="", stream="off"
-    )
-    # As many tokens that their rows take more memory than the moments.
-    limited |= {"patch_tokens": BROAD // 2 + 256, "length": 64}
-    limited |= {"patch": "linear", "skip_speed": True}
+    limited = RESIDENT | {
+        "must_remove": ",".join(map(str, NEIGHBOURS)),
+        # As many tokens that their rows take more memory than the moments.
+        "patch_tokens": BROAD // 2 + 256,
+        "length": 64,
+        "patch": "linear",
+        "skip_speed": True,
+    }
     for room, maps in ((math.inf, "reads"), (share * weights(model) / 2, "writes")):
 
         def limit(text: str, device: torch.device, room: float = room) -> Any:
-            given = allowance(text, device)
-            least = min(given.left, room) if device.type == "cpu" else given.left
-            return SimpleNamespace(left=least)
+            left = allowance(text, device).left
+            return SimpleNamespace(
+                left=min(left, room) if device.type == "cpu" else left
+            )
 
         with mock.patch.object(linear, "allowance", limit):
             found = run(place, model, budget, **limited)
@@ -326,12 +323,10 @@ def write_models(
 ) -> Path:
     """Write `original` in bfloat16 and `cut` without some blocks (default: a quarter), once."""
     if not (folder / "cut").exists():
-        sizes = {
-            "hidden_size": 256,
-            "intermediate_size": 512,
-            "num_hidden_layers": blocks,
-        }
-        save(tiny_model("llama", **sizes), folder / "original")
+        model = tiny_model(
+            "llama", hidden_size=256, intermediate_size=512, num_hidden_layers=blocks
+        )
+        save(model, folder / "original")
         removed = removed or tuple(range(12, 20))
         excise(folder / "original", removed, folder / "cut")
         record = json.dumps({"removed": removed, "of": blocks})
@@ -341,13 +336,17 @@ def write_models(
 
 def heal_on_card(folder: Path, budget: int | None, **changes: Any) -> int:
     """Heal on a card of ``budget`` bytes, few tokens in two micro-batches; return peak bytes."""
-    settings = {"max_steps": 2, "save_steps": 2}
-    settings |= {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
+    settings = {
+        "max_steps": 2,
+        "save_steps": 2,
+        "per_device_train_batch_size": 1,
+        "gradient_accumulation_steps": 2,
+    }
     given = {
-        "student": str(folder / "cut"),
-        "teacher": str(folder / "original"),
-        "text": str(text(folder)),
-        "out": str(folder / "healed"),
+        "student": folder / "cut",
+        "teacher": folder / "original",
+        "text": text(folder),
+        "out": folder / "healed",
         "length": 8,
         "report_samples": 2,
         "samples": 4,
@@ -390,18 +389,19 @@ def full_budget(place: Path) -> float:
 
 
 JOBS: dict[str, Callable[[Path], Any]] = {
-    **{f"card_run_{f}": partial(run_budget, family=f) for f in RUNS},
     **{f"cards_{n}_run": partial(run_budget, count=n) for n in (2, 4)},
-    **{
-        f"card_run_scattered_{f}": partial(run_budget, family=f, quiet=APART)
-        for f in RUNS
-    },
-    **{f"card_run_streamed_{f}": partial(streamed_budget, family=f) for f in RUNS},
     "card_run_quarter": quarter_budget,
     "card_fit_local": fit_local,
     "card_heal_lora": lora_budget,
     "card_heal_full": full_budget,
 }
+for family in RUNS:
+    runs = partial(run_budget, family=family)
+    JOBS |= {
+        f"card_run_{family}": runs,
+        f"card_run_scattered_{family}": partial(runs, quiet=APART),
+        f"card_run_streamed_{family}": partial(streamed_budget, family=family),
+    }
 
 
 def say(words: str) -> None:

@@ -38,6 +38,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Iterator
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -204,25 +205,14 @@ class Bench:
             clock.advance()
         return self.per_token(clock)
 
-    def gkd(self) -> list[float]:
-        """Time trl's GKDTrainer with the same loss."""
-        return self.trl(distilling=True)
-
-    def sft(self) -> list[float]:
-        """Time trl's SFTTrainer."""
-        return self.trl(distilling=False)
-
     def trl(self, distilling: bool) -> list[float]:
+        """Time trl's GKDTrainer with the same loss, or its SFTTrainer."""
         from datasets import Dataset
         from trl import SFTConfig, SFTTrainer
         from trl.experimental.gkd import GKDConfig, GKDTrainer
 
         o = self.options
         clock = Clock()
-        rows = [
-            ids[m].tolist()
-            for ids, m in zip(self.tokens.input_ids, self.tokens.mask, strict=True)
-        ]
         common: dict[str, Any] = {
             "output_dir": str(self.folder / "trl"),
             "per_device_train_batch_size": o.batch,
@@ -241,7 +231,7 @@ class Bench:
         }
         given: dict[str, Any] = {
             "model": reload(self.cut, dtype=torch.float32),
-            "train_dataset": Dataset.from_dict({"input_ids": rows}),
+            "train_dataset": Dataset.from_dict({"input_ids": self.tokens.rows}),
             "processing_class": self.original.tokenizer,
             "data_collator": padded,
             "callbacks": [clock],
@@ -255,6 +245,9 @@ class Bench:
             trainer = SFTTrainer(args=SFTConfig(**common), **given)
         trainer.train()
         return self.per_token(clock)
+
+    gkd = partialmethod(trl, distilling=True)
+    sft = partialmethod(trl, distilling=False)
 
     def per_token(self, clock: Clock) -> list[float]:
         """Return the seconds per real token after the warm-up, from a step's mean tokens."""

@@ -1,6 +1,6 @@
 """Estimate the time of a default run and a healing on GPUs, as ranges; nothing here was measured.
 
-    python benchmarks/projection.py [8B] [70B] [400B-MoE] [--removed 0.4] [--tuning card]
+    python benchmarks/projection.py [8B] [70B] [400B-MoE] [--removed 0.4]
 
 Every part of a stage has a count, and a rate with a fast and a slow end. Counts follow the code:
 its constants, its formulas, and a real default search of a tiny Llama with as many blocks, on
@@ -60,13 +60,16 @@ def shape(
     hidden: int, inner: int, blocks: int, heads: int, **more: Any
 ) -> dict[str, Any]:
     """Return the configuration of a Llama."""
-    sizes = {
+    return {
+        "model_type": "llama",
+        "vocab_size": 128256,
         "hidden_size": hidden,
         "intermediate_size": inner,
         "num_hidden_layers": blocks,
+        "num_attention_heads": heads,
+        "num_key_value_heads": 8,
+        **more,
     }
-    rest = {"model_type": "llama", "vocab_size": 128256, "num_key_value_heads": 8}
-    return {**rest, **sizes, "num_attention_heads": heads, **more}
 
 
 # Llama-3.1-8B, Llama-3.3-70B and Llama-4-Maverick.
@@ -74,10 +77,10 @@ MODELS = {
     "8B": shape(4096, 14336, 32, 32),
     "70B": shape(8192, 28672, 80, 64),
     "400B-MoE": shape(
-        hidden=5120,
-        inner=8192,
-        blocks=48,
-        heads=40,
+        5120,
+        8192,
+        48,
+        40,
         model_type="llama4_text",
         vocab_size=202048,
         interleave_moe_layer_step=2,
@@ -156,8 +159,6 @@ LORA = 0.005
 """Bytes per trained parameter (float32 weight, gradient, two moments); share that LoRA trains."""
 SWEEPS = {"rank": 2.0, "proof": 8.1, "evaluate": 4.4}
 """Sweeps over the weights of a streamed model; a proof generates eight tokens."""
-TUNING = "host"
-"""Where `tune` keeps float32 weights, gradients and moments: "host" or "card"."""
 RUN = RunConfig(model="m", remove="1")
 
 
@@ -177,9 +178,9 @@ Cells = dict[str, str]
 """Cells of a table by machine."""
 
 
-def default(function: Any, name: str) -> int:
-    """Return the default of an argument."""
-    return int(inspect.signature(inspect.unwrap(function)).parameters[name].default)
+def defaults(function: Any) -> Any:
+    """Return the defaults of keyword-only arguments, by name."""
+    return inspect.unwrap(function).__kwdefaults__
 
 
 def seconds(part: Part) -> Range:
@@ -217,10 +218,8 @@ def count(n: int, removed: int) -> Counts:
         tempfile.TemporaryDirectory() as folder,
         mock.patch.object(Recording, "block", block),
     ):
-        tiny_checkpoint("llama", Path(folder), num_hidden_layers=n)
-        opened = open_model(
-            Path(folder), dtype=torch.float32, device=torch.device("cpu")
-        )
+        source = tiny_checkpoint("llama", Path(folder), num_hidden_layers=n)
+        opened = open_model(source, dtype=torch.float32, device=torch.device("cpu"))
         replay = StreamedReplay(*opened)
         ids = np.random.default_rng(0).integers(8, 256, (SAMPLES, SHORT))
         began = time.process_time()
@@ -269,9 +268,8 @@ class Setting:
         room: bytes of a card beside the weights.
     """
 
-    def __init__(self, model: Model, machine: str, tuning: str) -> None:
+    def __init__(self, model: Model, machine: str) -> None:
         self.model = model
-        self.tuning = tuning
         self.card, cards, self.nodes = MACHINES[machine]
         self.memory, self.peak, bandwidth = CARDS[self.card]
         self.bandwidth = BANDWIDTH * bandwidth
@@ -284,13 +282,9 @@ class Setting:
         ]
         self.streamed = not fit
         self.each = fit[0] if fit else 1
-        self.kind = (
-            "streamed"
-            if not fit
-            else "resident"
-            if fit[0] == 1
-            else f"on {fit[0]} cards"
-        )
+        self.kind = "streamed" if self.streamed else "resident"
+        if self.each > 1:
+            self.kind = f"on {self.each} cards"
         if wide := self.streamed and 2 * model.largest > USABLE * self.memory:
             self.kind += f", --memory-limit {MOST:.0%}"
         self.processes = cards * self.nodes // self.each
@@ -345,12 +339,11 @@ class Setting:
         rate = DOUBLE * FLOAT64[self.card] if place == "card" else CPU[self.card]
         return (Term(f"float64, {place}", flops / 1e12, "TFLOP", rate / 1e12),)
 
-    def fit(self, tokens: float, times: float = 1, known: bool = False) -> list[Part]:
+    def fit(self, t: float, times: float = 1, known: bool = False) -> list[Part]:
         """Make the parts of least-squares fits; ``known``: without passes of the original."""
         m = self.model
-        t = tokens
-        d = self.model.width
-        f = self.model.inner
+        d = m.width
+        f = m.inner
         last = (m.cuts[-1][1] + 1) / m.n
         fits = times * len(m.cuts)
         # With few rows their products are factorised, else the moments of the inputs.
@@ -358,7 +351,7 @@ class Setting:
             solve = 2 * t * t * f + 2 * t * f * d + SOLVES * (t**3 / 3 + 4 * d * t**2)
         else:
             solve = 2 * t * f * (f + d) + SOLVES * (f**3 / 3 + 4 * d * f**2)
-        passes = (1 if known else 2) * last - m.removed / m.n
+        passes = (2 - known) * last - m.removed / m.n
         return [
             (*self.blocks(t, times * passes, MANY), *self.read(times)),
             self.double(
@@ -374,13 +367,12 @@ class Setting:
         """Make the parts of `tune`, of the layers that fit; none for a streamed model."""
         m = self.model
         train = tokens * (1 - 1 / HELD_OUT_EVERY)
-        host = self.tuning == "host"
         # Blocks from the first tuned one on; hidden states twice, and the graph of a micro-batch.
         after = m.n - m.cuts[0][0] + 1 - m.removed
         kept = (2 * tokens + STEP_TOKENS * after * BLOCK_STREAMS // 2) * m.stream
-        # On the card a layer in use and its gradient, in bfloat16; elsewhere or there, the rest.
-        most = (self.each * self.room - kept) / (4 if host else 4 + BYTES)
-        tuned = min(m.tuned, most, USABLE * self.host / BYTES if host else m.tuned)
+        # On the card a layer in use and its gradient, in bfloat16; on the host the rest.
+        most = (self.each * self.room - kept) / 4
+        tuned = min(m.tuned, most, USABLE * self.host / BYTES)
         if self.streamed or tuned <= 0:
             return []
         moved = train / STEP_TOKENS * tuned
@@ -390,12 +382,8 @@ class Setting:
             self.blocks(tokens - train, 2 * after / m.n, FEW, STEP_TOKENS),
             *self.heads(tokens, 3 + 1 / HELD_OUT_EVERY),
             # Each gradient of a micro-batch, and each weight of a step.
-            self.move("gradients and weights", 4 * moved * host, UNPINNED),
-            self.move(
-                f"AdamW, {self.tuning}",
-                ADAM * moved,
-                self.ram if host else self.bandwidth,
-            ),
+            self.move("gradients and weights", 4 * moved, UNPINNED),
+            self.move("AdamW, host", ADAM * moved, self.ram),
         ]
 
     def load(self, size: float, name: str) -> list[Part]:
@@ -407,11 +395,10 @@ class Setting:
         """Make the parts that copy a checkpoint without the cut blocks, and prove it."""
         size = self.model.left * self.model.whole
         # Logits of both models; two prompts are continued, with a cache and without.
-        passes = (2 + 2 * 2 * default(verify, "new_tokens")) * self.model.left
+        passes = (2 + 2 * 2 * defaults(verify)["new_tokens"]) * self.model.left
         proof = self.blocks(1, passes * (not self.streamed), FEW, 1)
-        copied = self.move("copy", 2 * size, DISK)
         return [
-            copied,
+            self.move("copy", 2 * size, DISK),
             *self.load(size, "read back"),
             proof,
             self.read(SWEEPS["proof"]),
@@ -426,7 +413,6 @@ class Setting:
         states = RUN.states + KEPT + 2 + RUN.random_states // 4
         order = np.random.default_rng(0).random((states, m.n)).argsort(1).argsort(1)
         nodes = tree_nodes(order < m.removed)
-        deep = is_deep(m.removed, m.n)
         tried = TRIED
         ranked = self.blocks(tokens, 1 + nodes / m.n, MANY, workers=self.processes)
         parts = [(*ranked, *self.read(SWEEPS["rank"]))]
@@ -440,7 +426,7 @@ class Setting:
             ]
             # The lowest, the best of one pass, and two of the search.
             tried = 4
-        parts += [part for _ in range(tried * deep) for part in self.tune(trial)]
+        parts += tried * is_deep(m.removed, m.n) * self.tune(trial)
         parts += [(Term("text", tried, "readings", TEXT),), *self.fit(trial, tried)]
         measured = self.blocks(tokens, 1 + tried * m.left, MANY)
         return [*parts, (*measured, *self.read(tried)), *self.heads(tokens, 2 * tried)]
@@ -454,8 +440,9 @@ class Setting:
         if self.streamed:
             return [*parts, self.read(SWEEPS["evaluate"])]
         # A prefill, a prompt with one token and one with more; one generation; two new processes.
-        passes = (default(speed, "repeats") + 1) * (3 + default(speed, "new_tokens"))
-        passes += default(before_and_after, "new_tokens")
+        timed = defaults(speed)
+        passes = (timed["repeats"] + 1) * (3 + timed["new_tokens"])
+        passes += defaults(before_and_after)["new_tokens"]
         parts.append(self.blocks(1, (1 + m.left) * passes, FEW, 1))
         return [*parts, start(2), *self.load((1 + m.left) * m.whole, "load again")]
 
@@ -583,7 +570,6 @@ def main() -> None:
     parser.add_argument(
         "--removed", type=float, default=0.25, help="share of removed blocks"
     )
-    parser.add_argument("--tuning", choices=("host", "card"), default=TUNING)
     given = parser.parse_args()
     if unknown := [name for name in given.models if name not in MODELS]:
         parser.error(f"unknown model {unknown[0]!r}; known: {', '.join(MODELS)}")
@@ -593,7 +579,7 @@ def main() -> None:
         rows = dict[tuple[str, ...], Cells]()
         print(f"\n{name} without {model.removed} of {model.n} blocks; {NOTE}\n")
         for machine in MACHINES:
-            setting = Setting(model, machine, given.tuning)
+            setting = Setting(model, machine)
             table.append(
                 [name, machine, setting.kind, *summarise(setting, machine, rows)]
             )
@@ -608,7 +594,7 @@ def main() -> None:
                 *lines,
             ]
         )
-    print(f"\nTuned on the {given.tuning}; {NOTE}\n")
+    print(f"\nTuned on the host; {NOTE}\n")
     print_table(table)
 
 

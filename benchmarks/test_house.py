@@ -47,7 +47,7 @@ def test_counts_stay_below_their_ceilings(
 
 
 @pytest.mark.parametrize(
-    ("line", "packed"),
+    "line, packed",
     [
         ("a, b = 1, f(2)", True),
         ("self.a, self.b = x, y", True),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 
 import projection
@@ -21,31 +23,25 @@ def model(monkeypatch: pytest.MonkeyPatch) -> projection.Model:
 
 def counts_of(parts: list[projection.Part] | None) -> dict[str, float]:
     """Return the counts of a stage by name."""
-    terms = [term for part in parts or [] for term in part if term.count]
-    return {
-        name: sum(t.count for t in terms if t.name == name)
-        for name in {t.name for t in terms}
-    }
+    found: dict[str, float] = {}
+    for term in itertools.chain(*parts or []):
+        found[term.name] = found.get(term.name, 0.0) + term.count
+    return found
 
 
 def test_every_path_has_its_parts_and_ranges(model: projection.Model) -> None:
-    host, card = (
-        projection.Setting(model, "1 x 80 GB", place) for place in ("host", "card")
-    )
-    for parts in host.stages().values():
+    setting = projection.Setting(model, "1 x 80 GB")
+    for parts in setting.stages().values():
         for fast, slow in map(projection.seconds, parts or []):
             assert 0 <= fast <= slow
-    # Gradients leave the card only if the host tunes.
-    on_host, on_card = (
-        counts_of(setting.stages()["patch"]) for setting in (host, card)
-    )
-    assert on_host.keys() - on_card.keys() == {"AdamW, host", "gradients and weights"}
-    assert on_card["AdamW, card"] == on_host["AdamW, host"]
+    # Gradients leave the card, because the host tunes.
+    patch = counts_of(setting.stages()["patch"])
+    assert min(patch[name] for name in ("AdamW, host", "gradients and weights")) > 0
     # A deep cut also fits a patch for every state of its search.
-    shallow = counts_of(host.rank())
+    shallow = counts_of(setting.rank())
     model.removed = round(DEEP * model.n) + 1
     assert shallow["text"] == TRIED
-    assert counts_of(host.rank())["maps"] > 10 * shallow["maps"]
+    assert counts_of(setting.rank())["maps"] > 10 * shallow["maps"]
 
 
 def test_every_table_says_that_nothing_was_measured(

@@ -61,11 +61,11 @@ def sentences(text: str) -> Iterator[list[str]]:
 def main() -> None:
     """Print the three figures; exit 1 if one is above its limit."""
     pages = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-    pages = [
-        page for page in pages if "experiments" not in page.relative_to(ROOT).as_posix()
-    ]
     found = [
-        (page, s) for page in pages for s in sentences(page.read_text(encoding="utf-8"))
+        (page, s)
+        for page in pages
+        if "experiments" not in str(page.relative_to(ROOT))
+        for s in sentences(page.read_text(encoding="utf-8"))
     ]
     readme = [len(sentence) for page, sentence in found if page.name == "README.md"]
     for page, sentence in found:

@@ -2,41 +2,26 @@
 
 import json
 import random
-from pathlib import Path
-from typing import Any
 
 import pytest
 
 from isingcut.testing.tiny import tiny_checkpoint
 
-WORDS = [
-    "the",
-    "cat",
-    "sat",
-    "on",
-    "a",
-    "mat",
-    "rain",
-    "fell",
-    "over",
-    "old",
-    "stone",
-    "town",
-]
+WORDS = "the cat sat on a mat rain fell over old stone town"
 
 
-def words(seed: int, count: int) -> str:
+def words(seed, count):
     draw = random.Random(seed)
-    return " ".join(draw.choice(WORDS) for _ in range(count))
+    return " ".join(draw.choice(WORDS.split()) for _ in range(count))
 
 
-def write(path: Path, records: list[dict[str, Any]]) -> None:
+def write(path, records):
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
+    path.write_text("\n".join(map(json.dumps, records)))
 
 
 @pytest.fixture(scope="session")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def model(tmp_path_factory):
     """Return a tiny Llama of six blocks with a vocabulary of 262 tokens."""
     return tiny_checkpoint(
         "llama", tmp_path_factory.mktemp("model"), max_position_embeddings=512
@@ -44,13 +29,15 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def data(tmp_path_factory):
     """Return a folder with file names of the data folder, filled with random words."""
     folder = tmp_path_factory.mktemp("data")
 
-    def chat(k: int) -> list[dict[str, str]]:
-        answer = {"role": "assistant", "content": words(2 * k + 1, 9)}
-        return [{"role": "user", "content": words(2 * k, 5)}, answer]
+    def chat(k):
+        return [
+            {"role": "user", "content": words(2 * k, 5)},
+            {"role": "assistant", "content": words(2 * k + 1, 9)},
+        ]
 
     write(
         folder / "calib_instruct/mix1000.jsonl",
@@ -61,8 +48,10 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
             folder / f"{name}.jsonl",
             [{"text": words(99 * i + k, 60)} for k in range(12)],
         )
-    solved = [{"context": words(k, 9), "solution": words(k + 50, 9)} for k in range(20)]
-    write(folder / "gsm8k/train1000.jsonl", solved)
+    write(
+        folder / "gsm8k/train1000.jsonl",
+        [{"context": words(k, 9), "solution": words(k + 50, 9)} for k in range(20)],
+    )
     records = [
         {
             "context": words(q, 4),
@@ -76,7 +65,13 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny(model: Path, data: Path) -> list[str]:
+def tiny(model, data):
     """Return options for a study that takes a few seconds."""
-    where = ["--model", str(model), "--data", str(data), "--dtype", "float32"]
-    return [*where, "--length", "24", "--judged-tokens", "96", "--batch-tokens", "96"]
+    return [
+        f"--model={model}",
+        f"--data={data}",
+        "--dtype=float32",
+        "--length=24",
+        "--judged-tokens=96",
+        "--batch-tokens=96",
+    ]

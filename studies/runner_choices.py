@@ -27,11 +27,9 @@ from isingcut.measure.work import Work
 from isingcut.models.replay import Replay
 from studies.runner import Content
 
+PLAIN = ("random", "block-influence", "angular-window", "sleb")
 BASELINES: dict[str, tuple[str, dict[str, Any]]] = {
-    "random": ("random", {}),
-    "block-influence": ("block-influence", {}),
-    "angular-window": ("angular-window", {}),
-    "sleb": ("sleb", {}),
+    **{name: (name, {}) for name in PLAIN},
     "sleb-kl": ("sleb", {"loss": "kl", "keep_ends": False}),
 }
 TOP = 20
@@ -80,14 +78,13 @@ class Setting:
 
 
 def choose(
-    method: str, setting: Setting, removals: Sequence[int]
+    method: str, s: Setting, removals: Sequence[int]
 ) -> dict[str, list[Content]]:
     """Return the choices of a method for some numbers of blocks, by entry name.
 
     `cbo` and `pairwise` have two entries: the ground state, and the best of the `TOP` lowest.
     """
-    n = len(setting.replay)
-    s = setting
+    n = len(s.replay)
     found: dict[str, dict[int, Outcome]] = {}
     if method in BASELINES:
         name, options = BASELINES[method]

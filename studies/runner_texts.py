@@ -20,10 +20,7 @@ from isingcut.files.writing import atomic_file
 
 JUDGED_CONVERSATIONS = 300
 TRAINED_FILES = 400
-FILES = {
-    "wikitext2": "wikitext2/test_raw.jsonl",
-    "c4": "calib_text/c4_300.jsonl",
-}
+FILES = {"wikitext2": "wikitext2/test_raw.jsonl", "c4": "calib_text/c4_300.jsonl"}
 CONVERSATION = 170
 """Mean tokens of a conversation, to convert a number of tokens to a number of samples."""
 

@@ -1,12 +1,8 @@
 """Figures in the documentation match the studies' results and the defaults in the code."""
 
-from __future__ import annotations
-
 import importlib
 import re
 from pathlib import Path
-
-import pytest
 
 from isingcut.options.config import HealConfig, RunConfig
 from studies.runner import run
@@ -15,11 +11,11 @@ ROOT = Path(__file__).resolve().parents[1]
 TABLE = re.compile(r"<!-- figures: ([\w ]+) -->\n((?:\|.*\n)+)")
 
 
-def decimals(text: str) -> list[str]:
+def decimals(text):
     return re.findall(r"\d+\.\d+", text)
 
 
-def test_marked_tables_are_of_the_results(capsys: pytest.CaptureFixture[str]) -> None:
+def test_marked_tables_are_of_the_results(capsys):
     shown = {}
     for name in ("choice", "frontier", "healing", "quality"):
         module = importlib.import_module(f"studies.{name}.study")
@@ -28,7 +24,7 @@ def test_marked_tables_are_of_the_results(capsys: pytest.CaptureFixture[str]) ->
     wrong = []
     tables = 0
     for page in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))):
-        for names, table in TABLE.findall(page.read_text(encoding="utf-8")):
+        for names, table in TABLE.findall(page.read_text()):
             known = [y for name in names.split() for y in shown[name]]
             tables = tables + 1
             for figure in decimals(table):
@@ -39,13 +35,13 @@ def test_marked_tables_are_of_the_results(capsys: pytest.CaptureFixture[str]) ->
     assert tables > 10
 
 
-def test_defaults_are_of_the_code() -> None:
+def test_defaults_are_of_the_code():
     tokens = RunConfig().patch_tokens
     assert HealConfig().patch_tokens == tokens
-    for page, words in (
-        ("choosing", f"fit it on {tokens:,} tokens"),
-        ("healing", f"up to `--patch-tokens`, {tokens:,} by default"),
-        ("experiments/patch", f"A run takes {tokens:,} tokens"),
-    ):
-        text = (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8")
+    for page, words in {
+        "choosing": f"fit it on {tokens:,} tokens",
+        "healing": f"up to `--patch-tokens`, {tokens:,} by default",
+        "experiments/patch": f"A run takes {tokens:,} tokens",
+    }.items():
+        text = (ROOT / "docs" / f"{page}.md").read_text()
         assert words in " ".join(text.split())

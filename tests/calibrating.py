@@ -1,9 +1,8 @@
 """Small texts and chats, and helpers, for the tests of calibration."""
 
-import pytest
-
 from isingcut.data.calibration import build
 from isingcut.errors import CalibrationError
+from shared import refuses, write_jsonl
 
 SIZES = {"samples": 5, "rank_samples": 3, "report_samples": 2}
 SIZES |= {"length": 16, "seed": 0}
@@ -14,16 +13,22 @@ def sentences(count):
     return [f"Document {i}: {i * 7919 % 1000} things happened." for i in range(count)]
 
 
+def write_texts(path, texts):
+    """Write a file of documents; return its path."""
+    return write_jsonl(path, [{"text": text} for text in texts])
+
+
+def calibrate(source, tokenizer, **changes):
+    """Build a small calibration."""
+    return build(source, tokenizer, **{**SIZES, **changes})
+
+
 def chats(count):
-    answers = ((f"{i}?", "yes " * (i % 3)) for i in range(count))
+    pairs = ((f"{i}?", "yes " * (i % 3)) for i in range(count))
     roles = ("user", "assistant")
     return [
-        {
-            "messages": [
-                {"role": r, "content": c} for r, c in zip(roles, pair, strict=True)
-            ]
-        }
-        for pair in answers
+        {"messages": [{"role": r, "content": c} for r, c in zip(roles, p, strict=True)]}
+        for p in pairs
     ]
 
 
@@ -33,8 +38,8 @@ def decoded(tokenizer, tokens):
 
 
 def refused(source, tokenizer, words, **changes):
-    with pytest.raises(CalibrationError, match=words) as caught:
-        build(source, tokenizer, **{**SIZES, **changes})
+    with refuses(words, CalibrationError) as caught:
+        calibrate(source, tokenizer, **changes)
     message = str(caught.value)
     assert "\n" not in message
     return message

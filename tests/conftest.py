@@ -6,16 +6,26 @@ anywhere, so that subprocesses inherit it.
 """
 
 import gc
+import itertools
 import os
 import shutil
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 
-from shared import OPTIONS, Shared, leave_speed_out, write_words
+from shared import (
+    OPTIONS,
+    Shared,
+    call,
+    leave_speed_out,
+    parse_json,
+    works,
+    write_words,
+)
 
 
 def pytest_collection_modifyitems(items):
@@ -43,6 +53,84 @@ def pytest_runtest_setup():
         imported.add(len(sys.modules))
         gc.collect()
         gc.freeze()
+
+
+@pytest.fixture
+def typed(capsys):
+    """Function that runs a command that must end well, and returns what it printed."""
+
+    def run(*arguments):
+        capsys.readouterr()
+        works(*arguments)
+        return capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def answer(typed):
+    """Function that returns the JSON document of a command, all of its standard output."""
+    return lambda *arguments: parse_json(typed(*arguments, "--json").out)
+
+
+@pytest.fixture
+def refusal(capsys):
+    """Function that runs a command that must be refused, and returns its standard error."""
+
+    def run(*arguments):
+        capsys.readouterr()
+        assert call(*arguments) == 2
+        return capsys.readouterr().err
+
+    return run
+
+
+@pytest.fixture
+def stub(monkeypatch):
+    """Function that replaces a function, named as for `setattr`, by one with this result."""
+
+    def replace(*given):
+        *function, result = given
+        monkeypatch.setattr(*function, lambda *_, **__: result)
+
+    return replace
+
+
+@pytest.fixture
+def fails(monkeypatch):
+    """Function that replaces a function, named as for `setattr`, by one that raises an error."""
+
+    def replace(*given):
+        *function, error = given
+        monkeypatch.setattr(*function, Mock(side_effect=error))
+
+    return replace
+
+
+@pytest.fixture
+def spy(monkeypatch):
+    """Function that makes a function note each call, and returns the list of notes.
+
+    A note is the result, or what ``note`` makes of the result and the arguments. Call number
+    ``stop`` is interrupted by the user.
+    """
+
+    def watch(owner, name, note=lambda found, *given, **rest: found, stop=0):
+        notes = []
+        real = getattr(owner, name)
+        calls = itertools.count(1)
+
+        def watched(*given, **rest):
+            if next(calls) == stop:
+                raise KeyboardInterrupt
+            found = real(*given, **rest)
+            notes.append(note(found, *given, **rest))
+            return found
+
+        monkeypatch.setattr(owner, name, watched)
+        return notes
+
+    return watch
 
 
 @pytest.fixture(scope="session")
@@ -82,9 +170,9 @@ def finished(shared, llama, text):
         with pytest.MonkeyPatch.context() as patch:
             leave_speed_out(patch.setattr)
             isingcut.run(
-                model=str(llama),
-                calibration=str(text),
-                out=str(place),
+                model=llama,
+                calibration=text,
+                out=place,
                 remove=2,
                 compare_energies="empirical-fisher",
                 **OPTIONS,

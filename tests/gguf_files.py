@@ -7,7 +7,7 @@ import gguf
 import numpy as np
 from safetensors.numpy import load_file
 
-from isingcut.testing.tiny import tiny_model
+from tiny import tiny_model
 
 NAMES = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 8)
 TEXT = 8

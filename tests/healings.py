@@ -4,16 +4,14 @@ import contextlib
 import json
 
 import numpy as np
-import pytest
 
-from isingcut.files.results import read_json
 from isingcut.formats.cutting.checkpoint import excise
 from isingcut.formats.safetensors_files import read_checkpoint
 from isingcut.healing.heal import heal
 from isingcut.options.config import HealConfig
 from isingcut.options.declaration import options_from
-from isingcut.testing.tiny import tiny_checkpoint
-from shared import write_jsonl
+from shared import load_json, module_fixture, write_jsonl
+from tiny import tiny_checkpoint
 
 REMOVED = (2, 3)
 WORDS = [
@@ -42,14 +40,14 @@ def write_text(path, documents=60, seed=0):
     return path
 
 
-@pytest.fixture(scope="module")
+@module_fixture
 def models(tmp_path_factory):
     """Folder with `teacher`, `student` (without blocks 2 and 3) and `text.jsonl`."""
     folder = tmp_path_factory.mktemp("heal")
     teacher = tiny_checkpoint("llama", folder / "teacher")
     record = json.dumps({"removed": REMOVED, "of": 6})
     excise(teacher, REMOVED, folder / "student")
-    (folder / "student" / "isingcut.json").write_text(record)
+    (folder / "student/isingcut.json").write_text(record)
     write_text(folder / "text.jsonl", 80)
     return folder
 
@@ -72,10 +70,10 @@ def options(models, out, training=None, **changes):
     if "trainer" not in changes:
         changes["trainer"] = {**TRAINING, **(training or {})}
     base = {
-        "student": str(models / "student"),
-        "teacher": str(models / "teacher"),
-        "text": str(models / "text.jsonl"),
-        "out": str(out),
+        "student": models / "student",
+        "teacher": models / "teacher",
+        "text": models / "text.jsonl",
+        "out": out,
         "length": 32,
         "report_samples": 4,
         "patch": "none",
@@ -96,14 +94,14 @@ def flags_of(config):
 
 
 def result(folder):
-    return read_json(folder / "healing.json", "healing")
+    return load_json(folder / "healing.json")
 
 
 def curve(folder):
-    return result(folder)["steps"]
+    return result(folder).steps
 
 
-@pytest.fixture(scope="module")
+@module_fixture
 def healed(models):
     return heal(options(models, models / "healed"))
 

@@ -3,15 +3,13 @@
 `ODD` holds families whose config.json on the hub (`HUB`) differs; the others are derived by rule.
 """
 
-import json
-
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from isingcut.formats.cutting.checkpoint import excise
 from isingcut.models.load import find_auto_class
 from isingcut.models.verify import verify
 from isingcut.testing.tiny import BASE, random_model, tiny_tokenizer
-from shared import load_json
+from shared import load_json, save_json
 from sweep.shrink import tiny_configuration
 
 LINEAR = {"linear_head_dim": 8, "linear_num_heads": 4}
@@ -188,7 +186,7 @@ def composite_checkpoint(family, folder, *, flat=False):
         text = config.pop("text_config")
         for of_class in ("model_type", "architectures"):
             text.pop(of_class, None)
-        (folder / "config.json").write_text(json.dumps({**text, **config}))
+        save_json(folder / "config.json", {**text, **config})
     return model
 
 

@@ -1,12 +1,11 @@
 """Tiny checkpoints quantised as on hubs: FP8, int4 and MXFP4."""
 
-import json
 import re
 
 import torch
-from safetensors.torch import load_file, save_file
 
 from isingcut.formats.safetensors_files import read_checkpoint
+from shared import save_json
 from tiny import edit_config, edit_tensors
 
 _FP8_MAX = 448.0
@@ -16,63 +15,66 @@ _GROUP = 16
 _FP4 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
 
 
+_PLAIN = {
+    "fp8": {
+        "weight_block_size": [_TILE, _TILE],
+        "modules_to_not_convert": [
+            "lm_head",
+            *(f"model.layers.{i}.mlp" for i in (0, 4)),
+        ],
+    },
+    "compressed-tensors": {
+        "config_groups": {
+            "group_0": {
+                "weights": {"num_bits": 8, "type": "float", "strategy": "channel"},
+                "targets": ["Linear"],
+            }
+        },
+        "ignore": ["lm_head", "re:.*layers\\.5\\.mlp.*"],
+    },
+    "modelopt": {
+        "quant_algo": "FP8",
+        "exclude_modules": [
+            "lm_head",
+            "backbone.layers.5.mixer*",
+            "backbone.layers.12*",
+        ],
+    },
+}
+
+
 def quantise(folder, layout, skip=()):
     """Convert the linear weights of a checkpoint to float8 with scales."""
-    tensors = load_file(folder / "model.safetensors")
-    out = {}
-    for name, value in tensors.items():
+
+    def pack(name, value):
         linear = name.endswith("proj.weight") and value.ndim == 2
         if not linear or any(word in name for word in skip):
-            out[name] = value
-            continue
-        stem = name.removesuffix(".weight")
+            return {name: value}
+        extra = {}
         if layout == "fp8":
-            rows = -(-value.shape[0] // _TILE)
-            columns = -(-value.shape[1] // _TILE)
+            rows, columns = (-(-size // _TILE) for size in value.shape)
             scale = torch.rand(rows, columns) * 0.01 + 0.005
             spread = scale.repeat_interleave(_TILE, 0).repeat_interleave(_TILE, 1)
             spread = spread[: value.shape[0], : value.shape[1]]
-            out[f"{stem}.weight_scale_inv"] = scale
+            extra[f"{name}_scale_inv"] = scale
         elif layout == "compressed-tensors":
             spread = value.abs().amax(1, keepdim=True) / _FP8_MAX
-            out[f"{stem}.weight_scale"] = spread.contiguous()
+            extra[f"{name}_scale"] = spread
         else:
             spread = value.abs().max() / _FP8_MAX
-            out[f"{stem}.weight_scale"] = spread
-            out[f"{stem}.input_scale"] = torch.tensor(0.5)
-        out[name] = (value / spread).clamp(-_FP8_MAX, _FP8_MAX).to(torch.float8_e4m3fn)
-    save_file(out, folder / "model.safetensors")
+            module = name.removesuffix(".weight")
+            extra = {
+                f"{name}_scale": spread,
+                f"{module}.input_scale": torch.tensor(0.5),
+            }
+        small = (value / spread).clamp(-_FP8_MAX, _FP8_MAX).to(torch.float8_e4m3fn)
+        return {name: small, **extra}
+
     if layout == "modelopt":
-        quantisation = {
-            "quant_algo": "FP8",
-            "exclude_modules": [
-                "lm_head",
-                "backbone.layers.5.mixer*",
-                "backbone.layers.12*",
-            ],
-        }
-        (folder / "hf_quant_config.json").write_text(
-            json.dumps({"quantization": quantisation})
-        )
-        return
-    weights = {"num_bits": 8, "type": "float", "strategy": "channel"}
-    with edit_config(folder) as config:
-        config["quantization_config"] = {
-            "fp8": {
-                "weight_block_size": [_TILE, _TILE],
-                "modules_to_not_convert": [
-                    "lm_head",
-                    "model.layers.0.mlp",
-                    "model.layers.4.mlp",
-                ],
-            },
-            "compressed-tensors": {
-                "config_groups": {
-                    "group_0": {"weights": weights, "targets": ["Linear"]}
-                },
-                "ignore": ["lm_head", "re:.*layers\\.5\\.mlp.*"],
-            },
-        }[layout] | {"quant_method": layout}
+        save_json(folder / "hf_quant_config.json", {"quantization": _PLAIN[layout]})
+        _rewrite(folder, pack)
+    else:
+        _rewrite(folder, pack, {**_PLAIN[layout], "quant_method": layout})
 
 
 def fp8_in_tiles(folder):
@@ -172,16 +174,13 @@ def mxfp4(folder):
     return values
 
 
-def _rewrite(folder, pack, quantisation):
-    tensors = load_file(folder / "model.safetensors")
-    packed = {
-        new: v
-        for name, value in tensors.items()
-        for new, v in pack(name, value).items()
-    }
-    save_file(packed, folder / "model.safetensors", metadata={"format": "pt"})
-    with edit_config(folder) as config:
-        config["quantization_config"] = quantisation
+def _rewrite(folder, pack, quantisation=None):
+    with edit_tensors(folder) as tensors:
+        for name in list(tensors):
+            tensors |= pack(name, tensors.pop(name))
+    if quantisation:
+        with edit_config(folder) as config:
+            config["quantization_config"] = quantisation
 
 
 _BLOCK = re.compile(r"(?<=layers\.)\d+(?=\.)")

@@ -1,57 +1,56 @@
 """Run folders written file by file, for tests that only read them: no model, no torch."""
 
+import itertools
+import re
+
 import numpy as np
 
 from isingcut.files.ownership import file_sha256
-from isingcut.files.results import read_json, without_header, write_json
+from isingcut.files.results import write_json
 from isingcut.ising.hamiltonian import Hamiltonian
+from isingcut.ising.problem import Problem
+from isingcut.ising.spectrum import Spectrum
+from isingcut.ising.states import states_of
 from isingcut.options.config import RunConfig
 from isingcut.report import card
 from isingcut.report import write as report
-from shared import load_json
+from shared import load_json, save_json
 
 KINDS = ("attention+mlp", "mamba2", "attention+mlp", "moe")
+# The stage of a file by the first part of its name.
 _STAGES = {
-    "spectrum.json": "solve",
-    "candidates.json": "rank",
-    "evaluation.json": "evaluate",
-    "benchmarks.json": "benchmarks",
-    "model": "excise",
+    "hamiltonian": "energy",
+    "baseline": "baseline",
+    "spectrum": "solve",
+    "candidates": "rank",
+    "evaluation": "evaluate",
+    "benchmarks": "benchmarks",
 }
 
 
-def change(path, kind, **values):
-    """Rewrite a file with other values."""
-    write_json(path, kind, {**without_header(read_json(path, kind)), **values})
+def change(path, **values):
+    """Rewrite a results file with other values."""
+    save_json(path, {**load_json(path), **values})
 
 
 def record(folder):
     """Record all files of the run in `run.json` as finished, with their present hashes."""
-    stages = read_json(folder / "run.json", "run")["stages"]
+    stages = load_json(folder / "run.json").stages
     for path in folder.rglob("*"):
-        stage = (
-            "energy"
-            if path.name.startswith("hamiltonian.")
-            else _STAGES.get(path.name, "")
-        )
-        stage = "baseline" if path.name.startswith("baseline-") else stage
-        cut = path / "isingcut.json"
-        if (
-            not stage
-            or "model" in path.parts[:-1]
-            or (path.is_dir() and not cut.exists())
-        ):
+        stage = _STAGES.get(re.split(r"[.-]", path.name)[0])
+        if stage and path.is_file() and path.parent.name != "model":
+            own = {"sha256": file_sha256(path)}
+        elif path.match("model/isingcut.json"):
+            own = {"options": {"removed": load_json(path).removed}}
+            path = path.parent
+        else:
             continue
         key = path.relative_to(folder).as_posix()
-        stages[key] = {**_done(stage), **stages.get(key, {}), "done": True}
-        if path.is_dir():
-            removed = load_json(cut)["removed"]
-            stages[key]["options"] = {"removed": removed}
-        else:
-            stages[key]["sha256"] = file_sha256(path)
+        made = {**_done(stage or "excise"), **stages.get(key, {})}
+        stages[key] = {**made, "done": True, **own}
     if (folder / "healing.json").exists():
         stages["healed"] = _done("heal")
-    change(folder / "run.json", "run", stages=stages)
+    change(folder / "run.json", stages=stages)
 
 
 def _done(stage, seconds=0.5, **options):
@@ -63,6 +62,13 @@ def write_report(folder, target=None):
     """Record the files of a folder written by hand, and call `report.write_report`."""
     record(folder)
     report.write_report(folder, target)
+
+
+def first_part(page):
+    """Return the part of a page that one sees first."""
+    return page.partition('<header class="top">')[2].partition(
+        '<section id="compared"'
+    )[0]
 
 
 def model_card(folder, removed, **patch):
@@ -106,68 +112,41 @@ def hamiltonian(n, seed, unit="nats/token"):
     rng = np.random.default_rng(seed)
     coupling = np.triu(0.05 * rng.standard_normal((n, n)), 1)
     h = 0.2 + rng.random(n) + np.where(np.arange(n) == 0, 5.0, 0.0)
-    error = np.triu(np.full((n, n), 0.01), 1)
-    meta = {
-        "energy": "pairwise",
-        "loss": "KL(original || cut)",
-        "samples": 4,
-        "tokens": 40,
-    }
-    return Hamiltonian(
-        h, coupling + coupling.T, 0.0, unit, meta, np.full(n, 0.02), error + error.T
-    )  # fmt: skip
+    error = 0.01 * (1 - np.eye(n))
+    meta = {"energy": "pairwise", "loss": "KL(original || cut)"}
+    meta |= {"samples": 4, "tokens": 40}
+    J = coupling + coupling.T
+    return Hamiltonian(h, J, 0.0, unit, meta, np.full(n, 0.02), error)
 
 
 def write_removal(place, energy, m, *, ranked=True):
     """Write `spectrum.json`, and all later files if ranked, for m blocks; return the choice."""
     n = energy.n
     rng = np.random.default_rng(m)
+
+    def pick(blocks):
+        return sorted(rng.choice(blocks, m, replace=False).tolist())
+
     # Random picks among the blocks of lowest h, a few more than m: low states without a solver.
     cheap = np.argsort(energy.h)[: m + 6]
-    picks = {
-        tuple(sorted(rng.choice(cheap, m, replace=False).tolist())) for _ in range(200)
-    }
-    states = np.zeros((len(picks), n), dtype=bool)
-    for row, pick in zip(states, sorted(picks), strict=True):
-        row[list(pick)] = True
-    energies = energy.energies(states)
-    order = np.argsort(energies)[:20]
-    low = [np.flatnonzero(states[k]).tolist() for k in order]
+    states = states_of(n, [pick(cheap) for _ in range(200)])
+    how = {"proven": True, "solver": "exact", "seconds": 0.5}
+    spectrum = Spectrum.from_states(Problem(energy), states, 20, **how)
     place.mkdir(exist_ok=True)
-    solved = {
-        "solver": "exact",
-        "seconds": 0.5,
-        "proven": True,
-        "info": {},
-        "relative_gap": 0.0,
-    }
-    levels = [
-        {"rank": r, "energy": float(energies[k]), "removed": s}
-        for r, (k, s) in enumerate(zip(order, low, strict=True))
-    ]
-    lowest = levels[0]["energy"]
-    found = {
-        "n": n,
-        "unit": energy.unit,
-        **solved,
-        "lower_bound": lowest,
-        "states": levels,
-    }
-    write_json(place / "spectrum.json", "spectrum", found)
-    random = [sorted(rng.choice(n, m, replace=False).tolist()) for _ in range(30)]
+    spectrum.save(place / "spectrum.json")
+    random = [pick(n) for _ in range(30)]
 
     def measured(removed):
-        state = np.zeros(n, dtype=bool)
-        state[removed] = True
-        value = energy.energy(state)
+        value = energy.energy(states_of(n, [removed])[0])
         kl = float(value * np.exp(0.1 * rng.standard_normal()))
         losses = {"kl": kl, "kl_se": 0.05 * kl, "nll": 3.0 + kl, "nll_se": 0.1}
         return {"removed": removed, "energy": value, **losses}
 
     if not ranked:
-        return low[0]
-    rows = [measured(s) for s in low]
-    best = int(np.argmin([r["kl"] for r in rows]))
+        return spectrum.removed(0)
+    rows = [measured(spectrum.removed(k)) for k in range(len(spectrum))]
+    best = min(range(len(rows)), key=lambda k: rows[k]["kl"])
+    chosen = rows[best]["removed"]
     ranking = {
         "remove": str(m),
         "unit": "nats/token",
@@ -184,8 +163,8 @@ def write_removal(place, energy, m, *, ranked=True):
     }
     write_json(place / "candidates.json", "candidates", ranking)
     (place / "model").mkdir()
-    cut = {"removed": low[best], "of": n, "model": {}}
-    write_json(place / "model" / "isingcut.json", "removal", cut)
+    cut = {"removed": chosen, "of": n, "model": {}}
+    write_json(place / "model/isingcut.json", "removal", cut)
     evaluation = {
         "samples": 5,
         "tokens": 555,
@@ -199,7 +178,7 @@ def write_removal(place, energy, m, *, ranked=True):
         "dtype": "float32",
     }
     write_json(place / "evaluation.json", "evaluation", evaluation)
-    return low[best]
+    return chosen
 
 
 def baseline(name, removed, kl, **more):
@@ -212,21 +191,16 @@ def baseline(name, removed, kl, **more):
 def patch(**more):
     text = {"source": "-", "samples": 7, "searched": 4, "tokens": 700}
     text |= {"requested": 900, "short": ""}
-    cut = {
-        "removed": [3, 4],
-        "block": 2,
-        "layer": "mlp.down_proj",
-        "held_out_error_left": 0.4,
-    }
+    cut = {"removed": [3, 4], "block": 2, "layer": "mlp.down_proj"}
     proof = {"inputs": "text", "difference": 1e-7, "remarks": []}
-    found = {
-        "cuts": [cut],
+    return {
+        "cuts": [{**cut, "held_out_error_left": 0.4}],
         "changed": True,
         "unpatched": [],
         "text": text,
         "proof": proof,
+        **more,
     }
-    return {**found, **more}
 
 
 def healing(steps, removed, n):
@@ -256,35 +230,21 @@ def task(name, original, cut):
 def run_content(model, energy, n, m, seed):
     """Return the content of `run.json` before its files are recorded."""
     options = {f: getattr(RunConfig(), f) for f in ("calibration", "keep", "budget")}
+    own = {"model": model, "remove": str(m), "energy": energy, "seed": seed}
     solved = {
         f"remove-{k}/spectrum.json": _done("solve", 77.0, remove=str(k))
         for k in (m - 1, m + 2)
     }
-    text = _done("calibration", 1.25)
-    solved |= {
-        "calibration.safetensors": text,
-        "spectrum.json": _done("solve", remove=str(m)),
-    }
+    solved["calibration.safetensors"] = _done("calibration", 1.25)
+    solved["spectrum.json"] = _done("solve", remove=str(m))
     cost = {"parameters": 10**6, "bytes": 2 * 10**6}
     blocks = [
-        {
-            "index": i,
-            "kind": k,
-            "kv_bytes_per_token": 512 if "attention" in k else 0,
-            **cost,
-        }
-        for i in range(n)
-        for k in [KINDS[i % len(KINDS)]]
+        {"index": i, "kind": k, "kv_bytes_per_token": 512 * k.startswith("att"), **cost}
+        for i, k in zip(range(n), itertools.cycle(KINDS))
     ]
     size = {f"total_{name}": (n + 2) * value for name, value in cost.items()}
     return {
-        "config": {
-            "model": model,
-            "remove": str(m),
-            "energy": energy,
-            "seed": seed,
-            **options,
-        },
+        "config": {**own, **options},
         "stages": solved,
         "blocks": {"path": "model.layers", "blocks": blocks, **size, "legality": []},
         "provenance": {
@@ -332,21 +292,14 @@ def write_run(
 
 def _write_extras(path, main, m, chosen):
     n = main.n
-    hamiltonian(n, 2, "arbitrary").save(
-        path / "hamiltonian.empirical-fisher.safetensors"
-    )
+    other = hamiltonian(n, 2, "arbitrary")
+    other.save(path / "hamiltonian.empirical-fisher.safetensors")
     write_removal(path / f"remove-{m - 1}", main, m - 1)
     write_removal(path / f"remove-{m + 2}", main, m + 2, ranked=False)
-    other = [b for b in range(n) if b not in chosen][:m]
-    for name, kl, more in (
-        ("sleb", 2.5, {}),
-        ("random", 9.0, {"violated": ["keep 0"]}),
-    ):
-        write_json(
-            path / f"baseline-{name}.json",
-            "baseline",
-            baseline(name, other, kl, **more),
-        )
+    removed = [b for b in range(n) if b not in chosen][:m]
+    for name, kl, violated in (("sleb", 2.5, []), ("random", 9.0, ["keep 0"])):
+        found = baseline(name, removed, kl, violated=violated)
+        write_json(path / f"baseline-{name}.json", "baseline", found)
     steps = [{"step": k, "tokens": 512 * k, "loss": 1.0 / k} for k in range(1, 31)]
     write_json(path / "healing.json", "healing", healing(steps, chosen, n))
     rows = [

@@ -31,6 +31,9 @@ OPTIONS = {
     "patch_share": 0,
 }
 
+parametrize = pytest.mark.parametrize
+module_fixture = pytest.fixture(scope="module")
+
 
 def call(*arguments):
     """Run the command line in this process and return its exit code."""
@@ -45,6 +48,19 @@ def call(*arguments):
     finally:
         sys.argv = before
     return 0
+
+
+def works(*arguments):
+    """Run a command that must end well."""
+    assert call(*arguments) == 0
+
+
+def flags(options):
+    """Return options as words of a command line; the model is a word without a name."""
+    return [
+        str(value) if name == "model" else f"--{name.replace('_', '-')}={value}"
+        for name, value in options.items()
+    ]
 
 
 class Bars:
@@ -138,9 +154,28 @@ def refuses(words, kind=InputError):
     return pytest.raises(kind, match=words)
 
 
+class Document(dict):
+    """A JSON object whose entries are attributes as well."""
+
+    def __getattr__(self, name):
+        if name in self:
+            return self[name]
+        raise AttributeError(name)
+
+
+def parse_json(text):
+    """Return the content of a JSON text, with a `Document` for each object."""
+    return json.loads(text, object_hook=Document)
+
+
 def load_json(path):
-    """Return the content of a JSON file, of any format."""
-    return json.loads(path.read_text())
+    """Return the content of a JSON file of any format, as `parse_json` does."""
+    return parse_json(path.read_text())
+
+
+def save_json(path, content):
+    """Write a JSON file, of any format."""
+    path.write_text(json.dumps(content))
 
 
 def write_jsonl(path, records):

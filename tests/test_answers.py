@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from numpy.testing import assert_allclose
 
-from calibrating import SIZES, decoded, refused, sentences
+from calibrating import SIZES, calibrate, decoded, refused, sentences, write_texts
 from isingcut.data import corpora, healing_text
 from isingcut.data.calibration import Calibration, build
 from isingcut.data.conversations import mark_answers, render_chat, row_of
@@ -21,7 +21,6 @@ from isingcut.data.tokens import Encoder, TokenSet, pieces
 from isingcut.energies.empirical_fisher import EmpiricalFisher
 from isingcut.errors import CalibrationError, ModelError
 from isingcut.evaluation.quality import quality
-from isingcut.files.results import read_json
 from isingcut.healing.job import keep_beginnings
 from isingcut.healing.training.batches import batch_of
 from isingcut.healing.training.student import install, split_head
@@ -32,9 +31,24 @@ from isingcut.measure.streams import one_pass
 from isingcut.measure.work import Work, identity
 from isingcut.options.config import RunConfig
 from isingcut.runs import pipeline
-from isingcut.testing.tiny import tiny_checkpoint, tiny_model, tiny_tokenizer
-from shared import OPTIONS, leave_speed_out, refuses, write_jsonl
-from tiny import in_memory, plain_sums, replay_of, streamed, without
+from shared import (
+    OPTIONS,
+    leave_speed_out,
+    load_json,
+    parametrize,
+    refuses,
+    write_jsonl,
+)
+from tiny import (
+    in_memory,
+    plain_sums,
+    replay_of,
+    streamed,
+    tiny_checkpoint,
+    tiny_model,
+    tiny_tokenizer,
+    without,
+)
 
 
 def talk(*contents):
@@ -77,8 +91,8 @@ ENDS_ITSELF = (
 )
 
 
-@pytest.mark.parametrize(
-    ("template", "messages", "expected"),
+@parametrize(
+    "template, messages, expected",
     [
         (None, talk("hi", "yes", "why", "no "), "yes</s>no </s>"),
         (None, talk("hi", "yes", "yes"), "yes</s>"),
@@ -166,16 +180,18 @@ def test_answers_that_cannot_be_located_are_refused(tmp_path):
         row_of(far, whole, 100)
 
 
-@pytest.mark.parametrize("place", ["wiki", "python", "self"])
-def test_text_has_no_answers(tmp_path, tokenizer, place):
+@parametrize("place", ["wiki", "python", "self"])
+def test_a_named_text_has_no_answers(place):
     for source in (f"answers:{place}", f"wiki=1,answers:{place}=1"):
         with refuses(f"{place} has no conversations", CalibrationError):
             corpora.check(source)
-    text = write_jsonl(tmp_path / "a.jsonl", [{"text": t} for t in sentences(40)])
-    refused(f"answers:{text}", tokenizer, "has no conversations")
-    running = tmp_path / "a.txt"
-    running.write_text("some text")
-    refused(f"answers:{running}", tokenizer, "has no conversations")
+
+
+def test_documents_and_running_text_have_no_answers(tmp_path, tokenizer):
+    text = write_texts(tmp_path / "a.jsonl", sentences(40))
+    (tmp_path / "a.txt").write_text("some text")
+    for place in (text, tmp_path / "a.txt"):
+        refused(f"answers:{place}", tokenizer, "has no conversations")
 
 
 def test_a_source_with_answers_is_named_without_its_folder(tmp_path, monkeypatch):
@@ -238,22 +254,20 @@ def test_conversations_without_an_answer_within_the_length_are_left_out(
         healing_text.build(
             f"answers:{file}", tokenizer, samples=2, report_samples=2, length=16, seed=0
         )
-    build(file, tokenizer, **{**SIZES, "length": 60})
+    calibrate(file, tokenizer, length=60)
     assert not capfd.readouterr().err
     file = write_jsonl(
         tmp_path / "both.jsonl",
         [*long, *({"messages": talk(f"{i}", "yes")} for i in range(60))],
     )
-    build(f"answers:{file}", tokenizer, **SIZES)
+    calibrate(f"answers:{file}", tokenizer)
     words = words.replace("30", r"\d")
     assert re.fullmatch(f"isingcut: .*: {words} to use them\n", capfd.readouterr().err)
 
 
 def test_shares_are_of_the_tokens_that_count(tmp_path, tokenizer):
     file = chat_file(tmp_path / "chat.jsonl", 200)
-    text = write_jsonl(
-        tmp_path / "a.jsonl", [{"text": f"river{i}. " * 4} for i in range(200)]
-    )
+    text = write_texts(tmp_path / "a.jsonl", (f"river{i}. " * 4 for i in range(200)))
     source = f"{text}=1,answers:{file}=1"
     size = {**SIZES, "samples": 60, "length": 40}
     used = build(source, tokenizer, **size)
@@ -304,7 +318,7 @@ def directly(original, cut, tokens):
     return sums[2].sum() / tokens.tokens, sums[1].sum() / tokens.tokens
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2"])
+@parametrize("family", ["llama", "gemma2"])
 def test_losses_are_those_of_the_answers_in_their_context(family, tmp_path):
     """Gemma 2 caps its logits, so they are computed sample by sample."""
     folder = tiny_checkpoint(family, tmp_path / "model")
@@ -361,7 +375,7 @@ def test_activations_are_compared_where_answers_are_predicted():
     assert_allclose((both + influence) / 2, one_pass(replay, whole, Work())[0], 1e-3)
 
 
-@pytest.mark.parametrize(("family", "parts"), [("llama", True), ("gemma2", False)])
+@parametrize("family, parts", [("llama", True), ("gemma2", False)])
 def test_healing_learns_the_answers_in_their_context(family, parts):
     teacher = tiny_model(family)
     student = tiny_model(family, seed=1)
@@ -383,11 +397,11 @@ def test_healing_learns_the_answers_in_their_context(family, parts):
 def test_a_run_counts_answers_from_the_search_to_the_healing(tmp_path, monkeypatch):
     leave_speed_out(monkeypatch.setattr)
     chat = chat_file(tmp_path / "chat.jsonl")
-    text = write_jsonl(tmp_path / "a.jsonl", [{"text": t} for t in sentences(200)])
+    text = write_texts(tmp_path / "a.jsonl", sentences(200))
     trainer = {"per_device_train_batch_size": 2, "max_steps": 2}
     config = RunConfig(
-        model=str(tiny_checkpoint("llama", tmp_path / "model")),
-        out=str(tmp_path / "run"),
+        model=tiny_checkpoint("llama", tmp_path / "model"),
+        out=tmp_path / "run",
         calibration=f"{text}=1,answers:{chat}=1",
         healing={"length": 40, "report-samples": 4, "trainer": trainer},
         remove="2",
@@ -399,18 +413,18 @@ def test_a_run_counts_answers_from_the_search_to_the_healing(tmp_path, monkeypat
     run = pipeline.run(config)
     used = Calibration.load(run / "calibration.safetensors")
     report = used.splits["report"]
-    found = read_json(run / "evaluation.json", "evaluation")
-    assert found["tokens"] == report.tokens < int(report.mask[:, 1:].sum())
-    assert set(found["parts"]) == {"a.jsonl", "answers:chat.jsonl"}
+    found = load_json(run / "evaluation.json")
+    assert found.tokens == report.tokens < int(report.mask[:, 1:].sum())
+    assert set(found.parts) == {"a.jsonl", "answers:chat.jsonl"}
     for way in ("cut", "patched"):
-        assert set(found[way]["parts"]) == set(found["parts"])
+        assert set(found[way].parts) == set(found.parts)
     energy = Hamiltonian.load(run / "hamiltonian.safetensors")
     assert energy.meta["tokens"] == used.splits["energy"].tokens
-    healing = read_json(run / "healing.json", "healing")
-    assert set(healing["after"]["parts"]) == set(found["parts"])
-    ranked = read_json(run / "candidates.json", "candidates")
+    healing = load_json(run / "healing.json")
+    assert set(healing.after.parts) == set(found.parts)
+    ranked = load_json(run / "candidates.json")
     rank = used.splits["rank"]
-    for row in (*ranked["candidates"], ranked["chosen"]):
+    for row in (*ranked.candidates, ranked.chosen):
         shares = {
             k: rank.select(own).tokens / rank.tokens
             for k, own in rank.rows_by_part.items()
@@ -422,7 +436,7 @@ def test_a_run_counts_answers_from_the_search_to_the_healing(tmp_path, monkeypat
     assert re.search(
         r"By part of that text: [\d.]+ ± [\d.]+ on a\.jsonl, .* on answers:chat", card
     )
-    after = healing["after"]["parts"]["answers:chat.jsonl"]["kl"]
+    after = healing.after.parts["answers:chat.jsonl"].kl
     assert re.search(
         rf"\| answers:chat\.jsonl: KL to the original, .*{after:.4f} ± .* \|\n", healed
     )

@@ -17,13 +17,19 @@ from transformers import AutoModelForCausalLM
 
 import isingcut
 from isingcut.files.cuts import CutRecord
-from isingcut.files.results import read_document, read_json
+from isingcut.files.results import read_document
 from isingcut.healing.heal import heal
 from isingcut.models.load import load_tokenizer
-from isingcut.testing.tiny import tiny_checkpoint
 from ranks import join, start
-from shared import leave_speed_out, refuses, write_words
-from tiny import edit_tensors
+from shared import (
+    leave_speed_out,
+    load_json,
+    module_fixture,
+    parametrize,
+    refuses,
+    write_words,
+)
+from tiny import edit_tensors, tiny_checkpoint
 
 pytestmark = pytest.mark.usefixtures("no_speed")
 
@@ -40,7 +46,7 @@ OPTIONS = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
+@module_fixture
 def place(tmp_path_factory):
     """The working folder of the examples: my-model, my-text.txt and the finished my-run."""
     folder = tmp_path_factory.mktemp("place")
@@ -49,10 +55,15 @@ def place(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         leave_speed_out(patch.setattr)
-        isingcut.prune(
-            "my-model", remove=3, calibration="my-text.txt", out="my-run", **OPTIONS
-        )
+        prune(out="my-run")
     return folder
+
+
+def prune(remove=3, **options):
+    return isingcut.prune(
+        "my-model",
+        **{"remove": remove, "calibration": "my-text.txt", **OPTIONS, **options},
+    )
 
 
 def examples(name):
@@ -111,9 +122,7 @@ def test_every_public_member_of_a_run_has_an_example():
     assert members <= shown
 
 
-@pytest.mark.parametrize(
-    "name", [n for n in isingcut.__all__ if n != "PoorEnergyWarning"]
-)
+@parametrize("name", [n for n in isingcut.__all__ if n != "PoorEnergyWarning"])
 def test_examples_run(name, place, tmp_path, monkeypatch):
     for file in ("my-model", "my-text.txt", "my-run"):
         (tmp_path / file).symlink_to(place / file)
@@ -139,17 +148,16 @@ def test_save_patches_and_distils_as_the_options_say(place, monkeypatch, tmp_pat
     named = run.save(tmp_path / "named", blocks=run.chosen.removed)
     assert (named / "model.safetensors").read_bytes() == weights
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
-    further = isingcut.prune(
-        "my-model", remove=3, calibration="my-text.txt", out=tmp_path / "run", heal=True,
-        healing={"samples": 6, "length": 16, "report_samples": 4}, **OPTIONS,
-    )  # fmt: skip
+    further = prune(
+        out=tmp_path / "run",
+        heal=True,
+        healing={"samples": 6, "length": 16, "report_samples": 4},
+    )
     healed = further.save(tmp_path / "healed")
     assert (healed / "healing.json").is_file()
     assert (healed / "model.safetensors").read_bytes() != weights
     # Healing trains all weights next, so the patch is fitted and not tuned.
-    fitted = read_document(
-        tmp_path / "run" / "model" / "isingcut.json", CutRecord
-    ).patch
+    fitted = read_document(tmp_path / "run/model/isingcut.json", CutRecord).patch
     assert record.patch.tuning.steps
     assert fitted.changed
     assert fitted.tuning is None
@@ -157,8 +165,7 @@ def test_save_patches_and_distils_as_the_options_say(place, monkeypatch, tmp_pat
 
 def test_a_run_outlives_a_change_of_the_working_folder(place, monkeypatch, tmp_path):
     monkeypatch.chdir(place)
-    text = {"calibration": "my-text.txt", "out": "moved-run"}
-    made = isingcut.prune("my-model", remove=3, **text, **OPTIONS)
+    made = prune(out="moved-run")
     opened = isingcut.open_run("my-run"), isingcut.open_run("my-run", model="my-model")
     monkeypatch.chdir(tmp_path)
     for run in (made, *opened):
@@ -179,7 +186,7 @@ def test_tensors_that_no_module_uses_are_left_out_with_a_warning(
         **OPTIONS,
         "patch": "none",
         "random_states": 0,
-        "calibration": str(place / "my-text.txt"),
+        "calibration": place / "my-text.txt",
     }
     run = isingcut.prune(str(model), remove=1, **few)
     words = (
@@ -196,14 +203,14 @@ def test_tensors_that_no_module_uses_are_left_out_with_a_warning(
 def test_a_run_without_out_leaves_nothing_behind(place, monkeypatch, tmp_path):
     monkeypatch.chdir(place)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    run = isingcut.prune("my-model", remove=3, calibration="my-text.txt", **OPTIONS)
+    run = prune()
     assert run.path.is_dir()
     assert run.path.is_relative_to(tmp_path)
     del run
     gc.collect()
     assert not list(tmp_path.iterdir())
     with refuses("from 1 to 9"):
-        isingcut.prune("my-model", remove=10, calibration="my-text.txt", **OPTIONS)
+        prune(10)
     assert not list(tmp_path.iterdir())
 
 
@@ -227,10 +234,8 @@ def test_all_removals_of_a_run_share_one_model(place, monkeypatch):
 
 def test_a_budget_holds_for_every_number_of_a_range(place, monkeypatch, tmp_path):
     monkeypatch.chdir(place)
-    text = {"calibration": "my-text.txt", "budget": "params=5%", "random_states": 0}
-    run = isingcut.prune(
-        "my-model", remove="2..3", out=tmp_path / "run", **text, **OPTIONS
-    )
+    text = {"budget": "params=5%", "random_states": 0}
+    run = prune("2..3", out=tmp_path / "run", **text)
     assert len(run.at(3).spectrum) > 1
     assert len(isingcut.open_run(tmp_path / "run", 2).spectrum) > 1
 
@@ -242,16 +247,14 @@ def test_a_run_without_a_removal_is_shown_with_its_blocks(place, monkeypatch):
     )
 
 
-def test_a_poor_energy_warns_once_with_what_to_do(place, monkeypatch):
+def test_a_poor_energy_warns_once_with_what_to_do(place, monkeypatch, stub):
     monkeypatch.chdir(place)
-    found = read_json(place / "my-run" / "candidates.json", "candidates")
-    poor = {**found["fidelity"]["kl"], "spearman": 0.1, "spearman_low": -0.1}
-    found["fidelity"]["kl"] = poor
-    monkeypatch.setattr("isingcut.runs.ranking.rank", lambda *a: found)
+    found = load_json(place / "my-run/candidates.json")
+    poor = {**found.fidelity.kl, "spearman": 0.1, "spearman_low": -0.1}
+    found.fidelity["kl"] = poor
+    stub("isingcut.runs.ranking.rank", found)
     with pytest.warns(isingcut.PoorEnergyWarning, match=r"poorly.*--energy") as caught:
-        isingcut.prune(
-            "my-model", remove=3, calibration="my-text.txt", out="my-run", **OPTIONS
-        )
+        prune(out="my-run")
     assert len(caught) == 1
     assert caught[0].filename == __file__
 

@@ -2,14 +2,12 @@
 
 import copy
 
-import pytest
 import torch
 from torch import nn
 from transformers import T5Config, T5ForConditionalGeneration
 from transformers.models.auto import modeling_auto
 
 from isingcut.errors import ArchitectureError, ModelError
-from isingcut.files.results import read_json
 from isingcut.formats.architectures.blocks import find_stack, skip_blocks, text_config
 from isingcut.formats.architectures.cuts import (
     cut_config,
@@ -20,17 +18,24 @@ from isingcut.formats.cutting.checkpoint import excise
 from isingcut.models.inspect import inspect_model
 from isingcut.models.replay import Replay
 from isingcut.models.verify import verify
-from shared import call, refuses
+from shared import flags, load_json, parametrize, refuses, works
 from sweep import conformance
 from sweep.conformance import Entry, check_entry, check_family, entries
 from sweep.shrink import tiny_configuration
-from tiny import edit_config, forbids, tiny_checkpoint, tiny_model, tiny_replay
+from tiny import (
+    edit_config,
+    forbids,
+    random_tokens,
+    tiny_checkpoint,
+    tiny_model,
+    tiny_replay,
+)
 
 # `make architectures` checks all families, and every model type of transformers.
 FAST = ["llama", "gemma4", "nemotron_h"]
 
 
-@pytest.mark.parametrize("family", FAST)
+@parametrize("family", FAST)
 def test_conformance_of_a_family(family, tmp_path):
     report = check_family(family, tmp_path, states=2)
     assert report.outcome == ("refused" if family == "gemma4" else "passed"), (
@@ -43,16 +48,9 @@ def test_kinds_and_costs_of_a_hybrid():
     stack = find_stack(tiny_model("nemotron_h"))
     assert stack.path == "model.layers"
     assert stack.kinds[:4] == ("mamba2", "moe", "attention", "mlp")
-    mamba, moe, attention, mlp = stack.blocks[:4]
-    assert (
-        attention.kv_bytes_per_token == 2 * 2 * 8 * 4
-    )  # key and value, 2 heads of 8, float32
-    assert (
-        mamba.kv_bytes_per_token
-        == moe.kv_bytes_per_token
-        == mlp.kv_bytes_per_token
-        == 0
-    )
+    mamba, moe, _, mlp = stack.blocks[:4]
+    # Key and value of 2 heads of 8, in float32.
+    assert [b.kv_bytes_per_token for b in stack.blocks[:4]] == [0, 0, 2 * 2 * 8 * 4, 0]
     convolution = (64 + 2 * 8) * 4
     recurrence = 8 * 8 * 8
     assert mamba.state_bytes == 4 * (convolution + recurrence)
@@ -82,10 +80,7 @@ def test_skipping_leaves_the_model_as_it_was():
         with skip_blocks(model, [0]):
             assert not torch.equal(model(tokens).logits, before)
         assert torch.equal(model(tokens).logits, before)
-    with (
-        refuses("blocks are 0 to 5", ArchitectureError),
-        skip_blocks(model, [6]),
-    ):
+    with refuses("blocks are 0 to 5", ArchitectureError), skip_blocks(model, [6]):
         pass
 
 
@@ -112,8 +107,8 @@ FOLLOW = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("model_type", "fields", "removed", "expected"),
+@parametrize(
+    "model_type, fields, removed, expected",
     FOLLOW,
     ids=[row[0] for row in FOLLOW],
 )
@@ -126,8 +121,8 @@ def test_per_layer_fields_follow(model_type, fields, removed, expected):
         assert cut[key] == value
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
+@parametrize(
+    "changes, message",
     [
         ({"my_layer_scales": [1.0] * 6}, "'my_layer_scales' looks per-layer"),
         ({"special_layers": [0, 3]}, "'special_layers' looks per-layer"),
@@ -159,8 +154,8 @@ def test_what_is_not_understood_is_named(changes, message):
         cut_config({**LLAMA, **changes}, [1])
 
 
-@pytest.mark.parametrize(
-    ("family", "removed", "message"),
+@parametrize(
+    "family, removed, message",
     [
         ("nemotron_h", [2, 6], "every attention block"),
         ("zamba2", [2], "take turns with shared weights"),
@@ -180,8 +175,8 @@ def test_illegal_states_are_refused_and_forbidden_to_the_solver(
         cut_config(text_config(model).to_dict(), removed)
 
 
-@pytest.mark.parametrize(
-    ("entry", "expected"),
+@parametrize(
+    "entry, expected",
     [
         ("model.layers.3.mlp", ["model.layers.2.mlp"]),
         ("model.layers.1", []),
@@ -214,7 +209,7 @@ def test_names_in_quantisation_lists(entry, expected):
     assert rename_pattern(entry, mapping) == expected
 
 
-@pytest.mark.parametrize(
+@parametrize(
     "pattern",
     [
         "model\\.layers\\.[0-3]\\.mlp",
@@ -270,28 +265,15 @@ def test_inspection_says_why_a_model_is_refused(tmp_path):
         inspect_model(source)
 
 
-def token_ids(replay, batch=2, length=12):
-    generator = torch.Generator().manual_seed(1)
-    return torch.randint(8, 200, (batch, length), generator=generator)
-
-
-def test_a_forward_set_by_others_comes_back():
+def test_a_forward_set_by_others_comes_back(spy):
     replay = tiny_replay("llama")
-    block = replay.blocks[1]
-    original = block.forward
-    calls = []
-
-    def hooked(*args, **kwargs):
-        calls.append(1)
-        return original(*args, **kwargs)
-
-    block.forward = hooked
-    ids = token_ids(replay)
+    calls = spy(replay.blocks[1], "forward")
+    ids = random_tokens((12, 12)).input_ids
     with torch.no_grad():
         replay.record(ids)
         assert not calls
         replay.model(input_ids=ids, use_cache=False)
-    assert calls == [1]
+    assert len(calls) == 1
 
 
 def test_a_block_that_returns_no_stream_is_refused():
@@ -313,8 +295,8 @@ def test_a_block_that_returns_no_stream_is_refused():
         Replay(model, list(model.layers))
 
 
-@pytest.mark.parametrize(
-    ("family", "stays"),
+@parametrize(
+    "family, stays",
     [
         ("llama", 3),
         ("qwen2_moe", 1),
@@ -337,37 +319,23 @@ def test_the_last_block_is_proven_and_found_again(family, stays, tmp_path):
 
 
 def test_a_run_down_to_one_block_is_patched_and_evaluated(
-    text, tmp_path, no_speed, capsys
+    text, tmp_path, no_speed, refusal, typed
 ):
-    tiny_checkpoint("llama", tmp_path / "two", num_hidden_layers=2)
+    model = tiny_checkpoint("llama", tmp_path / "two", num_hidden_layers=2)
     out = tmp_path / "run"
-    further = [
-        "--calibration",
-        text,
-        "--samples",
-        4,
-        "--length",
-        32,
-        "--patch-tokens",
-        1000,
-    ]
-    assert (
-        call(
-            "run", tmp_path / "two", "--remove", 1, "--keep", 0, "--out", out, *further
+    further = {"calibration": text, "samples": 4, "length": 32, "patch_tokens": 1000}
+    works("run", model, *flags({"remove": 1, "keep": 0, "out": out, **further}))
+    assert load_json(out / "model/isingcut.json").patch.cuts
+    evaluation = load_json(out / "evaluation.json")
+    assert (evaluation.before.blocks, evaluation.after.blocks) == (2, 1)
+    said = typed("inspect", out / "model").out
+    assert "its one block stays: none can be removed" in said
+    further["out"] = tmp_path / "further"
+    for removal in ({"remove": 1}, {"budget": "params=10%"}):
+        line = refusal("run", out / "model", *flags({**further, **removal}))
+        assert line.endswith(
+            "has a single block, which must stay; use a deeper model\n"
         )
-        == 0
-    )
-    assert read_json(out / "model" / "isingcut.json", "removal")["patch"]["cuts"]
-    evaluation = read_json(out / "evaluation.json", "evaluation")
-    assert (evaluation["before"]["blocks"], evaluation["after"]["blocks"]) == (2, 1)
-    capsys.readouterr()
-    assert call("inspect", out / "model") == 0
-    assert "its one block stays: none can be removed" in capsys.readouterr().out
-    again = ["run", out / "model", "--out", tmp_path / "further", *further]
-    for removal in (["--remove", 1], ["--budget", "params=10%"]):
-        assert call(*again, *removal) == 2
-        (line,) = capsys.readouterr().err.splitlines()
-        assert line.endswith("has a single block, which must stay; use a deeper model")
 
 
 ENTRY = Entry("llama", "AutoModelForCausalLM")
@@ -383,8 +351,8 @@ def test_every_decoder_of_transformers_is_there():
     assert {"gemma3", "gemma3 (image-text)"} <= {e.name for e in found}
 
 
-@pytest.mark.parametrize(
-    ("model_type", "field", "kinds"),
+@parametrize(
+    "model_type, field, kinds",
     [
         ("gemma3_text", "layer_types", {"sliding_attention", "full_attention"}),
         ("deepseek_v3", "mlp_layer_types", {"dense", "sparse"}),

@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from numpy.testing import assert_allclose
 
-import shared
 from isingcut.baselines import registry
 from isingcut.baselines.angular_window import AngularWindow
 from isingcut.baselines.base import open_ledger
@@ -23,7 +22,6 @@ from isingcut.baselines.sleb import Sleb
 from isingcut.data.calibration import Calibration
 from isingcut.energies.empirical_fisher import EmpiricalFisher
 from isingcut.energies.pairwise import Pairwise
-from isingcut.files.results import read_json
 from isingcut.formats.architectures.blocks import stack_modules
 from isingcut.ising.states import states_of
 from isingcut.measure.losses import measure, tree_nodes
@@ -31,7 +29,7 @@ from isingcut.measure.work import Work
 from isingcut.runs import pipeline
 from isingcut.runs.folder import RunFolder
 from isingcut.runs.session import Session
-from shared import refuses
+from shared import OPTIONS, load_json, module_fixture, parametrize, refuses, works
 from tiny import count_rows, keep_rows, random_tokens, tiny_replay, without
 
 N = 6
@@ -85,15 +83,16 @@ class Calls:
 
 
 WORK = Work(batch_tokens=30)
-SMALL = {
-    "evopress": Evopress(
-        generations=3, offspring=4, survivors=(2, 1), step_tokens=(14, 48), initial=4
-    )
+EVOLUTION = {
+    "generations": 3,
+    "offspring": 4,
+    "step_tokens": (LENGTH, 99),
+    "initial": 4,
 }
 
 
 def part(name):
-    return SMALL[name] if name in SMALL else registry.get(name)()
+    return Evopress(**EVOLUTION) if name == "evopress" else registry.get(name)()
 
 
 @pytest.fixture
@@ -108,26 +107,21 @@ def tokens():
 
 def streams(replay, tokens, removed=()):
     """Return the residual stream at each block boundary, unpadded, for each sample, by hooks."""
-    model = without(replay.model, removed) if removed else replay.model
+    model = without(replay.model, removed)
     found = []
-    blocks = stack_modules(model)
-    for s in range(tokens.samples):
-        ids = tokens.input_ids[s : s + 1, : int(tokens.mask[s].sum())]
+    for row, mask in zip(tokens.input_ids, tokens.mask, strict=True):
         seen = []
 
         def before(module, args, kept=seen):
-            kept.append(args[0][0])
+            kept.append(args[0][0].double())
 
-        def after(module, args, output, kept=seen):
-            kept.append((output[0] if isinstance(output, tuple) else output)[0])
-
-        handles = [b.register_forward_pre_hook(before) for b in blocks]
-        handles.append(blocks[-1].register_forward_hook(after))
+        parts = [*stack_modules(model), model.model.norm]
+        handles = [part.register_forward_pre_hook(before) for part in parts]
         with torch.no_grad():
-            model(input_ids=ids, use_cache=False)
+            model(input_ids=row[mask][None], use_cache=False)
         for handle in handles:
             handle.remove()
-        found.append(torch.stack(seen).double())
+        found.append(torch.stack(seen))
     return found
 
 
@@ -136,8 +130,8 @@ def test_all_baselines_are_found():
     assert " ".join(registry.names()) == names
 
 
-@pytest.mark.parametrize("name", registry.names())
-@pytest.mark.parametrize("remove", [1, 3])
+@parametrize("name", registry.names())
+@parametrize("remove", [1, 3])
 def test_a_baseline_removes_the_wanted_number_and_the_same_blocks_again(
     replay, tokens, name, remove
 ):
@@ -149,8 +143,8 @@ def test_a_baseline_removes_the_wanted_number_and_the_same_blocks_again(
     assert set(first.removed) <= set(range(len(replay)))
 
 
-@pytest.mark.parametrize("name", registry.names())
-@pytest.mark.parametrize("remove", [0, 6])
+@parametrize("name", registry.names())
+@parametrize("remove", [0, 6])
 def test_impossible_removals_are_refused(name, remove):
     with refuses(f"cannot remove {remove} of 6"):
         part(name).choose(tiny_replay(), random_tokens(), remove, WORK, seed=0)
@@ -178,18 +172,13 @@ def test_the_angular_window_is_the_least_turned_one(replay, tokens):
     assert found.removed == (start, start + 1, start + 2)
 
 
-@pytest.mark.parametrize(("loss", "ends"), [("nll", True), ("kl", False)])
+@parametrize("loss, ends", [("nll", True), ("kl", False)])
 def test_sleb_is_greedy_on_really_removed_blocks(replay, tokens, loss, ends):
     order = []
     for _ in range(3):
-        candidates = [
-            i for i in range(6) if i not in order and not (ends and i in (0, 5))
-        ]
-        states = states_of(6, [(*order, i) for i in candidates])
-        found = measure(replay, tokens, states)
-        order.append(
-            candidates[int(np.argmin(found.kl if loss == "kl" else found.nll))]
-        )
+        left = [i for i in range(ends, 6 - ends) if i not in order]
+        found = measure(replay, tokens, states_of(6, [(*order, i) for i in left]))
+        order.append(left[int(np.argmin(getattr(found, loss)))])
     got = Sleb(loss=loss, keep_ends=ends).choose(replay, tokens, 3, WORK, seed=0)
     assert got.info["order"] == order
     assert got.info["evaluations"] == (4 + 3 + 2 if ends else 6 + 5 + 4)
@@ -204,10 +193,10 @@ def test_sleb_keeps_the_ends_to_the_last():
 
 def test_ledger_losses_are_the_measured_ones(replay, tokens):
     states = states_of(6, [(1, 2), (4,)])
+    found = measure(replay, tokens.select([1, 3]), states)
     for loss in ("kl", "nll"):
         got = open_ledger(replay, tokens, WORK, loss).losses(states, rows=[3, 1])
-        found = measure(replay, tokens.select([1, 3]), states)
-        assert_allclose(got, found.kl if loss == "kl" else found.nll, rtol=1e-5)
+        assert_allclose(got, getattr(found, loss), rtol=1e-5)
     with refuses("kl, nll"):
         open_ledger(replay, tokens, WORK, "ppl")
 
@@ -235,12 +224,10 @@ def test_cbo_is_the_ground_state_of_the_papers_energy_or_the_best_of_its_lowest(
 
 
 def test_evopress_finds_the_best_state_of_a_small_stack(replay, tokens):
-    pairs = [(i, j) for i in range(6) for j in range(i + 1, 6)]
+    pairs = list(combinations(range(6), 2))
     kl = measure(replay, tokens, states_of(6, pairs)).kl
-    everything = Evopress(
-        generations=6, offspring=14, step_tokens=(1000, 1000), initial=2
-    )
-    found = everything.choose(replay, tokens, 2, WORK, seed=0)
+    steps = {"generations": 6, "offspring": 14, "step_tokens": (1000, 1000)}
+    found = Evopress(**steps, initial=2).choose(replay, tokens, 2, WORK, seed=0)
     # All 14 other states are children of any parent, so that one generation finds the best.
     assert found.removed == pairs[int(kl.argmin())]
     assert found.info["evaluations"] == 15
@@ -255,7 +242,7 @@ def test_evopress_takes_the_published_number_of_generations():
     assert (published.survivors, published.step_tokens) == ((2, 1), (2048, 32768))
 
 
-@pytest.mark.parametrize("name", ["sleb", "evopress"])
+@parametrize("name", ["sleb", "evopress"])
 def test_an_interrupted_search_goes_on_with_the_same_result_and_price(
     replay, tokens, name, tmp_path
 ):
@@ -285,12 +272,6 @@ def test_seeds_matter_to_random_only_where_they_should(replay, tokens):
 # prices, against the blocks and heads that are really called ----------------------------------
 
 PAIRS = Work(batch_tokens=2 * LENGTH)
-EVOLUTION = {
-    "generations": 3,
-    "offspring": 4,
-    "step_tokens": (LENGTH, 99),
-    "initial": 4,
-}
 
 
 @pytest.fixture
@@ -301,8 +282,8 @@ def made():
     return replay, tokens, Calls(replay, tokens)
 
 
-@pytest.mark.parametrize(
-    ("part", "passes", "heads"),
+@parametrize(
+    "part, passes, heads",
     [
         (Random(), 0, 0),
         (AngularWindow(), 1, 0),
@@ -327,7 +308,7 @@ def test_the_claimed_price_is_what_is_called(made, part, passes, heads):
         assert found.heads == heads
 
 
-@pytest.mark.parametrize("top", [1, 6])
+@parametrize("top", [1, 6])
 def test_a_gradient_is_the_originals_pass_and_a_backward_at_the_price_of_two(made, top):
     replay, tokens, calls = made
     found = Cbo(top).choose(replay, tokens, 3, PAIRS, seed=0)
@@ -344,86 +325,66 @@ def test_the_pair_energy_is_priced_by_the_same_rule(made):
     assert found.meta["blocks_run"] / N == pytest.approx(calls.passes)
 
 
-@pytest.fixture(scope="module")
+@module_fixture
 def folder(tmp_path_factory, llama, text):
     """A run folder with a measured energy for the removal of two of six blocks."""
     return pipeline.energy(
-        model=str(llama),
-        calibration=str(text),
-        out=str(tmp_path_factory.mktemp("comparison") / "run"),
-        **{**shared.OPTIONS, "remove": "2", "compare_energies": "fisher", "keep": "0"},
+        model=llama,
+        calibration=text,
+        out=tmp_path_factory.mktemp("comparison") / "run",
+        **{**OPTIONS, "remove": "2", "compare_energies": "fisher", "keep": "0"},
     )
 
 
-def call(capsys, *arguments):
-    """Return the exit code and everything printed."""
-    code = shared.call(*arguments)
-    shown = capsys.readouterr()
-    return code, shown.out + shown.err
-
-
-def test_a_baseline_writes_its_choice_measured_on_the_ranking_split(capsys, folder):
-    code, shown = call(capsys, "baseline", "sleb", folder)
-    assert code == 0, shown
-    found = read_json(folder / "baseline-sleb.json", "baseline")
-    assert "sleb: blocks" in shown
-    assert len(found["removed"]) == 2
+def test_a_baseline_writes_its_choice_measured_on_the_ranking_split(typed, folder):
+    assert "sleb: blocks" in typed("baseline", "sleb", folder).out
+    found = load_json(folder / "baseline-sleb.json")
+    assert len(found.removed) == 2
     # The three samples of this energy, although the split has more for the other energy.
-    assert found["tokens_searched"] == 3 * 15
-    assert found["violated"] == []
-    session = Session(RunFolder.open(folder).config)
-    replay = session.replay
+    assert found.tokens_searched == 3 * 15
+    assert found.violated == []
+    replay = Session(RunFolder.open(folder).config).replay
     split = Calibration.load(folder / "calibration.safetensors").splits["rank"]
-    state = np.isin(np.arange(6), found["removed"])
-    assert found["kl"] == pytest.approx(
-        measure(replay, split, state[None]).kl[0], rel=1e-5
-    )
+    kl = measure(replay, split, states_of(6, [found.removed])).kl[0]
+    assert found.kl == pytest.approx(kl, rel=1e-5)
     assert not list(folder.glob("baseline*.journal"))
 
 
-def test_the_papers_method_leaves_only_its_result(capsys, folder):
-    assert call(capsys, "baseline", "cbo", folder)[0] == 0
-    found = read_json(folder / "baseline-cbo.json", "baseline")
-    assert found["options"] == {"top": 1}
+def test_the_papers_method_leaves_only_its_result(folder):
+    works("baseline", "cbo", folder)
+    assert load_json(folder / "baseline-cbo.json").options == {"top": 1}
     assert sorted(p.name for p in folder.glob("baseline-cbo*")) == ["baseline-cbo.json"]
 
 
 def test_other_removals_and_options_have_files_of_their_own(
-    capsys, folder, monkeypatch
+    folder, monkeypatch, refusal
 ):
     arguments = ("baseline", "sleb", folder, "--remove", "3")
     with monkeypatch.context() as other:
         other.setattr(registry, "get", lambda name: partial(Sleb, keep_ends=False))
-        assert call(capsys, *arguments)[0] == 0
-    found = read_json(folder / "remove-3" / "baseline-sleb.json", "baseline")
-    assert found["options"] == {"loss": "nll", "keep_ends": False}
-    assert len(found["info"]["order"]) == 3
-    code, shown = call(capsys, *arguments)
-    assert code == 2
-    assert "made with other options" in shown
-    assert call(capsys, *arguments, "--overwrite")[0] == 0
+        works(*arguments)
+    found = load_json(folder / "remove-3/baseline-sleb.json")
+    assert found.options == {"loss": "nll", "keep_ends": False}
+    assert len(found.info.order) == 3
+    assert "made with other options" in refusal(*arguments)
+    works(*arguments, "--overwrite")
 
 
-def test_a_broken_constraint_is_reported(capsys, folder):
-    call(capsys, "baseline", "angular-window", folder, "--remove", "5")
-    found = read_json(folder / "remove-5" / "baseline-angular-window.json", "baseline")
-    expected = [] if found["removed"] == [1, 2, 3, 4, 5] else ["keep 0"]
-    assert found["violated"] == expected
+def test_a_broken_constraint_is_reported(folder):
+    works("baseline", "angular-window", folder, "--remove", "5")
+    found = load_json(folder / "remove-5/baseline-angular-window.json")
+    assert found.violated == (["keep 0"] if 0 in found.removed else [])
 
 
 def test_baseline_without_remove_removes_as_many_blocks_as_the_ranking(
-    capsys, folder, tmp_path
+    folder, tmp_path, refusal
 ):
-    out = tmp_path / "run"
-    shutil.copytree(folder, out)
-    code, shown = call(capsys, "baseline", "random", out, "--budget", "params=30%")
-    assert code == 2
-    assert f"first type: isingcut solve {out} --budget params=30%" in shown
-    for verb in ("solve", "rank"):
-        assert call(capsys, verb, out, "--budget", "params=30%")[0] == 0
-    assert call(capsys, "baseline", "random", out, "--budget", "params=30%")[0] == 0
+    out = shutil.copytree(folder, tmp_path / "run")
+    budget = ("--budget", "params=30%")
+    line = f"first type: isingcut solve {out} --budget params=30%"
+    assert line in refusal("baseline", "random", out, *budget)
+    for words in (("solve",), ("rank",), ("baseline", "random")):
+        works(*words, out, *budget)
     place = out / "remove-params-30_"
-    chosen = read_json(place / "candidates.json", "candidates")["chosen"]["removed"]
-    assert len(read_json(place / "baseline-random.json", "baseline")["removed"]) == len(
-        chosen
-    )
+    chosen = load_json(place / "candidates.json").chosen.removed
+    assert len(load_json(place / "baseline-random.json").removed) == len(chosen)

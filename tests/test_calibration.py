@@ -1,17 +1,14 @@
 """Splits are disjoint, deterministic and masked at padding; bad text gets one clear line."""
 
-import json
 from pathlib import Path
 
-import pytest
 import torch
 
-from calibrating import COUNTS, SIZES, chats, refused, sentences
+from calibrating import COUNTS, calibrate, chats, refused, sentences, write_texts
 from isingcut.data import corpora
-from isingcut.data.calibration import build
 from isingcut.errors import CalibrationError
-from isingcut.testing.tiny import tiny_model, tiny_tokenizer
-from shared import refuses, write_jsonl
+from shared import parametrize, refuses, save_json, write_jsonl
+from tiny import tiny_model, tiny_tokenizer
 
 # plain text ---------------------------------------------------------------------------
 
@@ -19,7 +16,7 @@ from shared import refuses, write_jsonl
 def test_txt_is_packed_into_consecutive_disjoint_ranges(tmp_path, tokenizer):
     text = "".join(sentences(40))
     (tmp_path / "a.txt").write_text(text)
-    found = build(str(tmp_path / "a.txt"), tokenizer, **SIZES)
+    found = calibrate(str(tmp_path / "a.txt"), tokenizer)
     assert {k: s.samples for k, s in found.splits.items()} == COUNTS
     order = ("report", "rank", "energy")
     joined = torch.cat([found.splits[name].input_ids.flatten() for name in order])
@@ -36,7 +33,7 @@ def test_a_tokenizer_that_sets_bos_has_it_in_every_packed_sample(tmp_path):
         single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
     )
     (tmp_path / "a.txt").write_text("".join(sentences(40)))
-    found = build(str(tmp_path / "a.txt"), tokenizer, **SIZES)
+    found = calibrate(str(tmp_path / "a.txt"), tokenizer)
     for tokens in found.splits.values():
         assert (tokens.input_ids[:, 0] == tokenizer.bos_token_id).all()
         assert (tokens.input_ids[:, 1:] != tokenizer.bos_token_id).all()
@@ -48,11 +45,11 @@ def test_a_tokenizer_that_sets_bos_has_it_in_every_packed_sample(tmp_path):
 def test_order_follows_the_seed_and_report_ignores_the_energys_samples(
     tmp_path, tokenizer
 ):
-    source = write_jsonl(tmp_path / "a.jsonl", [{"text": t} for t in sentences(60)])
-    first = build(source, tokenizer, **SIZES)
-    assert build(source, tokenizer, **SIZES).sha256 == first.sha256
-    assert build(source, tokenizer, **{**SIZES, "seed": 1}).sha256 != first.sha256
-    more = build(source, tokenizer, **{**SIZES, "samples": 9})
+    source = write_texts(tmp_path / "a.jsonl", sentences(60))
+    first = calibrate(source, tokenizer)
+    assert calibrate(source, tokenizer).sha256 == first.sha256
+    assert calibrate(source, tokenizer, seed=1).sha256 != first.sha256
+    more = calibrate(source, tokenizer, samples=9)
     for name in ("report", "rank"):
         assert torch.equal(more.splits[name].input_ids, first.splits[name].input_ids)
 
@@ -60,7 +57,7 @@ def test_order_follows_the_seed_and_report_ignores_the_energys_samples(
 def test_one_long_document_is_split_by_ranges(tmp_path, tokenizer):
     text = "".join(sentences(30))
     source = write_jsonl(tmp_path / "a.jsonl", [{"text": text}, {"text": text}])
-    found = build(source, tokenizer, **SIZES)
+    found = calibrate(source, tokenizer)
     assert found.meta["documents"] == 1
     streams = [
         text.index(tokenizer.decode(s.input_ids.flatten()))
@@ -83,16 +80,15 @@ def test_documents_that_would_have_to_be_shared_are_too_few(tmp_path, tokenizer)
 def test_exactly_enough_text_is_enough(tmp_path, tokenizer):
     file = tmp_path / "a.txt"
     file.write_text("x" * 160)
-    assert build(str(file), tokenizer, **SIZES).splits["energy"].tokens == 5 * 15
+    assert calibrate(str(file), tokenizer).splits["energy"].tokens == 5 * 15
     file.write_text("x" * 159)
     refused(str(file), tokenizer, "5 energy samples of 16 tokens are needed, found 4;")
 
 
-def test_counts_and_length_are_checked(tokenizer):
-    with refuses("length"):
-        build("wiki", tokenizer, **{**SIZES, "length": 1})
-    with refuses("rank"):
-        build("wiki", tokenizer, **{**SIZES, "rank_samples": 0})
+@parametrize("words, sizes", [("length", {"length": 1}), ("rank", {"rank_samples": 0})])
+def test_counts_and_length_are_checked(tokenizer, words, sizes):
+    with refuses(words):
+        calibrate("wiki", tokenizer, **sizes)
 
 
 # files --------------------------------------------------------------------------------
@@ -130,7 +126,7 @@ def test_wiki_reads_the_packaged_leads_without_importing(
 ):
     file = tmp_path / "summaries_en-us.json"
     leads = {str(i): {"extract": t} for i, t in enumerate(sentences(40))}
-    file.write_text(json.dumps(leads))
+    save_json(file, leads)
 
     class Entry:
         name = file.name
@@ -142,7 +138,7 @@ def test_wiki_reads_the_packaged_leads_without_importing(
         files = (Entry(),)
 
     monkeypatch.setattr("importlib.metadata.distribution", lambda name: Distribution())
-    found = build("wiki", tokenizer, **SIZES)
+    found = calibrate("wiki", tokenizer)
     assert found.meta["kind"] == "documents"
     assert "things happened" in tokenizer.decode(
         found.splits["report"].input_ids[0:2].flatten()
@@ -157,8 +153,8 @@ def test_python_reads_the_standard_library_and_no_tests_of_it(tokenizer):
     assert texts != list(corpora.read("python", tokenizer, 1).documents)
 
 
-def test_python_without_source_files_says_so(tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
+def test_python_without_source_files_says_so(tmp_path, tokenizer, stub):
+    stub("sysconfig.get_path", str(tmp_path))
     refused(
         "python",
         tokenizer,
@@ -172,67 +168,59 @@ def test_datasets_folders_splits_and_saved_sets(tmp_path, tokenizer, monkeypatch
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     folder = tmp_path / "data"
     folder.mkdir()
-    write_jsonl(folder / "train.jsonl", [{"text": t} for t in sentences(40)])
-    first = build(str(folder), tokenizer, **SIZES)
-    assert build(str(folder), tokenizer, **SIZES).sha256 == first.sha256
+    write_texts(folder / "train.jsonl", sentences(40))
+    first = calibrate(str(folder), tokenizer)
+    assert calibrate(str(folder), tokenizer).sha256 == first.sha256
     saved = tmp_path / "saved"
     datasets.DatasetDict(
         {"test": datasets.Dataset.from_dict({"text": sentences(50)})}
     ).save_to_disk(saved)
-    assert build(str(saved), tokenizer, **SIZES).splits["rank"].samples == 3
-    assert build(f"{saved}:test", tokenizer, **SIZES).splits["rank"].samples == 3
+    assert calibrate(str(saved), tokenizer).splits["rank"].samples == 3
+    assert calibrate(f"{saved}:test", tokenizer).splits["rank"].samples == 3
     refused(f"{saved}:train", tokenizer, "has no split 'train'; it has test")
 
 
 def test_well_known_sets_of_the_hub_have_names_and_are_streamed(tokenizer, monkeypatch):
     import datasets
 
-    rows = {
-        "HuggingFaceFW/fineweb-edu": [{"text": f"web {i}. " * 4} for i in range(200)],
-        "HuggingFaceTB/smol-smoltalk": chats(200),
-        "HuggingFaceTB/finemath": [{"text": f"maths {i}. " * 4} for i in range(200)],
+    texts = [{"text": f"{i} is a number. " * 3} for i in range(400)]
+    sets = {
+        ("HuggingFaceFW/fineweb-edu", "sample-10BT"): texts,
+        ("HuggingFaceTB/smol-smoltalk", None): chats(200),
+        ("HuggingFaceTB/finemath", "finemath-4plus"): texts[::-1],
     }
     read = []
 
     def load_dataset(path, config, *, streaming):
-        read.append((path, config, streaming))
-        return {"train": datasets.Dataset.from_list(rows[path]).to_iterable_dataset()}
+        read.append((path, config))
+        rows = datasets.Dataset.from_list(sets[path, config])
+        return {"train": rows.to_iterable_dataset()} if streaming else {}
 
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
-    corpora.check("web=0.5,instruct=0.3,maths=0.2")
-    found = build(
-        "web=0.5,instruct=0.3,maths=0.2",
-        tokenizer,
-        **{**SIZES, "samples": 60, "report_samples": 3},
-    )
-    assert read == [
-        ("HuggingFaceFW/fineweb-edu", "sample-10BT", True),
-        ("HuggingFaceTB/smol-smoltalk", None, True),
-        ("HuggingFaceTB/finemath", "finemath-4plus", True),
-    ]
-    split = found.splits["energy"]
-    by_part = {
-        name: split.select(rows).mask.sum() for name, rows in split.rows_by_part.items()
-    }
-    shares = {name: float(count / split.mask.sum()) for name, count in by_part.items()}
-    assert shares == pytest.approx(
-        {"web": 0.5, "instruct": 0.3, "maths": 0.2}, abs=0.05
-    )
-    answers = build("answers:instruct", tokenizer, **SIZES)
+    source = "web=0.5,instruct=0.3,maths=0.2"
+    corpora.check(source)
+    found = calibrate(source, tokenizer, samples=60, report_samples=3)
+    assert read == list(sets)
+    assert set(found.splits["energy"].parts) == {"web", "instruct", "maths"}
+    answers = calibrate("answers:instruct", tokenizer)
     assert all(tokens.counted is not None for tokens in answers.splits.values())
 
 
-def test_a_set_out_of_reach_says_what_to_do(tokenizer, monkeypatch):
+ADVICE = "'HuggingFaceFW/fineweb-edu/sample-10BT' .*; 'web' needs this data set: connect to the"
+
+
+@parametrize(
+    "source, words",
+    [
+        ("someone/no-such-set", "'someone/no-such-set'"),
+        ("web", ADVICE),
+        ("wiki=1,web=1", ADVICE),
+    ],
+)
+def test_a_set_out_of_reach_says_what_to_do(tokenizer, monkeypatch, source, words):
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    advice = "'HuggingFaceFW/fineweb-edu/sample-10BT' .*; 'web' needs this data set: connect to the"
-    names = {
-        "someone/no-such-set": "'someone/no-such-set'",
-        "web": advice,
-        "wiki=1,web=1": advice,
-    }
-    for source, words in names.items():
-        refused(source, tokenizer, f"cannot read the data set {words}")
+    refused(source, tokenizer, f"cannot read the data set {words}")
 
 
 def test_self_samples_are_full_distinct_and_reproducible(tokenizer):
@@ -240,15 +228,15 @@ def test_self_samples_are_full_distinct_and_reproducible(tokenizer):
     own = model.generation_config
     torch.manual_seed(5)
     state = torch.random.get_rng_state()
-    first = build("self", tokenizer, model=model, **SIZES)
+    first = calibrate("self", tokenizer, model=model)
     assert torch.equal(torch.random.get_rng_state(), state)
     assert model.generation_config is own
-    again = build("self", tokenizer, model=model, **SIZES)
+    again = calibrate("self", tokenizer, model=model)
     assert again.sha256 == first.sha256
     rows = [tuple(r) for s in first.splits.values() for r in s.input_ids.tolist()]
     assert len(set(rows)) == 10
     assert all(len(r) == 16 and r[0] == tokenizer.bos_token_id for r in rows)
-    more = build("self", tokenizer, model=model, **{**SIZES, "samples": 40})
+    more = calibrate("self", tokenizer, model=model, samples=40)
     assert torch.equal(
         more.splits["report"].input_ids, first.splits["report"].input_ids
     )
@@ -258,9 +246,7 @@ def test_self_follows_the_models_own_distribution(tokenizer):
     """Compare 400 sampled second tokens with the model's probabilities after BOS."""
     model = tiny_model("llama")
     model.generation_config.top_k = 1
-    found = build(
-        "self", tokenizer, model=model, **{**SIZES, "samples": 400, "length": 4}
-    )
+    found = calibrate("self", tokenizer, model=model, samples=400, length=4)
     drawn = found.splits["energy"].input_ids[:, 1]
     with torch.no_grad():
         logits = model(input_ids=torch.tensor([[tokenizer.bos_token_id]])).logits[0, 0]
@@ -271,10 +257,10 @@ def test_self_follows_the_models_own_distribution(tokenizer):
     assert abs(share - expected) < 4 * (expected * (1 - expected) / 400) ** 0.5
 
 
-def test_self_needs_a_model_that_does_not_repeat_itself(tokenizer, monkeypatch):
+def test_self_needs_a_model_that_does_not_repeat_itself(tokenizer, stub):
     with refuses("needs a model"):
-        build("self", tokenizer, **SIZES)
+        calibrate("self", tokenizer)
     same = torch.tensor([[1, 2, 3]] * 32)
-    monkeypatch.setattr("isingcut.data.generation._generate", lambda *_, **__: same)
+    stub("isingcut.data.generation._generate", same)
     with refuses("repeats itself", CalibrationError):
-        build("self", tokenizer, model=tiny_model("llama"), **SIZES)
+        calibrate("self", tokenizer, model=tiny_model("llama"))

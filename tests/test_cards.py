@@ -1,12 +1,10 @@
 """Memory accounts of fake cards, work that goes on out of memory, and checks of real cards."""
 
 import gc
-import json
 import platform
 import re
 import socket
 from types import SimpleNamespace
-from unittest import mock
 
 import numpy as np
 import psutil
@@ -16,7 +14,7 @@ from transformers.integrations import hub_kernels
 
 import isingcut
 from cards import fake_cards
-from isingcut.errors import InputError, MemoryExhaustedError
+from isingcut.errors import MemoryExhaustedError
 from isingcut.evaluation import candidates
 from isingcut.formats.cutting.checkpoint import excise
 from isingcut.healing.repairs import linear, tuned
@@ -41,9 +39,8 @@ from isingcut.models.streaming.replay import StreamedReplay
 from isingcut.options.config import RunConfig
 from isingcut.runs import evaluating, session
 from isingcut.testing import gpu
-from isingcut.testing.tiny import tiny_model
-from shared import OPTIONS, call
-from tiny import random_tokens, replay_of
+from shared import OPTIONS, call, load_json, parametrize, refuses
+from tiny import load_tiny, random_tokens, replay_of, tiny_model
 
 KILO = torch.zeros(250)
 
@@ -87,7 +84,7 @@ def test_a_card_reports_its_memory():
         assert allowance("100%", cards[0].device).left == 10_000
         del kept
     for device in ("lazy:1", "lazy:01", "lazy:200"):
-        with pytest.raises(InputError, match="not on this machine"):
+        with refuses("not on this machine"):
             pick_device(device)
 
 
@@ -116,7 +113,7 @@ def test_weights_are_placed_over_as_few_cards_as_hold_them(monkeypatch):
             ("cpu", 2),
             ("lazy:2", 2),
         ]:
-            with pytest.raises(InputError, match=r"twice|needs"):
+            with refuses(r"twice|needs"):
                 pick_devices(device, 1, cards=cards)
 
 
@@ -132,15 +129,17 @@ class _Group:
         return [self.other.encode(), own]
 
 
-@pytest.mark.parametrize(
-    ("present", "cards", "rank", "number"),
+@parametrize(
+    "present, cards, rank, number",
     [(1, None, 1, 0), (2, None, 1, 1), (4, 2, 1, 2), (2, 2, 1, 0)],
 )
-def test_each_process_has_a_gpu_of_its_own(present, cards, rank, number, monkeypatch):
+def test_each_process_has_a_gpu_of_its_own(
+    present, cards, rank, number, monkeypatch, stub
+):
     used = []
     monkeypatch.setenv("LOCAL_RANK", str(rank))
-    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr("torch.cuda.device_count", lambda: present)
+    stub("torch.cuda.is_available", True)
+    stub("torch.cuda.device_count", present)
     monkeypatch.setattr("torch.cuda.set_device", used.append)
     monkeypatch.setattr(
         "torch.cuda.get_device_properties", lambda n: SimpleNamespace(uuid=f"GPU-{n}")
@@ -149,7 +148,7 @@ def test_each_process_has_a_gpu_of_its_own(present, cards, rank, number, monkeyp
     session._use_own_card(config, _Group("another GPU-9"))
     assert used == [number]
     same = f"{socket.gethostname()} GPU-{number}"
-    with pytest.raises(InputError, match="processes 0 and 1 have the same GPU"):
+    with refuses("processes 0 and 1 have the same GPU"):
         session._use_own_card(config, _Group(same))
     session._use_own_card(config.replace(device="cpu"), _Group(""))
     assert used == [number, number]
@@ -168,7 +167,7 @@ def test_missing_kernels_are_named(shared, caplog):
     assert missing == {"causal_conv1d", "mamba_ssm"}
 
 
-@pytest.mark.parametrize("count", [2, 4])
+@parametrize("count", [2, 4])
 def test_cards_have_equal_shares_of_the_memory(count, shared):
     sizes = {"hidden_size": 128, "intermediate_size": 384, "head_dim": 32}
     folder = shared.checkpoint(**sizes, num_hidden_layers=8)
@@ -202,7 +201,7 @@ def test_parts_are_divided_in_order_by_bytes_and_by_room():
 # One set of weights ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("tied", [True, False])
+@parametrize("tied", [True, False])
 def test_a_cut_takes_the_memory_of_its_original(tied, shared, tmp_path):
     source = shared.checkpoint(tie_word_embeddings=tied)
     cut = tmp_path / "cut"
@@ -217,7 +216,7 @@ def test_a_cut_takes_the_memory_of_its_original(tied, shared, tmp_path):
         assert card.live == before
         tokens = random_tokens([12]).input_ids.to(card.device)
         logits = loaded.model(input_ids=tokens).logits.cpu()
-    alone = load(cut, dtype="float32", device="cpu").model
+    alone = load_tiny(cut).model
     torch.testing.assert_close(
         logits, alone(input_ids=tokens.cpu()).logits, rtol=1e-4, atol=1e-5
     )
@@ -267,7 +266,7 @@ def test_freed_buffers_go_back_to_the_system():
     assert psutil.Process().memory_info().rss < kept - 1e8
 
 
-@pytest.mark.parametrize("most", [1, 2, 3, 5, 8])
+@parametrize("most", [1, 2, 3, 5, 8])
 def test_work_is_split_until_it_fits_and_joined_in_order(most):
     limit = BatchLimit(torch.device("cpu"))
     calls = []
@@ -291,8 +290,8 @@ def test_work_is_split_until_it_fits_and_joined_in_order(most):
     assert sum(n > most for n in calls) < max(1, failed)
 
 
-@pytest.mark.parametrize(
-    ("error", "tried"),
+@parametrize(
+    "error, tried",
     [
         (torch.OutOfMemoryError("CUDA out of memory."), [4, 2, 1]),
         (RuntimeError("CUDA error"), [4]),
@@ -317,7 +316,7 @@ def test_what_fails_with_one_sample_or_for_another_reason_is_raised(error, tried
 STATES = np.random.default_rng(1).random((5, 6)) < 0.4
 
 
-@pytest.mark.parametrize("job", ["losses", "changed", "gradients"])
+@parametrize("job", ["losses", "changed", "gradients"])
 def test_a_measurement_within_less_memory_gives_the_same_numbers(job):
     tokens = random_tokens([12] * 8)
 
@@ -344,7 +343,7 @@ def test_a_measurement_within_less_memory_gives_the_same_numbers(job):
 WIDE = {"intermediate_size": 512}
 
 
-def test_a_fit_without_room_on_its_card_is_made_on_the_host(monkeypatch):
+def test_a_fit_without_room_on_its_card_is_made_on_the_host(stub):
     model = tiny_model("llama", **WIDE)
     tokens = random_tokens([14] * 24)
     expected = fit_patches(replay_of(model), tokens, [3], Work(128)).patches[0].weight
@@ -355,8 +354,8 @@ def test_a_fit_without_room_on_its_card_is_made_on_the_host(monkeypatch):
         found = fit_patches(replay, tokens, [3], Work(128))
         assert card.peak < card.budget
         # The same where the estimate is wrong, and where the layer's inputs do not fit either.
-        monkeypatch.setattr(linear, "bytes_of", lambda *given: 0)
-        monkeypatch.setattr(Replay, "room", lambda self, batch: 0)
+        stub(linear, "bytes_of", 0)
+        stub(Replay, "room", 0)
         again = fit_patches(replay, tokens, [3], Work(128))
     assert (found.record.maps, found.record.unpatched) == ("reads", [])
     for fit in (found, again):
@@ -366,11 +365,13 @@ def test_a_fit_without_room_on_its_card_is_made_on_the_host(monkeypatch):
 
 
 FEW = {
+    **OPTIONS,
     "remove": 2,
     "energy": "fisher",
     "states": 3,
     "random_states": 0,
     "patch": "none",
+    "skip_speed": True,
 }
 
 
@@ -390,66 +391,44 @@ def test_a_run_that_runs_out_of_memory_goes_on_from_disk(
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
     monkeypatch.setitem(evaluating.evaluate.__globals__, "before_and_after", exhausted)
-    options = {
-        **OPTIONS,
-        **FEW,
-        "model": str(model),
-        "calibration": str(text),
-        "skip_speed": True,
-    }
-    isingcut.run(out=str(out), **options)
+    options = {**FEW, "model": model, "calibration": text}
+    isingcut.run(out=out, **options)
     assert failed == [1, 1]
-    streamed = json.loads((out / "evaluation.json").read_text())
-    records = json.loads((out / "run.json").read_text())["stages"]
+    streamed = load_json(out / "evaluation.json")
+    records = load_json(out / "run.json").stages
     assert [n for n, r in records.items() if r.get("streamed")] == ["evaluation.json"]
     # Only the evaluation is made again.
     monkeypatch.setitem(evaluating.evaluate.__globals__, "before_and_after", evaluate)
     (out / "evaluation.json").unlink()
-    isingcut.run(out=str(out), **options)
-    whole = json.loads((out / "evaluation.json").read_text())
-    assert streamed["kl"] == pytest.approx(whole["kl"], rel=1e-5)
+    isingcut.run(out=out, **options)
+    whole = load_json(out / "evaluation.json")
+    assert streamed.kl == pytest.approx(whole.kl, rel=1e-5)
     monkeypatch.setitem(evaluating.evaluate.__globals__, "before_and_after", exhausted)
     (out / "evaluation.json").unlink()
-    with pytest.raises(
-        MemoryExhaustedError, match="2,147,483,648 more bytes were needed"
-    ):
-        isingcut.run(out=str(out), stream="off", **options)
+    with refuses("2,147,483,648 more bytes were needed", MemoryExhaustedError):
+        isingcut.run(out=out, stream="off", **options)
 
 
+@parametrize("module, step", [(linear, "fit_patches"), (tuned, "tune")])
 def test_a_patch_that_runs_out_of_memory_leaves_the_model_resident(
-    shared, text, tmp_path
+    module, step, shared, text, tmp_path, monkeypatch
 ):
-    given = {
-        **OPTIONS,
-        **FEW,
-        "model": str(shared.checkpoint()),
-        "calibration": str(text),
-    }
-    given |= {"patch": "tuned", "skip_speed": True}
+    given = {**FEW, "model": shared.checkpoint(), "calibration": text}
     with fake_cards() as (card,):
-
-        def exhausted(*rest, **named):
-            return torch.empty(2 << 30, device=card.device)
-
         card.budget = 1 << 30
-        with mock.patch.multiple(linear, fit_patches=exhausted):
-            none = isingcut.run(
-                out=str(tmp_path / "none"), device=str(card.device), **given
-            )
-        with mock.patch.multiple(tuned, tune=exhausted):
-            fitted = isingcut.run(
-                out=str(tmp_path / "linear"), device=str(card.device), **given
-            )
-    for target in (none, fitted):
-        stages = json.loads((target / "run.json").read_text())["stages"]
-        assert not any(record.get("streamed") for record in stages.values())
-    patches = [
-        json.loads((t / "model/isingcut.json").read_text())["patch"]
-        for t in (none, fitted)
-    ]
-    assert "out of memory for fitting a patch" in patches[0]["unpatched"][0]["reason"]
-    assert "out of memory for tuning the patch" in patches[1]["tuning"]["left_out"]
-    assert patches[1]["cuts"]
+        exhausted = lambda *_, **__: torch.empty(2 << 30, device=card.device)  # noqa: E731
+        monkeypatch.setattr(module, step, exhausted)
+        device = str(card.device)
+        out = tmp_path / "run"
+        isingcut.run(out=out, **{**given, "patch": "tuned", "device": device})
+    stages = load_json(out / "run.json").stages
+    assert not any(record.get("streamed") for record in stages.values())
+    patch = load_json(out / "model/isingcut.json").patch
+    if step == "tune":
+        assert "out of memory for tuning the patch" in patch.tuning.left_out
+        assert patch.cuts
+    else:
+        assert "out of memory for fitting a patch" in patch.unpatched[0].reason
 
 
 @pytest.mark.filterwarnings("ignore::isingcut.PoorEnergyWarning")
@@ -466,25 +445,18 @@ def test_ranking_that_runs_out_of_memory_goes_on_from_disk(
         return rank(replay, *args, **kwargs)
 
     monkeypatch.setattr(candidates, "rank", exhausted)
-    options = {
-        **OPTIONS,
-        **FEW,
-        "model": str(shared.checkpoint()),
-        "calibration": str(text),
-    }
-    isingcut.prune(out=tmp_path / "run", **options)
+    given = {"calibration": text, "out": tmp_path / "run"}
+    isingcut.prune(**{**FEW, "model": shared.checkpoint(), **given})
     assert replays == [Replay, StreamedReplay]
 
 
-def test_without_a_gpu_it_says_so(capsys, monkeypatch):
-    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+def test_without_a_gpu_it_says_so(capsys, stub):
+    stub("torch.cuda.device_count", 0)
     assert gpu.main(["Checks.test_twice"]) == 1
     assert "--device cuda is not on this machine" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("count", "shown"), [(2, "OK"), (1, "skipped 'needs two GPUs'")]
-)
+@parametrize("count, shown", [(2, "OK"), (1, "skipped 'needs two GPUs'")])
 def test_checks_of_gpus_pass_on_fake_cards(count, shown, capsys, monkeypatch):
     with fake_cards(count) as cards:
         monkeypatch.setattr(gpu, "DEVICE", str(cards[0].device))

@@ -1,25 +1,32 @@
 """The choice by questions."""
 
-import json
-import shutil
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 import isingcut
-from isingcut.errors import InputError
 from isingcut.evaluation.benchmark import choose_by_questions, contenders, draw_half
 from isingcut.evaluation.questions import prepare_task
 from isingcut.evaluation.scores import score_states
 from isingcut.files.results import read_json
 from isingcut.files.states import ByTasks, CandidatesFile, ChosenState
-from isingcut.models.load import load
 from isingcut.options.config import RunConfig
 from isingcut.report.words import sentence
-from isingcut.runs import benchmarking
+from isingcut.runs import benchmarking, evaluating
 from isingcut.runs.checks import check_run_tasks
-from shared import OPTIONS, call, leave_speed_out, write_jsonl
+from shared import (
+    OPTIONS,
+    leave_speed_out,
+    load_json,
+    module_fixture,
+    parametrize,
+    refuses,
+    works,
+    write_jsonl,
+)
+from test_tasks import gsm8k
+from tiny import load_tiny
 
 pytestmark = [
     pytest.mark.usefixtures("no_speed"),
@@ -49,7 +56,7 @@ def test_half_of_the_questions_by_a_seed():
     assert all(set(found[t]) < set(keys[t]) for t in keys)
     assert draw_half(keys, 0) == found
     assert draw_half(keys, 1)["a"] != found["a"]
-    with pytest.raises(InputError, match="c has one question"):
+    with refuses("c has one question"):
         draw_half({"c": ["c0", "c0"]}, 0)
 
 
@@ -97,7 +104,7 @@ def test_the_best_of_all_candidates_is_chosen_and_compared():
     assert loser["difference_se"] == pytest.approx(difference.std(ddof=1) / 90**0.5)
 
 
-@pytest.mark.parametrize("rows", [[np.arange(9) % 2] * 3, [[0.0], [1.0]]])
+@parametrize("rows", [[np.arange(9) % 2] * 3, [[0.0], [1.0]]])
 def test_equal_candidates_and_a_single_question_leave_the_lower_loss(rows):
     found = choose({"t": rows})
     assert found["chosen"] == 0
@@ -107,7 +114,7 @@ def test_equal_candidates_and_a_single_question_leave_the_lower_loss(rows):
 # runs -----------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
+@module_fixture
 def questions(tmp_path_factory):
     """A file of 60 questions."""
     rng = np.random.default_rng(0)
@@ -127,20 +134,15 @@ def questions(tmp_path_factory):
 
 def chosen_by(llama, text):
     """Return the options of a run that chooses by questions."""
-    inputs = {
-        "model": str(llama),
-        "calibration": str(text),
-        "remove": 2,
-        "patch": "none",
-    }
+    inputs = {"model": llama, "calibration": text, "remove": 2, "patch": "none"}
     return {**OPTIONS, **inputs, "choose": "tasks"}
 
 
-@pytest.fixture(scope="module")
+@module_fixture
 def by_questions(llama, text, questions, tmp_path_factory):
     """The options of a run that chose by questions, and its folder."""
     out = tmp_path_factory.mktemp("by_questions") / "run"
-    options = {**chosen_by(llama, text), "tasks": str(questions), "out": str(out)}
+    options = {**chosen_by(llama, text), "tasks": str(questions), "out": out}
     with pytest.MonkeyPatch.context() as patch:
         leave_speed_out(patch.setattr)
         return options, isingcut.run(**options)
@@ -150,45 +152,45 @@ def test_a_run_chooses_by_questions_and_reports_on_others(
     by_questions, llama, questions
 ):
     options, target = by_questions
-    found = read_json(target / "candidates.json", "candidates")
-    choice = found["by_tasks"]
-    rows = found["by_tasks"]["candidates"]
-    kl = {tuple(row["removed"]): row["kl"] for row in found["candidates"]}
-    measured_kl = [kl[tuple(row["removed"])] for row in rows]
+    found = load_json(target / "candidates.json")
+    choice = found.by_tasks
+    rows = found.by_tasks.candidates
+    kl = {tuple(row.removed): row.kl for row in found.candidates}
+    measured_kl = [kl[tuple(row.removed)] for row in rows]
     assert measured_kl == sorted(measured_kl)
     assert measured_kl[0] == min(kl.values())
     # A state of high loss may have the best answers, so it answers as well.
-    size = load(llama, dtype="float32", device="cpu").model.config.num_hidden_layers
-    assert [size - 2, size - 1] in [row["removed"] for row in rows]
-    chosen = rows[[r["removed"] for r in rows].index(found["chosen"]["removed"])]
-    assert chosen["difference"] is None
-    assert found["chosen"]["why"] == "questions"
-    assert len(choice["questions"]) == 30
+    size = load_tiny(llama).model.config.num_hidden_layers
+    assert [size - 2, size - 1] in [row.removed for row in rows]
+    chosen = rows[[r.removed for r in rows].index(found.chosen.removed)]
+    assert chosen.difference is None
+    assert found.chosen.why == "questions"
+    assert len(choice.questions) == 30
     assert not (target / ".questions").exists()
 
     # The checkpoint answers like the original with its blocks skipped.
-    cut = load(target / "model", dtype="float32", device="cpu")
+    cut = load_tiny(target / "model")
     task = prepare_task(str(questions), None)
-    (own,) = score_states(cut, task, [()], wanted=set(choice["questions"]).__contains__)
-    assert own.values.mean() == pytest.approx(chosen["accuracy"])
-    assert own.certainties.mean() == pytest.approx(chosen["certainty"])
+    (own,) = score_states(cut, task, [()], wanted=set(choice.questions).__contains__)
+    assert own.values.mean() == pytest.approx(chosen.accuracy)
+    assert own.certainties.mean() == pytest.approx(chosen.certainty)
     assert len(own.values) == 30
 
     # The final model is judged by the other half of the questions.
-    judged = read_json(target / "benchmarks.json", "benchmarks")
-    assert judged["left_out"] == 30
-    assert [(r["task"], r["n"]) for r in judged["rows"]] == [("mine.jsonl", 30)]
+    judged = load_json(target / "benchmarks.json")
+    assert judged.left_out == 30
+    assert [(r.task, r.n) for r in judged.rows] == [("mine.jsonl", 30)]
     (others,) = score_states(
-        cut, task, [()], wanted=lambda key: key not in choice["questions"]
+        cut, task, [()], wanted=lambda key: key not in choice.questions
     )
-    assert judged["rows"][0]["cut"] == pytest.approx(others.values.mean())
+    assert judged.rows[0].cut == pytest.approx(others.values.mean())
     assert not set(own.questions) & set(others.questions)
 
-    page = (target / "report.md").read_text(encoding="utf-8")
+    page = (target / "report.md").read_text()
     assert "## Choice by questions" in page
     assert "30 of mine.jsonl" in page
     assert "30 questions of mine.jsonl" in page
-    assert 'id="by-tasks"' in (target / "report.html").read_text(encoding="utf-8")
+    assert 'id="by-tasks"' in (target / "report.html").read_text()
     files = [
         target / name
         for name in ("candidates.json", "benchmarks.json", "evaluation.json")
@@ -204,11 +206,11 @@ def test_a_killed_choice_goes_on_from_what_was_scored(
     from isingcut.evaluation import answers as likelihoods
 
     more = questions.with_name("more.jsonl")
-    lines = questions.read_text(encoding="utf-8").splitlines()
-    more.write_text("\n".join(lines[:20]).replace("river", "brook"), encoding="utf-8")
+    lines = questions.read_text().splitlines()
+    more.write_text("\n".join(lines[:20]).replace("river", "brook"))
     out = tmp_path / "run"
     tasks = f"{questions},{more}"
-    options = {**chosen_by(llama, text), "tasks": tasks, "out": str(out)}
+    options = {**chosen_by(llama, text), "tasks": tasks, "out": out}
     whole = benchmarking.score_states
     compute = likelihoods._scores
     calls = []
@@ -240,69 +242,47 @@ def test_a_killed_choice_goes_on_from_what_was_scored(
 
 
 def test_scores_on_questions_that_changed_are_not_kept(
-    finished, questions, tmp_path, capsys
+    run, questions, tmp_path, refusal
 ):
-    run = shutil.copytree(finished, tmp_path / "run")
     own = tmp_path / "own.jsonl"
-    data = tmp_path / "data" / "arc_easy" / "test.jsonl"
+    data = tmp_path / "data/arc_easy/test.jsonl"
     data.parent.mkdir(parents=True)
-    text = questions.read_text(encoding="utf-8")
-    again = [
-        "evaluate",
-        run,
-        "--skip-speed",
-        "--tasks",
-        "arc_easy",
-        "--data",
-        tmp_path / "data",
-    ]
+    text = questions.read_text()
+    again = ["evaluate", run, "--skip-speed", "--tasks", "arc_easy"]
     for file, line in (
         (own, ["rank", run, "--choose", "tasks", "--tasks", own]),
-        (data, again),
+        (data, [*again, "--data", tmp_path / "data"]),
     ):
-        file.write_text(text, encoding="utf-8")
-        assert call(*line, "--overwrite") == 0
-        file.write_text(text.replace("river", "brook"), encoding="utf-8")
-        assert call(*line) == 2
-        assert "was made with other options (files: " in capsys.readouterr().err
+        file.write_text(text)
+        works(*line, "--overwrite")
+        file.write_text(text.replace("river", "brook"))
+        assert "was made with other options (files: " in refusal(*line)
 
 
 def test_questions_are_answered_without_a_measurement_of_text(
-    finished, questions, tmp_path, monkeypatch, capsys
+    run, questions, spy, answer
 ):
-    def measured(*given):
-        raise AssertionError("text was measured")
-
-    monkeypatch.setattr("isingcut.runs.evaluating.evaluate", measured)
-    run = shutil.copytree(finished, tmp_path / "run")
+    measured = spy(evaluating, "evaluate")
+    line = ["evaluate", run, "--tasks", questions, "--overwrite", "--questions"]
     for there in (True, False):
-        line = [
-            "evaluate",
-            run,
-            "--tasks",
-            questions,
-            "--questions",
-            4 + there,
-            "--overwrite",
-        ]
-        assert call(*line, "--json") == 0
-        found = json.loads(capsys.readouterr().out)
-        assert found["benchmarks"]["rows"][0]["n"] == 4 + there
+        found = answer(*line, 4 + there)
+        assert found.benchmarks.rows[0].n == 4 + there
         assert ("kl" in found) == there
         (run / "evaluation.json").unlink(missing_ok=True)
+    assert not measured
 
 
 def test_unusable_tasks_are_refused(questions):
     for options in ({"choose": "tasks"}, {"questions": 5}):
-        with pytest.raises(InputError, match="need benchmarks; name some with --tasks"):
+        with refuses("need benchmarks; name some with --tasks"):
             RunConfig(model="m", remove="2", **options).validate()
-    with pytest.raises(InputError, match="a range of removals cuts none"):
+    with refuses("a range of removals cuts none"):
         check_run_tasks(RunConfig(model="m", remove="2..3", tasks=str(questions)))
 
 
 def test_a_streamed_model_gives_the_same_answers(by_questions, tmp_path):
     options, whole = by_questions
-    streamed = isingcut.run(**{**options, "out": str(tmp_path / "run"), "stream": "on"})
+    streamed = isingcut.run(**{**options, "out": tmp_path / "run", "stream": "on"})
     for kind, key in (("candidates", "by_tasks"), ("benchmarks", "rows")):
         one, other = (
             read_json(target / f"{kind}.json", kind)[key]
@@ -313,22 +293,12 @@ def test_a_streamed_model_gives_the_same_answers(by_questions, tmp_path):
 
 def test_a_streamed_model_writes_no_answers(llama, text, tmp_path):
     data = tmp_path / "data"
-    (data / "gsm8k").mkdir(parents=True)
-    record = json.dumps(
-        {"context": "What is 1 plus 1?", "solution": "It is 2.", "answer": "2"}
-    )
     for name in ("test", "train"):
-        (data / "gsm8k" / f"{name}.jsonl").write_text(
-            f"{record}\n" * 8, encoding="utf-8"
-        )
-    more = {
-        "choose": "measured",
-        "stream": "on",
-        "data": str(data),
-        "out": str(tmp_path / "run"),
-    }
-    with pytest.raises(InputError, match="gsm8k needs the whole model, which does not"):
-        isingcut.run(**{**chosen_by(llama, text), **more, "tasks": "gsm8k"})
+        write_jsonl(data / f"gsm8k/{name}.jsonl", [gsm8k(1)[1]] * 8)
+    given = {**chosen_by(llama, text), "choose": "measured", "stream": "on"}
+    given |= {"data": str(data), "out": tmp_path / "run", "tasks": "gsm8k"}
+    with refuses("gsm8k needs the whole model, which does not fit"):
+        isingcut.run(**given)
     assert not (tmp_path / "run").exists()
 
 

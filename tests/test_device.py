@@ -31,10 +31,9 @@ from isingcut.measure.work import Work
 from isingcut.models.placement import connect, place
 from isingcut.models.replay import Recording
 from isingcut.models.streaming.replay import StreamedReplay, open_model
-from isingcut.testing.tiny import tiny_model, tiny_tokenizer
-from shared import OPTIONS
+from shared import OPTIONS, parametrize
 from test_baselines import part
-from tiny import random_tokens, replay_of
+from tiny import random_tokens, replay_of, tiny_model, tiny_tokenizer
 
 CPU = torch.device("cpu")
 
@@ -63,16 +62,15 @@ class Place:
             connect(model, place(model, self.devices))
         return model.to(self.device) if len(self.devices) == 1 else model
 
-    def replay(self, family="llama"):
-        return replay_of(self.model(family))
-
-    def streamed(self):
+    def replay(self, family="llama", streamed=False):
+        if not streamed:
+            return replay_of(self.model(family))
         opened = open_model(self.folder, dtype=torch.float32, device=self.device)
         return StreamedReplay(*opened)
 
 
 def losses(place, family="llama", streamed=False):
-    replay = place.streamed() if streamed else place.replay(family)
+    replay = place.replay(family, streamed)
     found = measure(replay, random_tokens(), states(), work=Work(32))
     return np.stack([found.kl_sums, found.nll_sums])
 
@@ -81,12 +79,12 @@ def changed(place, family="llama", streamed=False):
     def change(name, own):
         return None if "norm" in name else own + 0.02 * own.roll(1, 0)
 
-    replay = place.streamed() if streamed else place.replay(family)
+    replay = place.replay(family, streamed)
     return changed_losses(replay, random_tokens(), change, Work(32), "changed", [2])
 
 
 def gate_rows(place, family="llama", streamed=False, seed=None):
-    replay = place.streamed() if streamed else place.replay(family)
+    replay = place.replay(family, streamed)
     return gate_gradients(replay, random_tokens(), work=Work(32), label_seed=seed)
 
 
@@ -100,13 +98,13 @@ def searched(place):
 
 
 def streamed_slopes(place):
-    return Evaluator(place.streamed(), random_tokens(), Work(32), seed=0).slopes(
-        states()[0], 4
-    )
+    replay = place.replay(streamed=True)
+    evaluator = Evaluator(replay, random_tokens(), Work(32), seed=0)
+    return evaluator.slopes(states()[0], 4)
 
 
 def asked(place, family="llama", streamed=False):
-    replay = place.streamed() if streamed else place.replay(family)
+    replay = place.replay(family, streamed)
     rows = [(tuple(row), 1 + i % 3) for i, row in enumerate(random_tokens().rows)]
     likely, greedy = answer_scores(replay, rows, states(), Work(32))
     return np.stack([likely, greedy])
@@ -114,9 +112,10 @@ def asked(place, family="llama", streamed=False):
 
 def figures(place, streamed=False):
     if streamed:
-        found = evaluate.quality(place.streamed(), place.streamed(), random_tokens())
+        pair = [place.replay(streamed=True) for _ in range(2)]
     else:
-        found = evaluate.quality(place.model(), place.model(seed=1), random_tokens())
+        pair = [place.model(seed=seed) for seed in range(2)]
+    found = evaluate.quality(*pair, random_tokens())
     return [found.kl, found.before.nll, found.after.nll]
 
 
@@ -134,38 +133,34 @@ def written(place):
 def timed(place):
     ticks = itertools.count()
     both = {"before": place.model(), "after": place.model(seed=1)}
-    speeds = timing.speed(
-        both, random_tokens(), new_tokens=2, repeats=1, clock=lambda: next(ticks) ** 2
-    )
+    sizes = {"new_tokens": 2, "repeats": 1, "clock": lambda: next(ticks) ** 2}
+    speeds = timing.speed(both, random_tokens(), **sizes)
     # Times cannot be compared.
-    assert all(
-        x > 0 for x in place.replay().latency(8, 1) + place.streamed().latency(8, 1)
-    )
+    for streamed in (False, True):
+        assert min(place.replay(streamed=streamed).latency(8, 1)) > 0
     on_card = place.device.type != "cpu"
-    assert all(
-        ("batched_decode_tokens_per_second" in v) == on_card for v in speeds.values()
-    )
+    for found in speeds.values():
+        assert ("batched_decode_tokens_per_second" in found) == on_card
     return len(speeds)
 
 
 def patched(place, reads):
     given = (place.replay(), random_tokens(), [1, 3], Work(32))
     with mock.patch.object(_Fitting, "ways", (reads,)):
-        found = fit_patches(*given)
-    return np.concatenate([p.weight.cpu().numpy().ravel() for p in found.patches])
+        return weights_of(fit_patches(*given))
+
+
+def weights_of(*fits):
+    return np.concatenate([p.weight.cpu().ravel() for f in fits for p in f.patches])
 
 
 def patched_again(place):
     """Fit the patches of two states with the original's streams of the first kept on the host."""
     given = (place.replay(), random_tokens())
     kept = {}
-    found = [
-        fit_patches(*given, removed, Work(32), kept=kept) for removed in ([1], [1, 3])
-    ]
+    found = [fit_patches(*given, state, Work(32), kept=kept) for state in ([1], [1, 3])]
     assert {stream.device for streams in kept.values() for stream in streams} == {CPU}
-    return np.concatenate(
-        [p.weight.cpu().numpy().ravel() for f in found for p in f.patches]
-    )
+    return weights_of(*found)
 
 
 def distilled(place, family="llama"):
@@ -189,16 +184,10 @@ def distilled(place, family="llama"):
 
 
 def chosen(place):
-    def removed(name):
-        return (
-            part(name)
-            .choose(place.replay(), random_tokens(), 2, Work(32), seed=0)
-            .removed
-        )
-
+    given = (place.replay(), random_tokens(), 2, Work(32))
     # The other baselines use only measured losses.
     own = ("angular-window", "block-influence")
-    return [removed(name) for name in own]
+    return [part(name).choose(*given, seed=0).removed for name in own]
 
 
 # gemma2 ends in a soft cap, so its head is not split.
@@ -232,7 +221,7 @@ STEPS = {
 }
 
 
-@pytest.mark.parametrize("step", STEPS)
+@parametrize("step", STEPS)
 def test_a_step_keeps_to_its_devices(step, shared):
     folder = shared.checkpoint(num_hidden_layers=4)
     expected = np.asarray(STEPS[step](Place(folder, CPU)))
@@ -266,24 +255,18 @@ def test_a_whole_run_on_several_cards_writes_the_files_of_one(
         for device in names:
             isingcut.run(
                 device=device,
-                model=str(shared.checkpoint(num_hidden_layers=4)),
-                calibration=str(text),
-                out=str(tmp_path / device),
+                model=shared.checkpoint(num_hidden_layers=4),
+                calibration=text,
+                out=tmp_path / device,
                 remove=2,
                 **{**OPTIONS, "states": 3, "patch_tokens": 100},
             )
-    measured = (
-        "hamiltonian.safetensors",
-        "candidates.json",
-        "evaluation.json",
-        "model/*",
-    )
+    stages = ("hamiltonian.safetensors", "candidates.json", "evaluation.json")
     one, other = (tmp_path / name for name in names)
-    for file in [file for name in measured for file in one.glob(name)]:
+    for file in [file for name in (*stages, "model/*") for file in one.glob(name)]:
         found = (other / file.relative_to(one)).read_bytes()
-        assert file.read_bytes() == found.replace(
-            other.name.encode(), one.name.encode()
-        ), file
+        found = found.replace(other.name.encode(), one.name.encode())
+        assert file.read_bytes() == found, file
 
 
 def mixed(operation):
@@ -298,8 +281,8 @@ def mixed(operation):
     return False
 
 
-@pytest.mark.parametrize(
-    ("refused", "operation"),
+@parametrize(
+    "refused, operation",
     [
         (True, lambda d, c, n: d + c),
         (True, lambda d, c, n: torch.cat([d, c])),

@@ -1,12 +1,10 @@
 """Several processes: the same bits as one, one report of a failure, and no process left behind."""
 
-import json
 import os
 import signal
 import sys
 from contextlib import nullcontext
 
-import pytest
 import torch
 
 import ranks
@@ -14,7 +12,7 @@ from cards import fake_cards
 from isingcut.files.journal import Journal
 from isingcut.measure.losses import Piece, divide
 from ranks import join, start, type_in
-from shared import call, load_json, write_words
+from shared import load_json, module_fixture, parametrize, save_json, works, write_words
 from tiny import count_rows, tiny_checkpoint
 
 OPTIONS = {
@@ -31,13 +29,13 @@ def _place(folder, **sizes):
     return folder
 
 
-@pytest.fixture(scope="module")
+@module_fixture
 def place(tmp_path_factory):
     """A folder with a tiny model and a text."""
     return _place(tmp_path_factory.mktemp("distributed"))
 
 
-@pytest.fixture(scope="module")
+@module_fixture
 def alone(place):
     """Results of a single process."""
     _measure(place, place)
@@ -68,7 +66,7 @@ def _measure(place, out):
         _typed(place, out / "fisher", "fisher"),
         _typed(place, out / "refined", "refined"),
     ):
-        assert call(*arguments) == 0
+        works(*arguments)
 
 
 def _all(place, out, notes):
@@ -83,7 +81,7 @@ def _all(place, out, notes):
     Journal.put = noted
     _measure(place, out)
     path = notes.with_name(f"{notes.name}.{os.environ['RANK']}")
-    path.write_text(json.dumps(computed))
+    save_json(path, computed)
 
 
 def test_three_processes_give_the_bits_of_one(place, alone, tmp_path):
@@ -130,27 +128,24 @@ def test_a_launcher_starts_all_processes(place, alone, tmp_path):
 def _fisher_and_run(place, out, given):
     """Measure one energy, and do a whole run with another, with further options."""
     with fake_cards(4) if "--device" in given else nullcontext():
-        assert call(*_typed(place, out / "fisher", "fisher"), *given) == 0
+        works(*_typed(place, out / "fisher", "fisher"), *given)
         whole = [
             "--patch=linear",
             "--patch-tokens=256",
             "--states=3",
             "--random-states=0",
         ]
-        assert (
-            call(
-                "run",
-                *_typed(place, out / "whole", "refined")[1:],
-                *whole,
-                "--skip-speed",
-                *given,
-            )
-            == 0
+        works(
+            "run",
+            *_typed(place, out / "whole", "refined")[1:],
+            *whole,
+            "--skip-speed",
+            *given,
         )
 
 
-@pytest.mark.parametrize(
-    ("one", "each", "said"),
+@parametrize(
+    "one, each, said",
     [
         (["--stream=on"], ["--stream=on"], '"stream": "on"'),
         (
@@ -252,7 +247,7 @@ def _killed(place, out, which):
     type_in(*_typed(place, out, also=False))
 
 
-@pytest.mark.parametrize("which", [0, 1])
+@parametrize("which", [0, 1])
 def test_a_killed_process_ends_all_and_the_run_goes_on_with_another_number(
     which, place, alone, tmp_path
 ):
@@ -265,7 +260,7 @@ def test_a_killed_process_ends_all_and_the_run_goes_on_with_another_number(
     assert len(lines) == which
     assert all("the 2 processes lost contact (" in line for line in lines)
     assert not list(out.glob(".*")), "no half-written files"
-    assert call(*_typed(place, out, also=False)) == 0
+    works(*_typed(place, out, also=False))
     assert (out / FILES[1]).read_bytes() == (alone / "pairwise" / FILES[1]).read_bytes()
 
 
@@ -332,7 +327,7 @@ def _dies(meeting, arguments):
 
 
 def test_a_launcher_ends_a_run_that_lost_a_process_with_one_line(
-    place, alone, tmp_path, monkeypatch
+    place, alone, tmp_path, spy
 ):
     out = tmp_path / "run"
     meeting = tmp_path / "meeting"
@@ -343,18 +338,14 @@ def test_a_launcher_ends_a_run_that_lost_a_process_with_one_line(
     journals = [out / f"hamiltonian.safetensors.journal{end}" for end in ("", ".1")]
     # Each process has kept one half of the first micro-batch, the original included.
     assert list(map(count_rows, journals)) == [11, 11]
-    measured = []
-    put = Journal.put
-    monkeypatch.setattr(
-        Journal, "put", lambda j, rows: measured.append([*rows]) or put(j, rows)
-    )
-    assert call(*_typed(place, out, also=False)) == 0
+    measured = spy(Journal, "put", lambda _, journal, rows: [*rows])
+    works(*_typed(place, out, also=False))
     assert measured == [[f"{batch}:{state}" for state in range(22)] for batch in (1, 2)]
     assert (out / FILES[1]).read_bytes() == (alone / "pairwise" / FILES[1]).read_bytes()
     assert not list(out.glob("*.journal*"))
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 4, 7, 16])
+@parametrize("count", [1, 2, 3, 4, 7, 16])
 def test_pieces_cover_every_missing_state_once(count):
     missing = [Piece(0, range(5, 20)), Piece(1, [0, 1, 2, 9, 10, 11]), Piece(4, [7])]
     found = divide(missing, count, 0.03)

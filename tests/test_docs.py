@@ -20,10 +20,10 @@ from isingcut.evaluation.metrics import registry as metrics
 from isingcut.healing.repairs import registry as repairs
 from isingcut.options.config import RunConfig
 from isingcut.options.declaration import from_yaml
-from isingcut.testing.tiny import tiny_checkpoint
-from shared import load_json, write_words
+from shared import load_json, parametrize, refuses, write_words
 from sweep.conformance import Report
 from sweep.mtp import MtpLayers
+from tiny import tiny_checkpoint
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -59,7 +59,7 @@ def place(tmp_path, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore::isingcut.PoorEnergyWarning")
-@pytest.mark.parametrize("page", ["extending.md", "constraints.md"])
+@parametrize("page", ["extending.md", "constraints.md"])
 def test_code_on_pages_runs(page, place, monkeypatch):
     for registry in (energies, metrics, repairs):
         monkeypatch.setattr(registry, "_registered", {})
@@ -72,15 +72,13 @@ def test_code_on_pages_runs(page, place, monkeypatch):
 
 @pytest.mark.filterwarnings("ignore::isingcut.PoorEnergyWarning")
 def test_the_python_example_runs(place, capsys):
-    script(ROOT / "examples" / "prune.py").main("my-model", "smaller")
+    script(ROOT / "examples/prune.py").main("my-model", "smaller")
     assert "blocks (" in capsys.readouterr().out
-    assert load_json(Path("smaller/config.json"))["num_hidden_layers"] == 4
+    assert load_json(Path("smaller/config.json")).num_hidden_layers == 4
 
 
 def test_the_config_file_example_is_read():
-    config = RunConfig(
-        **from_yaml(RunConfig, ROOT / "examples" / "run.yaml")
-    ).validate()
+    config = RunConfig(**from_yaml(RunConfig, ROOT / "examples/run.yaml")).validate()
     assert config.removal == "6"
 
 
@@ -116,7 +114,7 @@ def wrong(found):
             yield " ".join(words)
 
 
-@pytest.mark.parametrize(
+@parametrize(
     "page",
     [
         "README.md",
@@ -188,9 +186,7 @@ def test_the_table_of_the_docs_shows_which_layer_absorbs(tmp_path):
         "`mlp.down_proj` (attention+mlp) | `self_attn.o_proj` (attention+moe)"
         in experts
     )
-    with pytest.raises(
-        ArchitectureError, match="blocks pass more than the residual stream"
-    ):
+    with refuses("blocks pass more than the residual stream", ArchitectureError):
         patches.absorbers("gemma4", tmp_path / "gemma4")
 
 
@@ -228,7 +224,7 @@ def test_architectures_of_one_outcome_share_a_line():
 
 
 def test_pictures_are_small_and_self_contained():
-    make = script(DOCS / "pictures" / "make.py")
+    make = script(DOCS / "pictures/make.py")
     shown = {
         name
         for page in DOCS.rglob("*.md")
@@ -242,20 +238,20 @@ def test_pictures_are_small_and_self_contained():
 
 
 def test_pictures_are_drawn(tmp_path):
-    make = script(DOCS / "pictures" / "make.py")
+    make = script(DOCS / "pictures/make.py")
     make.main(tmp_path)
     assert {p.stem for p in tmp_path.glob("*.svg")} == set(make.PICTURES)
 
 
 def test_the_tour_shown_is_the_tour_of_the_script():
     jupytext = pytest.importorskip("jupytext")
-    source = jupytext.read(ROOT / "examples" / "tour.py")
-    shown = load_json(ROOT / "examples" / "tour.ipynb")
-    cells = ["".join(c["source"]) for c in shown["cells"]]
+    source = jupytext.read(ROOT / "examples/tour.py")
+    shown = load_json(ROOT / "examples/tour.ipynb")
+    cells = ["".join(c["source"]) for c in shown.cells]
     assert cells == [c.source for c in source.cells]
     page = (DOCS / "tour.md").read_text()
     assert all(cell in page for cell in cells)
-    code = [c for c in shown["cells"] if c["cell_type"] == "code"]
+    code = [c for c in shown.cells if c["cell_type"] == "code"]
     assert [c["execution_count"] for c in code] == list(range(1, len(code) + 1))
     assert "Traceback" not in page
 
@@ -274,7 +270,7 @@ def test_the_tour_runs(place, monkeypatch, tmp_path):
 
     monkeypatch.setenv("TOUR_MODEL", "my-model")
     monkeypatch.setenv("TOUR_TEXT", "my-text.txt")
-    make = script(ROOT / "examples" / "make_tour.py")
+    make = script(ROOT / "examples/make_tour.py")
     monkeypatch.setattr(
         make.NotebookClient, "execute", lambda client: execute(client.nb)
     )

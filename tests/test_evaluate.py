@@ -8,17 +8,22 @@ import pytest
 import torch
 
 from isingcut.data.generation import decode_tokens, generate_text, prompt_ids
-from isingcut.data.tokens import TokenSet
 from isingcut.errors import ModelError
 from isingcut.evaluation import quality as evaluation
 from isingcut.evaluation import speed as timing
 from isingcut.evaluation.metrics import registry
 from isingcut.files.evaluations import EvaluationFile
 from isingcut.measure.work import Work
-from isingcut.models import load as models
 from isingcut.models.compute import divergence, head
-from shared import refuses
-from tiny import plain_sums, tiny_checkpoint, tiny_model, tiny_tokenizer
+from shared import module_fixture, refuses
+from tiny import (
+    load_tiny,
+    plain_sums,
+    random_tokens,
+    tiny_checkpoint,
+    tiny_model,
+    tiny_tokenizer,
+)
 
 
 class Means:
@@ -29,19 +34,14 @@ class Means:
         return (sums.sum(1) / counts.sum())[1:].tolist()
 
 
-@pytest.fixture(scope="module")
+@module_fixture
 def pair():
     return tiny_model("llama"), tiny_model("llama", seed=1)
 
 
-@pytest.fixture(scope="module")
+@module_fixture
 def tokens():
-    generator = torch.Generator().manual_seed(0)
-    rows = [
-        torch.randint(6, 262, (n,), generator=generator).tolist()
-        for n in (12, 5, 20, 12, 3, 9)
-    ]
-    return TokenSet.from_rows(rows)
+    return random_tokens((12, 5, 20, 12, 3, 9))
 
 
 def test_quality_agrees_with_one_sample_at_a_time(pair, tokens):
@@ -51,27 +51,25 @@ def test_quality_agrees_with_one_sample_at_a_time(pair, tokens):
     means = sums.sum(1) / counts.sum()
     residuals = sums - means[:, None] * counts
     errors = np.sqrt((residuals**2).sum(1) * 6 / 5) / counts.sum()
-    for side, mean, error in zip(("before", "after"), means, errors, strict=False):
-        figures = getattr(found, side)
+    for figures, mean, error in zip(
+        (found.before, found.after), means, errors, strict=False
+    ):
+        perplexity = np.exp(mean)
         assert figures.nll == pytest.approx(mean, rel=1e-5)
         assert figures.nll_se == pytest.approx(error, rel=1e-3)
-        assert figures.perplexity == pytest.approx(np.exp(mean), rel=1e-5)
-        assert figures.perplexity_se == pytest.approx(np.exp(mean) * error, rel=1e-3)
+        assert figures.perplexity == pytest.approx(perplexity, rel=1e-5)
+        assert figures.perplexity_se == pytest.approx(perplexity * error, rel=1e-3)
     assert found.kl == pytest.approx(means[2], rel=1e-4)
     assert found.kl_se == pytest.approx(errors[2], rel=1e-3)
     alone = evaluation.quality(*pair, tokens.select([2]))
     assert (alone.kl_se, alone.before.perplexity_se) == (None, None)
 
 
-def test_few_float32_logits_exist_at_once(tokens, monkeypatch):
+def test_few_float32_logits_exist_at_once(tokens, spy, stub):
     pair = [tiny_model("llama", seed=seed).half() for seed in range(2)]
     whole = evaluation.quality(*pair, tokens)
-    monkeypatch.setattr(head, "piece_elements", lambda device: 4 * 262)
-    sizes = []
-    plain = divergence.widen
-    monkeypatch.setattr(
-        divergence, "widen", lambda x: sizes.append(x.numel()) or plain(x)
-    )
+    stub(head, "piece_elements", 4 * 262)
+    sizes = spy(divergence, "widen", lambda found, x: x.numel())
     assert evaluation.quality(*pair, tokens).kl == pytest.approx(whole.kl, rel=1e-5)
     assert max(sizes) <= 4 * 262
     # The original's logits are read twice.
@@ -82,30 +80,26 @@ def test_speed_takes_turns_and_reports_medians(pair, tokens):
     """The clock advances only when the loop reads it, so that every reading is known."""
     ticks = itertools.count()
     order = []
-    for name, model in zip(("a", "b"), pair, strict=True):
+    models = dict(zip(("a", "b"), pair, strict=True))
+    for name, model in models.items():
         model.register_forward_pre_hook(lambda *_, n=name: order.append(n))
-    found = timing.speed(
-        {"a": pair[0], "b": pair[1]},
-        tokens.select([2]),
-        new_tokens=4,
-        repeats=3,
-        clock=lambda: next(ticks) ** 2 / 100,
-    )
-    turns = [name for name, _ in itertools.groupby(order)]
-    assert turns == ["a", "b"] * 4
+    clock = lambda: next(ticks) ** 2 / 100  # noqa: E731
+    sizes = {"new_tokens": 4, "repeats": 3}
+    found = timing.speed(models, tokens.select([2]), **sizes, clock=clock)
+    assert [name for name, _ in itertools.groupby(order)] == ["a", "b"] * 4
     # Round r, model m: readings start at tick 12 r + 6 m; a reading from tick t lasts 2 t + 1.
-    for m, name in enumerate(("a", "b")):
-        starts = [12 * r + 6 * m for r in (1, 2, 3)]
-        readings = [(2 * t + 1) / 100 for t in starts]
+    for m, speeds in enumerate(found.values()):
+        readings = [(2 * (12 * r + 6 * m) + 1) / 100 for r in (1, 2, 3)]
         reading = float(np.median(readings))
-        assert found[name]["prefill_tokens_per_second"] == pytest.approx(20 / reading)
         # Speed and seconds have the same relative standard error, that of the median.
         error = 1.2533 * np.std(readings, ddof=1) / np.sqrt(3) / reading
-        assert found[name]["prefill_tokens_per_second_se"] == pytest.approx(
-            20 / reading * error
-        )
-        assert found[name]["decode_tokens_per_second"] == pytest.approx(4 / 0.04)
-        assert found[name]["decode_tokens_per_second_se"] == pytest.approx(0, abs=1e-9)
+        for name, expected in (
+            ("prefill_tokens_per_second", 20 / reading),
+            ("prefill_tokens_per_second_se", 20 / reading * error),
+            ("decode_tokens_per_second", 4 / 0.04),
+            ("decode_tokens_per_second_se", 0),
+        ):
+            assert speeds[name] == pytest.approx(expected, abs=1e-9)
 
 
 def test_a_speed_that_no_clock_can_tell_is_refused(pair, tokens):
@@ -140,18 +134,11 @@ def test_decoding_never_stops_early_and_matches_uncached(pair):
     assert torch.equal(out, ids[:, 3:])
 
 
-def test_text_goes_through_the_chat_template_and_stops_at_the_end_token(
-    pair, monkeypatch
-):
+def test_text_goes_through_the_chat_template_and_stops_at_the_end_token(pair, spy):
     tokenizer = tiny_tokenizer()
-    seen = []
-    plain = pair[0].generate
-
-    def generate(ids, **options):
-        seen.append(tokenizer.decode(ids[0]))
-        return plain(ids, **options)
-
-    monkeypatch.setattr(pair[0], "generate", generate)
+    seen = spy(
+        pair[0], "generate", lambda *given, **rest: tokenizer.decode(given[1][0])
+    )
     prompt = prompt_ids(tokenizer, "hello")
     chat = generate_text(pair[0], tokenizer, prompt, 5)
     assert generate_text(pair[0], tokenizer, prompt, 5) == chat
@@ -162,7 +149,7 @@ def test_text_goes_through_the_chat_template_and_stops_at_the_end_token(
     assert "<|user|>" not in seen[2]
 
 
-@pytest.fixture(scope="module")
+@module_fixture
 def small_peak(llama, tmp_path_factory):
     """Peak memory of a process started in a folder with a torch.py that must not be imported."""
     place = tmp_path_factory.mktemp("trap")
@@ -197,27 +184,20 @@ def test_evaluate_fills_the_whole_document(tmp_path, tokens, monkeypatch):
 
     monkeypatch.setattr(timing, "peak_memory", memory)
     monkeypatch.setattr(registry, "_registered", {"means": Means})
-    loaded = [
-        models.load(
-            tiny_checkpoint("llama", tmp_path / name, num_hidden_layers=n),
-            dtype="float32",
-            device="cpu",
-        )
+    big, cut = (
+        load_tiny(tiny_checkpoint("llama", tmp_path / name, num_hidden_layers=n))
         for name, n in (("big", 6), ("cut", 4))
-    ]
-    found = timing.with_memory(
-        evaluation.before_and_after(*loaded, tokens, new_tokens=4),
-        {"before": loaded[0].folder, "after": loaded[1].folder},
-        length=20,
     )
-    assert asked == [("big", "float32", "cpu", 20), ("cut", "float32", "cpu", 20)]
+    figures = evaluation.before_and_after(big, cut, tokens, new_tokens=4)
+    folders = {"before": big.folder, "after": cut.folder}
+    found = timing.with_memory(figures, folders, length=20)
+    assert asked == [(name, "float32", "cpu", 20) for name in ("big", "cut")]
     assert (found.before.blocks, found.after.blocks) == (6, 4)
     assert (found.samples, found.tokens) == (6, tokens.tokens)
-    block = sum(p.numel() for p in loaded[0].model.model.layers[0].parameters())
-    assert found.before.parameters - found.after.parameters == 2 * block
+    for side, loaded in ((found.before, big), (found.after, cut)):
+        assert side.parameters == loaded.model.num_parameters()
+        assert side.bytes == (loaded.folder / "model.safetensors").stat().st_size
     assert found.before.peak_memory_bytes == 123
-    weights = (loaded[0].folder / "model.safetensors").stat().st_size
-    assert found.before.bytes == weights > found.after.bytes
     assert found.before.model_fields_set == found.after.model_fields_set
     # The metric `means` has the mean NLL of a model as its figure, the mean KL as its error.
     kl = {"before": 0.0, "after": found.kl}

@@ -15,7 +15,7 @@ from isingcut.models.replay import Replay
 from isingcut.models.verify import relative_difference, verify
 from isingcut.testing.tiny import random_model
 from odd_models import HUB, odd_checkpoint, odd_config, odd_model, prove_cut
-from shared import load_json, refuses
+from shared import load_json, parametrize, refuses
 from tiny import edit_config, forbids, replay_of
 
 LLAMA = {"model_type": "llama", "num_hidden_layers": 6}
@@ -26,7 +26,7 @@ COMPOSITE = {
 }
 
 
-@pytest.mark.parametrize("family", HUB)
+@parametrize("family", HUB)
 def test_the_form_that_hubs_hold_is_cut_exactly(family, tmp_path):
     model = odd_checkpoint(family, tmp_path / "source")
     with edit_config(tmp_path / "source") as config:
@@ -37,7 +37,7 @@ def test_the_form_that_hubs_hold_is_cut_exactly(family, tmp_path):
     assert prove_cut(model, [0, 3], tmp_path, new_tokens=4).difference <= 1e-6
 
 
-@pytest.mark.parametrize("drop", [False, True])
+@parametrize("drop", [False, True])
 def test_lists_padded_by_mtp_layers_are_cut_to_the_kept_blocks(drop):
     config = HUB["step3p7"]
     cut = cut_config(config, [0, 3], drop_mtp=drop)
@@ -79,8 +79,8 @@ READERS = {
 }
 
 
-@pytest.mark.parametrize(
-    ("family", "source", "reader"),
+@parametrize(
+    "family, source, reader",
     [
         ("hy_v4", 1, 4),
         ("glm_moe_dsa", 4, 5),
@@ -125,9 +125,7 @@ def test_what_a_block_hands_on_and_no_other_reads_does_not_hinder_measuring():
     assert relative_difference(expected, recording.logits(stream[0], 0)) <= 1e-5
 
 
-@pytest.mark.parametrize(
-    "family", ["kimi_linear", "bailing_hybrid", "glm5_next", "olmo_hybrid"]
-)
+@parametrize("family", ["kimi_linear", "bailing_hybrid", "glm5_next", "olmo_hybrid"])
 def test_linear_attention_is_told_by_what_it_does(family):
     model = odd_model(family)
     stack = find_stack(model)
@@ -166,8 +164,8 @@ def test_the_decoder_of_an_encoder_decoder_has_its_own_number_of_blocks(tmp_path
     assert len(find_stack(model)) == 4
     model.save_pretrained(tmp_path / "source")
     excise(tmp_path / "source", [1, 2], tmp_path / "out")
-    cut = load_json(tmp_path / "out" / "config.json")
-    assert (cut["decoder_layers"], cut["encoder_layers"]) == (2, 2)
+    cut = load_json(tmp_path / "out/config.json")
+    assert (cut.decoder_layers, cut.encoder_layers) == (2, 2)
     assert verify(model, [1, 2], tmp_path / "out", new_tokens=4).difference <= 1e-6
 
 
@@ -177,7 +175,7 @@ def test_a_type_that_cannot_be_cut_says_so_before_its_numbers_are_compared(tmp_p
         inspect_model(tmp_path)
 
 
-@pytest.mark.parametrize("family", ["beam", "minicpm3", "modernbert-decoder"])
+@parametrize("family", ["beam", "minicpm3", "modernbert-decoder"])
 def test_what_no_table_says_shows_in_a_smaller_model_without_weights(
     family, monkeypatch
 ):
@@ -191,8 +189,8 @@ def test_what_no_table_says_shows_in_a_smaller_model_without_weights(
         check_same_blocks(config, stack, [])
 
 
-@pytest.mark.parametrize(
-    ("config", "message"),
+@parametrize(
+    "config, message",
     [
         (
             {**LLAMA, "num_nextn_predict_layers": 2, "clamps": [0.0] * 8},

@@ -19,7 +19,7 @@ from isingcut.files.results import write_json
 from isingcut.files.states import BaselineFile
 from isingcut.files.writing import atomic_file, atomic_folder
 from run_files import baseline
-from shared import refuses
+from shared import parametrize, refuses
 
 
 def test_blocks_are_named_by_known_keys_alone(tmp_path):
@@ -92,7 +92,7 @@ def test_an_existing_folder_is_kept_unless_overwritten(tmp_path):
     assert os.listdir(tmp_path) == ["d"]
 
 
-@pytest.mark.parametrize(("place", "noticed"), [(0, True), (-1, True), (9, False)])
+@parametrize("place, noticed", [(0, True), (-1, True), (9, False)])
 def test_a_large_file_is_known_by_its_ends(tmp_path, monkeypatch, place, noticed):
     monkeypatch.setattr("isingcut.files.ownership._EDGE", 4)
     content = bytearray(20)
@@ -126,7 +126,7 @@ def test_another_measurement_starts_afresh(path):
     assert Journal(path, "a").keys() == []
 
 
-@pytest.mark.parametrize("lost", [1, 3, 20, 60])
+@parametrize("lost", [1, 3, 20, 60])
 def test_a_torn_end_loses_its_row_and_no_later_one(path, lost):
     os.truncate(path, path.stat().st_size - lost)
     again = Journal(path, "a")
@@ -142,12 +142,9 @@ def test_a_changed_bit_loses_its_row(path):
     assert Journal(path, "a").keys() == ["0", "2"]
 
 
-def test_a_full_disk_is_named(path, monkeypatch):
+def test_a_full_disk_is_named(path, fails):
     kept = Journal(path, "a")
 
-    def full(descriptor):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("os.fsync", full)
+    fails("os.fsync", OSError(28, "No space left on device"))
     with refuses("no space left on the disk"):
         kept.put({"large": np.ones(100)})

@@ -15,15 +15,13 @@ from safetensors.torch import load_file
 import isingcut
 from gguf_files import NUMBERS, WIDE, WIDE_NUMBERS, named, write, write_gguf
 from isingcut.errors import ArchitectureError, CheckpointError
-from isingcut.files.results import read_json
 from isingcut.formats.cutting import gguf as gguf_cuts
 from isingcut.formats.cutting.checkpoint import excise
 from isingcut.formats.cutting.gguf import Changed, changed_tensors, cut_gguf, lay_out
 from isingcut.formats.gguf_files import read_gguf, unpack_gguf
 from isingcut.formats.sources import resolve
-from isingcut.testing.tiny import tiny_checkpoint, tiny_model
-from shared import OPTIONS, Bars, call, load_json, refuses
-from tiny import edit_tensors
+from shared import OPTIONS, Bars, load_json, module_fixture, parametrize, refuses, works
+from tiny import edit_tensors, tiny_checkpoint, tiny_model
 
 
 def make(
@@ -37,45 +35,48 @@ def make(
     for i in range(blocks):
         held[f"blk.{i}.ffn_up.weight"] = (gguf.quantize(numbers[i], kind), kind)
         held[f"blk.{i}.attn_norm.weight"] = numbers[i, 0]
-    heads = {"attention.head_count_kv": [1 + i for i in range(blocks)]}
-    metadata = {
-        "block_count": blocks,
-        "context_length": 128,
-        **heads,
-        "flag": True,
-        **extra,
-    }
-    tokens = [b"a", b"b", b"c", b"d"]
-    more = {
-        "architecture": architecture,
-        "more": lambda writer: writer.add_token_list(tokens),
-    }
-    return write_gguf(path, metadata, held, endianess=endianess, **more)
+    heads = {"attention.head_count_kv": list(range(1, blocks + 1))}
+    metadata = {"block_count": blocks, "context_length": 128, "flag": True}
+    return write_gguf(
+        path,
+        {**metadata, **heads, **extra},
+        held,
+        endianess=endianess,
+        architecture=architecture,
+        more=lambda writer: writer.add_token_list([b"a", b"b", b"c", b"d"]),
+    )
+
+
+def field(file, name):
+    """Return the value of a key of a GGUF file, None without it."""
+    found = file.get_field(name)
+    return found and found.contents()
+
+
+def tensors_of(path):
+    return {t.name: t for t in gguf.GGUFReader(path).tensors}
 
 
 def test_blocks_are_renumbered_and_bytes_kept(tmp_path):
     source = make(tmp_path / "in.gguf", leading_dense_block_count=2)
     cut_gguf(source, [0, 2], tmp_path / "out.gguf")
-    before = gguf.GGUFReader(source)
-    after = gguf.GGUFReader(tmp_path / "out.gguf")
-    old = {t.name: t for t in before.tensors}
-    assert {t.name for t in after.tensors} == {
-        "token_embd.weight",
-        "blk.0.ffn_up.weight",
-        "blk.0.attn_norm.weight",
-        "blk.1.ffn_up.weight",
-        "blk.1.attn_norm.weight",
+    old = tensors_of(source)
+    new = tensors_of(tmp_path / "out.gguf")
+    names = {
+        f"blk.{i}.{name}.weight" for i in (0, 1) for name in ("ffn_up", "attn_norm")
     }
-    for tensor in after.tensors:
-        name = tensor.name.replace("blk.1.", "blk.3.").replace("blk.0.", "blk.1.")
-        assert tensor.tensor_type == old[name].tensor_type
-        assert list(tensor.shape) == list(old[name].shape)
-        assert tensor.data.tobytes() == old[name].data.tobytes()
-    assert after.get_field("llama.block_count").contents() == 2
-    assert after.get_field("llama.attention.head_count_kv").contents() == [2, 4]
-    assert after.get_field("llama.leading_dense_block_count").contents() == 1
+    assert new.keys() == {"token_embd.weight", *names}
+    for name, tensor in new.items():
+        theirs = old[name.replace("blk.1.", "blk.3.").replace("blk.0.", "blk.1.")]
+        assert tensor.tensor_type == theirs.tensor_type
+        assert list(tensor.shape) == list(theirs.shape)
+        assert tensor.data.tobytes() == theirs.data.tobytes()
+    before, after = map(gguf.GGUFReader, (source, tmp_path / "out.gguf"))
+    assert field(after, "llama.block_count") == 2
+    assert field(after, "llama.attention.head_count_kv") == [2, 4]
+    assert field(after, "llama.leading_dense_block_count") == 1
     for key in ("llama.context_length", "tokenizer.ggml.tokens", "llama.flag"):
-        assert after.get_field(key).contents() == before.get_field(key).contents()
+        assert field(after, key) == field(before, key)
 
 
 def test_a_file_of_another_byte_order_gets_no_new_values(tmp_path):
@@ -89,42 +90,46 @@ def test_a_file_of_another_byte_order_gets_no_new_values(tmp_path):
 def test_mtp_layers_behind_the_blocks_stay(tmp_path):
     source = make(tmp_path / "in.gguf", "deepseek2", blocks=5, nextn_predict_layers=2)
     cut_gguf(source, [1], tmp_path / "out.gguf")
-    after = gguf.GGUFReader(tmp_path / "out.gguf")
-    before = {t.name: t.data.tobytes() for t in gguf.GGUFReader(source).tensors}
-    assert after.get_field("deepseek2.block_count").contents() == 4
-    assert after.get_field("deepseek2.nextn_predict_layers").contents() == 2
-    assert after.get_field("deepseek2.attention.head_count_kv").contents() == [
-        1,
-        3,
-        4,
-        5,
-    ]
-    for new, old in enumerate((0, 2, 3, 4)):
-        name = "ffn_up.weight"
-        tensor = next(t for t in after.tensors if t.name == f"blk.{new}.{name}")
-        assert tensor.data.tobytes() == before[f"blk.{old}.{name}"]
     cut_gguf(source, [1], tmp_path / "none.gguf", drop_mtp=True)
-    after = gguf.GGUFReader(tmp_path / "none.gguf")
-    assert after.get_field("deepseek2.block_count").contents() == 2
-    assert after.get_field("deepseek2.nextn_predict_layers").contents() == 0
-    assert not any("blk.2." in t.name for t in after.tensors)
+    after, none = (
+        gguf.GGUFReader(tmp_path / f"{name}.gguf") for name in ("out", "none")
+    )
+    assert field(after, "deepseek2.attention.head_count_kv") == [1, 3, 4, 5]
+    for key, kept, dropped in (("block_count", 4, 2), ("nextn_predict_layers", 2, 0)):
+        assert field(after, f"deepseek2.{key}") == kept
+        assert field(none, f"deepseek2.{key}") == dropped
+    before, found = (tensors_of(p) for p in (source, tmp_path / "out.gguf"))
+    for new, old in enumerate((0, 2, 3, 4)):
+        theirs = before[f"blk.{old}.ffn_up.weight"].data.tobytes()
+        assert found[f"blk.{new}.ffn_up.weight"].data.tobytes() == theirs
+    assert not any("blk.2." in t.name for t in none.tensors)
     with refuses("must be 0 to 2", ArchitectureError):
         cut_gguf(source, [3], tmp_path / "no.gguf")
 
 
-def test_what_is_unknown_or_numbered_is_refused(tmp_path):
-    out = tmp_path / "out.gguf"
-    with refuses(r"llama\.mystery' looks per-layer", ArchitectureError):
-        cut_gguf(make(tmp_path / "a.gguf", mystery=[1, 2, 3, 4]), [0], out)
-    with refuses("may derive the kind of a 'cohere2'", ArchitectureError):
-        cut_gguf(make(tmp_path / "b.gguf", "cohere2"), [0], out)
-    with refuses("must be 0 to 3", ArchitectureError):
-        cut_gguf(make(tmp_path / "d.gguf"), [4], out)
-    assert not out.exists()
+@parametrize(
+    "architecture, blocks, extra, words, kind",
+    [
+        ("llama", 4, {"mystery": [1, 2, 3, 4]}, r"llama\.mystery' looks per-layer", None),
+        ("cohere2", 4, {}, "may derive the kind of a 'cohere2'", None),
+        ("llama", 1, {}, "must be 0 to 0", None),
+        ("deepseek2", 27, {}, r"computes a '\w+' of 26 blocks differently", None),
+        ("gemma3", 63, {}, r"computes a '\w+' of 62 blocks differently", None),
+        ("gemma2", 12, {"attention.sliding_window_pattern": [True] * 11},
+         "a period or one entry for each of 12 blocks", CheckpointError),
+    ],
+)  # fmt: skip
+def test_what_is_unknown_or_numbered_is_refused(
+    tmp_path, architecture, blocks, extra, words, kind
+):
+    source = make(tmp_path / "in.gguf", architecture, blocks, **extra)
+    with refuses(words, kind or ArchitectureError):
+        cut_gguf(source, [1], tmp_path / "out.gguf")
+    assert not (tmp_path / "out.gguf").exists()
 
 
-@pytest.mark.parametrize(
-    ("architecture", "extra", "expected"),
+@parametrize(
+    "architecture, extra, expected",
     [
         # Of 12 blocks, 5 and 11 have no window; without 1 and 7 they are blocks 4 and 9.
         (
@@ -155,26 +160,8 @@ def test_blocks_keep_their_windows(tmp_path, architecture, extra, expected):
     source = make(tmp_path / "in.gguf", architecture, 12, **extra)
     cut_gguf(source, [1, 7], tmp_path / "out.gguf")
     after = gguf.GGUFReader(tmp_path / "out.gguf")
-    field = after.get_field(f"{architecture}.attention.sliding_window_pattern")
-    assert (field and field.contents()) == expected
-
-
-def test_windows_that_are_neither_period_nor_list_are_refused(tmp_path):
-    key = {"attention.sliding_window_pattern": [True] * 11}
-    source = make(tmp_path / "in.gguf", "gemma2", 12, **key)
-    with refuses("a period or one entry for each of 12 blocks", CheckpointError):
-        cut_gguf(source, [1], tmp_path / "out.gguf")
-
-
-@pytest.mark.parametrize(
-    ("architecture", "blocks"), [("deepseek2", 27), ("gemma3", 63)]
-)
-def test_a_depth_that_llama_cpp_knows_a_model_by_is_refused(
-    tmp_path, architecture, blocks
-):
-    source = make(tmp_path / "in.gguf", architecture, blocks)
-    with refuses(r"computes a '\w+' of (26|62) blocks differently", ArchitectureError):
-        cut_gguf(source, [0], tmp_path / "out.gguf")
+    key = f"{architecture}.attention.sliding_window_pattern"
+    assert field(after, key) == expected
 
 
 Kind = gguf.GGMLQuantizationType
@@ -213,8 +200,8 @@ def patched(source, out):
     return tensors[DOWN]
 
 
-@pytest.mark.parametrize(
-    ("kind", "then", "most"),
+@parametrize(
+    "kind, then, most",
     [
         (Kind.F32, Kind.F32, 0.0),
         (Kind.Q8_0, Kind.Q8_0, 1e-2),
@@ -230,10 +217,7 @@ def test_new_values_are_packed_finely_and_the_other_tensors_are_untouched(
     assert list(changed) == [THEIRS]
     cut_gguf(file, [2, 3], tmp_path / "plain.gguf")
     cut_gguf(file, [2, 3], tmp_path / "out.gguf", changed=changed)
-    plain, out = (
-        {t.name: t for t in gguf.GGUFReader(tmp_path / name).tensors}
-        for name in ("plain.gguf", "out.gguf")
-    )
+    plain, out = (tensors_of(tmp_path / f"{name}.gguf") for name in ("plain", "out"))
     assert plain.keys() == out.keys()
     differ = [n for n in plain if plain[n].data.tobytes() != out[n].data.tobytes()]
     assert differ == [THEIRS]
@@ -252,29 +236,26 @@ def test_a_tensor_in_another_order_is_refused(tmp_path):
     assert not (tmp_path / "out.gguf").exists()
 
 
-def test_queries_of_llama_are_ordered_as_its_converter_does():
-    values = np.random.default_rng(0).normal(size=(2, 32, 24)).astype(np.float32)
-    heads = 4
-    there, wanted = (
-        v.reshape(heads, 2, 4, 24).swapaxes(1, 2).reshape(32, 24) for v in values
-    )
+def laid_out(name, there, values):
+    """Return new values in the order in which the file ``there`` has the old ones."""
     tensor = SimpleNamespace(data=there, tensor_type=Kind.F32)
-    found = lay_out(
-        Path("m.gguf"), tensor, Changed("q", lambda: values[0], lambda: values[1])
+    changed = Changed(name, lambda: values[0], lambda: values[1])
+    return lay_out(Path("m.gguf"), tensor, changed)
+
+
+def test_values_are_ordered_and_shifted_as_a_converter_does():
+    random = np.random.default_rng(0)
+    # Llama's queries are in another order, and some norms are stored plus one.
+    queries = random.normal(size=(2, 32, 24)).astype(np.float32)
+    there, wanted = (
+        v.reshape(4, 2, 4, 24).swapaxes(1, 2).reshape(32, 24) for v in queries
     )
-    assert np.array_equal(found, wanted)
+    assert np.array_equal(laid_out("q", there, queries), wanted)
+    norms = random.normal(size=(2, 64)).astype(np.float32)
+    assert np.array_equal(laid_out("n", norms[0] + 1, norms), norms[1] + 1)
 
 
-def test_norms_that_a_converter_adds_one_to_get_it_too():
-    values = np.random.default_rng(0).normal(size=(2, 64)).astype(np.float32)
-    tensor = SimpleNamespace(data=values[0] + 1, tensor_type=Kind.F32)
-    found = lay_out(
-        Path("m.gguf"), tensor, Changed("n", lambda: values[0], lambda: values[1])
-    )
-    assert np.array_equal(found, values[1] + 1)
-
-
-@pytest.fixture(scope="module")
+@module_fixture
 def packed_model(tmp_path_factory):
     """A GGUF file of a tiny llama, the layers of its blocks in Q4_1."""
     held = named(
@@ -288,11 +269,11 @@ def packed_model(tmp_path_factory):
     return file
 
 
-@pytest.fixture(scope="module")
+@module_fixture
 def gguf_run(packed_model, text, tmp_path_factory):
     """A run on that file, without blocks 2 and 3, with a tuned patch."""
     run = tmp_path_factory.mktemp("gguf") / "run"
-    given = {"model": str(packed_model), "calibration": str(text), "out": str(run)}
+    given = {"model": packed_model, "calibration": text, "out": run}
     more = {"energy": "fisher", "remove": 2, "must_remove": "2,3", "skip_speed": True}
     isingcut.run(**{**OPTIONS, **more, **given})
     return run
@@ -312,7 +293,7 @@ def test_the_cards_of_a_cut_gguf_say_what_is_in_the_files(gguf_run, packed_model
     kept = [0, 1, 4, 5]
     numbered = {f"layers.{new}.": f"layers.{old}." for new, old in enumerate(kept)}
     before = load_file(resolve(str(packed_model)) / "model.safetensors")
-    after = load_file(gguf_run / "model" / "model.safetensors")
+    after = load_file(gguf_run / "model/model.safetensors")
     names = {
         re.sub(r"layers\.\d+\.", lambda m: numbered[m[0]], name): name for name in after
     }
@@ -323,12 +304,9 @@ def test_the_cards_of_a_cut_gguf_say_what_is_in_the_files(gguf_run, packed_model
         "all other tensors are the original's"
         in (gguf_run / "model/README.md").read_text()
     )
-    assert new_layers(gguf_run / "model" / "README.md") == differ
+    assert new_layers(gguf_run / "model/README.md") == differ
 
-    theirs, ours = (
-        {t.name: t for t in gguf.GGUFReader(file).tensors}
-        for file in (packed_model, gguf_run / "model.gguf")
-    )
+    theirs, ours = map(tensors_of, (packed_model, gguf_run / "model.gguf"))
     blocks = {f"blk.{new}.": f"blk.{old}." for new, old in enumerate(kept)}
     old = {name: re.sub(r"blk\.\d+\.", lambda m: blocks[m[0]], name) for name in ours}
     changed = {
@@ -352,22 +330,21 @@ def test_reading_a_gguf_back_shows_progress(gguf_run, packed_model, tmp_path):
     assert bars.done == bars.totals
 
 
-def test_the_written_gguf_is_judged_with_its_checkpoint(gguf_run, capsys):
+def test_the_written_gguf_is_judged_with_its_checkpoint(gguf_run, typed):
     found = load_json(gguf_run / "evaluation.json")
-    assert found["gguf"]["kl"] == pytest.approx(found["kl"], rel=0.03)
-    assert found["gguf"]["kl"] != found["kl"]
-    assert found["gguf"]["bytes"] == (gguf_run / "model.gguf").stat().st_size
+    assert found.gguf.kl == pytest.approx(found.kl, rel=0.03)
+    assert found.gguf.kl != found.kl
+    assert found.gguf.bytes == (gguf_run / "model.gguf").stat().st_size
     figure = f"{found['gguf']['kl']:.4f}"
     for name in ("report.md", "report.html", "model.gguf.md"):
         assert figure in (gguf_run / name).read_text()
-    assert call("evaluate", gguf_run, "--skip-speed") == 0
-    assert figure in capsys.readouterr().out
+    assert figure in typed("evaluate", gguf_run, "--skip-speed").out
 
 
 def test_sizes_are_compared_with_the_file_that_the_user_has(gguf_run, packed_model):
     found = load_json(gguf_run / "evaluation.json")
     sizes = [path.stat().st_size for path in (packed_model, gguf_run / "model.gguf")]
-    assert [found["before"]["bytes"], found["gguf"]["bytes"]] == sizes
+    assert [found.before.bytes, found.gguf.bytes] == sizes
     before, after = (f"{size / 1e6:.1f}" for size in sizes)
     change = f"{100 * (sizes[1] / sizes[0] - 1):+.1f} %"
     names = ("report.md", "model/README.md", "model.gguf.md")
@@ -380,54 +357,40 @@ def test_sizes_are_compared_with_the_file_that_the_user_has(gguf_run, packed_mod
 
 
 def test_any_gguf_is_judged_against_its_original(
-    gguf_run, packed_model, tmp_path, capsys
+    gguf_run, packed_model, tmp_path, refusal
 ):
-    file = gguf_run / "model.gguf"
+    file = tmp_path / "elsewhere.gguf"
     out = tmp_path / "scores.json"
-    (tmp_path / "elsewhere.gguf").write_bytes(file.read_bytes())
-    assert call("evaluate", tmp_path / "elsewhere.gguf") == 2
-    assert "give its original with --original" in capsys.readouterr().err
-    line = [
-        "evaluate",
-        tmp_path / "elsewhere.gguf",
-        "--original",
-        packed_model,
-        "--out",
-        out,
-    ]
-    assert call(*line) == 0
+    shutil.copy(gguf_run / "model.gguf", file)
+    assert "give its original with --original" in refusal("evaluate", file)
+    works("evaluate", file, "--original", packed_model, "--out", out)
     found = load_json(out)
-    assert found["kl"] > 0.001
-    assert found["after"]["blocks"] == 4
-    assert found["after"]["bytes"] == file.stat().st_size
-    assert found["before"]["bytes"] == packed_model.stat().st_size
+    assert found.kl > 0.001
+    assert found.after.blocks == 4
+    assert found.after.bytes == file.stat().st_size
+    assert found.before.bytes == packed_model.stat().st_size
 
 
 def test_any_checkpoint_is_judged_against_its_original(
-    gguf_run, packed_model, tmp_path, capsys
+    gguf_run, packed_model, tmp_path, refusal, typed
 ):
-    shutil.copytree(gguf_run / "model", tmp_path / "cut")
-    assert (
-        call("evaluate", tmp_path / "cut", "--original", packed_model, "--skip-speed")
-        == 0
-    )
-    assert "KL to the original" in capsys.readouterr().out
-    found = read_json(tmp_path / "cut-evaluation.json", "evaluation")
-    assert found["kl"] > 0.001
-    assert (found["after"]["blocks"], found["last"]) == (4, "patched")
+    cut = shutil.copytree(gguf_run / "model", tmp_path / "cut")
+    line = ("evaluate", cut, "--original", packed_model)
+    assert "KL to the original" in typed(*line, "--skip-speed").out
+    found = load_json(tmp_path / "cut-evaluation.json")
+    assert found.kl > 0.001
+    assert (found.after.blocks, found.last) == (4, "patched")
     # An existing output is refused before the checkpoint is read.
-    (tmp_path / "cut" / "config.json").unlink()
-    assert call("evaluate", tmp_path / "cut", "--original", packed_model) == 2
-    assert "cut-evaluation.json already exists" in capsys.readouterr().err
+    (cut / "config.json").unlink()
+    assert "cut-evaluation.json already exists" in refusal(*line)
 
 
 def test_a_gguf_that_llama_cpp_would_not_run_costs_no_checkpoint(
-    gguf_run, monkeypatch, capsys
+    gguf_run, monkeypatch, typed
 ):
     monkeypatch.setitem(gguf_cuts._TABLE, "cuttable", [])
     line = ["excise", gguf_run, "--blocks", "1,2", "--json"]
-    assert call(*line) == 0
-    said = capsys.readouterr()
+    said = typed(*line)
     assert "no GGUF file is written" in said.err
     found = json.loads(said.out)
     assert found["gguf"] is None

@@ -11,7 +11,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import isingcut
 from isingcut.data.mixture import find_object, register_texts
 from isingcut.errors import CalibrationError, InputError, ModelError, OutputExistsError
-from shared import OPTIONS, leave_speed_out, load_json, refuses, write_jsonl
+from shared import (
+    OPTIONS,
+    leave_speed_out,
+    load_json,
+    module_fixture,
+    parametrize,
+    refuses,
+    write_jsonl,
+)
 from tiny import tiny_checkpoint
 
 # Six blocks have fifteen states, too few to judge an energy, which no test here does.
@@ -28,7 +36,7 @@ def _quick(monkeypatch, tmp_path):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
 
 
-@pytest.fixture(scope="module")
+@module_fixture
 def folder(tmp_path_factory):
     base = tmp_path_factory.mktemp("given")
     tiny_checkpoint("llama", base / "model")
@@ -42,6 +50,10 @@ def loaded(folder):
     return model, AutoTokenizer.from_pretrained(folder / "model")
 
 
+def prune(model, **options):
+    return isingcut.prune(model, 2, **{**OPTIONS, "calibration": TEXTS, **options})
+
+
 def energies(run):
     return [(state.removed, state.energy, state.kl) for state in run.candidates]
 
@@ -52,40 +64,24 @@ def test_the_same_result_as_from_the_folder_and_the_file(folder, loaded, tmp_pat
     model(torch.zeros((1, 2), dtype=torch.long), output_hidden_states=True)
     assert model.model.layers[0]._forward_hooks
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    named = isingcut.prune(
-        folder / "model",
-        2,
-        calibration=folder / "texts.jsonl",
-        out=tmp_path / "a",
-        **OPTIONS,
-    )
-    given = isingcut.prune(
-        model, 2, tokenizer=tokenizer, calibration=TEXTS, out=tmp_path / "b", **OPTIONS
-    )
+    file = folder / "texts.jsonl"
+    named = prune(folder / "model", calibration=file, out=tmp_path / "a")
+    given = prune(model, tokenizer=tokenizer, out=tmp_path / "b")
     # Not exactly: each run chooses by its own timings how it computes.
-    assert [e[0] for e in energies(given)] == [e[0] for e in energies(named)]
     for ours, theirs in zip(energies(given), energies(named), strict=True):
+        assert ours[0] == theirs[0]
         assert ours[1:] == pytest.approx(theirs[1:], rel=1e-3, abs=1e-5)
-    provenance = [load_json(tmp_path / k / "run.json")["provenance"] for k in "ab"]
-    assert provenance[0]["model"]["sha256"] == provenance[1]["model"]["sha256"]
-    assert (
-        provenance[0]["calibration"]["sha256"] == provenance[1]["calibration"]["sha256"]
-    )
-    assert provenance[1]["model"]["name"].startswith("LlamaForCausalLM in memory (")
-    assert provenance[1]["calibration"]["source"].startswith("40 texts in memory (")
+    theirs, ours = (load_json(tmp_path / k / "run.json").provenance for k in "ab")
+    assert theirs.model.sha256 == ours.model.sha256
+    assert theirs.calibration.sha256 == ours.calibration.sha256
+    assert ours.model.name.startswith("LlamaForCausalLM in memory (")
+    assert ours.calibration.source.startswith("40 texts in memory (")
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
 def test_the_copy_lives_as_long_as_the_run(loaded, tmp_path):
     model, tokenizer = loaded
-    run = isingcut.prune(
-        model,
-        2,
-        tokenizer=tokenizer,
-        calibration=TEXTS,
-        out=tmp_path / "run",
-        **OPTIONS,
-    )
+    run = prune(model, tokenizer=tokenizer, out=tmp_path / "run")
     assert list((tmp_path / "temporary").iterdir())
     assert (run.save(tmp_path / "smaller") / "config.json").is_file()
     del run
@@ -96,18 +92,16 @@ def test_the_copy_lives_as_long_as_the_run(loaded, tmp_path):
 def test_the_same_list_goes_on_and_another_is_another_source(
     folder, tmp_path, monkeypatch
 ):
-    def prune(texts):
-        return isingcut.prune(
-            folder / "model", 2, calibration=texts, out=tmp_path / "run", **OPTIONS
-        )
+    def listed(texts):
+        return prune(folder / "model", calibration=texts, out=tmp_path / "run")
 
-    first = energies(prune(TEXTS))
+    first = energies(listed(TEXTS))
     with monkeypatch.context() as patch:
         patch.setattr("isingcut.runs.measuring.build", None)
-        assert energies(prune(tuple(TEXTS))) == first
+        assert energies(listed(tuple(TEXTS))) == first
         assert energies(isingcut.open_run(tmp_path / "run")) == first
     with refuses(r"made with other options .calibration: was 40", OutputExistsError):
-        prune(TEXTS[:-1])
+        listed(TEXTS[:-1])
 
 
 def test_texts_no_longer_in_memory_are_named():
@@ -121,8 +115,8 @@ def test_texts_no_longer_in_memory_are_named():
     assert find_object("my-text.txt") is None
 
 
-@pytest.mark.parametrize(
-    ("texts", "words"),
+@parametrize(
+    "texts, words",
     [
         ([], "empty list"),
         (["a", 3], "text 1 is of type int"),
@@ -132,9 +126,7 @@ def test_texts_no_longer_in_memory_are_named():
 )
 def test_bad_lists_of_texts(folder, tmp_path, texts, words):
     with refuses(words, CalibrationError):
-        isingcut.prune(
-            folder / "model", 2, calibration=texts, out=tmp_path / "r", **OPTIONS
-        )
+        prune(folder / "model", calibration=texts, out=tmp_path / "r")
     assert not (tmp_path / "r").exists()
 
 
@@ -180,12 +172,12 @@ SPOILT = {
 }
 
 
-@pytest.mark.parametrize(("spoil", "words"), SPOILT.values(), ids=SPOILT)
+@parametrize("spoil, words", SPOILT.values(), ids=SPOILT)
 def test_models_that_cannot_be_saved_whole(loaded, tmp_path, spoil, words):
     model, tokenizer = loaded
     spoil(model)
     with pytest.raises((InputError, ModelError), match=words):
-        isingcut.prune(model, 2, tokenizer=tokenizer, out=tmp_path / "r", **OPTIONS)
+        prune(model, tokenizer=tokenizer, out=tmp_path / "r")
     assert [p.name for p in tmp_path.iterdir()] == ["temporary"]
     assert not list((tmp_path / "temporary").iterdir())
 
@@ -199,7 +191,7 @@ def test_what_is_no_model_or_lacks_its_tokenizer(folder, loaded, tmp_path):
         (str(folder / "model"), tokenizer, "tokenizer is only for a loaded model"),
     ):
         with refuses(words):
-            isingcut.prune(given, 2, tokenizer=own, out=tmp_path / "r", **OPTIONS)
+            prune(given, tokenizer=own, out=tmp_path / "r")
     with refuses("prune: random_states must be 0 or at least 30"):
-        isingcut.prune(model, 2, tokenizer=tokenizer, **{**OPTIONS, "random_states": 1})
+        prune(model, tokenizer=tokenizer, random_states=1)
     assert not list((tmp_path / "temporary").iterdir())

@@ -1,7 +1,6 @@
 """Healing: its text, training, resuming, LoRA, memory plans and budgets."""
 
 import contextlib
-import json
 import re
 import shutil
 from pathlib import Path
@@ -48,44 +47,40 @@ from isingcut.healing.training.student import load_student
 from isingcut.models.load import load
 from isingcut.options.config import HealConfig, RunConfig, heal_config
 from isingcut.report.words import healing_warnings
-from isingcut.testing.tiny import tiny_checkpoint, tiny_tokenizer
-from shared import refuses, write_jsonl
+from shared import parametrize, refuses, save_json, write_jsonl
+from tiny import load_tiny, tiny_checkpoint, tiny_tokenizer
 
 __all__ = ["healed", "models"]
 
 
 def test_healing_lowers_the_loss_and_leaves_a_plain_checkpoint(models, healed):
     found = result(healed)
-    assert [s["step"] for s in found["steps"]] == [1, 2, 3, 4]
-    assert found["steps"][-1]["tokens"] == found["tokens_seen"] == 4 * 4 * 31
-    assert found["after"]["kl"] < found["before"]["kl"]
-    assert found["steps"][-1]["loss"] < found["steps"][0]["loss"]
-    assert found["removed"] == list(REMOVED)
-    sums = [np.array(found[model]["kl_sums"]) for model in ("before", "after")]
-    counts = np.full(len(sums[0]), found["report_tokens"] // len(sums[0]))
-    assert found["after"]["kl_change_se"] == pytest.approx(
-        recipe.difference(*sums, counts)[1]
-    )
-    apart = np.hypot(found["before"]["nll_se"], found["after"]["nll_se"])
-    assert 0 < found["after"]["nll_change_se"] < apart
-    assert shapes(healed) == shapes(models / "student")
+    assert [s.step for s in found.steps] == [1, 2, 3, 4]
+    assert found.steps[-1].tokens == found.tokens_seen == 4 * 4 * 31
+    assert found.steps[-1].loss < found.steps[0].loss
+    assert found.removed == list(REMOVED)
+    sums = [np.array(found[model].kl_sums) for model in ("before", "after")]
+    counts = np.full(len(sums[0]), found.report_tokens // len(sums[0]))
+    error = recipe.difference(*sums, counts)[1]
+    assert found.after.kl_change_se == pytest.approx(error)
+    apart = np.hypot(found.before.nll_se, found.after.nll_se)
+    assert 0 < found.after.nll_change_se < apart
     names = {p.name for p in (models / "student").iterdir()}
     assert {p.name for p in healed.iterdir()} == {*names, "healing.json"}
     assert not list(models.glob(".healed*"))
-    loaded = load(healed, dtype="float32", device="cpu")
-    assert len(find_stack(loaded.model)) == 4
+    assert len(find_stack(load_tiny(healed).model)) == 4
 
 
-@pytest.mark.parametrize("method", ["full", "lora"])
+@parametrize("method", ["full", "lora:4"])
 def test_a_killed_healing_resumes_to_the_same_curve_and_weights(
     models, healed, tmp_path, method
 ):
-    whole = (
-        healed
-        if method == "full"
-        else heal(options(models, tmp_path / "a", method=method))
-    )
     config = options(models, tmp_path / "b", method=method)
+    whole = healed if method == "full" else heal(config.replace(out=tmp_path / "a"))
+    found = result(whole)
+    assert found.after.kl < found.before.kl
+    assert shapes(whole) == shapes(models / "student")
+    assert not [p.name for p in whole.iterdir() if "adapter" in p.name]
     with pytest.raises(Killed):
         heal(config, progress=killing(3))
     assert not (tmp_path / "b").exists()
@@ -102,14 +97,9 @@ def test_a_finished_healing_typed_again_keeps_its_result(models, healed, tmp_pat
     before = (out / "healing.json").stat().st_mtime_ns
     config = options(models, out)
     assert heal(config) == out
-    for other in (
-        config.replace(seed=7),
-        config.replace(teacher=str(models / "student")),
-    ):
+    for other in ({"seed": 7}, {"teacher": models / "student"}, {"text": text}):
         with refuses("already exists", OutputExistsError):
-            heal(other)
-    with refuses("already exists", OutputExistsError):
-        heal(config.replace(text=str(text)))
+            heal(config.replace(**other))
     (out / "config.json").write_text("{}")
     with refuses("already exists", OutputExistsError):
         heal(config)
@@ -148,44 +138,28 @@ def test_the_bar_of_a_training_that_fails_is_closed(models, tmp_path):
 
 
 def test_conversations_learn_the_same_in_any_micro_batches(models, tmp_path):
-    lines = [
-        {
-            "messages": [
-                {"role": "user", "content": "cold river " * (1 + i % 5) + str(i)}
-            ]
-        }
-        for i in range(40)
-    ]
-    path = tmp_path / "chat.jsonl"
-    write_jsonl(path, lines)
-    given = {"text": str(path), "length": 48}
-    parts = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
-    found = []
-    for name, batch in {
-        "one": parts,
-        "more": {"per_device_train_batch_size": 4},
-    }.items():
-        trainer = {"max_steps": 4, "learning_rate": 3e-3, **batch}
-        found.append(
-            curve(heal(options(models, tmp_path / name, **given, trainer=trainer)))
-        )
-    one, more = found
+    texts = ("cold river " * (1 + i % 5) + str(i) for i in range(40))
+    lines = [{"messages": [{"role": "user", "content": text}]} for text in texts]
+    given = {"text": write_jsonl(tmp_path / "chat.jsonl", lines), "length": 48}
+    one, more = (
+        curve(heal(options(models, tmp_path / str(size), sizes, **given)))
+        for size in (1, 4)
+        for sizes in [
+            {
+                "per_device_train_batch_size": size,
+                "gradient_accumulation_steps": 4 // size,
+            }
+        ]
+    )
     for mine, theirs in zip(one, more, strict=True):
         assert mine["tokens"] == theirs["tokens"]
         assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
 
 
 def test_activations_are_recomputed_where_one_sample_leaves_no_room(
-    models, healed, tmp_path, monkeypatch
+    models, healed, tmp_path, monkeypatch, spy
 ):
-    plans = []
-    real = memory.plan_memory
-
-    def noted(*given, **rest):
-        plans.append(real(*given, **rest))
-        return plans[-1]
-
-    monkeypatch.setattr(train, "plan_memory", noted)
+    plans = spy(train, "plan_memory")
     settings = {"per_device_train_batch_size": 4, "max_steps": 4, "learning_rate": 3e-3}
 
     def planned(name, **more):
@@ -207,16 +181,6 @@ def test_activations_are_recomputed_where_one_sample_leaves_no_room(
         assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
 
 
-def test_lora_is_merged_into_a_plain_checkpoint(models, tmp_path):
-    out = heal(options(models, tmp_path / "out", method="lora:4"))
-    found = result(out)
-    assert found["after"]["kl"] < found["before"]["kl"]
-    assert shapes(out) == shapes(models / "student")
-    assert not [p.name for p in out.iterdir() if "adapter" in p.name]
-    total = sum(p.numel() for p in load(out).model.parameters())
-    assert found["trained_parameters"] < total
-
-
 def saved_student(models, out, dtype="float32", scale=1.0):
     """Save the student like another tool, in a dtype, with a scaled head; return the path."""
     loaded = load(models / "student", dtype=dtype, device="cpu")
@@ -224,7 +188,7 @@ def saved_student(models, out, dtype="float32", scale=1.0):
         loaded.model.lm_head.weight.mul_(scale)
     loaded.model.save_pretrained(out)
     loaded.tokenizer.save_pretrained(out)
-    shutil.copyfile(models / "student" / "isingcut.json", out / "isingcut.json")
+    shutil.copyfile(models / "student/isingcut.json", out / "isingcut.json")
     return str(out)
 
 
@@ -236,26 +200,16 @@ def test_training_in_half_precision(models, tmp_path):
     )
     assert {t.dtype for t in read_checkpoint(out).values()} == {"BF16"}
     found = result(out)
-    assert found["after"]["kl"] < found["before"]["kl"]
+    assert found.after.kl < found.before.kl
 
 
 ONCE = {"max_steps": 1}
 
 
-@pytest.mark.parametrize("method", ["lora", "full"])
-def test_a_frozen_student_is_loaded_as_it_is_stored(
-    models, tmp_path, monkeypatch, method
-):
+@parametrize("method", ["lora", "full"])
+def test_a_frozen_student_is_loaded_as_it_is_stored(models, tmp_path, spy, method):
     student = saved_student(models, tmp_path / "half", "bfloat16")
-    loaded = []
-    reload = parts.reload
-
-    def noted(folder, *, dtype, **rest):
-        model = reload(folder, dtype=dtype, **rest)
-        loaded.append(dtype)
-        return model
-
-    monkeypatch.setattr(parts, "reload", noted)
+    loaded = spy(parts, "reload", lambda *given, dtype, **rest: dtype)
     given = options(models, tmp_path / "out", ONCE, student=student, dtype="bfloat16")
     heal(given.replace(method=method))
     assert loaded[0] == (torch.float32 if method == "full" else torch.bfloat16)
@@ -275,23 +229,21 @@ def test_buffers_of_a_student_stored_in_half_precision_are_exact(tmp_path):
 
 
 def test_processes_that_lack_host_memory_for_their_students_are_refused(
-    models, monkeypatch
+    models, monkeypatch, stub
 ):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
-    monkeypatch.setattr(
-        parts, "allowance", lambda limit, device: SimpleNamespace(left=1000)
-    )
+    stub(parts, "allowance", SimpleNamespace(left=1000))
     with refuses(r"in 8 processes, 8e-06 GB are free; start fewer"):
         load_student(models / "student", HealConfig())
 
 
-def test_a_launched_trainer_waits_for_rank_0(models, monkeypatch):
+def test_a_launched_trainer_waits_for_rank_0(models, monkeypatch, stub):
     given = []
     monkeypatch.setattr(
         "accelerate.PartialState", lambda **options: given.append(options)
     )
-    monkeypatch.setattr(home, "is_launched", lambda: True)
-    monkeypatch.setattr(home.Processes, "join", lambda: None)
+    stub(home, "is_launched", True)
+    stub(home.Processes, "join", None)
     home._processes(HealConfig())
     assert given[0]["timeout"].days > 300
 
@@ -299,36 +251,31 @@ def test_a_launched_trainer_waits_for_rank_0(models, monkeypatch):
 def test_patch_and_distillation_together(models, tmp_path):
     out = heal(options(models, tmp_path / "out", {"max_steps": 2}, patch="linear"))
     found = result(out)
-    assert found["patch"]["scores"]["kl"] < found["before"]["kl"]
-    assert len(found["steps"]) == 2
+    kl = found.patch.scores.kl
+    assert kl < found.before.kl
+    assert len(found.steps) == 2
     alone = heal(options(models, tmp_path / "alone", patch="linear", method="none"))
     other = result(alone)
-    assert other["after"]["kl"] == pytest.approx(
-        found["patch"]["scores"]["kl"], rel=1e-6
-    )
-    assert other["steps"] == []
+    assert other.after.kl == pytest.approx(kl, rel=1e-6)
+    assert other.steps == []
 
 
 def test_the_patch_is_the_default_once(models, tmp_path):
     default = {"patch": None, "method": "none"}
     out = heal(options(models, tmp_path / "out", **default))
     found = result(out)
-    assert found["options"]["patch"] == "tuned"
-    assert [cut["removed"] for cut in found["patch"]["cuts"]] == [[2, 3]]
+    assert found.options.patch == "tuned"
+    assert [cut.removed for cut in found.patch.cuts] == [[2, 3]]
     # A healed model is not the exact cut that a patch is fitted for.
     with refuses("is healed already, but a patch needs the exact"):
-        heal(options(models, tmp_path / "never", student=str(out), patch="linear"))
-    again = heal(
-        options(models, tmp_path / "again", ONCE, student=str(out), patch=None)
-    )
+        heal(options(models, tmp_path / "never", student=out, patch="linear"))
+    again = heal(options(models, tmp_path / "again", ONCE, student=out, patch=None))
     further = result(again)
-    assert (further["start"], further["options"]["patch"]) == ("healed", "none")
+    assert (further.start, further.options.patch) == ("healed", "none")
     assert "patch" not in further
 
 
-@pytest.mark.parametrize(
-    ("place", "mixed"), [("run", "{0}"), ("run/remove-2", "{0}=1,{1}=1")]
-)
+@parametrize("place, mixed", [("run", "{0}"), ("run/remove-2", "{0}=1,{1}=1")])
 def test_a_checkpoint_of_a_run_is_judged_on_what_the_run_reports_on(
     models, tmp_path, monkeypatch, place, mixed
 ):
@@ -339,17 +286,14 @@ def test_a_checkpoint_of_a_run_is_judged_on_what_the_run_reports_on(
     text = str(models / "text.jsonl")
     sizes = {"samples": 3, "rank_samples": 2, "length": 16}
     used = build(text, tokenizer := tiny_tokenizer(), **sizes, report_samples=3, seed=0)
-    used.save(tmp_path / "run" / "calibration.safetensors")
+    used.save(tmp_path / "run/calibration.safetensors")
     found = []
     monkeypatch.setattr(
         home, "heal_checkpoint", lambda job, text, *_, **__: found.append(text)
     )
     heal(
         options(
-            models,
-            tmp_path / "out",
-            student=str(student),
-            text=mixed.format(text, other),
+            models, tmp_path / "out", student=student, text=mixed.format(text, other)
         )
     )
     (mine,) = found
@@ -365,15 +309,15 @@ def test_a_checkpoint_of_a_run_is_judged_on_what_the_run_reports_on(
 def test_where_nothing_can_be_patched_healing_goes_on(models, tmp_path):
     headless = tmp_path / "headless"
     excise(models / "teacher", [0], headless)
-    (headless / "isingcut.json").write_text(json.dumps({"removed": [0], "of": 6}))
-    given = {"training": ONCE, "student": str(headless)}
+    save_json(headless / "isingcut.json", {"removed": [0], "of": 6})
+    given = {"training": ONCE, "student": headless}
     out = heal(options(models, tmp_path / "out", **given, patch=None))
     found = result(out)
     # The text has ten words, and its tokens are letters, so the splits are alike.
     unpatched, alike = healing_warnings(HealingFile.model_validate(found))
     assert unpatched.startswith("not patched: block 0 is removed")
     assert "of the report text is in another split too" in alike
-    assert (len(found["steps"]), found["options"]["patch"]) == (1, "none")
+    assert (len(found.steps), found.options.patch) == (1, "none")
     for asked in ({"patch": "linear"}, {"patch": None, "method": "none"}):
         with refuses("block 0 is removed", ArchitectureError):
             heal(options(models, tmp_path / "no", **given, **asked))
@@ -384,7 +328,7 @@ def test_weights_that_are_no_cut_any_more_are_distilled_unpatched(models, tmp_pa
     out = heal(options(models, tmp_path / "out", ONCE, student=student, patch=None))
     found = result(out)
     assert "patch" not in found
-    assert "logits" in found["unpatched"][0]["reason"]
+    assert "logits" in found.unpatched[0].reason
 
 
 def test_a_cut_by_another_tool_is_recognised_by_its_weights(models, healed, tmp_path):
@@ -392,16 +336,16 @@ def test_a_cut_by_another_tool_is_recognised_by_its_weights(models, healed, tmp_
     shutil.copytree(
         models / "student", foreign, ignore=shutil.ignore_patterns("isingcut.json")
     )
-    out = heal(options(models, tmp_path / "out", student=str(foreign)))
+    out = heal(options(models, tmp_path / "out", student=foreign))
     assert curve(out) == curve(healed)
     found = result(out)
-    assert (found["removed"], found["of"]) == ([2, 3], 6)
-    again = heal(options(models, tmp_path / "again", ONCE, student=str(out)))
-    assert result(again)["removed"] == [2, 3]
+    assert (found.removed, found.of) == ([2, 3], 6)
+    again = heal(options(models, tmp_path / "again", ONCE, student=out))
+    assert result(again).removed == [2, 3]
 
 
 def bought(folder):
-    return result(folder)["recipe"]
+    return result(folder).recipe
 
 
 def spending(models, out, effort, **changes):
@@ -456,30 +400,28 @@ def test_samples_are_cut_into_pieces_that_begin_as_they_do():
 def test_a_budget_in_tokens_is_spent(models, tmp_path):
     out = heal(spending(models, tmp_path / "out", "1.5k tokens", trainer=FOUR))
     found = bought(out)
-    assert (found["steps"], found["batch"], found["length"]) == (5, 4, 64)
-    assert found["tokens"] == 5 * 4 * 64
-    assert found["seconds"] is None
+    assert (found.steps, found.batch, found.length) == (5, 4, 64)
+    assert found.tokens == 5 * 4 * 64
+    assert found.seconds is None
     assert len(curve(out)) == 5
-    assert result(out)["tokens_seen"] == 5 * 4 * 63
+    assert result(out).tokens_seen == 5 * 4 * 63
     trainer = {**FOUR, "num_train_epochs": 1.0}
     once = heal(spending(models, tmp_path / "once", "1Gtokens", trainer=trainer))
-    assert bought(once)["epochs"] == pytest.approx(1, abs=0.5)
+    assert bought(once).epochs == pytest.approx(1, abs=0.5)
 
 
-def test_a_time_is_turned_into_steps_once(models, tmp_path, monkeypatch):
+def test_a_time_is_turned_into_steps_once(models, tmp_path, monkeypatch, stub):
     # A step takes 0.6 seconds, plus 5 milliseconds per token.
     times = [(64, 9.0), (64, 0.92), (64, 0.95), (512, 9.0), (512, 3.2), (512, 3.16)]
-    monkeypatch.setattr(train, "step_times", lambda job: times)
+    stub(train, "step_times", times)
     # The clock stands still, so that no time before the training counts.
-    monkeypatch.setattr(train.time, "monotonic", lambda: 1.0)
+    stub(train.time, "monotonic", 1.0)
     config = spending(models, tmp_path / "a", "0.25m", trainer=FOUR)
     whole = heal(config)
     found = bought(whole)
-    assert (
-        found["steps"] == int(0.85 * 15 / (0.6 + 0.005 * 4 * 64)) == len(curve(whole))
-    )
-    assert found["seconds"] == pytest.approx(found["steps"] * (0.6 + 0.005 * 4 * 64))
-    config = config.replace(out=str(tmp_path / "b"))
+    assert found.steps == int(0.85 * 15 / (0.6 + 0.005 * 4 * 64)) == len(curve(whole))
+    assert found.seconds == pytest.approx(found.steps * (0.6 + 0.005 * 4 * 64))
+    config = config.replace(out=tmp_path / "b")
     with pytest.raises(Killed):
         heal(config, progress=killing(3))
     # Another speed would give another schedule.
@@ -506,19 +448,15 @@ def test_a_time_that_the_patch_would_use_up_is_refused(tmp_path):
         home._check_train(job, text.select([0, 1]), 4.0, patches=True)
 
 
-def test_the_clock_is_read_on_real_steps(models, tmp_path, monkeypatch):
-    spent = []
-    spend = distill._spend
-    monkeypatch.setattr(
-        distill, "_spend", lambda job: spent.append(job.spent) or spend(job)
-    )
+def test_the_clock_is_read_on_real_steps(models, tmp_path, spy):
+    spent = spy(distill, "_spend", lambda _, job: job.spent)
     # On any machine the text ends long before this time.
     out = heal(spending(models, tmp_path / "out", "2h"))
     assert spent[0] > 0
     found = bought(out)
-    assert found["seconds"] > 0
-    assert found["epochs"] == pytest.approx(recipe.EPOCHS, rel=0.2)
-    assert found["batch"] == 8
+    assert found.seconds > 0
+    assert found.epochs == pytest.approx(recipe.EPOCHS, rel=0.2)
+    assert found.batch == 8
     assert not list(tmp_path.glob(".out*"))
 
 
@@ -535,8 +473,8 @@ def test_a_runs_budget_is_that_of_its_healing():
         config.replace(heal="soon")
 
 
-@pytest.mark.parametrize(
-    ("words", "line"),
+@parametrize(
+    "words, line",
     [
         (["--heal", "--patch", "cubic"], "unknown repair"),
         (["--patch=linear", "--heal"], "gone"),

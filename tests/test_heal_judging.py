@@ -31,6 +31,7 @@ from isingcut.measure.losses import difference
 from isingcut.models.load import load
 from isingcut.report.words import healing_warnings
 from ranks import run, type_in
+from shared import parametrize
 
 __all__ = ["healed", "models"]
 
@@ -90,10 +91,10 @@ class Stops(Domains):
 
 def test_checks_are_the_divergence_on_text_held_out(healed):
     found = result(healed)
-    assert [c["step"] for c in found["checks"]] == [0, 2, 4]
-    kl = [sum(c["kl_sums"]) / found["report_tokens"] for c in found["checks"]]
-    assert kl[0] == pytest.approx(found["before"]["kl"], rel=1e-4)
-    assert kl[2] == pytest.approx(found["after"]["kl"], rel=1e-3)
+    assert [c.step for c in found.checks] == [0, 2, 4]
+    kl = [sum(c.kl_sums) / found.report_tokens for c in found.checks]
+    assert kl[0] == pytest.approx(found.before.kl, rel=1e-4)
+    assert kl[2] == pytest.approx(found.after.kl, rel=1e-3)
     assert "stopped" not in found
 
 
@@ -101,11 +102,11 @@ def test_the_weights_of_the_check_before_are_kept(models, tmp_path, monkeypatch)
     monkeypatch.setattr(home, "Domains", Stops)
     out = heal(options(models, tmp_path / "out", EIGHT))
     found = result(out)
-    assert found["stopped"] == {"why": "enough", "kept": 2}
+    assert found.stopped == {"why": "enough", "kept": 2}
     assert len(curve(out)) == 4
     # The kept model is the one at step 2 in a schedule of eight steps.
-    kl = sum(found["checks"][1]["kl_sums"]) / found["report_tokens"]
-    assert found["after"]["kl"] == pytest.approx(kl, rel=1e-3)
+    kl = sum(found.checks[1].kl_sums) / found.report_tokens
+    assert found.after.kl == pytest.approx(kl, rel=1e-3)
     record = read_document(out / "healing.json", HealingFile)
     assert "enough" in healing_warnings(record)
     # The same after a kill between two checks, and after one right behind a check.
@@ -129,8 +130,8 @@ def test_a_training_that_was_for_the_worse_leaves_what_it_began_with(
     out = heal(options(models, tmp_path / "out", EIGHT))
     assert stored(out) == stored(models / "student")
     found = result(out)
-    assert found["stopped"] == {"why": "no", "kept": 0}
-    assert found["after"]["kl"] == found["before"]["kl"]
+    assert found.stopped == {"why": "no", "kept": 0}
+    assert found.after.kl == found.before.kl
 
 
 def _stopped(*arguments):
@@ -145,9 +146,9 @@ def test_two_processes_stop_together(models, tmp_path):
     words = ("--debug", "heal", config.student, *flags_of(config))
     run([0, 0], tmp_path / "said", _stopped, *words)
     found = result(tmp_path / "out")
-    assert (found["processes"], found["stopped"]["kept"]) == (2, 2)
-    kl = sum(found["checks"][1]["kl_sums"]) / found["report_tokens"]
-    assert found["after"]["kl"] == pytest.approx(kl, rel=1e-3)
+    assert (found.processes, found.stopped.kept) == (2, 2)
+    kl = sum(found.checks[1].kl_sums) / found.report_tokens
+    assert found.after.kl == pytest.approx(kl, rel=1e-3)
 
 
 def _trains(dies, *arguments):
@@ -169,8 +170,8 @@ def _trains(dies, *arguments):
     type_in("--debug", "heal", *arguments)
 
 
-@pytest.mark.parametrize(
-    ("trainer", "more", "exact"),
+@parametrize(
+    "trainer, more, exact",
     [
         ({}, {}, 1e-6),
         ({"fsdp": True}, {}, 1e-6),
@@ -199,12 +200,12 @@ def test_two_processes_train_as_one_does(
     assert len(sharded) == bool(trainer)
     run([0, 0], tmp_path / "said", _trains, 0, *words)
     found = result(tmp_path / "out")
-    assert found["processes"] == 2
-    for mine, theirs in zip(found["steps"], curve(one), strict=True):
-        assert mine["tokens"] == theirs["tokens"]
+    assert found.processes == 2
+    for mine, theirs in zip(found.steps, curve(one), strict=True):
+        assert mine.tokens == theirs["tokens"]
         # The loss of the first step is not rounded even in half precision.
-        rel = exact if mine["step"] > 1 else 1e-6
-        assert mine["loss"] == pytest.approx(theirs["loss"], rel=rel)
+        rel = exact if mine.step > 1 else 1e-6
+        assert mine.loss == pytest.approx(theirs["loss"], rel=rel)
     assert shapes(tmp_path / "out") == shapes(one)
     weights = (
         load(f, dtype="float32").model.state_dict() for f in (one, tmp_path / "out")

@@ -13,7 +13,6 @@ import card as on_card
 from cards import fake_cards
 from healings import REMOVED, models, options
 from isingcut.data.tokens import TokenSet
-from isingcut.errors import InputError
 from isingcut.formats.architectures.blocks import find_stack
 from isingcut.healing.heal import heal
 from isingcut.healing.job import Job
@@ -27,7 +26,8 @@ from isingcut.models.compute import divergence as kl
 from isingcut.models.load import load
 from isingcut.options.config import HealConfig
 from isingcut.processes import Processes
-from isingcut.testing.tiny import tiny_model
+from shared import module_fixture, parametrize, refuses
+from tiny import tiny_model
 
 
 def normal(*shape, seed=0):
@@ -42,18 +42,18 @@ def reference(student, teacher):
 
 
 @pytest.fixture(params=["compiled", "torch"])
-def loops(request, monkeypatch):
+def loops(request, monkeypatch, stub):
     """Use each implementation of the loss, over few rows at a time."""
     for name in ("_BUFFER_ELEMENTS", "_CACHED_ELEMENTS"):
         monkeypatch.setattr(kl, name, 3 * 17)
     if request.param == "torch":
-        monkeypatch.setattr(kl, "can_compile", lambda logits: False)
+        stub(kl, "can_compile", False)
     return str(request.param)
 
 
 @pytest.mark.usefixtures("loops")
-@pytest.mark.parametrize(
-    ("dtype", "words", "rtol"),
+@parametrize(
+    "dtype, words, rtol",
     # The gradient is stored in the logits' dtype, then scaled: rounded twice to bfloat16's 8 bits.
     [(torch.float32, 17, 1e-4), (torch.bfloat16, 4099, 2**-7)],
 )
@@ -70,37 +70,30 @@ def test_divergence_and_its_gradient(dtype, words, rtol):
 
 
 def test_chunks_of_the_vocabulary_change_nothing():
-    weight = normal(17, 8).float()
-    other = normal(17, 8, seed=1).float()
-    stream = normal(7, 8, seed=2).float()
-    teacher = normal(7, 8, seed=3).float()
+    weight, other = (normal(17, 8, seed=seed).float() for seed in (0, 1))
+    stream, teacher = (normal(7, 8, seed=seed).float() for seed in (2, 3))
     results = []
-    for elements in (1 << 20, 2 * 17):
+    for elements, expected in ((1 << 20, [7]), (2 * 17, [2, 2, 2, 1])):
         head = weight.clone().requires_grad_()
         read = stream.clone().requires_grad_()
         sizes = []
-
-        def student_head(h, head=head, sizes=sizes):
-            sizes.append(len(h))
-            return h @ head.T
-
         loss = kl.divergence_from_stream(
             read,
-            student_head,
+            lambda h, head=head, sizes=sizes: sizes.append(len(h)) or h @ head.T,
             teacher,
             lambda h: h @ other.T,
             chunk_elements=elements,
             vocabulary=17,
         )
         loss.backward()
-        results.append((loss.detach(), head.grad, read.grad, sizes))
-    assert_close(results[0][:3], results[1][:3])
-    # No chunk is computed again in the backward pass.
-    assert [r[3] for r in results] == [[7], [2, 2, 2, 1]]
+        results.append((loss.detach(), head.grad, read.grad))
+        # No chunk is computed again in the backward pass.
+        assert sizes == expected
+    assert_close(*results)
 
 
-@pytest.mark.parametrize(
-    ("method", "family", "changes", "ends"),
+@parametrize(
+    "method, family, changes, ends",
     [
         ("lora", "llama", {}, torch.bfloat16),
         ("lora", "llama", {"tie_word_embeddings": True}, torch.bfloat16),
@@ -117,9 +110,8 @@ def test_frozen_weights_are_narrowed_only_where_no_value_changes(
         parameter.data = parameter.bfloat16().float()
     # A weight with values that bfloat16 cannot hold is not narrowed.
     mlp = plain.get_submodule(f"{find_stack(plain).blocks[0].path}.mlp")
-    odd, even = (
-        (mlp.c_proj, mlp.c_fc) if family == "gpt2" else (mlp.down_proj, mlp.up_proj)
-    )
+    names = ("c_proj", "c_fc") if family == "gpt2" else ("down_proj", "up_proj")
+    odd, even = map(mlp.get_submodule, names)
     tied = plain.get_output_embeddings().weight is plain.get_input_embeddings().weight
     odd.weight.data += 1e-6
     model = prepare_training(plain, HealConfig(method=method))
@@ -139,11 +131,8 @@ def test_frozen_weights_are_narrowed_only_where_no_value_changes(
     kinds = {p.dtype for p in model.parameters() if p.requires_grad}
     assert kinds == {torch.float32}
     assert plain.get_output_embeddings().weight.dtype == ends
-    weights = {
-        id(m.weight)
-        for m in (plain.get_output_embeddings(), plain.get_input_embeddings())
-    }
-    assert len(weights) == 2 - tied
+    read = plain.get_input_embeddings().weight
+    assert (plain.get_output_embeddings().weight is read) == tied
     assert odd.weight.dtype == torch.float32
     assert even.weight.dtype == torch.bfloat16
 
@@ -161,13 +150,14 @@ def padded(rows):
 
 def test_parts_have_the_least_padding():
     lengths = [9, 8, 7, 3, 2, 1]
+
+    def padded_to(edges):
+        return sum(lengths[a] * (b - a) for a, b in itertools.pairwise(edges))
+
     for count, (cost, found) in enumerate(divisions(lengths, 6, 99), 1):
         ways = itertools.combinations(range(1, 6), count - 1)
-        edges = [[0, *way, 6] for way in ways]
-        least = min(
-            sum(lengths[a] * (b - a) for a, b in itertools.pairwise(e)) for e in edges
-        )
-        assert sum(lengths[p.start] * (p.stop - p.start) for p in found) == least
+        least = min(padded_to([0, *way, 6]) for way in ways)
+        assert padded_to([*(p.start for p in found), 6]) == least
         assert cost == pytest.approx(least, rel=1e-3)
         assert [i for p in found for i in range(p.start, p.stop)] == list(range(6))
 
@@ -218,12 +208,12 @@ __all__ = ["models"]
 TOKENS = TokenSet.from_rows([[9 + i + k for k in range(64)] for i in range(4)])
 
 
-@pytest.fixture(scope="module")
+@module_fixture
 def narrow_blocks(tmp_path_factory):
     return on_card.write_models(tmp_path_factory.mktemp("card"), 8, (3, 4))
 
 
-@pytest.fixture(scope="module")
+@module_fixture
 def half(models, tmp_path_factory):
     """The tiny teacher and student, stored in bfloat16."""
     folder = tmp_path_factory.mktemp("half")
@@ -239,9 +229,9 @@ def places(tensors):
     return {t.untyped_storage().data_ptr() for t in tensors}
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@parametrize("dtype", ["bfloat16", "float32"])
 def test_what_is_not_trained_is_the_teachers(
-    half, models, tmp_path, monkeypatch, dtype
+    half, models, tmp_path, monkeypatch, spy, dtype
 ):
     folder = half if dtype == "bfloat16" else models
     teacher = load(folder / "teacher", dtype=dtype, device="cpu")
@@ -249,8 +239,7 @@ def test_what_is_not_trained_is_the_teachers(
     config = options(folder, tmp_path / "out", {"max_steps": 2}, method="lora:4")
     job = Job(teacher, REMOVED, folder / "student", TOKENS, tmp_path, config)
     run = train._run
-    apart = []
-    in_parts = loss.divergence_from_stream
+    apart = spy(loss, "divergence_from_stream")
 
     def inspected(watch, student, *rest):
         frozen = [p for p in student.parameters() if not p.requires_grad]
@@ -264,8 +253,6 @@ def test_what_is_not_trained_is_the_teachers(
         run(watch, student, *rest)
 
     monkeypatch.setattr(train, "_run", inspected)
-    count = lambda *given, **more: apart.append(1) or in_parts(*given, **more)  # noqa: E731
-    monkeypatch.setattr(loss, "divergence_from_stream", count)
     train.train(job)
     # Logits are computed in chunks, however narrow the layers are.
     assert apart
@@ -279,19 +266,17 @@ def test_lora_and_its_teacher_fit_a_card_of_half_as_much_again(narrow_blocks):
 
 
 def test_lora_on_several_cards_learns_the_weights_of_one(models, tmp_path):
-    found = []
+    found = set()
     with fake_cards(4) as cards:
-        names = [str(card.device) for card in cards]
         for count in (1, 2, 4):
-            devices = ",".join(names[:count])
-            out = tmp_path / str(count)
-            given = options(
-                models, out, {"max_steps": 2}, method="lora:4", device=devices
+            devices = ",".join(str(card.device) for card in cards[:count])
+            given = {"method": "lora:4", "device": devices}
+            out = heal(
+                options(models, tmp_path / str(count), {"max_steps": 2}, **given)
             )
-            healed = heal(given) / "model.safetensors"
             assert all(card.peak > 0 for card in cards[:count])
-            found.append(healed.read_bytes())
-    assert found[0] == found[1] == found[2]
+            found.add((out / "model.safetensors").read_bytes())
+    assert len(found) == 1
 
 
 @pytest.fixture
@@ -311,8 +296,8 @@ def job_on(card, models, folder, processes=None, training=None, **changes):
 TERMS = r"\(weights \S+, gradients \S+, moments \S+, teacher \S+, activations of one sample \S+\)"
 
 
-@pytest.mark.parametrize(
-    ("free", "method", "lora"),
+@parametrize(
+    "free, method, lora",
     [
         (1.1e6, "full", "--method lora, "),
         (0.9e6, "lora", ""),
@@ -324,7 +309,7 @@ def test_a_training_that_cannot_fit_is_refused(
     job = job_on(card, models, tmp_path, method=method)
     card.budget = card.live + int(free)
     advice = f"; use {lora}a smaller --length or a device with more memory"
-    with pytest.raises(InputError, match=f"{TERMS}.*{advice}"), train._student(job, 4):
+    with refuses(f"{TERMS}.*{advice}"), train._student(job, 4):
         pass
 
 
@@ -333,13 +318,14 @@ def test_what_others_shard_is_counted_by_rank_and_left_where_it_is(
 ):
     four = Processes(0, 4)
     four.decide = lambda make: make()
-    job = job_on(card, models, tmp_path, four, {"fsdp": "full_shard"}, method="full")
+    sharded = {"fsdp": "full_shard"}
+    job = job_on(card, models, tmp_path, four, sharded, method="full")
     card.budget = card.live + 10**5
     with train._student(job, 4) as (student, plan):
         assert {p.device.type for p in student.parameters()} == {"cpu"}
-        trained = sum(p.numel() for p in student.parameters())
-        terms = memory._terms(job, student, {"fsdp": "full_shard"})
-    assert [terms[name] for name in ("gradients", "moments")] == [trained, 2 * trained]
+        trained = student.num_parameters()
+        terms = memory._terms(job, student, sharded)
+    assert (terms["gradients"], terms["moments"]) == (trained, 2 * trained)
     assert plan.recompute
 
 

@@ -10,7 +10,7 @@ import pytest
 from isingcut.errors import StageFileError
 from isingcut.files.ownership import mark
 from isingcut.runs import uploading
-from shared import load_json, refuses
+from shared import load_json, parametrize, refuses, save_json
 
 # The hub ---------------------------------------------------------------------------------
 
@@ -77,7 +77,7 @@ def cut(tmp_path):
     folder = tmp_path / "model"
     folder.mkdir()
     record = {"format": "isingcut-removal", "version": 1, "removed": [3, 4], "of": 6}
-    (folder / "isingcut.json").write_text(json.dumps(record))
+    save_json(folder / "isingcut.json", record)
     (folder / "config.json").write_text("{}")
     (folder / "README.md").write_text("---\ntags:\n- isingcut\n---\n# a card\n")
     (folder / "model.safetensors").write_bytes(b"weights")
@@ -108,7 +108,7 @@ def test_push_uploads_every_file_but_the_marker_with_the_card(hub, cut, monkeypa
     }
 
 
-@pytest.mark.parametrize("token", ["hf_wrong", ""])
+@parametrize("token", ["hf_wrong", ""])
 def test_without_a_valid_token_nothing_is_sent(hub, cut, monkeypatch, tmp_path, token):
     monkeypatch.setenv("HF_TOKEN", token)
     monkeypatch.setattr(
@@ -120,7 +120,7 @@ def test_without_a_valid_token_nothing_is_sent(hub, cut, monkeypatch, tmp_path, 
     assert not [p for p, *_ in hub.seen if "/commit/" in p]
 
 
-@pytest.mark.parametrize("name", ["me/cut/more", "me/ cut"])
+@parametrize("name", ["me/cut/more", "me/ cut"])
 def test_a_bad_repository_name_is_refused_without_the_hub(cut, name):
     with refuses("write owner/name"):
         uploading.prepare(cut, name)
@@ -183,7 +183,7 @@ def test_nothing_uploaded_names_a_folder_of_this_machine(cut, tmp_path):
         "tokenizer.json": {"vocab": {"/tmp/": 1}},
     }
     for name, content in written.items():
-        (cut / name).write_text(json.dumps(content))
+        save_json(cut / name, content)
     (cut / "notes.txt").write_text(str(tmp_path))
     _, files = uploading.prepare(cut, "me/cut")
     sent = {k: f if isinstance(f, bytes) else f.read_bytes() for k, f in files.items()}

@@ -1,6 +1,7 @@
 """Answers of many states at once: against the harness, against single models, after a kill."""
 
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,18 +21,18 @@ from isingcut.formats.cutting.checkpoint import excise
 from isingcut.ising.states import states_of
 from isingcut.measure.work import Work
 from isingcut.models import replay as replays
-from isingcut.models.load import load
-from shared import write_jsonl
+from shared import module_fixture, parametrize, refuses, write_jsonl
 from test_tasks import gsm8k
+from tiny import load_tiny
 
 WORDS = ("stone", "rain", "old town", "a mat", "the cat sat")
 REMOVED = [(), (1,), (1, 3), (0, 4), (1, 3)]
 
 
-@pytest.fixture(scope="module")
+@module_fixture
 def model(shared):
     folder = shared.checkpoint(seed=3, max_position_embeddings=512)
-    return load(folder, dtype="float32", device="cpu")
+    return load_tiny(folder)
 
 
 def some_rows():
@@ -77,7 +78,7 @@ def test_likelihoods_are_the_harness_s(model):
 
 
 def test_answers_of_all_states_at_once_are_those_of_each_checkpoint(
-    model, tmp_path, monkeypatch
+    model, tmp_path, monkeypatch, spy
 ):
     path = tmp_path / "mine.jsonl"
     questions = [
@@ -95,14 +96,7 @@ def test_answers_of_all_states_at_once_are_those_of_each_checkpoint(
     ]
     write_jsonl(path, questions)
     task = prepare_task(str(path), None)
-    ran = []
-    block = replays.Recording.block
-
-    def counted(self, i, hidden):
-        ran.append(hidden.shape[0])
-        return block(self, i, hidden)
-
-    monkeypatch.setattr(replays.Recording, "block", counted)
+    ran = spy(replays.Recording, "block", lambda _, recording, i, x: x.shape[0])
     found = score_states(model, task, REMOVED, Work(256))
     # Equal states run once: 20 questions of 3 answers, and 10 by letters of one pass each.
     assert sum(ran) == (6 + 4 + 2 + 4) * 70
@@ -113,7 +107,7 @@ def test_answers_of_all_states_at_once_are_those_of_each_checkpoint(
             cut = tmp_path / "-".join(map(str, blocks))
             if not cut.exists():
                 excise(model.folder, blocks, cut)
-            one = load(cut, dtype="float32", device="cpu")
+            one = load_tiny(cut)
         (alone,) = score_states(one, task, [()])
         assert scores.values.tolist() == alone.values.tolist()
         assert (scores.metric, scores.questions) == (alone.metric, alone.questions)
@@ -132,59 +126,43 @@ def test_an_answer_without_a_finite_likelihood_names_its_text(model, monkeypatch
 
     monkeypatch.setattr(answers._Places, "read", damaged)
     shown = re.escape(repr(model.tokenizer.decode([40, 41])))
-    with pytest.raises(ModelError, match=f"that begins {shown}"):
+    with refuses(f"that begins {shown}", ModelError):
         answer_scores(model.replay, rows, states_of(len(model.replay), [()]), Work(64))
 
 
-def test_a_killed_measurement_goes_on(model, tmp_path, monkeypatch):
+def test_a_killed_measurement_goes_on(model, tmp_path, spy):
     rows = some_rows()
     states = states_of(len(model.replay), REMOVED)
     whole = answer_scores(model.replay, rows, states, Work(64))
     work = Work(64, journal=tmp_path / "answers.journal")
-    record = replays.Replay.record
-    batches = []
-
-    def killed(self, ids):
-        batches.append(len(ids))
-        if len(batches) == 4:
-            raise KeyboardInterrupt
-        return record(self, ids)
-
-    monkeypatch.setattr(replays.Replay, "record", killed)
+    batches = spy(replays.Replay, "record", lambda _, replay, ids: len(ids), stop=4)
     with pytest.raises(KeyboardInterrupt):
         answer_scores(model.replay, rows, states, work)
     again = answer_scores(model.replay, rows, states, work)
     # Batches that were finished before the kill ran once.
-    assert sum(batches) - batches[3] == len({ids[:-1] for ids, _ in rows})
+    assert sum(batches) == len({ids[:-1] for ids, _ in rows})
     for found, expected in zip(again, whole, strict=True):
         assert np.array_equal(found, expected)
 
 
-@pytest.mark.parametrize("name", ["arc_easy", "hellaswag", "winogrande", "lambada"])
+FILES = {"arc_easy": "test", "hellaswag": "val", "winogrande": "dev", "lambada": "test"}
+
+
+@parametrize("name", FILES)
 def test_the_certainty_of_a_right_answer(name, model, tmp_path):
     records = [
         {
             "context": f"the {word} sat on _ mat",
-            "choices": [f"stone {word}", "a"],
-            "answer": i % 2,
+            "choices": [f"stone {word}", "a", "old rain", "stone"],
+            "answer": i,
             "text": f"the {word} sat on a mat",
         }
         for i, word in enumerate(("cat", "rain", "old stone"))
     ]
-    if name != "winogrande":
-        for i, record in enumerate(records):
-            record |= {
-                "choices": [*record["choices"], "old rain", "stone"],
-                "answer": i,
-            }
-    file = {
-        "arc_easy": "test",
-        "hellaswag": "val",
-        "winogrande": "dev",
-        "lambada": "test",
-    }[name]
-    path = tmp_path / name / f"{file}.jsonl"
-    write_jsonl(path, records)
+    if name == "winogrande":
+        for record in records:
+            record |= {"choices": record["choices"][:2], "answer": record["answer"] % 2}
+    write_jsonl(tmp_path / name / f"{FILES[name]}.jsonl", records)
     found = score_states(model, prepare_task(name, tmp_path), [()])[0].certainties
 
     def likely(context, answer):
@@ -192,7 +170,7 @@ def test_the_certainty_of_a_right_answer(name, model, tmp_path):
         start = len(model.tokenizer(context).input_ids)
         with torch.no_grad():
             logp = model.model(input_ids=ids).logits[0].double().log_softmax(-1)
-        return sum(float(logp[t - 1, ids[0, t]]) for t in range(start, ids.shape[1]))
+        return float(logp[start - 1 : -1].gather(1, ids[0, start:, None]).sum())
 
     if name == "lambada":
         direct = [likely(r["text"].removesuffix(" mat"), " mat") for r in records]
@@ -208,8 +186,8 @@ def test_the_certainty_of_a_right_answer(name, model, tmp_path):
             asked = asked if name == "hellaswag" else f"Question: {asked}\nAnswer:"
             values = [likely(asked, f" {c}") for c in choices]
         if name == "hellaswag":
-            mean = np.mean([len(c) for c in choices])
-            values = [v / len(c) * mean for v, c in zip(values, choices, strict=True)]
+            lengths = np.array([len(c) for c in choices])
+            values = values / lengths * lengths.mean()
         tables.append((np.array(values), record["answer"]))
 
     def at(t):
@@ -231,33 +209,22 @@ def test_being_too_sure_costs_nothing():
 
 
 def test_where_a_task_does_not_say_what_is_right_the_score_counts():
-    class Task:
-        OUTPUT_TYPE = "multiple_choice"
-        multiple_input = 0
+    choice = {"OUTPUT_TYPE": "multiple_choice"}
 
-        def __init__(self, gold):
-            self.gold = gold
-
-        def doc_to_choice(self, question):
-            return ["a", "b"]
-
-        def doc_to_target(self, question):
-            return self.gold
-
-    class Coded:
-        OUTPUT_TYPE = "multiple_choice"
-
-    class Rolling:
-        OUTPUT_TYPE = "loglikelihood_rolling"
+    def task(gold):
+        told = {"doc_to_choice": lambda question: ["a", "b"], "multiple_input": 0}
+        told["doc_to_target"] = lambda question: gold
+        return SimpleNamespace(**choice, **told)
 
     answers = {"doc": {}, "filtered_resps": [(-1.0, False), (-3.0, False)]}
-    tasks = [Task(7), Task("c"), Task(-100), Coded(), Rolling()]
-    asked = [(task, answers) for task in tasks]
-    asked[-1] = (tasks[-1], {"doc": {}, "filtered_resps": [-5.0]})
+    coded = SimpleNamespace(**choice)
+    rolling = SimpleNamespace(OUTPUT_TYPE="loglikelihood_rolling")
+    asked = [(t, answers) for t in (task(7), task("c"), task(-100), coded)]
+    asked.append((rolling, {"doc": {}, "filtered_resps": [-5.0]}))
     scores = np.array([1.0, 0.0, 1.0, 0.0, 0.5])
     assert certainties(asked, scores, by_length=True).tolist() == scores.tolist()
     # An index, a text, and several: the margin of the wrong one is 2 nats or none.
-    told = [(Task(gold), answers) for gold in (0, "a", [0, 1])]
+    told = [(task(gold), answers) for gold in (0, "a", [0, 1])]
     first, second, both = certainties(told, np.zeros(3), by_length=False)
     assert first == second < 0
     assert both == 0
@@ -289,23 +256,12 @@ def written(model, work, state=0):
     return Harness(model, lambda rows: [], write).generate_until(requests())
 
 
-def kill_after(goes, monkeypatch):
-    """Raise KeyboardInterrupt once, after ``goes`` calls; return the number of texts per call."""
-    counts = []
-    generate = HFLM._model_generate
-
-    def killed(self, context, **rest):
-        if len(counts) == goes:
-            counts.append(0)
-            raise KeyboardInterrupt
-        counts.append(len(context))
-        return generate(self, context, **rest)
-
-    monkeypatch.setattr(HFLM, "_model_generate", killed)
-    return counts
+def texts(found, harness, context, **rest):
+    """Note the number of prompts generated at once, and their length."""
+    return context.shape
 
 
-@pytest.mark.parametrize("state", range(len(STATES)))
+@parametrize("state", range(len(STATES)))
 def test_texts_are_the_harness_s(model, state):
     plain = HFLM(pretrained=model.model, tokenizer=model.tokenizer, batch_size=2)
     with skip_blocks(model.model, STATES[state]):
@@ -314,15 +270,8 @@ def test_texts_are_the_harness_s(model, state):
     assert any(expected)
 
 
-def test_prompts_of_one_go_fit_some_micro_batches(model, monkeypatch):
-    went = []
-    generate = HFLM._model_generate
-
-    def seen(self, context, **rest):
-        went.append(context.shape)
-        return generate(self, context, **rest)
-
-    monkeypatch.setattr(HFLM, "_model_generate", seen)
+def test_prompts_of_one_go_fit_some_micro_batches(model, spy):
+    went = spy(HFLM, "_model_generate", texts)
     written(model, Work(10))
     assert sum(count for count, _ in went) == len(PROMPTS)
     assert any(count > 1 for count, _ in went)
@@ -333,14 +282,14 @@ def test_prompts_of_one_go_fit_some_micro_batches(model, monkeypatch):
     assert max(length for _, length in went) > MICRO_BATCHES * 10 / 2
 
 
-def test_a_killed_run_goes_on_at_the_texts_that_are_left(model, tmp_path, monkeypatch):
+def test_a_killed_run_goes_on_at_the_texts_that_are_left(model, tmp_path, spy):
     work = Work(10, journal=tmp_path / "texts.journal")
     whole = [written(model, Work(10), state) for state in (0, 1)]
-    counts = kill_after(5, monkeypatch)
+    counts = spy(HFLM, "_model_generate", texts, stop=6)
     with pytest.raises(KeyboardInterrupt):
         [written(model, work, state) for state in (0, 1)]
     assert [written(model, work, state) for state in (0, 1)] == whole
-    assert sum(counts) == 2 * len(PROMPTS)
+    assert sum(count for count, _ in counts) == 2 * len(PROMPTS)
 
 
 def test_how_far_the_writing_is_is_seen(model, tmp_path, monkeypatch, capsys):

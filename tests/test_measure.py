@@ -20,7 +20,7 @@ from isingcut.models.compute import head as head_module
 from isingcut.models.compute.divergence import RowSums
 from isingcut.models.compute.head import OutputHead, find_head_input, sum_losses
 from isingcut.models.replay import Replay
-from shared import refuses
+from shared import parametrize, refuses
 from tiny import plain_sums, random_tokens, tiny_replay, without
 
 
@@ -30,7 +30,7 @@ def really_removed(replay, tokens, removed):
     return sums[2].sum() / tokens.tokens, sums[1].sum() / tokens.tokens
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])
+@parametrize("family", ["llama", "gemma3", "gpt2"])
 def test_measured_losses_are_those_of_really_removed_blocks(family):
     replay = tiny_replay(family)
     tokens = random_tokens()
@@ -102,19 +102,13 @@ def test_the_text_of_a_number_that_is_not_finite_is_named():
             check_finite(replay, tokens, found, states if row == 2 else None)
 
 
-@pytest.mark.parametrize("changed", ["states", "weights", "attention"])
-@pytest.mark.parametrize("job", ["losses", "gradients"])
-def test_a_journal_of_another_measurement_is_not_used(
-    job, changed, tmp_path, monkeypatch
-):
+@parametrize("changed", ["states", "weights", "attention"])
+@parametrize("job", ["losses", "gradients"])
+def test_a_journal_of_another_measurement_is_not_used(job, changed, tmp_path, spy):
     replay = tiny_replay("llama")
     tokens = random_tokens()
     states = [(1,)]
-    computed = []
-    put = Journal.put
-    monkeypatch.setattr(
-        Journal, "put", lambda self, *row: (computed.append(row), put(self, *row))
-    )
+    computed = spy(Journal, "put")
 
     def work(journal=tmp_path / "journal"):
         computed.clear()
@@ -170,9 +164,9 @@ def in_pieces(q, reference, columns, method):
     return sums
 
 
-@pytest.mark.parametrize("method", ["_add_compiled", "_add"])
-@pytest.mark.parametrize("columns", [97, 700, WORDS])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@parametrize("method", ["_add_compiled", "_add"])
+@parametrize("columns", [97, 700, WORDS])
+@parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_pieces_of_any_width_give_the_softmax_of_whole_rows(dtype, columns, method):
     reference, q = logits(dtype)
     sums = in_pieces(q, reference, columns, method)
@@ -184,21 +178,21 @@ def test_pieces_of_any_width_give_the_softmax_of_whole_rows(dtype, columns, meth
     assert_allclose(sums.nll, nll.numpy(), rtol=1e-6)
 
 
-@pytest.mark.parametrize("method", ["_add_compiled", "_add"])
+@parametrize("method", ["_add_compiled", "_add"])
 def test_logits_of_unequal_vocabularies_are_refused(method):
     reference, q = logits(torch.float32)
     with pytest.raises(RuntimeError, match="must match"):
         in_pieces(q, reference[:, :-1], WORDS, method)
 
 
-@pytest.mark.parametrize("method", ["_add_compiled", "_add"])
+@parametrize("method", ["_add_compiled", "_add"])
 def test_equal_logits_have_no_divergence_however_large(method):
     reference, _ = logits(torch.float32, size=300.0)
     sums = in_pieces(reference + 7.0, reference, 1000, method)
     assert sums.kl.abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("method", ["_add_compiled", "_add"])
+@parametrize("method", ["_add_compiled", "_add"])
 def test_masked_words_have_no_weight_and_nan_is_not_lost(method):
     reference, q = logits(torch.float32)
     masked = [x.clone() for x in (reference, q)]
@@ -228,14 +222,14 @@ def test_rows_do_not_depend_on_the_number_of_threads(monkeypatch):
     assert_array_equal(*found)
 
 
-@pytest.mark.parametrize(
-    ("family", "plain"),
+@parametrize(
+    "family, plain",
     [("llama", True), ("gpt2", True), ("gemma2", False), ("cohere2", False)],
 )
 def test_the_map_is_run_in_pieces_only_where_the_logits_are_its_output(
-    family, plain, monkeypatch
+    family, plain, stub
 ):
-    monkeypatch.setattr(head_module, "piece_elements", lambda device: 700)
+    stub(head_module, "piece_elements", 700)
     replay = tiny_replay(family)
     batch = random_tokens((14, 9))
     head = OutputHead(replay)

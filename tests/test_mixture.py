@@ -1,12 +1,20 @@
 """A mixture of texts has its shares of tokens, and all properties of a single text."""
 
-import json
 import re
 from pathlib import Path
 
 import pytest
 
-from calibrating import COUNTS, SIZES, chats, decoded, refused, sentences
+from calibrating import (
+    COUNTS,
+    SIZES,
+    calibrate,
+    chats,
+    decoded,
+    refused,
+    sentences,
+    write_texts,
+)
 from isingcut.data import corpora, healing_text
 from isingcut.data.calibration import Calibration, build
 from isingcut.data.healing_text import to_fit
@@ -20,39 +28,43 @@ from isingcut.healing.repairs.tuned import split_samples
 from isingcut.options.config import HealConfig
 from isingcut.report.rows import evaluation_rows, healing_rows
 from isingcut.report.words import healing_warnings, paragraphs, patch_warnings
-from isingcut.testing.tiny import tiny_model, tiny_tokenizer
 from run_files import healing, text_scores
-from shared import refuses, write_jsonl
+from shared import parametrize, refuses, write_jsonl
+from tiny import tiny_model
 
 MANY = {**SIZES, "samples": 40, "rank_samples": 12, "report_samples": 12}
 
 
 def numbered(path, word, count=200):
-    return write_jsonl(path, [{"text": f"{word}{i}. " * 4} for i in range(count)])
+    return write_texts(path, (f"{word}{i}. " * 4 for i in range(count)))
 
 
 def tokens_of(tokens, name):
     return int(tokens.mask[[part == name for part in tokens.parts]].sum())
 
 
+def found_in(tokenizer, pattern, *token_sets):
+    """Return what a pattern finds in the decoded texts."""
+    texts = (text for tokens in token_sets for text in decoded(tokenizer, tokens))
+    return set(re.findall(pattern, " ".join(texts)))
+
+
 # what is a mixture ----------------------------------------------------------------------
 
 
 def test_shares_add_up_and_files_are_called_by_their_names(tmp_path):
-    file = tmp_path / "a.txt"
-    file.write_text("a")
-    assert parts_of(f"wiki=3,{file}=1") == (
-        Part("wiki", "wiki", 0.75),
-        Part(str(file), "a.txt", 0.25),
-    )
     (tmp_path / "b").mkdir()
-    (tmp_path / "b" / "a.txt").write_text("a")
-    names = [part.name for part in parts_of(f"{file}=1,{tmp_path / 'b' / 'a.txt'}=1")]
+    one, two = (tmp_path / name for name in ("a.txt", "b/a.txt"))
+    for file in (one, two):
+        file.write_text("a")
+    found = parts_of(f"wiki=3,{one}=1")
+    assert found == (Part("wiki", "wiki", 0.75), Part(str(one), "a.txt", 0.25))
+    names = [part.name for part in parts_of(f"{one}=1,{two}=1")]
     assert names == ["a.txt (1)", "a.txt (2)"]
 
 
-@pytest.mark.parametrize(
-    ("name", "source", "parts"),
+@parametrize(
+    "name, source, parts",
     [
         ("wiki=1,self=1", "wiki=1,self=1", ["wiki=1,self=1"]),
         ("a=b.txt", "other=1,a=b.txt=2", ["other", "a=b.txt"]),
@@ -69,8 +81,8 @@ def test_a_file_of_that_name_is_no_mixture_and_can_be_a_part(
 UNLIKE = "its part '{}' is not"
 
 
-@pytest.mark.parametrize(
-    ("source", "words"),
+@parametrize(
+    "source, words",
     [
         ("wiki=0.5,self", UNLIKE.format("self")),
         ("wiki=half,self=1", UNLIKE.format("wiki=half")),
@@ -127,11 +139,11 @@ def test_every_split_holds_the_shares_of_tokens(tmp_path, tokenizer):
 def test_no_document_is_in_two_splits_whichever_part_it_is_from(tmp_path, tokenizer):
     names = [f"<{i}>{'abcdefgh'[i % 8] * 12}</{i}>" for i in range(30)]
     # The second text is a copy of the first, with other white space.
-    first = write_jsonl(tmp_path / "a.jsonl", [{"text": t} for t in names])
-    second = write_jsonl(tmp_path / "b.jsonl", [{"text": f" {t}\n"} for t in names])
+    first = write_texts(tmp_path / "a.jsonl", names)
+    second = write_texts(tmp_path / "b.jsonl", (f" {t}\n" for t in names))
     for seed in range(4):
         owners = {}
-        found = build(f"{first}=1,{second}=1", tokenizer, **{**SIZES, "seed": seed})
+        found = calibrate(f"{first}=1,{second}=1", tokenizer, seed=seed)
         for name, tokens in found.splits.items():
             for part in set(tokens.parts):
                 own = [i for i, p in enumerate(tokens.parts) if p == part]
@@ -145,57 +157,47 @@ def test_no_document_is_in_two_splits_whichever_part_it_is_from(tmp_path, tokeni
 
 def test_text_of_the_model_can_be_a_part(tmp_path, tokenizer):
     documents = numbered(tmp_path / "a.jsonl", "river")
-    found = build(
-        f"{documents}=1,self=1", tokenizer, model=tiny_model("llama"), **SIZES
-    )
+    found = calibrate(f"{documents}=1,self=1", tokenizer, model=tiny_model("llama"))
     assert {k: s.samples for k, s in found.splits.items()} == COUNTS
     assert found.splits["rank"].parts.count("self") in (1, 2)
     assert [part["kind"] for part in found.meta["parts"]] == ["documents", "generated"]
 
 
-def test_a_part_that_fails_is_named(tmp_path, tokenizer, monkeypatch):
+@parametrize(
+    "parts, words",
+    [
+        ("a.jsonl=1,missing.txt=1", "part 'missing.txt' of the mixture: the"),
+        ("a.jsonl=1,b.jsonl=1", "part 'b.jsonl' .*b.jsonl is too short"),
+        ("a.jsonl=1,chat.jsonl=3", "part 'chat.jsonl' .* 75% of them from it,.*fou"),
+        ("a.jsonl=1,no-such-set-at-all/x:y=1", "part 'no-such-set-at-all/x:y'"),
+    ],
+)
+def test_a_part_that_fails_is_named(tmp_path, tokenizer, monkeypatch, parts, words):
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    documents = numbered(tmp_path / "a.jsonl", "river")
-    short = write_jsonl(tmp_path / "b.jsonl", [{"text": "a river"}])
-    talk = write_jsonl(tmp_path / "chat.jsonl", chats(3))
-    refused(
-        f"{documents}=1,missing.txt=1",
-        tokenizer,
-        "part 'missing.txt' of the mixture: the",
-    )
-    refused(
-        f"{documents}=1,{short}=1", tokenizer, "part 'b.jsonl' .*b.jsonl is too short"
-    )
-    refused(
-        f"{documents}=1,{talk}=3",
-        tokenizer,
-        "part 'chat.jsonl' .* 75% of them from it,.*fou",
-    )
-    refused(
-        f"{documents}=1,no-such-set-at-all/x:y=1",
-        tokenizer,
-        "part 'no-such-set-at-all/x:y'",
-    )
+    monkeypatch.chdir(tmp_path)
+    numbered(tmp_path / "a.jsonl", "river")
+    write_texts(tmp_path / "b.jsonl", ["a river"])
+    write_jsonl(tmp_path / "chat.jsonl", chats(3))
+    refused(parts, tokenizer, words)
     with refuses("a mixture of 2 texts needs as many report samples"):
-        build(f"{documents}=1,{talk}=1", tokenizer, **{**SIZES, "report_samples": 1})
+        calibrate("a.jsonl=1,chat.jsonl=1", tokenizer, report_samples=1)
 
 
 def test_parts_are_kept_in_the_file_and_checked(tmp_path, tokenizer):
     documents = numbered(tmp_path / "a.jsonl", "river")
     others = numbered(tmp_path / "b.jsonl", "s")
-    built = build(f"{documents}=1,{others}=1", tokenizer, **SIZES)
+    built = calibrate(f"{documents}=1,{others}=1", tokenizer)
     path = tmp_path / "calibration.safetensors"
     built.save(path)
     found = Calibration.load(path)
     assert (found.sha256, found.source) == (built.sha256, built.source)
     assert dict(found.meta) == dict(built.meta)
-    assert {k: s.parts for k, s in found.splits.items()} == {
-        k: s.parts for k, s in built.splits.items()
-    }
+    for name, split in built.splits.items():
+        assert found.splits[name].parts == split.parts
     for bad in ([0] * 4, [0] * 4 + [2], [0] * 4 + [-1], [0] * 4 + ["a"], None):
-        meta = json.loads(json.dumps(built.meta))
-        meta["part_of_sample"]["energy"] = bad
+        parts = {**built.meta["part_of_sample"], "energy": bad}
+        meta = {**built.meta, "part_of_sample": parts}
         Calibration(built.splits, built.source, meta).save(path)
         with refuses("some samples of energy have no source", StageFileError):
             Calibration.load(path)
@@ -273,28 +275,25 @@ def test_a_healing_that_makes_one_part_worse_is_warned_of():
 # healing --------------------------------------------------------------------------------
 
 
-def test_healing_keeps_the_shares_and_leaves_out_what_was_measured_on(tmp_path):
-    tokenizer = tiny_tokenizer()
+def test_healing_keeps_the_shares_and_leaves_out_what_was_measured_on(
+    tmp_path, tokenizer
+):
     documents = numbered(tmp_path / "a.jsonl", "<", 400)
     said = (f"({i}) the river " + "ran " * (i % 5) for i in range(300))
     messages = [{"messages": [{"role": "user", "content": text}]} for text in said]
     talk = write_jsonl(tmp_path / "chat.jsonl", messages)
     (tmp_path / "c.txt").write_text("".join(sentences(300)))
     source = f"{documents}=2,{talk}=1,{tmp_path / 'c.txt'}=1"
-    used = build(
-        source, tokenizer, **{**SIZES, "length": 32, "samples": 12, "report_samples": 3}
-    )
+    used = calibrate(source, tokenizer, length=32, samples=12, report_samples=3)
     options = {"report_samples": 12, "length": 48, "seed": 0, "used": used}
     found = healing_text.build(source, tokenizer, samples=40, **options)
     for tokens in (found.train, found.report):
-        shares = {
-            p: tokens_of(tokens, p) / int(tokens.mask.sum()) for p in set(tokens.parts)
-        }
-        assert shares["a.jsonl"] == pytest.approx(0.5, abs=0.1)
-        assert shares["chat.jsonl"] == pytest.approx(0.25, abs=0.1)
+        for name, share in (("a.jsonl", 0.5), ("chat.jsonl", 0.25)):
+            found_share = tokens_of(tokens, name) / int(tokens.mask.sum())
+            assert found_share == pytest.approx(share, abs=0.1)
     held = [*used.splits.values(), found.report, found.train]
     for pattern in (r"<(\d+)\. <\1", r"\((\d+)\) the", r"Document (\d+):"):
-        seen = [set(re.findall(pattern, " ".join(decoded(tokenizer, t)))) for t in held]
+        seen = [found_in(tokenizer, pattern, tokens) for tokens in held]
         assert sum(map(len, seen)) > 10
         # A document of the running text may end one range and begin the next.
         for i, one in enumerate(seen):
@@ -302,64 +301,46 @@ def test_healing_keeps_the_shares_and_leaves_out_what_was_measured_on(tmp_path):
                 assert len(one & other) <= (pattern[0] == "D")
 
 
-@pytest.mark.parametrize(("typed", "seed"), [("", 0), ("other/../", 0), ("", 1)])
+@parametrize("typed, seed", [("", 0), ("other/../", 0), ("", 1)])
 def test_healing_by_one_part_of_what_was_measured_on_leaves_that_out(
-    tmp_path, typed, seed
+    tmp_path, tokenizer, typed, seed
 ):
     (tmp_path / "other").mkdir()
-    tokenizer = tiny_tokenizer()
     documents = numbered(tmp_path / "a.jsonl", "<")
     others = numbered(tmp_path / "b.jsonl", "[")
-    used = build(f"{documents}=1,{others}=1", tokenizer, **SIZES)
-    measured = set().union(
-        *(
-            re.findall(r"<(\d+)\.", " ".join(decoded(tokenizer, t)))
-            for t in used.splits.values()
-        )
-    )
-    found = healing_text.build(
-        f"{tmp_path}/{typed}a.jsonl",
-        tokenizer,
-        samples=None,
-        report_samples=2,
-        length=48,
-        seed=seed,
-        used=used,
-    )
-    text = " ".join(
-        [*decoded(tokenizer, found.train), *decoded(tokenizer, found.report)]
-    )
+    used = calibrate(f"{documents}=1,{others}=1", tokenizer)
+    measured = found_in(tokenizer, r"<(\d+)\.", *used.splits.values())
+    sizes = {"samples": None, "report_samples": 2, "length": 48, "seed": seed}
+    source = f"{tmp_path}/{typed}a.jsonl"
+    found = healing_text.build(source, tokenizer, **sizes, used=used)
     assert len(measured) > 4
-    assert not measured & set(re.findall(r"<(\d+)\. <", text))
+    read = found_in(tokenizer, r"<(\d+)\. <", found.train, found.report)
+    assert not measured & read
 
 
-def test_what_a_calibration_left_is_read_on_in_its_shares(tmp_path):
-    tokenizer = tiny_tokenizer()
+def test_what_a_calibration_left_is_read_on_in_its_shares(tmp_path, tokenizer):
     documents = numbered(tmp_path / "a.jsonl", "<")
     few = numbered(tmp_path / "b.jsonl", "[", 60)
-    used = build(f"{documents}=1,{few}=1", tokenizer, **SIZES)
+    used = calibrate(f"{documents}=1,{few}=1", tokenizer)
     own = used.splits["energy"].samples
     found, record = to_fit(used, tokenizer, 100_000)
     assert (record.searched, record.short) == (own, "the source has no more")
-    rows = found.input_ids[own:]
-    assert rows.shape[1] == 16
-    text = " ".join(map(tokenizer.decode, rows))
-    measured = " ".join(" ".join(decoded(tokenizer, t)) for t in used.splits.values())
+    further = found.select(range(own, found.samples))
+    assert further.input_ids.shape[1] == 16
     for mark in ("<", r"\["):
-        numbers, held = (
-            set(re.findall(rf"{mark}(\d+)\.", t)) for t in (text, measured)
-        )
+        pattern = rf"{mark}(\d+)\."
+        numbers = found_in(tokenizer, pattern, further)
         assert len(numbers) > 10
-        assert not numbers & held
+        assert not numbers & found_in(tokenizer, pattern, *used.splits.values())
+    text = "".join(decoded(tokenizer, further))
     assert abs(text.count("<") - text.count("[")) < 0.2 * text.count("[")
 
 
 def test_a_patch_of_a_narrow_text_is_fitted_on_a_share_of_the_default_text(
-    tmp_path, monkeypatch
+    tmp_path, tokenizer, monkeypatch, stub
 ):
-    tokenizer = tiny_tokenizer()
     documents = numbered(tmp_path / "a.jsonl", "<")
-    used = build(documents, tokenizer, **SIZES)
+    used = calibrate(documents, tokenizer)
     (measured,) = decoded(tokenizer, used.splits["report"].select([0]))
     # One article is a document of the calibration, which the patch must not see.
     known = next(
@@ -372,8 +353,8 @@ def test_a_patch_of_a_narrow_text_is_fitted_on_a_share_of_the_default_text(
     monkeypatch.setitem(
         corpora.PACKAGED, "python", lambda: (f"@{i}@ " * 9 for i in range(300))
     )
-    monkeypatch.setattr(healing_text, "has_wiki", lambda: True)
-    monkeypatch.setattr(corpora, "_wiki_file", lambda: None)
+    stub(healing_text, "has_wiki", True)
+    stub(corpora, "_wiki_file", None)
     found, record = to_fit(used, tokenizer, 4000, share=0.25)
     assert (record.source, record.unmixed) == ("a.jsonl + 75% wiki, 25% python", "")
     assert record.mixed == pytest.approx(1000, abs=16)
@@ -384,7 +365,7 @@ def test_a_patch_of_a_narrow_text_is_fitted_on_a_share_of_the_default_text(
     # Held out of the tuning is one sample in eight of both texts.
     assert "#" in " ".join(decoded(tokenizer, split_samples(found)[1]))
     for source, share in ((documents, 0.0), (f"{documents}=0.5,wiki=0.5", 0.25)):
-        own = build(source, tokenizer, **SIZES)
+        own = calibrate(source, tokenizer)
         assert to_fit(own, tokenizer, 4000, share=share)[1].mixed == 0
     moved = tmp_path / "a.jsonl"
     text = moved.read_bytes()
@@ -392,7 +373,7 @@ def test_a_patch_of_a_narrow_text_is_fitted_on_a_share_of_the_default_text(
     _, record = to_fit(used, tokenizer, 4000, share=0.25)
     assert (record.mixed, record.unmixed[:22]) == (0, "the source was changed")
     moved.write_bytes(text)
-    monkeypatch.setattr(healing_text, "has_wiki", lambda: False)
+    stub(healing_text, "has_wiki", False)
     _, record = to_fit(used, tokenizer, 4000, share=0.25)
     assert record.mixed == 0
     assert corpora.WIKI_PACKAGE in record.unmixed
@@ -409,20 +390,16 @@ def card_with(text):
     return CutRecord(removed=[3], of=6, patch=patch)
 
 
-def test_a_patch_leaves_the_report_text_of_the_healing_unseen(tmp_path):
-    tokenizer = tiny_tokenizer()
+def test_a_patch_leaves_the_report_text_of_the_healing_unseen(tmp_path, tokenizer):
     documents = numbered(tmp_path / "a.jsonl", "<")
     others = numbered(tmp_path / "b.jsonl", "[")
     source = f"{documents}=1,{others}=1"
-    used = build(source, tokenizer, **SIZES)
+    used = calibrate(source, tokenizer)
     options = {"report_samples": 6, "length": 40, "seed": 3}
-    report = healing_text.build(
-        source, tokenizer, samples=None, used=used, **options
-    ).report
+    text = healing_text.build(source, tokenizer, samples=None, used=used, **options)
     found, _ = to_fit(used, tokenizer, 3000, healing=HealConfig(text=source, **options))
     fitted, unseen = (
-        set(re.findall(r"([<\[]\d+)\.", " ".join(decoded(tokenizer, t))))
-        for t in (found, report)
+        found_in(tokenizer, r"([<\[]\d+)\.", tokens) for tokens in (found, text.report)
     )
     assert len(unseen) > 6
     assert len(fitted) > 60
@@ -430,8 +407,9 @@ def test_a_patch_leaves_the_report_text_of_the_healing_unseen(tmp_path):
     assert len(fitted & unseen) <= 1
 
 
-def test_healing_without_a_number_ends_with_the_part_that_ends_first(tmp_path):
-    tokenizer = tiny_tokenizer()
+def test_healing_without_a_number_ends_with_the_part_that_ends_first(
+    tmp_path, tokenizer
+):
     documents = numbered(tmp_path / "a.jsonl", "river", 400)
     few = numbered(tmp_path / "b.jsonl", "s", 60)
     options = {"report_samples": 4, "length": 48, "seed": 0}
@@ -448,6 +426,3 @@ def test_healing_without_a_number_ends_with_the_part_that_ends_first(tmp_path):
         healing_text.build(f"{documents}=1,{few}=1", tokenizer, samples=200, **options)
     with refuses("part 'self' of the mixture: healing needs real", CalibrationError):
         healing_text.build(f"{documents}=1,self=1", tokenizer, samples=2, **options)
-
-
-# a run ----------------------------------------------------------------------------------

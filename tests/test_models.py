@@ -18,8 +18,8 @@ from isingcut.models import load as models
 from isingcut.models.inspect import inspect_model
 from isingcut.models.load import load_config
 from isingcut.models.streaming.replay import load_streamed
-from shared import load_json, refuses
-from tiny import edit_config, tiny_checkpoint
+from shared import load_json, parametrize, refuses
+from tiny import edit_config, load_tiny, tiny_checkpoint
 
 
 @pytest.fixture
@@ -34,8 +34,8 @@ def _no_network(monkeypatch, tmp_path):
     monkeypatch.setenv("ISINGCUT_CACHE", str(tmp_path / "cache"))
 
 
-@pytest.mark.parametrize(
-    ("name", "words"),
+@parametrize(
+    "name, words",
     [
         *(
             (name, "expected a local Hugging Face folder")
@@ -51,7 +51,7 @@ def test_a_name_without_a_model_is_refused_in_one_line(name, words):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("read", [models.load, load_config, inspect_model])
+@parametrize("read", [models.load, load_config, inspect_model])
 def test_a_folder_that_was_deleted_is_not_looked_for_on_the_hub(
     read, tmp_path, monkeypatch
 ):
@@ -81,7 +81,7 @@ def test_pickle_weights_are_refused(folder):
 
 
 def test_loading_freezes_and_keeps_the_weights(folder):
-    loaded = models.load(folder, dtype="float32", device="cpu")
+    loaded = load_tiny(folder)
     assert not loaded.model.training
     assert not any(p.requires_grad for p in loaded.model.parameters())
     assert loaded.dtype is torch.float32
@@ -90,8 +90,8 @@ def test_loading_freezes_and_keeps_the_weights(folder):
     assert all(torch.equal(held[name], tensor) for name, tensor in stored.items())
 
 
-@pytest.mark.parametrize(
-    ("features", "cpu", "expected"),
+@parametrize(
+    "features, cpu, expected",
     [
         ({"amx_bf16": True, "avx512_bf16": True}, "Intel(R) Xeon(R)", torch.bfloat16),
         ({"avx512_bf16": True}, "AMD EPYC", torch.bfloat16),
@@ -99,14 +99,14 @@ def test_loading_freezes_and_keeps_the_weights(folder):
         ({}, "AMD EPYC", torch.float32),
     ],
 )
-def test_auto_dtype_follows_the_cpu(monkeypatch, features, cpu, expected):
-    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: features)
-    monkeypatch.setattr(device, "cpu_name", lambda: cpu)
+def test_auto_dtype_follows_the_cpu(features, cpu, expected, stub):
+    stub("torch.cpu.get_capabilities", features)
+    stub(device, "cpu_name", cpu)
     assert device.pick_dtype("auto", torch.device("cpu")) is expected
 
 
-@pytest.mark.parametrize(
-    ("capability", "expected"),
+@parametrize(
+    "capability, expected",
     [
         ((9, 0), "bfloat16"),
         ((8, 0), "bfloat16"),
@@ -114,9 +114,9 @@ def test_auto_dtype_follows_the_cpu(monkeypatch, features, cpu, expected):
         ((6, 1), "float32"),
     ],
 )
-def test_auto_dtype_follows_the_gpu(monkeypatch, capsys, capability, expected):
-    monkeypatch.setattr("torch.cuda.get_device_capability", lambda place: capability)
-    monkeypatch.setattr(device, "pick_device", lambda name: torch.device("cuda"))
+def test_auto_dtype_follows_the_gpu(capsys, capability, expected, stub):
+    stub("torch.cuda.get_device_capability", capability)
+    stub(device, "pick_device", torch.device("cuda"))
     assert device.dtype_name("auto", "cuda") == expected
     warned = capsys.readouterr().err
     assert ("pass --dtype float32" in warned) == (expected == "float16")
@@ -142,7 +142,7 @@ def test_smollm2_without_package_and_hub_names_the_command(monkeypatch):
     assert hub_id("smollm2") == "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
-@pytest.mark.parametrize("prompts", [1, 3])
+@parametrize("prompts", [1, 3])
 def test_a_frozen_head_is_multiplied_once_for_all_prompts(folder, prompts):
     model = models.load(folder, device="cpu").model
     products = []
@@ -188,13 +188,13 @@ def test_a_configuration_may_ask_for_tuples(folder):
     with edit_config(folder) as config:
         config["return_dict"] = False
     ids = torch.arange(8)[None]
-    whole = models.load(folder, dtype="float32", device="cpu").model(ids).logits
+    whole = load_tiny(folder).model(ids).logits
     streamed = load_streamed(folder, dtype="float32", device="cpu").model
     with torch.no_grad():
         assert torch.equal(streamed(input_ids=ids, use_cache=False).logits, whole)
 
 
-@pytest.mark.parametrize("content", ['{"max_new_tokens": "x"}', "[1]"])
+@parametrize("content", ['{"max_new_tokens": "x"}', "[1]"])
 def test_a_generation_config_that_does_not_load_is_named_before_the_weights(
     folder, content
 ):

@@ -8,15 +8,15 @@ from isingcut.formats.checkpoints import count_mtp_layers, is_mtp
 from isingcut.formats.cutting.checkpoint import excise
 from isingcut.formats.safetensors_files import read_checkpoint
 from isingcut.healing.heal import heal
-from isingcut.testing.tiny import tiny_checkpoint, tiny_model
-from shared import OPTIONS
+from shared import OPTIONS, module_fixture
 from sweep.mtp import add_mtp_layers
+from tiny import tiny_checkpoint, tiny_model
 
 pytestmark = pytest.mark.usefixtures("no_speed")
 OF_MTP = "model.layers.4."
 
 
-@pytest.fixture(scope="module")
+@module_fixture
 def source(tmp_path_factory):
     folder = tiny_checkpoint("deepseek_v3", tmp_path_factory.mktemp("mtp") / "teacher")
     add_mtp_layers(tiny_model("deepseek_v3"), folder)
@@ -25,12 +25,7 @@ def source(tmp_path_factory):
 
 
 def run(source, text, out, **more):
-    given = {
-        "model": str(source),
-        "calibration": str(text),
-        "out": str(out),
-        "remove": 2,
-    }
+    given = {"model": source, "calibration": text, "out": out, "remove": 2}
     return isingcut.run(**{**OPTIONS, **given, **more})
 
 
@@ -49,7 +44,7 @@ def test_a_run_keeps_mtp_layers(source, text, tmp_path):
     assert count_mtp_layers(target / "model") == 2
     assert bytes_of(target / "model", OF_MTP) == bytes_of(source, "model.layers.6.")
     kept = "ayers for multi-token prediction (MTP), which draft further tokens: 2, kept as they are"
-    assert kept in (target / "model" / "README.md").read_text(encoding="utf-8")
+    assert kept in (target / "model/README.md").read_text()
 
 
 def test_a_healing_keeps_mtp_layers(source, tmp_path):
@@ -72,4 +67,4 @@ def test_dropped_mtp_layers_are_gone_everywhere_and_reported(source, text, tmp_p
     ]
     said = "draft further tokens: 2, left out (--drop-mtp)"
     for file in ("report.md", "model/README.md"):
-        assert said in (target / file).read_text(encoding="utf-8")
+        assert said in (target / file).read_text()

@@ -1,6 +1,5 @@
 """A budget for a packed model: size and loss of each type, and the chosen type or cut."""
 
-import json
 import re
 
 import gguf
@@ -23,16 +22,23 @@ from isingcut.options.config import RunConfig
 from isingcut.processes import ALONE
 from isingcut.runs import packing, pipeline
 from isingcut.runs.session import Session
-from isingcut.testing.tiny import tiny_checkpoint, tiny_model
-from shared import OPTIONS, call, load_json
-from tiny import in_memory, plain_sums, random_tokens, streamed, without
+from shared import OPTIONS, load_json, module_fixture, parametrize, refuses, works
+from tiny import (
+    in_memory,
+    plain_sums,
+    random_tokens,
+    streamed,
+    tiny_checkpoint,
+    tiny_model,
+    without,
+)
 
 pytestmark = pytest.mark.usefixtures("no_speed")
 IDLE = 3
 """Index of the block that adds nothing to the stream, the only one that is free to remove."""
 
 
-@pytest.fixture(scope="module")
+@module_fixture
 def file(tmp_path_factory):
     """A GGUF file of a tiny llama in float16, its down-projections in Q5_1."""
     model = tiny_model("llama", **WIDE)
@@ -61,7 +67,7 @@ def whole(file, kind, folder):
 
 
 def test_bytes_are_those_of_the_file_written_and_weights_what_it_holds(file, tmp_path):
-    session = Session(RunConfig(model=str(file), dtype="float32", device="cpu"))
+    session = Session(RunConfig(model=file, dtype="float32", device="cpu"))
     packer = Packer(session.loaded, file)
     costs = session.describe_blocks().blocks
     for kind in ("", *PACKED):
@@ -85,7 +91,7 @@ def test_bytes_are_those_of_the_file_written_and_weights_what_it_holds(file, tmp
         assert (found is None) == ("norm" in name)
 
 
-@pytest.mark.parametrize("read", [in_memory, streamed])
+@parametrize("read", [in_memory, streamed])
 def test_changed_weights_are_measured_and_restored(read, tmp_path):
     folder = tiny_checkpoint("gemma3", tmp_path / "model")
     replay = read(folder)
@@ -118,7 +124,7 @@ def test_memory_counts_the_cache_and_decoding_the_bytes_read(
     file, tmp_path, monkeypatch
 ):
     def fitting(budget):
-        session = Session(RunConfig(model=str(file), dtype="float32", budget=budget))
+        session = Session(RunConfig(model=file, dtype="float32", budget=budget))
         _, found = packing.find_types(session, session.describe_blocks())
         return [f.packed.type for f in found if f.fits]
 
@@ -133,19 +139,12 @@ def test_memory_counts_the_cache_and_decoding_the_bytes_read(
     assert fitting("decode=1%@100k") == []
     # If llama.cpp would not run a cut of this model, only whole types are left.
     monkeypatch.setitem(gguf_cuts._TABLE, "cuttable", [])
-    with pytest.raises(
-        ArchitectureError, match="may derive the kind of a 'llama' block"
-    ):
+    with refuses("may derive the kind of a 'llama' block", ArchitectureError):
         fitting("file=100kB")
 
 
 def chosen(file, text, out, budget):
-    given = {
-        "model": str(file),
-        "calibration": str(text),
-        "out": str(out),
-        "budget": budget,
-    }
+    given = {"model": file, "calibration": text, "out": out, "budget": budget}
     config = pipeline.check_options(None, {**OPTIONS, **given}, "isingcut.run")
     with pipeline.open_session(config, silent, ALONE, need_removal=True) as (
         session,
@@ -166,7 +165,9 @@ def test_every_budget_ends_in_the_type_and_blocks_that_are_best(file, text, tmp_
     assert 0 < found.best.kl < min(f.loss for f in found.types if f is not found.best)
 
 
-def test_a_budget_below_every_type_is_met_by_a_cut_file(file, text, tmp_path, capsys):
+def test_a_budget_below_every_type_is_met_by_a_cut_file(
+    file, text, tmp_path, answer, refusal
+):
     run = tmp_path / "run"
     size = whole(file, "Q4_0", tmp_path) / 1e3 - 1
     line = [
@@ -181,14 +182,13 @@ def test_a_budget_below_every_type_is_met_by_a_cut_file(file, text, tmp_path, ca
     ]
     options = {**OPTIONS, "random_states": 0, "effort": 2, "patch_tokens": 400}
     words = [w for k, v in options.items() for w in (f"--{k.replace('_', '-')}", v)]
-    assert call(*line, *words, "--json") == 0
-    said = json.loads(capsys.readouterr().out)
+    said = answer(*line, *words)
     best = read_document(run / "packing.json", PackingFile).best
     assert not best.fits
-    assert said["chosen"]["removed"]
+    assert said.chosen.removed
     assert (run / "model.gguf").stat().st_size <= 1e3 * size
-    assert f"with the rest in {best.packed.type} is best" in said["verdict"]
-    assert "meets it in no type" in said["verdict"]
+    assert f"with the rest in {best.packed.type} is best" in said.verdict
+    assert "meets it in no type" in said.verdict
     kinds = {t.tensor_type.name for t in gguf.GGUFReader(run / "model.gguf").tensors}
     assert kinds == {"F32", "Q8_0", best.packed.type}
     card = (run / "model.gguf.md").read_text()
@@ -197,18 +197,17 @@ def test_a_budget_below_every_type_is_met_by_a_cut_file(file, text, tmp_path, ca
         in card
     )
     assert "bit for bit" not in card
-    assert said["verdict"][:40].replace("-", "−") in (run / "report.html").read_text()
+    assert said.verdict[:40].replace("-", "−") in (run / "report.html").read_text()
     # Nothing is measured again, and another limit is for the same type.
-    assert call(*line, *words, "--quiet") == 0
-    assert call("solve", run, "--budget", f"file={size - 1:.3f}kB") == 0
-    assert call("solve", run, "--budget", "file=1GB") == 2
-    assert (
-        "meets --budget file=1GB; no block has to be removed" in capsys.readouterr().err
+    works(*line, *words, "--quiet")
+    works("solve", run, "--budget", f"file={size - 1:.3f}kB")
+    assert "meets --budget file=1GB; no block has to be removed" in refusal(
+        "solve", run, "--budget", "file=1GB"
     )
 
 
 def test_what_no_type_meets_is_refused_with_what_can_be_met(
-    llama, text, tmp_path, capsys
+    llama, text, tmp_path, refusal
 ):
     line = [
         "run",
@@ -221,20 +220,18 @@ def test_what_no_type_meets_is_refused_with_what_can_be_met(
         16,
     ]
     for budget in ("file=1kB", "memory=2kB@1k", "decode=99%@1k"):
-        assert call(*line, "--budget", budget) == 2
-        said = capsys.readouterr().err
+        said = refusal(*line, "--budget", budget)
         nearest = re.search(r"the nearest possible is (\S+)$", said)[1]
-        session = Session(RunConfig(model=str(llama), dtype="float32", budget=nearest))
+        session = Session(RunConfig(model=llama, dtype="float32", budget=nearest))
         assert packing.find_types(session, session.describe_blocks())
         assert not (tmp_path / "run").exists()
 
 
-def test_a_checkpoint_that_is_best_whole_is_not_cut(llama, text, tmp_path, capsys):
+def test_a_checkpoint_that_is_best_whole_is_not_cut(llama, text, tmp_path, typed):
     run = tmp_path / "run"
     line = ["run", llama, "--budget", "decode=40%", "--calibration", text, "--out", run]
     words = [w for k, v in OPTIONS.items() for w in (f"--{k.replace('_', '-')}", v)]
-    assert call(*line, *words) == 0
-    said = " ".join(capsys.readouterr().out.split())
+    said = " ".join(typed(*line, *words).out.split())
     kind = read_document(run / "packing.json", PackingFile).best.packed.type
     assert f"Do not cut: quantise to {kind} for decode=40%, KL 0.0" in said
     command = f"convert_hf_to_gguf.py {llama} --outtype bf16 --outfile model-bf16.gguf"
@@ -242,4 +239,4 @@ def test_a_checkpoint_that_is_best_whole_is_not_cut(llama, text, tmp_path, capsy
         assert command in text
         assert f"--token-embedding-type q8_0 model-bf16.gguf model.gguf {kind}" in text
     assert not (run / "model").exists()
-    assert load_json(run / "run.json")["complete"]
+    assert load_json(run / "run.json").complete

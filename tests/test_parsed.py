@@ -1,8 +1,5 @@
 """Valid and invalid texts for removals, budgets, blocks, efforts and memory."""
 
-import pytest
-
-from isingcut.errors import InputError
 from isingcut.options.config import HealConfig, RunConfig
 from isingcut.options.parsed import (
     BlockList,
@@ -13,6 +10,7 @@ from isingcut.options.parsed import (
     Removal,
     Training,
 )
+from shared import parametrize, refuses
 
 # Class, function of its value, and expected results by typed text.
 READ = [
@@ -73,9 +71,7 @@ READ = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("kind", "read", "texts"), READ, ids=[k.__name__ for k, _, _ in READ]
-)
+@parametrize("kind, read, texts", READ, ids=[k.__name__ for k, _, _ in READ])
 def test_what_is_read(kind, read, texts):
     for text, wanted in texts.items():
         assert read(kind(text)) == wanted, text
@@ -112,10 +108,10 @@ NONE = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("kind", "words", "texts"), NONE)
+@parametrize("kind, words, texts", NONE)
 def test_what_is_refused(kind, words, texts):
     for text in texts:
-        with pytest.raises(InputError, match=words):
+        with refuses(words):
             kind(text)
 
 
@@ -144,5 +140,5 @@ def test_old_names_of_options_are_accepted_for_one_release():
     # `run.json` and `replace` may have the old name.
     assert old.replace(drop="4").must_remove == old.replace(must_remove=4).drop == "4"
     assert HealConfig(effort="10min").train.seconds == 600
-    with pytest.raises(InputError, match="'must_remov'; did you mean 'must_remove'"):
+    with refuses("'must_remov'; did you mean 'must_remove'"):
         RunConfig(must_remov="3")

@@ -1,6 +1,5 @@
 """Patches, healing and benchmarks as parts of a run: proven, shown, left out in one line."""
 
-import json
 import shutil
 from pathlib import Path
 
@@ -15,22 +14,32 @@ from healings import write_text
 from isingcut.cli.main import app
 from isingcut.data.calibration import Calibration
 from isingcut.data.healing_text import to_fit
-from isingcut.errors import FitError, InputError, OutputExistsError
+from isingcut.errors import FitError, OutputExistsError
 from isingcut.evaluation.quality import quality
 from isingcut.files.evaluations import EvaluationFile
-from isingcut.files.results import read_document, read_json
+from isingcut.files.results import read_document
 from isingcut.files.runs import StageOptions
 from isingcut.formats.architectures.blocks import skip_blocks
-from isingcut.models.load import load
 from isingcut.options.config import RunConfig
 from isingcut.report.words import patch_warnings
 from isingcut.runs import cutting, pipeline
 from isingcut.runs.folder import RunFolder
 from isingcut.runs.session import Session
-from isingcut.testing.tiny import tiny_checkpoint
 from run_files import change
-from shared import OPTIONS, call, leave_speed_out, write_jsonl, write_words
+from shared import (
+    OPTIONS,
+    flags,
+    leave_speed_out,
+    load_json,
+    module_fixture,
+    parametrize,
+    refuses,
+    works,
+    write_jsonl,
+    write_words,
+)
 from test_tasks import arc
+from tiny import load_tiny, tiny_checkpoint
 
 pytestmark = pytest.mark.usefixtures("no_speed")
 
@@ -38,14 +47,14 @@ REMOVED = [2, 3]
 
 
 def job(model, text, out, **more):
-    given = {
-        "model": str(model),
-        "calibration": str(text),
-        "out": str(out),
-        "must_remove": "2,3",
-    }
     # The patch is fitted on all of the text.
-    given |= {"energy": "fisher", "remove": 2, "patch_tokens": 65536}
+    given = {
+        "must_remove": "2,3",
+        "energy": "fisher",
+        "remove": 2,
+        "patch_tokens": 65536,
+    }
+    given |= {"model": model, "calibration": text, "out": out}
     return isingcut.run(**{**OPTIONS, **given, **more})
 
 
@@ -54,10 +63,10 @@ def weights_of(checkpoint):
 
 
 def patch_of(checkpoint):
-    return read_json(checkpoint / "isingcut.json", "removal")["patch"]
+    return load_json(checkpoint / "isingcut.json").patch
 
 
-@pytest.fixture(scope="module")
+@module_fixture
 def text(shared):
     """Fewer words than elsewhere, because patches are fitted on all of them."""
     return (
@@ -66,7 +75,7 @@ def text(shared):
     )
 
 
-@pytest.fixture(scope="module")
+@module_fixture
 def run(shared, llama, text):
     with pytest.MonkeyPatch.context() as patch:
         leave_speed_out(patch.setattr)
@@ -74,7 +83,7 @@ def run(shared, llama, text):
     return found
 
 
-@pytest.fixture(scope="module")
+@module_fixture
 def exact(run, tmp_path_factory):
     """The exact cut of the same run."""
     out = tmp_path_factory.mktemp("exact") / "run"
@@ -83,11 +92,8 @@ def exact(run, tmp_path_factory):
     assert isinstance(done.exception, OutputExistsError)
     assert "patch: was None" not in str(done.exception)
     assert "patch: tokens: was 65536" in str(done.exception)
-    done = CliRunner().invoke(
-        app, ["excise", str(out), "--patch", "none", "--overwrite"]
-    )
-    assert done.exit_code == 0, done.output
-    assert "patch" not in read_json(out / "model" / "isingcut.json", "removal")
+    works("excise", out, "--patch", "none", "--overwrite")
+    assert "patch" not in load_json(out / "model/isingcut.json")
     done = CliRunner().invoke(app, ["evaluate", str(out)])
     assert "made with other options (the checkpoint changed)" in str(done.exception)
     return out / "model"
@@ -95,23 +101,23 @@ def exact(run, tmp_path_factory):
 
 def test_the_model_is_the_cut_with_other_weights_next_to_it(run, exact, llama):
     found = patch_of(run / "model")
-    (cut,) = found["cuts"]
-    tuning = found["tuning"]
-    assert (cut["removed"], cut["block"], cut["layer"]) == ([2, 3], 1, "mlp.down_proj")
-    assert cut["held_out_error_left"] < 1
+    (cut,) = found.cuts
+    tuning = found.tuning
+    assert (cut.removed, cut.block, cut.layer) == ([2, 3], 1, "mlp.down_proj")
+    assert cut.held_out_error_left < 1
     plain = weights_of(exact)
     patched = weights_of(run / "model")
     assert plain.keys() == patched.keys()
     changed = [name for name in plain if not torch.equal(plain[name], patched[name])]
-    assert min(tuning["held_out_kl"]) < tuning["held_out_kl"][0]
+    assert min(tuning.held_out_kl) < tuning.held_out_kl[0]
     # The tuned layers are in blocks 1 and 4, which are now 1 and 2.
     new = {1: 1, 4: 2}
     tuned = {
-        f"model.layers.{new[t['block']]}.{t['layer']}.weight" for t in tuning["layers"]
+        f"model.layers.{new[t['block']]}.{t['layer']}.weight" for t in tuning.layers
     }
     assert set(changed) == tuned >= {"model.layers.1.mlp.down_proj.weight"}
     assert len(tuned) == 2 * 7
-    original = load(llama, dtype="float32", device="cpu").model
+    original = load_tiny(llama).model
     kept = AutoModelForCausalLM.from_pretrained(exact, dtype=torch.float32).eval()
     ids = torch.arange(5, 21)[None]
     with torch.no_grad(), skip_blocks(original, REMOVED):
@@ -121,73 +127,67 @@ def test_the_model_is_the_cut_with_other_weights_next_to_it(run, exact, llama):
 
 
 def test_patch_and_cut_are_judged_on_text_of_no_fit(run, exact, llama):
-    found = read_json(run / "evaluation.json", "evaluation")
-    assert found["last"] == "patched"
-    assert found["kl"] < found["cut"]["kl"]
+    found = load_json(run / "evaluation.json")
+    assert found.last == "patched"
+    assert found.kl < found.cut.kl
     # The values of the exact cut are those of its checkpoint.
     calibration = Calibration.load(run / "calibration.safetensors")
-    models = (load(m, dtype="float32", device="cpu").model for m in (llama, exact))
+    models = (load_tiny(m).model for m in (llama, exact))
     scores = quality(*models, calibration.splits["report"])
-    assert found["cut"]["kl"] == pytest.approx(scores.kl, rel=1e-4)
-    assert found["cut"]["perplexity"] == pytest.approx(
-        scores.after.perplexity, rel=1e-4
-    )
-    assert found["cut"]["perplexity_se"] == pytest.approx(
-        scores.after.perplexity_se, rel=1e-3
-    )
+    assert found.cut.kl == pytest.approx(scores.kl, rel=1e-4)
+    for name in ("perplexity", "perplexity_se"):
+        expected = getattr(scores.after, name)
+        assert found.cut[name] == pytest.approx(expected, rel=1e-3)
     fitted = patch_of(run / "model")["text"]
     assert fitted["searched"] == calibration.splits["energy"].samples
     assert fitted["samples"] > fitted["searched"]
     assert fitted["short"] == "the source has no more"
 
 
-def test_report_card_and_terminal_show_all_three(run):
-    markdown = (run / "report.md").read_text(encoding="utf-8")
+def heads(shown):
+    """Return the head of a table on the terminal."""
+    return shown.out.splitlines()[2].replace("┃", " ").split()
+
+
+def test_report_card_and_terminal_show_all_three(run, typed):
+    markdown = (run / "report.md").read_text()
     assert "| | original | cut | patched | change |" in markdown
     assert "The patch wins back" in markdown
     assert "| 2 to 3 | block 1, `mlp.down_proj` |" in markdown
-    page = (run / "report.html").read_text(encoding="utf-8")
+    page = (run / "report.html").read_text()
     assert 'id="patched"' in page
     assert 'class="meter patched"' in page
-    card = (run / "model" / "README.md").read_text(encoding="utf-8")
+    card = (run / "model/README.md").read_text()
     assert "The exact cut was proven before" in card
     assert "none of them in the splits that rank and report" in card
-    shown = CliRunner().invoke(app, ["evaluate", str(run)])
-    assert shown.exit_code == 0, shown.output
-    heads = shown.stdout.splitlines()[2].replace("┃", " ").split()
-    assert heads == ["original", "cut", "patched", "change"]
+    assert heads(typed("evaluate", run)) == ["original", "cut", "patched", "change"]
 
 
-def test_blocks_by_hand_are_patched_as_well(run, tmp_path):
-    out = tmp_path / "run"
-    shutil.copytree(run, out)
-    done = CliRunner().invoke(app, ["excise", str(out), "--blocks", "1,4", "--json"])
-    assert done.exit_code == 0, done.output
-    made = Path(json.loads(done.stdout)["checkpoint"])
+def test_blocks_by_hand_are_patched_as_well(run, tmp_path, answer):
+    out = shutil.copytree(run, tmp_path / "run")
+    made = Path(answer("excise", out, "--blocks", "1,4").checkpoint)
     assert made.parent.name == "remove-2-blocks-1-4"
     assert [cut["removed"] for cut in patch_of(made)["cuts"]] == [[1, 1], [4, 4]]
-    plain = ["excise", str(out), "--blocks", "1,5", "--patch", "none", "--json"]
-    done = CliRunner().invoke(app, plain)
-    made = Path(json.loads(done.stdout)["checkpoint"])
-    assert "patch" not in read_json(made / "isingcut.json", "removal")
+    plain = answer("excise", out, "--blocks", "1,5", "--patch", "none").checkpoint
+    assert "patch" not in load_json(Path(plain) / "isingcut.json")
 
 
 def test_a_patch_is_fitted_with_the_recorded_micro_batch(run, tmp_path, monkeypatch):
     out = Path(shutil.copytree(run, tmp_path / "run"))
     sizes = []
-    made = read_json(out / "run.json", "run")
+    made = load_json(out / "run.json")
     # As a run records it that chose the micro-batch for its device.
-    config = {**made["config"], "batch_tokens": None}
+    config = {**made.config, "batch_tokens": None}
     computed = {"cpu": {"requested": None, "batch_tokens": 48}}
-    provenance = {**made["provenance"], "computed": computed}
-    change(out / "run.json", "run", config=config, provenance=provenance)
+    provenance = {**made.provenance, "computed": computed}
+    change(out / "run.json", config=config, provenance=provenance)
 
     def patch_checkpoint(job, path):
         sizes.append(job.config.batch_tokens)
         raise FitError("noted")
 
     monkeypatch.setattr(cutting, "patch_checkpoint", patch_checkpoint)
-    assert call("excise", out, "--blocks", "1,4") == 0
+    works("excise", out, "--blocks", "1,4")
     assert sizes == [48]
 
 
@@ -197,89 +197,63 @@ def test_a_state_is_found_by_its_blocks_whatever_removed_it(run):
     other = made.model_copy(update={"options": StageOptions(removed=[0, 4])})
     folder.run.stages["remove-params-20_/model"] = other
     place = cutting.product(folder, folder.config, [4, 0])
-    assert place == run / "remove-params-20_" / "model"
-    with pytest.raises(InputError, match="has no checkpoint without the blocks 0,5"):
+    assert place == run / "remove-params-20_/model"
+    with refuses("has no checkpoint without the blocks 0,5"):
         cutting.product(folder, folder.config, [0, 5])
 
 
-def test_where_no_layer_can_take_a_map_one_line_says_why(llama, text, tmp_path):
-    command = [
-        "run",
-        str(llama),
-        "--out",
-        str(tmp_path / "run"),
-        "--calibration",
-        str(text),
-    ]
-    for name, value in {
-        **OPTIONS,
-        "energy": "fisher",
-        "remove": 1,
-        "must_remove": 0,
-    }.items():
-        command += [f"--{name.replace('_', '-')}", str(value)]
-    done = CliRunner().invoke(app, [*command, "--json"])
-    assert done.exit_code == 0, done.output
-    answer = json.loads(done.stdout)
-    (warning,) = (w for w in answer["warnings"] if "patched" in w)
-    assert warning.startswith("not patched: block 0 is removed")
+def test_where_no_layer_can_take_a_map_one_line_says_why(llama, text, tmp_path, answer):
     out = tmp_path / "run"
-    assert answer["evaluation"]["last"] == "cut"
-    assert patch_warnings(read_document(out / "evaluation.json", EvaluationFile)) == [
-        warning
-    ]
-    assert warning[1:] in (out / "model" / "README.md").read_text(encoding="utf-8")
-    assert warning in (out / "report.md").read_text(encoding="utf-8")
+    given = {**OPTIONS, "energy": "fisher", "remove": 1, "must_remove": 0}
+    found = answer("run", llama, *flags({**given, "out": out, "calibration": text}))
+    (warning,) = (w for w in found.warnings if "patched" in w)
+    assert warning.startswith("not patched: block 0 is removed")
+    assert found.evaluation.last == "cut"
+    evaluation = read_document(out / "evaluation.json", EvaluationFile)
+    assert patch_warnings(evaluation) == [warning]
+    card = (out / "model/README.md").read_text()
+    assert warning[1:] in card
+    assert warning in (out / "report.md").read_text()
     assert isingcut.open_run(out).warnings[-1] == warning
-    assert "no weight was trained" in (out / "model" / "README.md").read_text(
-        encoding="utf-8"
-    )
+    assert "no weight was trained" in card
 
 
 def test_an_interrupted_fit_leaves_nothing_and_is_made_again(
-    run, llama, text, tmp_path, monkeypatch
+    run, llama, text, tmp_path, spy
 ):
     out = tmp_path / "run"
-
-    def stopped(*_):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched:
-        patched.setattr(cutting, "patch_checkpoint", stopped)
-        with pytest.raises(KeyboardInterrupt):
-            job(llama, text, out)
+    spy(cutting, "patch_checkpoint", stop=1)
+    with pytest.raises(KeyboardInterrupt):
+        job(llama, text, out)
     assert not [p for p in out.iterdir() if "model" in p.name]
-    assert not read_json(out / "run.json", "run")["stages"]["model"]["done"]
+    assert not load_json(out / "run.json").stages.model.done
     job(llama, text, out)
-    assert weights_of(out / "model").keys() == weights_of(run / "model").keys()
-    for name, tensor in weights_of(run / "model").items():
-        assert torch.equal(weights_of(out / "model")[name], tensor)
+    found, expected = (weights_of(place / "model") for place in (out, run))
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
 def test_a_streamed_model_is_patched_block_by_block(llama, text, tmp_path):
     out = job(llama, text, tmp_path / "run", stream="on")
-    assert "streamed from disk" in patch_of(out / "model")["tuning"]["left_out"]
+    assert "streamed from disk" in patch_of(out / "model").tuning.left_out
     fitted = job(llama, text, tmp_path / "fitted", patch="linear")
-    assert patch_of(fitted / "model")["tuning"] is None
-    streamed, whole = (
-        read_json(p / "evaluation.json", "evaluation") for p in (out, fitted)
-    )
-    assert streamed["last"] == "patched"
+    assert patch_of(fitted / "model").tuning is None
+    streamed, whole = (load_json(p / "evaluation.json") for p in (out, fitted))
+    assert streamed.last == "patched"
     for name in ("kl", "kl_se"):
         assert streamed[name] == pytest.approx(whole[name], rel=1e-2)
-        assert streamed["cut"][name] == pytest.approx(whole["cut"][name], rel=1e-3)
+        assert streamed.cut[name] == pytest.approx(whole.cut[name], rel=1e-3)
 
 
 def test_too_little_text_for_the_fit_is_reported(llama, text, tmp_path, monkeypatch):
-    monkeypatch.setattr("isingcut.runs.cutting.to_fit", _one_sample)
+    def one_sample(*given):
+        tokens, record = to_fit(*given)
+        return tokens.select([0]), record
+
+    monkeypatch.setattr("isingcut.runs.cutting.to_fit", one_sample)
     out = job(llama, text, tmp_path / "run")
     (warning,) = patch_warnings(read_document(out / "evaluation.json", EvaluationFile))
     assert "at least two samples" in warning
-
-
-def _one_sample(*given):
-    tokens, record = to_fit(*given)
-    return tokens.select([0]), record
 
 
 @pytest.mark.filterwarnings("ignore::isingcut.PoorEnergyWarning")
@@ -289,21 +263,17 @@ def test_texts_that_are_gone_leave_those_of_the_energy(llama, tmp_path):
     made = {**OPTIONS, "energy": "fisher", "samples": 6, "out": tmp_path / "run"}
     isingcut.prune(str(llama), 2, calibration=texts, must_remove="2,3", **made)
     saved = isingcut.open_run(tmp_path / "run").save(tmp_path / "saved")
-    fitted = patch_of(saved)["text"]
-    assert fitted["samples"] == fitted["searched"] == 6
-    assert fitted["short"].startswith(
-        "the source was changed or cannot be read; restore"
-    )
+    fitted = patch_of(saved).text
+    assert fitted.samples == fitted.searched == 6
+    assert fitted.short.startswith("the source was changed or cannot be read; restore")
 
 
-@pytest.fixture(scope="module")
+@module_fixture
 def folder(tmp_path_factory):
     place = tmp_path_factory.mktemp("run")
     tiny_checkpoint("llama", place / "model")
     write_text(place / "text.jsonl", 200)
-    write_jsonl(
-        place / "data" / "arc_easy" / "test.jsonl", [arc(i)[1] for i in range(6)]
-    )
+    write_jsonl(place / "data/arc_easy/test.jsonl", [arc(i)[1] for i in range(6)])
     return place
 
 
@@ -311,26 +281,14 @@ TRAINER = {"per_device_train_batch_size": 4, "max_steps": 3, "learning_rate": 0.
 
 
 def config(folder, name, **changes):
-    return RunConfig(
-        model=str(folder / "model"),
-        remove="2",
-        energy="fisher",
-        out=str(folder / name),
-        calibration=str(folder / "text.jsonl"),
-        samples=3,
-        length=32,
-        rank_samples=2,
-        report_samples=2,
-        states=4,
-        random_states=30,
-        keep="0",
-        dtype="float32",
-        device="cpu",
-        healing={"length": 32, "report-samples": 2, "trainer": TRAINER},
-    ).replace(**changes)
+    given = {"energy": "fisher", "remove": "2", "length": 32, "keep": "0"}
+    given |= {"model": folder / "model", "calibration": folder / "text.jsonl"}
+    healing = {"length": 32, "report-samples": 2, "trainer": TRAINER}
+    given |= {"out": folder / name, "device": "cpu", "healing": healing}
+    return RunConfig(**{**OPTIONS, **given}).replace(**changes)
 
 
-@pytest.fixture(scope="module")
+@module_fixture
 def healed_run(folder):
     with pytest.MonkeyPatch.context() as patched:
         leave_speed_out(patched.setattr)
@@ -338,131 +296,95 @@ def healed_run(folder):
 
 
 def test_a_run_heals_what_the_ranking_chose(healed_run):
-    chosen = read_json(healed_run / "candidates.json", "candidates")["chosen"]
-    cut = json.loads(
-        (healed_run / "model" / "isingcut.json").read_text(encoding="utf-8")
-    )
-    assert cut["removed"] == chosen["removed"]
-    assert cut["patch"]["cuts"]
-    found = read_json(healed_run / "healing.json", "healing")
-    assert found["removed"] == cut["removed"]
+    chosen = load_json(healed_run / "candidates.json").chosen
+    cut = load_json(healed_run / "model/isingcut.json")
+    assert cut.removed == chosen.removed
+    assert cut.patch.cuts
+    found = load_json(healed_run / "healing.json")
+    assert found.removed == cut.removed
     # The cut was patched before.
-    assert (found["start"], found["options"]["patch"]) == ("patched", "none")
-    assert len(found["steps"]) == 3
-    assert found["after"]["kl"] < found["before"]["kl"]
+    assert (found.start, found.options.patch) == ("patched", "none")
+    assert len(found.steps) == 3
+    assert found.after.kl < found.before.kl
     # The final model is the healed one.
-    healed = load(healed_run / "healed", dtype="float32", device="cpu")
-    count = sum(p.numel() for p in healed.model.parameters())
-    evaluation = read_json(healed_run / "evaluation.json", "evaluation")
-    assert evaluation["after"]["parameters"] == count
-    assert evaluation["last"] == "healed"
-    kls = [evaluation["cut"]["kl"], evaluation["patched"]["kl"], evaluation["kl"]]
-    assert kls == sorted(kls, reverse=True)
+    evaluation = load_json(healed_run / "evaluation.json")
+    count = load_tiny(healed_run / "healed").model.num_parameters()
+    assert evaluation.after.parameters == count
+    assert evaluation.last == "healed"
+    assert evaluation.cut.kl >= evaluation.patched.kl >= evaluation.kl
     assert not (healed_run / "cut").exists()
-    card = (healed_run / "healed" / "README.md").read_text(encoding="utf-8")
+    card = (healed_run / "healed/README.md").read_text()
     assert card.index("## Patched") < card.index("After the patch, it was distilled")
-    report = (healed_run / "report.md").read_text(encoding="utf-8")
+    report = (healed_run / "report.md").read_text()
     assert "| | original | cut | patched | healed | change |" in report
     assert not [p.name for p in healed_run.iterdir() if p.name.startswith(".")]
 
 
-def test_the_same_command_does_nothing_again(folder, healed_run, monkeypatch):
-    def refused(*arguments, **rest):
-        raise AssertionError("healed again")
-
-    monkeypatch.setattr("isingcut.runs.cutting.heal_checkpoint", refused)
+def test_the_same_command_does_nothing_again(folder, healed_run, spy):
+    healed = spy(cutting, "heal_checkpoint")
     pipeline.run(config(folder, "run", heal=True))
+    assert not healed
 
 
 def test_a_healed_model_of_an_earlier_cut_is_not_the_runs(folder, healed_run, tmp_path):
     out = Path(shutil.copytree(healed_run, tmp_path / "run"))
-    again = {"remove": "1", "patch": "none", "out": str(out), "overwrite": True}
+    again = {"remove": "1", "patch": "none", "out": out, "overwrite": True}
     pipeline.run(config(folder, "run", **again))
-    found = read_json(out / "evaluation.json", "evaluation")
-    assert (found["last"], found["after"]["blocks"]) == ("cut", 5)
+    found = load_json(out / "evaluation.json")
+    assert (found.last, found.after.blocks) == ("cut", 5)
     assert "| | original | cut | change |" in (out / "report.md").read_text(
         encoding="utf-8"
     )
 
 
-def test_benchmarks_of_a_run_from_the_command_line(folder, healed_run):
-    command = ["evaluate", str(healed_run), "--tasks", "arc_easy"]
-    command += ["--data", str(folder / "data"), "--json"]
-    done = CliRunner().invoke(app, command)
-    assert done.exit_code == 0, done.output
-    answer = json.loads(done.stdout)
-    (row,) = answer["benchmarks"]["rows"]
-    assert (row["task"], row["n"]) == ("arc_easy", 6)
-    stored = read_json(healed_run / "benchmarks.json", "benchmarks")
-    assert stored["rows"] == [row]
-    assert set(row) >= {
-        "task",
-        "metric",
-        "original",
-        "original_se",
-        "cut",
-        "cut_se",
-        "n",
-    }
+def test_benchmarks_of_a_run_from_the_command_line(folder, healed_run, answer):
+    given = {"tasks": "arc_easy", "data": folder / "data"}
+    found = answer("evaluate", healed_run, *flags(given)).benchmarks
+    (row,) = found.rows
+    assert (row.task, row.n) == ("arc_easy", 6)
+    assert load_json(healed_run / "benchmarks.json").rows == [row]
+    assert {"metric", "original", "original_se", "cut", "cut_se"} <= set(row)
 
 
-def test_a_checkpoint_against_its_original(folder, healed_run, tmp_path):
-    command = [
-        "evaluate",
-        str(healed_run / "healed"),
-        "--original",
-        str(folder / "model"),
-    ]
-    command += ["--tasks", "arc_easy", "--data", str(folder / "data")]
-    command += ["--out", str(tmp_path / "scores.json"), "--device", "cpu"]
-    done = CliRunner().invoke(app, command)
-    assert done.exit_code == 0, done.output
-    assert "acc, n = 6, p = " in done.stdout
-    assert read_json(tmp_path / "scores.json", "benchmarks")["rows"][0]["n"] == 6
+def test_a_checkpoint_against_its_original(folder, healed_run, tmp_path, typed):
+    given = {"original": folder / "model", "tasks": "arc_easy", "device": "cpu"}
+    given |= {"data": folder / "data", "out": tmp_path / "scores.json"}
+    said = typed("evaluate", healed_run / "healed", *flags(given)).out
+    assert "acc, n = 6, p = " in said
+    assert load_json(tmp_path / "scores.json").rows[0].n == 6
 
 
-def test_a_checkpoint_given_as_a_run_names_the_command_that_compares(healed_run):
-    done = CliRunner().invoke(
-        app, ["evaluate", str(healed_run / "healed"), "--tasks", "arc_easy"]
-    )
-    assert isinstance(done.exception, InputError)
-    assert "add --original MODEL" in str(done.exception)
+def test_a_checkpoint_given_as_a_run_names_the_command_that_compares(
+    healed_run, refusal
+):
+    said = refusal("evaluate", healed_run / "healed", "--tasks", "arc_easy")
+    assert "add --original MODEL" in said
 
 
-def test_heal_from_the_command_line(folder, healed_run, tmp_path):
-    command = ["heal", str(healed_run / "model"), "--teacher", str(folder / "model")]
-    command += [
-        "--text",
-        str(folder / "text.jsonl"),
-        "--length",
-        "32",
-        "--report-samples",
-        "2",
-    ]
-    command += ["--samples", "4", "--train", "100 tokens", "--device", "cpu"]
-    command += ["--dtype", "float32", "--out", str(tmp_path / "healed")]
-    done = CliRunner().invoke(app, command)
-    assert done.exit_code == 0, done.output
-    heads = done.stdout.splitlines()[2].replace("┃", " ").split()
-    assert heads == ["original", "patched", "healed", "change"]
-    assert (tmp_path / "healed" / "healing.json").exists()
+def test_heal_from_the_command_line(folder, healed_run, tmp_path, typed):
+    given = {"teacher": folder / "model", "text": folder / "text.jsonl", "length": 32}
+    given |= {"report_samples": 2, "samples": 4, "train": "100 tokens"}
+    given |= {"device": "cpu", "dtype": "float32", "out": tmp_path / "healed"}
+    shown = typed("heal", healed_run / "model", *flags(given))
+    assert heads(shown) == ["original", "patched", "healed", "change"]
+    assert (tmp_path / "healed/healing.json").exists()
 
 
-def test_what_a_run_refuses_before_it_measures(folder):
-    def refused(**changes):
-        with pytest.raises(InputError) as caught:
-            pipeline.run(config(folder, "never", **changes))
-        assert not (folder / "never").exists()
-        return str(caught.value)
-
-    assert "the run itself sets" in refused(heal=True, healing={"teacher": "x"})
-    assert "unknown repair 'cubic'; known: " in refused(patch="cubic")
-    assert "range of removals" in refused(heal=True, remove="1..2")
+@parametrize(
+    "words, changes",
+    [
+        ("the run itself sets", {"heal": True, "healing": {"teacher": "x"}}),
+        ("unknown repair 'cubic'; known: ", {"patch": "cubic"}),
+        ("range of removals", {"heal": True, "remove": "1..2"}),
+    ],
+)
+def test_what_a_run_refuses_before_it_measures(folder, words, changes):
+    with refuses(words):
+        pipeline.run(config(folder, "never", **changes))
+    assert not (folder / "never").exists()
 
 
 def test_a_streamed_model_is_not_healed(folder):
-    from isingcut.runs.cutting import check_healing
-
     session = Session(config(folder, "never", heal=True, stream="on"))
-    with pytest.raises(InputError, match="cannot be healed in the run"):
-        check_healing(session)
+    with refuses("cannot be healed in the run"):
+        cutting.check_healing(session)

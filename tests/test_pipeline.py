@@ -2,20 +2,15 @@
 
 import numpy as np
 import pytest
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import isingcut
 import isingcut.runs.folder
 import isingcut.runs.solving
-from isingcut.errors import StageFileError
-from isingcut.files.results import read_json
-from isingcut.formats.architectures.blocks import find_stack, skip_blocks
+from isingcut.errors import StageFileError, VerificationError
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.runs.pipeline import DEMO
-from isingcut.testing.tiny import tiny_checkpoint
 from run_files import change
-from shared import OPTIONS, call
+from shared import OPTIONS, load_json, refuses, works
 
 # Other tests measure speed and memory.
 pytestmark = pytest.mark.usefixtures("no_speed")
@@ -23,51 +18,15 @@ pytestmark = pytest.mark.usefixtures("no_speed")
 
 def job(model, text, out, **more):
     """Do a whole run on a tiny model."""
-    options = {"model": str(model), "calibration": str(text), "out": str(out)}
+    options = {"model": model, "calibration": text, "out": out}
     return isingcut.run(**{**OPTIONS, **options, **more})
 
 
-@pytest.mark.parametrize(
-    ("family", "remove"), [("gemma3", 2), ("gpt2", 2), ("nemotron_h", "mamba2=1,moe=1")]
-)
-def test_run_gives_a_checkpoint_that_is_the_skipped_original(
-    family, remove, tmp_path, text
-):
-    source = tiny_checkpoint(family, tmp_path / "model")
-    target = job(source, text, tmp_path / "run", remove=remove, patch="none")
-    removed = read_json(target / "model" / "isingcut.json", "removal")["removed"]
-    original = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
-    cut = AutoModelForCausalLM.from_pretrained(
-        target / "model", dtype=torch.float32
-    ).eval()
-    tokenizer = AutoTokenizer.from_pretrained(target / "model")
-    ids = tokenizer("ground state of the energy", return_tensors="pt").input_ids
-    with torch.no_grad(), skip_blocks(original, removed):
-        expected = original(ids).logits
-    with torch.no_grad():
-        torch.testing.assert_close(cut(ids).logits, expected, rtol=1e-5, atol=1e-5)
-        a = cut.generate(ids, max_new_tokens=8, do_sample=False, use_cache=True)
-        b = cut.generate(ids, max_new_tokens=8, do_sample=False, use_cache=False)
-    assert torch.equal(a, b)
-    assert len(find_stack(cut)) == len(find_stack(original)) - 2
-    kinds = sorted(find_stack(original).kinds[i] for i in removed)
-    assert remove == 2 or kinds == ["mamba2", "moe"]
-
-
 def test_the_demo_searches_briefly_and_takes_no_gradients(llama, text, tmp_path):
-    small = {
-        "samples": 3,
-        "length": 16,
-        "rank_samples": 3,
-        "report_samples": 3,
-        "remove": "2",
-    }
-    options = {
-        "model": str(llama),
-        "calibration": str(text),
-        "out": str(tmp_path / "run"),
-    }
-    folder = isingcut.energy(DEMO.replace(**small, **options))
+    sizes = ("samples", "length", "rank_samples", "report_samples")
+    options = {name: OPTIONS[name] for name in sizes}
+    options |= {"model": llama, "calibration": text, "out": tmp_path / "run"}
+    folder = isingcut.energy(DEMO.replace(remove="2", **options))
     (file,) = folder.glob("hamiltonian*.safetensors")
     search = Hamiltonian.load(file).meta["search"]
     assert search["passes"] <= search["budget_passes"] == 8.0
@@ -80,9 +39,9 @@ def test_every_stage_left_its_file(finished):
         "hamiltonian.empirical-fisher.safetensors", "spectrum.json", "candidates.json", "model",
         "evaluation.json", "report.md", "report.json", "report.html",
     }  # fmt: skip
-    assert read_json(finished / "run.json", "run")["complete"] is True
-    ranked = read_json(finished / "candidates.json", "candidates")
-    assert set(ranked["fidelity_of_others"]) == {"empirical-fisher"}
+    assert load_json(finished / "run.json").complete is True
+    ranked = load_json(finished / "candidates.json")
+    assert set(ranked.fidelity_of_others) == {"empirical-fisher"}
 
 
 def test_a_second_call_changes_nothing(finished, llama, text):
@@ -94,45 +53,39 @@ def test_a_second_call_changes_nothing(finished, llama, text):
 def test_another_removal_reuses_the_energy(run, capsys):
     energy = (run / "hamiltonian.safetensors").stat().st_mtime_ns
     for verb in ("solve", "rank", "excise", "evaluate", "report"):
-        assert call(verb, run, "--remove", 3) == 0
-    assert (run / "remove-3" / "model" / "config.json").is_file()
-    assert (run / "remove-3" / "report.md").is_file()
+        works(verb, run, "--remove", 3)
+    assert (run / "remove-3/model/config.json").is_file()
+    assert (run / "remove-3/report.md").is_file()
     assert (run / "hamiltonian.safetensors").stat().st_mtime_ns == energy
     assert "proven" in capsys.readouterr().out
 
 
-def test_a_ranking_keeps_the_blocks_that_its_spectrum_was_solved_with(run, capsys):
-    kept = read_json(run / "candidates.json", "candidates")["chosen"]["removed"][0]
-    assert call("solve", run, "--keep", kept, "--overwrite") == 0
-    assert call("excise", run) == 2, "the ranking is of the earlier spectrum"
-    assert "is of an earlier energy or spectrum" in capsys.readouterr().err
-    with pytest.raises(StageFileError, match="solve and rank again"):
+def test_a_ranking_keeps_the_blocks_that_its_spectrum_was_solved_with(
+    run, capsys, refusal
+):
+    kept = load_json(run / "candidates.json").chosen.removed[0]
+    works("solve", run, "--keep", kept, "--overwrite")
+    assert "is of an earlier energy or spectrum" in refusal("excise", run)
+    with refuses("solve and rank again", StageFileError):
         _ = isingcut.open_run(run).chosen
-    assert call("rank", run) == 2
-    assert f"keep: was none, now {kept}" in capsys.readouterr().err
-    assert call("rank", run, "--overwrite") == 0
-    found = read_json(run / "candidates.json", "candidates")
-    assert not any(
-        kept in row["removed"] for row in found["candidates"] + found["random"]
-    )
-    assert call("baseline", "random", run) == 0
-    violated = read_json(run / "baseline-random.json", "baseline")
-    assert (kept in violated["removed"]) == bool(violated["violated"])
+    assert f"keep: was none, now {kept}" in refusal("rank", run)
+    works("rank", run, "--overwrite")
+    found = load_json(run / "candidates.json")
+    assert not any(kept in row["removed"] for row in found.candidates + found.random)
+    works("baseline", "random", run)
+    violated = load_json(run / "baseline-random.json")
+    assert (kept in violated.removed) == bool(violated.violated)
     config = isingcut.runs.folder.RunFolder.open(run).config
     isingcut.energy(config.replace(compare_energies="", effort="3", overwrite=True))
     capsys.readouterr()
-    assert call("rank", run, "--overwrite") == 2
-    assert (
-        "was solved for another energy or budget; solve again"
-        in capsys.readouterr().err
+    assert "was solved for another energy or budget; solve again" in refusal(
+        "rank", run, "--overwrite"
     )
 
 
 def test_what_quick_has_set_does_not_replace_what_is_typed_later(run):
-    config = read_json(run / "run.json", "run")["config"]
-    change(
-        run / "run.json", "run", config={**config, "quick": True, "random_states": 0}
-    )
+    config = load_json(run / "run.json").config
+    change(run / "run.json", config={**config, "quick": True, "random_states": 0})
     opened = isingcut.runs.folder.RunFolder.open(run).config
     assert (opened.random_states, opened.skip_speed) == (0, False)
     assert opened.replace(random_states=40).random_states == 40
@@ -141,20 +94,14 @@ def test_what_quick_has_set_does_not_replace_what_is_typed_later(run):
 # What the user gets wrong: one line, exit code 2, nothing written ------------------------
 
 
-def test_a_checkpoint_that_fails_verification_is_not_kept(
-    llama, text, tmp_path, monkeypatch
-):
-    from isingcut.errors import VerificationError
+def test_a_checkpoint_that_fails_verification_is_not_kept(llama, text, tmp_path, fails):
 
-    def wrong(*arguments, **options):
-        raise VerificationError("logits differ")
-
-    monkeypatch.setattr("isingcut.runs.cutting.verify", wrong)
+    fails("isingcut.runs.cutting.verify", VerificationError("logits differ"))
     out = tmp_path / "run"
-    with pytest.raises(VerificationError):
+    with refuses("logits differ", VerificationError):
         job(llama, text, out, remove=1)
     assert not (out / "model").exists()
-    assert read_json(out / "run.json", "run")["complete"] is False
+    assert load_json(out / "run.json").complete is False
 
 
 def test_a_budget_decides_how_many_blocks_go(run):
@@ -168,11 +115,12 @@ def test_a_budget_decides_how_many_blocks_go(run):
 
 
 def test_solving_far_from_where_an_energy_was_corrected_warns(
-    llama, text, tmp_path, capsys
+    llama, text, tmp_path, typed
 ):
-    options = {**OPTIONS, "model": str(llama), "calibration": str(text)}
-    out = isingcut.energy(**options, remove=2, out=str(tmp_path / "near"))
-    assert call("solve", out, "--remove", 2) == 0
-    assert "corrected near" not in capsys.readouterr().err
-    assert call("solve", out, "--remove", 3) == 0
-    assert "corrected near 2 and is less accurate for 3" in capsys.readouterr().err
+    options = {**OPTIONS, "model": llama, "calibration": text}
+    out = isingcut.energy(**options, remove=2, out=tmp_path / "near")
+    assert "corrected near" not in typed("solve", out, "--remove", 2).err
+    assert (
+        "corrected near 2 and is less accurate for 3"
+        in typed("solve", out, "--remove", 3).err
+    )

@@ -1,5 +1,7 @@
 """Energies, constraints, problems and spectra: algebra without a model."""
 
+import re
+
 import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
@@ -10,12 +12,13 @@ from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.ising.problem import Problem
 from isingcut.ising.spectrum import Spectrum
 from isingcut.ising.states import states_of
-from shared import refuses
+from shared import parametrize, refuses
 
 
-def hamiltonian(n, seed=0):
+def hamiltonian(n, seed=0, **rest):
     rng = np.random.default_rng(seed)
-    return Hamiltonian.from_quadratic(rng.normal(size=(n, n)))
+    J = np.triu(rng.normal(size=(n, n)), 1)
+    return Hamiltonian(rng.normal(size=n), J + J.T, float(rng.normal()), **rest)
 
 
 def all_states(n):
@@ -46,13 +49,9 @@ def test_conflicting_constraints_are_named_and_no_others():
         *con.keep(6, [0]),
         con.keep_at_least(["attention"] * 6, "attention"),
     ]
-    with pytest.raises(InfeasibleError) as caught:
+    with refuses("count.*budget params", InfeasibleError) as caught:
         Problem(hamiltonian(6), rows).check()
-    text = str(caught.value)
-    assert "count" in text
-    assert "budget params" in text
-    assert "keep 0" not in text
-    assert "attention" not in text
+    assert not re.search("keep 0|attention", str(caught.value))
 
 
 def test_conflicting_constraints_of_one_reason_are_named_together():
@@ -66,16 +65,15 @@ def test_conflicting_constraints_of_one_reason_are_named_together():
 
 
 def test_budgets_in_bytes_conflict_too():
-    rows = [con.count(6, 2), con.budget("bytes", np.full(6, 3e9), amount=7e9)]
-    with refuses("budget bytes", InfeasibleError):
-        Problem(hamiltonian(6), rows).check()
-    rows[1] = con.budget("bytes", np.full(6, 3e9), amount=6e9)
-    Problem(hamiltonian(6), rows).check()
-    with refuses("half a block", InfeasibleError):
-        Problem(
-            hamiltonian(6),
-            [con.LinearConstraint("half a block", np.full(6, 3e9), "==", 7.5e9)],
-        ).check()
+    costs = np.full(6, 3e9)
+    pair = con.count(6, 2)
+    for rows, words in (
+        ([pair, con.budget("bytes", costs, amount=7e9)], "budget bytes"),
+        ([con.LinearConstraint("half a block", costs, "==", 7.5e9)], "half a block"),
+    ):
+        with refuses(words, InfeasibleError):
+            Problem(hamiltonian(6), rows).check()
+    Problem(hamiltonian(6), [pair, con.budget("bytes", costs, amount=6e9)]).check()
 
 
 def test_a_state_is_feasible():
@@ -103,7 +101,7 @@ def test_a_cqm_has_the_energies_and_the_rows():
         con.budget("b", np.arange(5.0), amount=3),
         *con.keep(5, [1]),
     ]
-    problem = Problem(random_hamiltonian(5), rows)
+    problem = Problem(hamiltonian(5), rows)
     cqm = problem.to_cqm()
     for x, feasible in zip(all_states(5), problem.feasible(all_states(5)), strict=True):
         sample = dict(enumerate(x))
@@ -113,8 +111,8 @@ def test_a_cqm_has_the_energies_and_the_rows():
         assert cqm.check_feasible(sample) == feasible
 
 
-@pytest.mark.parametrize("rhs", [4.0, 4.5])
-@pytest.mark.parametrize("sense", ["<=", ">="])
+@parametrize("rhs", [4.0, 4.5])
+@parametrize("sense", ["<=", ">="])
 def test_penalty_form_agrees_on_feasible_states_and_its_minimum_is_feasible(sense, rhs):
     import dimod
 
@@ -132,14 +130,8 @@ def test_penalty_form_agrees_on_feasible_states_and_its_minimum_is_feasible(sens
     )
 
 
-def random_hamiltonian(n, seed=0, **rest):
-    rng = np.random.default_rng(seed)
-    J = np.triu(rng.normal(size=(n, n)), 1)
-    return Hamiltonian(rng.normal(size=n), J + J.T, float(rng.normal()), **rest)
-
-
 def test_energy_is_the_written_formula():
-    ham = random_hamiltonian(6)
+    ham = hamiltonian(6)
     for x in all_states(6):
         ones = np.flatnonzero(x)
         wanted = ham.c + sum(ham.h[i] for i in ones)
@@ -156,7 +148,7 @@ def test_from_quadratic_is_the_form():
 
 
 def test_save_and_load(tmp_path):
-    ham = random_hamiltonian(
+    ham = hamiltonian(
         5, unit="nats/token", meta={"model": "tiny", "seed": 3}, h_error=np.ones(5)
     )
     path = ham.save(tmp_path / "hamiltonian.safetensors")
@@ -169,11 +161,10 @@ def test_save_and_load(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["hamiltonian.safetensors"]
 
 
-@pytest.mark.parametrize(
-    ("h", "J", "message"),
+@parametrize(
+    "h, J, message",
     [
         ([0.0, np.nan], np.zeros((2, 2)), "h must be finite"),
-        ([0.0, 1.0], [[0.0, np.inf], [np.inf, 0.0]], "J must be finite"),
         ([0.0, 1.0], [[0.0, 1.0], [2.0, 0.0]], "J must be symmetric"),
         ([0.0, 1.0], [[1.0, 1.0], [1.0, 0.0]], "zero diagonal"),
         ([0.0, 1.0], np.zeros((3, 3)), r"J must have shape \(2, 2\)"),
@@ -191,11 +182,6 @@ def test_save_and_load(tmp_path):
             np.zeros((2, 2)),
             "real numbers: it has complex numbers",
         ),
-        (
-            [0.0, 1.0],
-            np.array([[0.0, 1.0j], [1.0j, 0.0]]),
-            "J must be an array of real numbers",
-        ),
     ],
 )
 def test_bad_coefficients_are_refused(h, J, message):
@@ -205,14 +191,14 @@ def test_bad_coefficients_are_refused(h, J, message):
         Hamiltonian.from_quadratic([[1.0], [1.0, 2.0]])
 
 
-@pytest.mark.parametrize("states", [[[0, 1]], [0, 1, 0], [[0, 2, 0]]])
+@parametrize("states", [[[0, 1]], [0, 1, 0], [[0, 2, 0]]])
 def test_bad_states_are_refused(states):
     with refuses("states must"):
-        random_hamiltonian(3).energies(states)
+        hamiltonian(3).energies(states)
 
 
 def test_arrays_cannot_be_changed_behind_its_back():
-    ham = random_hamiltonian(3)
+    ham = hamiltonian(3)
     with pytest.raises(ValueError):
         ham.J[0, 1] = 3.0
 
@@ -251,23 +237,17 @@ def test_keep_and_drop():
     assert con.drop(3, np.array([2]))[0].name == "drop 2"
 
 
-@pytest.mark.parametrize("wrong", [1.5, True, "1", None])
+@parametrize("wrong", [1.5, True, "1", None])
 def test_blocks_and_their_numbers_are_whole_numbers(wrong):
-    calls = {
-        "a block to keep must be a whole number, got": lambda: con.keep(4, [wrong]),
-        "a block to drop must be a whole number, got": lambda: con.drop(4, [0, wrong]),
-        "the number of removed blocks must be a whole number": lambda: con.count(
-            4, wrong
-        ),
-        "the number of mlp blocks must be a whole": lambda: con.kind_counts(
-            KINDS, {"mlp": wrong}
-        ),
-    }
-    for words, call in calls.items():
+    for words, make, *given in (
+        ("a block to keep must be a whole number, got", con.keep, 4, [wrong]),
+        ("a block to drop must be a whole number, got", con.drop, 4, [0, wrong]),
+        ("the number of removed blocks must be a whole", con.count, 4, wrong),
+        ("the number of mlp blocks must be", con.kind_counts, KINDS, {"mlp": wrong}),
+        ("give the blocks to keep as a list, got 1", con.keep, 4, 1),
+    ):
         with refuses(words):
-            call()
-    with refuses("give the blocks to keep as a list, got 1"):
-        con.keep(4, 1)
+            make(*given)
 
 
 def test_budget_by_share_and_amount():
@@ -342,16 +322,18 @@ def test_ties_are_ordered_by_bits_whatever_the_input_order():
     assert a.removed(0) == [4, 5]
 
 
-def test_gap():
-    x = states((0, 1))
-
-    def gap(proven, bound, energy=2.0):
-        return Spectrum(x, np.array([energy]), proven, bound, "", 0.0).relative_gap
-
-    assert gap(True, None) == 0
-    assert gap(False, None) is None
-    assert gap(False, 1.5) == pytest.approx(0.25)
-    assert gap(False, -1.0, 0.0) == float("inf")
+@parametrize(
+    "proven, bound, energy, gap",
+    [
+        (True, None, 2.0, 0),
+        (False, None, 2.0, None),
+        (False, 1.5, 2.0, pytest.approx(0.25)),
+        (False, -1.0, 0.0, float("inf")),
+    ],
+)
+def test_gap(proven, bound, energy, gap):
+    found = Spectrum(states((0, 1)), np.array([energy]), proven, bound, "", 0.0)
+    assert found.relative_gap == gap
 
 
 def test_a_spectrum_is_saved_and_loaded(problem, tmp_path):

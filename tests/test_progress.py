@@ -14,7 +14,7 @@ from isingcut.files import ownership
 from isingcut.healing.heal import heal
 from isingcut.measure.losses import measure
 from isingcut.measure.work import Work
-from shared import Bars
+from shared import Bars, parametrize
 
 
 @pytest.fixture
@@ -142,9 +142,9 @@ def test_solving_and_proving_show_progress(run, tmp_path):
     assert bars.done["reading the text of the patch"] == read > 0
 
 
-@pytest.mark.parametrize("shown", [True, False])
-def test_python_shows_progress_where_a_terminal_is(finished, monkeypatch, shown):
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: shown)
+@parametrize("shown", [True, False])
+def test_python_shows_progress_where_a_terminal_is(finished, shown, stub):
+    stub(sys.stderr, "isatty", shown)
     wanted = progress.terminal if shown else progress.silent
     assert isingcut.open_run(finished)._session.progress is wanted
     assert progress.as_progress(None) is wanted

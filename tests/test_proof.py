@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from isingcut.errors import ArchitectureError, VerificationError
-from isingcut.files.results import read_json
 from isingcut.formats.architectures.cuts import cut_config
 from isingcut.formats.cutting.checkpoint import excise
 from isingcut.models.streaming.replay import StreamedReplay, open_model
@@ -21,7 +20,7 @@ from isingcut.models.verify import (
 )
 from isingcut.report.run_files import RunFiles
 from odd_models import composite
-from shared import refuses
+from shared import load_json, parametrize, refuses
 from sweep.images import invent_images
 from tiny import forbids, tiny_model, tiny_tokenizer
 
@@ -35,7 +34,7 @@ def cut_of(model, removed, folder):
     return folder / "cut"
 
 
-@pytest.mark.parametrize("mask", [LOWEST, -math.inf, -1e4])
+@parametrize("mask", [LOWEST, -math.inf, -1e4])
 def test_masked_logits_are_no_scale(mask):
     logits = torch.randn((2, 5, 40), generator=torch.Generator().manual_seed(0))
     logits[..., 10:35] = mask
@@ -57,7 +56,7 @@ def test_few_huge_entries_are_no_scale():
     assert relative_difference(logits, other) == pytest.approx(1e-6, rel=0.1)
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@parametrize("bad", [math.nan, math.inf])
 def test_what_is_no_number_on_one_side_is_infinitely_far(bad):
     logits = torch.randn((2, 5, 40), generator=torch.Generator().manual_seed(0))
     broken = logits.clone()
@@ -80,11 +79,11 @@ def test_a_wrong_cut_of_chameleon_is_noticed(tmp_path):
         verify(model, [2], cut)
 
 
-def test_a_cut_that_fails_where_the_original_does_not_is_wrong(tmp_path, monkeypatch):
+def test_a_cut_that_fails_where_the_original_does_not_is_wrong(tmp_path, stub):
     model = tiny_model("llama")
     cut = tiny_model("llama", num_hidden_layers=5)
     cut.lm_head = torch.nn.Linear(3, 3)
-    monkeypatch.setattr("isingcut.models.verify._open_cut", lambda *given: (cut, False))
+    stub("isingcut.models.verify._open_cut", (cut, False))
     with refuses("fails on text, but the original without", VerificationError):
         verify(model, [1], tmp_path)
 
@@ -96,16 +95,14 @@ def test_generation_is_compared_despite_masked_logits():
         check_generation(model, torch.arange(12)[None] + 20, 8, "the model")
 
 
-@pytest.mark.parametrize(
-    "setting", [{"stop_strings": ["a"]}, {"prompt_lookup_num_tokens": 3}]
-)
+@parametrize("setting", [{"stop_strings": ["a"]}, {"prompt_lookup_num_tokens": 3}])
 def test_settings_of_generation_do_not_stop_the_proof(setting, tmp_path):
     model = tiny_model("llama")
     model.generation_config.update(**setting)
     verify(model, [2], cut_of(model, [2], tmp_path))
 
 
-@pytest.mark.parametrize(("above", "tie"), [(0.125, True), (1.0, False)])
+@parametrize("above, tie", [(0.125, True), (1.0, False)])
 def test_a_tie_is_found_by_the_rounding_of_its_own_logits(above, tie):
     class Rounded:
         """The two largest logits are 16 and a little more, the usual size is 4."""
@@ -132,7 +129,7 @@ def test_a_tie_is_found_by_the_rounding_of_its_own_logits(above, tie):
 DEEPSTACK = ["cohere_compass", "qwen3_omni_moe_thinker"]
 
 
-@pytest.mark.parametrize("family", [*DEEPSTACK, "llava", "granite4_vision", "qwen3_vl"])
+@parametrize("family", [*DEEPSTACK, "llava", "granite4_vision", "qwen3_vl"])
 def test_a_cut_of_a_model_that_takes_images_is_proven_with_one(family, tmp_path):
     model = composite(family)
     removed = [0, 5] if family == "granite4_vision" else [3, 5]
@@ -145,7 +142,7 @@ def test_a_cut_of_a_model_that_takes_images_is_proven_with_one(family, tmp_path)
     assert getattr(model.model, "rope_deltas", None) is None
 
 
-@pytest.mark.parametrize("family", DEEPSTACK)
+@parametrize("family", DEEPSTACK)
 def test_blocks_that_image_features_join_behind_stay(family):
     model = composite(family)
     for removed in ([0], [1, 3]):
@@ -164,11 +161,11 @@ def test_deepstack_is_found_where_only_its_class_names_it():
         cut_config(config, [2])
 
 
-@pytest.mark.parametrize("family", ["qwen3_vl", "granite4_vision"])
-def test_only_an_image_shows_what_joins_between_blocks(family, tmp_path, monkeypatch):
+@parametrize("family", ["qwen3_vl", "granite4_vision"])
+def test_only_an_image_shows_what_joins_between_blocks(family, tmp_path, stub):
     home = "isingcut.formats.architectures.families"
-    monkeypatch.setattr(f"{home}.find_fixed_blocks", lambda *a: {})
-    monkeypatch.setattr(f"{home}.move_images", lambda *a: None)
+    stub(f"{home}.find_fixed_blocks", {})
+    stub(f"{home}.move_images", None)
     model = composite(family)
     cut = cut_of(model, [1], tmp_path)
     with refuses(r"without blocks \[1\] on text and an image", VerificationError):
@@ -239,9 +236,9 @@ def test_random_text_holds_no_token_of_an_image():
 
 
 def test_a_run_shows_how_its_cut_was_proven(finished):
-    record = read_json(finished / "model" / "isingcut.json", "removal")
-    assert record["proof"] == {"inputs": "text", "difference": 0.0, "remarks": []}
-    assert "blocks skipped, on text." in (finished / "model" / "README.md").read_text()
+    record = load_json(finished / "model/isingcut.json")
+    assert record.proof == {"inputs": "text", "difference": 0.0, "remarks": []}
+    assert "blocks skipped, on text." in (finished / "model/README.md").read_text()
     assert (
         "| proof of the cut | text: logits of the reloaded"
         in (finished / "report.md").read_text()

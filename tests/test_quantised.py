@@ -1,13 +1,10 @@
 """Quantised checkpoints: bytes copied, scales with them, lists renumbered; measured or refused."""
 
-import json
 import re
 
-import pytest
 import torch
 from torch.testing import assert_close
 
-from isingcut.data.tokens import TokenSet
 from isingcut.errors import ArchitectureError, CheckpointError
 from isingcut.formats.architectures.blocks import find_stack
 from isingcut.formats.cutting.checkpoint import excise
@@ -22,25 +19,30 @@ from isingcut.models.verify import verify
 from isingcut.options.config import HealConfig
 from odd_models import composite_checkpoint
 from quantised import assert_bytes_follow, fp8_in_tiles, int4, mxfp4, quantise
-from shared import load_json, refuses
-from tiny import edit_config, edit_tensors, replay_of, tiny_checkpoint, tiny_model
+from shared import load_json, parametrize, refuses, save_json
+from tiny import (
+    edit_config,
+    edit_tensors,
+    load_tiny,
+    random_tokens,
+    replay_of,
+    tiny_checkpoint,
+    tiny_model,
+)
 
 # The block pattern of NVIDIA-Nemotron-3-Nano-30B-A3B: 23 Mamba-2, 23 MoE, 6 attention blocks.
 PATTERN = "MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME"
 KINDS = {"M": "mamba", "E": "moe", "*": "attention"}
 
 
-@pytest.mark.parametrize("layout", ["fp8", "compressed-tensors", "modelopt"])
+@parametrize("layout", ["fp8", "compressed-tensors", "modelopt"])
 def test_every_layout_is_read_and_cut(layout, tmp_path):
     source = tiny_checkpoint("qwen3", tmp_path / "source")
     quantise(source, layout)
     config = load_json(source / "config.json")
     assert fp8_layout(source, config) == layout
     model, _ = load_plain(source, torch.float32)
-    plain = dict(tiny_model("qwen3").named_parameters())
-    for name, value in model.named_parameters():
-        # FP8 keeps 3 bits of mantissa, so half a step is 1/16 of a number.
-        assert_close(value.data, plain[name].data, rtol=1 / 15, atol=1e-3)
+    assert_weights_close(model, tiny_model("qwen3"), 1e-3)
     excise(source, [0, 3], tmp_path / "out")
     assert verify(model, [0, 3], tmp_path / "out").difference == 0.0
 
@@ -64,10 +66,10 @@ def test_fp8_weights_of_a_model_with_its_own_code_are_read(tmp_path):
     assert not found["missing_keys"] | found["unexpected_keys"]
 
 
-@pytest.mark.parametrize(
-    ("layout", "shards", "patch"),
+@parametrize(
+    "layout, shards, patch",
     [
-        ("fp8", 0, "tuned"),
+        ("fp8", 10**9, "tuned"),
         ("compressed-tensors", 20_000, "linear"),
         ("modelopt", 1, "linear"),
     ],
@@ -77,17 +79,13 @@ def test_a_patched_layer_is_plain_and_listed_and_the_others_keep_their_bytes(
 ):
     source = tiny_checkpoint("qwen3", tmp_path / "source")
     quantise(source, layout)
-    excise(
-        source, [2], tmp_path / "cut", **({"max_shard_bytes": shards} if shards else {})
-    )
-    teacher = load(source, dtype="float32", device="cpu")
-    generator = torch.Generator().manual_seed(0)
-    text = TokenSet.from_rows(
-        torch.randint(8, 262, (48, 24), generator=generator).tolist()
-    )
+    cut = tmp_path / "cut"
+    patched = tmp_path / "patched"
+    excise(source, [2], cut, max_shard_bytes=shards)
+    teacher = load_tiny(source)
     config = HealConfig(patch=patch, patch_tokens=4096)
-    job = Job(teacher, (2,), tmp_path / "cut", text, tmp_path / "work", config)
-    record = patch_checkpoint(job, tmp_path / "patched")
+    job = Job(teacher, (2,), cut, random_tokens([24] * 48), tmp_path / "work", config)
+    record = patch_checkpoint(job, patched)
     assert record.proof.difference == 0.0
     assert record.cuts[0].content()["stored"] == "bfloat16, not quantised"
     if patch == "tuned":
@@ -96,43 +94,41 @@ def test_a_patched_layer_is_plain_and_listed_and_the_others_keep_their_bytes(
         assert layers <= {(1, "mlp.down_proj")}
         assert record.tuning.steps
     module = "model.layers.1.mlp.down_proj"
-    before, after = (read_checkpoint(tmp_path / n) for n in ("cut", "patched"))
+    before, after = map(read_checkpoint, (cut, patched))
     assert before[f"{module}.weight"].dtype == "F8_E4M3"
     assert after[f"{module}.weight"].dtype == "BF16"
-    own = {name for name in before if name.startswith(module)}
-    assert {name for name in after if name.startswith(module)} == {f"{module}.weight"}
-    assert before.keys() - own == after.keys() - own
-    for name in after.keys() - own:
-        assert (after[name].dtype, after[name].data()) == (
-            before[name].dtype,
-            before[name].data(),
-        )
-    if shards:
-        index = load_json(tmp_path / "patched" / "model.safetensors.index.json")
-        assert index["weight_map"] == {n: t.file.name for n, t in sorted(after.items())}
-        assert index["metadata"]["total_size"] == sum(t.size for t in after.values())
+    assert [n for n in after if n.startswith(module)] == [f"{module}.weight"]
+    others = (
+        {n: (t.dtype, t.data()) for n, t in found.items() if not n.startswith(module)}
+        for found in (before, after)
+    )
+    assert next(others) == next(others)
+    if shards < 10**9:
+        index = load_json(patched / "model.safetensors.index.json")
+        assert index.weight_map == {n: t.file.name for n, t in sorted(after.items())}
+        assert index.metadata.total_size == sum(t.size for t in after.values())
     file, part, name = {
         "fp8": ("config.json", "quantization_config", "modules_to_not_convert"),
         "compressed-tensors": ("config.json", "quantization_config", "ignore"),
         "modelopt": ("hf_quant_config.json", "quantization", "exclude_modules"),
     }[layout]
-    told = [load_json(tmp_path / n / file)[part][name] for n in ("cut", "patched")]
+    told = [load_json(folder / file)[part][name] for folder in (cut, patched)]
     assert told[1] == [*told[0], module]
-    again, _ = load_plain(tmp_path / "patched", torch.float32)
+    again, _ = load_plain(patched, torch.float32)
     weight = again.get_submodule(module).weight
     assert torch.equal(weight, weight.bfloat16().float())
     assert not torch.equal(weight, teacher.model.get_submodule(module).weight)
 
 
-@pytest.mark.parametrize(
-    ("given", "told"),
+@parametrize(
+    "given, told",
     [(None, ["lm_head", "new"]), ([], ["new"]), (["old"], ["old", "new"])],
 )
 def test_the_head_is_listed_as_plain_only_where_there_was_no_list(
     given, told, tmp_path
 ):
     content = {"quantization_config": {"modules_to_not_convert": given}}
-    (tmp_path / "config.json").write_text(json.dumps(content))
+    save_json(tmp_path / "config.json", content)
     _list_plain(tmp_path, "fp8", ["new"], set())
     assert quantisation(tmp_path)["modules_to_not_convert"] == told
 
@@ -182,11 +178,11 @@ def test_nemotron_h_of_52_blocks_in_fp8(tmp_path):
         excise(source, removed, out, max_shard_bytes=400_000)
         kept = [i for i in range(52) if i not in removed]
         config = load_json(out / "config.json")
-        assert config["hybrid_override_pattern"] == "".join(PATTERN[i] for i in kept)
-        assert config["num_hidden_layers"] == len(kept)
+        assert config.hybrid_override_pattern == "".join(PATTERN[i] for i in kept)
+        assert config.num_hidden_layers == len(kept)
         assert "F8_E4M3" in assert_bytes_follow(source, out, kept)
-        excluded = load_json(out / "hf_quant_config.json")["quantization"]
-        names = [n for n in excluded["exclude_modules"] if n != "lm_head"]
+        excluded = load_json(out / "hf_quant_config.json").quantization
+        names = [n for n in excluded.exclude_modules if n != "lm_head"]
         expected = []
         if 5 in kept:
             expected.append(f"backbone.layers.{kept.index(5)}.mixer*")
@@ -199,8 +195,16 @@ def test_nemotron_h_of_52_blocks_in_fp8(tmp_path):
 # Other layouts than FP8 ----------------------------------------------------------------
 
 
+def assert_weights_close(model, plain, atol):
+    """Check that weights are the original's, up to the rounding of FP8."""
+    wanted = dict(plain.named_parameters())
+    for name, value in model.named_parameters():
+        # Three bits of mantissa: half a step is 1/16 of a number.
+        assert_close(value.data, wanted[name].data, rtol=1 / 15, atol=atol)
+
+
 def quantisation(folder):
-    return load_json(folder / "config.json")["quantization_config"]
+    return load_json(folder / "config.json").quantization_config
 
 
 def test_fp8_in_tiles_with_experts_apart(tmp_path):
@@ -212,10 +216,7 @@ def test_fp8_in_tiles_with_experts_apart(tmp_path):
         tensors["mtp.layers.0.mlp.up_proj.weight"] = torch.zeros(4, 4)
     model, found = load_plain(source, torch.float32)
     assert not found["missing_keys"]
-    wanted = dict(plain.named_parameters())
-    for name, value in model.named_parameters():
-        # Three bits of mantissa: half a step is 1/16 of a number.
-        assert_close(value.data, wanted[name].data, rtol=1 / 15, atol=2e-2)
+    assert_weights_close(model, plain, 2e-2)
     assert len(replay_of(model)) == 6
     excise(source, [0, 2], out)
     assert "F8_E4M3" in assert_bytes_follow(source, out, [1, 3, 4, 5])
@@ -247,9 +248,7 @@ def test_fp8_with_experts_in_one_tensor(tmp_path):
         config["quantization_config"] = {"quant_method": "fp8"}
     model, found = load_plain(source, torch.float32)
     assert found["unexpected_keys"] == set()
-    wanted = dict(plain.named_parameters())
-    for name, value in model.named_parameters():
-        assert_close(value.data, wanted[name].data, rtol=1 / 15, atol=1e-3)
+    assert_weights_close(model, plain, 1e-3)
     excise(source, [3, 5], out)
     assert verify(model, [3, 5], out).difference == 0.0
 

@@ -12,7 +12,7 @@ from isingcut.energies.pairwise import Pairwise
 from isingcut.errors import OutputExistsError
 from isingcut.evaluation.candidates import few_samples, fidelity, random_feasible, rank
 from isingcut.evaluation.quality import sample_sums
-from isingcut.files.results import read_document, read_json
+from isingcut.files.results import read_document
 from isingcut.files.states import CandidatesFile, ChosenState, PatchedState
 from isingcut.ising.constraints import LinearConstraint, count, keep
 from isingcut.ising.hamiltonian import Hamiltonian
@@ -21,13 +21,12 @@ from isingcut.ising.solvers import solve
 from isingcut.ising.states import states_of
 from isingcut.measure.losses import measure
 from isingcut.measure.work import Work
-from isingcut.models.load import load
 from isingcut.options.config import RunConfig
 from isingcut.report.words import sentence
 from isingcut.runs import cutting, pipeline, trials
 from isingcut.runs.folder import RunFolder
-from shared import OPTIONS
-from tiny import random_tokens, tiny_replay
+from shared import OPTIONS, load_json, parametrize, refuses
+from tiny import load_tiny, random_tokens, tiny_replay
 
 pytestmark = [
     pytest.mark.usefixtures("no_speed"),
@@ -84,12 +83,10 @@ def test_there_are_never_more_random_states_than_exist():
 def test_rare_feasible_states_are_found_and_their_origin_is_recorded():
     # One state in 2^20 or so satisfies all of these ties.
     n = 40
-    ties = []
-    for i in range(0, n, 2):
-        row = np.zeros(n)
-        row[i] = 1
-        row[i + 1] = -1
-        ties.append(LinearConstraint(f"tie {i}", row, "==", 0, "pairs go together"))
+    pairs = np.eye(n)[::2] - np.eye(n)[1::2]
+    ties = [
+        LinearConstraint(f"tie {i}", r, "==", 0, "tied") for i, r in enumerate(pairs)
+    ]
     problem = flat(n, count(n, 20), *ties)
     states, words = random_feasible(problem, 30, 0, np.zeros((0, n), dtype=bool))
     assert len(states) == 30
@@ -140,49 +137,31 @@ def test_random_states_take_a_quarter_of_the_text_and_are_compared_on_it(ranked)
     assert [r.kl for r in found.candidates] == pytest.approx(whole)
 
 
-def test_near_candidates_are_patched_for_the_choice(llama, text, tmp_path, monkeypatch):
-    tried = []
-    measure_patched = trials.changed_losses
-
-    def interrupted(*given):
-        tried.append(given)
-        if len(tried) == 2:
-            raise KeyboardInterrupt
-        return measure_patched(*given)
-
-    monkeypatch.setattr(trials, "changed_losses", interrupted)
-    given = {
-        "model": str(llama),
-        "calibration": str(text),
-        "remove": 2,
-        "patch": "linear",
-    }
-    options = {**OPTIONS, **given, "out": str(tmp_path / "run")}
+def test_near_candidates_are_patched_for_the_choice(llama, text, tmp_path, spy):
+    tried = spy(trials, "changed_losses", stop=2)
+    given = {"model": llama, "calibration": text, "remove": 2, "patch": "linear"}
+    options = {**OPTIONS, **given, "out": tmp_path / "run"}
     with pytest.raises(KeyboardInterrupt):
         isingcut.run(**options)
     target = isingcut.run(**options)
-    found = read_json(target / "candidates.json", "candidates")
-    rows = sorted(found["candidates"], key=lambda row: row["kl"])
-    lowest = rows[0]["kl"]
+    found = load_json(target / "candidates.json")
+    rows = sorted(found.candidates, key=lambda row: row.kl)
+    lowest = rows[0].kl
     near = [
-        r
-        for r in rows
-        if r["kl"] - lowest <= max(0.05 * lowest, 2 * r["above_lowest_se"])
+        r for r in rows if r.kl - lowest <= max(0.05 * lowest, 2 * r.above_lowest_se)
     ][:3]
     assert near == [row for row in rows if "patched_kl" in row]
-    assert len(tried) == 1 + len(near) > 2
+    assert len(tried) == len(near) > 1
     assert not (target / "patched.journal").exists()
-    best, *others = sorted(near, key=lambda row: row["patched_kl"])
-    assert found["chosen"]["removed"] == best["removed"]
-    assert found["chosen"]["why"] == "patch"
+    best, *others = sorted(near, key=lambda row: row.patched_kl)
+    assert found.chosen.removed == best["removed"]
+    assert found.chosen.why == "patch"
     why = sentence(
         "why_words", read_document(target / "candidates.json", CandidatesFile)
     )
     assert f"; lower after a patch: {best['patched_kl']:.4g} against " in why
     assert all(f"{row['patched_kl']:.4g}" in why for row in others)
-    with pytest.raises(
-        OutputExistsError, match=r"candidates.json was made .*patch_tokens: was"
-    ):
+    with refuses(r"candidates.json was made .*patch_tokens: was", OutputExistsError):
         isingcut.run(**{**options, "patch_tokens": 2 * RunConfig().patch_tokens})
     # A checkpoint with the same patch has the same KL.
     run = RunFolder.open(target)
@@ -191,23 +170,23 @@ def test_near_candidates_are_patched_for_the_choice(llama, text, tmp_path, monke
     cutting.write_model(
         session, run, best["removed"], tmp_path / "again", overwrite=False
     )
-    both = [
-        load(m, dtype="float32", device="cpu").model
-        for m in (llama, tmp_path / "again")
-    ]
+    both = [load_tiny(m).model for m in (llama, tmp_path / "again")]
     split = Calibration.load(target / "calibration.safetensors").splits["rank"]
     kl = sample_sums(*both, split)[2].sum() / split.tokens
     assert kl == pytest.approx(best["patched_kl"], rel=1e-4)
 
 
 def test_a_clear_leader_is_not_patched_for_the_choice():
-    row = SimpleNamespace(kl=1.0, above_lowest_se=0.0, removed=[1, 2])
-    rows = [SimpleNamespace(kl=1.11, above_lowest_se=0.05, removed=[0, 1]), row]
-    found = SimpleNamespace(candidates=rows, one_pass=SimpleNamespace(states=rows[:1]))
+    near, leader = (
+        SimpleNamespace(kl=kl, above_lowest_se=error, removed=removed)
+        for kl, error, removed in ((1.11, 0.05, [0, 1]), (1.0, 0.0, [1, 2]))
+    )
+    quick = SimpleNamespace(states=[near])
+    found = SimpleNamespace(candidates=[near, leader], one_pass=quick)
     assert trials.choose_by_patch(found, False, None, None, []) == [1]
 
 
-@pytest.mark.parametrize(("patched", "chosen"), [(0.97, 0), (0.9, 1)])
+@parametrize("patched, chosen", [(0.97, 0), (0.9, 1)])
 def test_a_state_of_the_search_is_chosen_if_it_is_clearly_better_after_a_patch(
     patched, chosen
 ):
@@ -229,42 +208,36 @@ def test_a_state_of_the_search_is_chosen_if_it_is_clearly_better_after_a_patch(
 
 
 def test_a_deep_cut_is_searched_for_states_that_a_patch_repairs(
-    llama, text, tmp_path, monkeypatch
+    llama, text, tmp_path, monkeypatch, spy
 ):
     tried = []
-    kinds = []
-    fit = trials.fit_patch
     measure_patched = trials.changed_losses
     hidden = [1, 3, 4]
-
-    def noted(session, *given):
-        kinds.append(
-            (session.config.patch, session.config.patch_tokens, session.config.heal)
-        )
-        return fit(session, *given)
 
     def nearer_to_hidden_is_better(*given):
         tried.append(given[5])
         if len(tried) == 9:
             raise KeyboardInterrupt
-        return np.full_like(
-            measure_patched(*given), 1 + len(set(given[5]) ^ set(hidden))
-        )
+        apart = len(set(given[5]) ^ set(hidden))
+        return np.full_like(measure_patched(*given), 1 + apart)
 
-    monkeypatch.setattr(trials, "fit_patch", noted)
+    def settings(found, session, *given):
+        config = session.config
+        return config.patch, config.patch_tokens, config.heal
+
+    kinds = spy(trials, "fit_patch", settings)
     monkeypatch.setattr(trials, "changed_losses", nearer_to_hidden_is_better)
     for name, value in (("NEAR", 0.0), ("ERRORS", 0), ("ROUND", 3), ("TOKENS", 64)):
         monkeypatch.setattr(trials, name, value)
-    given = {"model": str(llama), "calibration": str(text), "remove": 3, "keep": "0"}
-    given |= {"states": 2, "seed": 1}
-    options = {**OPTIONS, **given, "out": str(tmp_path / "run")}
     out = tmp_path / "run"
+    given = {"model": llama, "calibration": text, "remove": 3, "keep": "0", "out": out}
+    options = {**OPTIONS, **given, "states": 2, "seed": 1, "heal": "4tokens"}
     with pytest.raises(KeyboardInterrupt):
-        isingcut.prune(**options, heal="4tokens")
-    isingcut.prune(**options, heal="4tokens")
-    found = read_json(out / "candidates.json", "candidates")
-    quick = min(found["one_pass"]["states"], key=lambda row: row["kl"])
-    lowest = min(found["candidates"], key=lambda row: row["kl"])
+        isingcut.prune(**options)
+    isingcut.prune(**options)
+    found = load_json(out / "candidates.json")
+    quick = min(found.one_pass.states, key=lambda row: row.kl)
+    lowest = min(found.candidates, key=lambda row: row.kl)
     # No state is measured twice, before or after the interruption.
     few = OPTIONS["patch_tokens"] // trials.LESS
     count = kinds.index(("tuned", few, ""))
@@ -276,14 +249,13 @@ def test_a_deep_cut_is_searched_for_states_that_a_patch_repairs(
     assert {len(removed) for removed in searched[3:7]} == {2, 4}
     assert not any(0 in removed for removed in searched)
     assert hidden in searched[7:16]
-    assert lowest["removed"] in last
-    assert quick["removed"] in last
-    assert hidden in last
+    for removed in (lowest.removed, quick.removed, hidden):
+        assert removed in last
     assert set(kinds) == {("linear", 64, ""), ("tuned", few, "")}
-    assert found["chosen"]["removed"] == hidden
-    assert (found["chosen"]["why"], found["chosen"]["deep"]) == ("patch", True)
+    assert found.chosen.removed == hidden
+    assert (found.chosen.why, found.chosen.deep) == ("patch", True)
     assert not list(out.glob("*.journal"))
     ranked = read_document(out / "candidates.json", CandidatesFile)
     assert "The choice was not made by this KL" in sentence("one_pass_words", ranked)
-    ranked.chosen.removed = quick["removed"]
+    ranked.chosen.removed = quick.removed
     assert "but a patch repairs that state less" in sentence("one_pass_words", ranked)

@@ -35,6 +35,7 @@ from run_files import (
     write_report,
     write_run,
 )
+from shared import load_json, parametrize, refuses
 
 N = 12
 
@@ -46,7 +47,7 @@ def folder(tmp_path):
 
 def page_of(folder, target=None):
     write_report(folder, target)
-    return ((target or folder) / "report.md").read_text(encoding="utf-8")
+    return ((target or folder) / "report.md").read_text()
 
 
 def section(page, title):
@@ -55,9 +56,9 @@ def section(page, title):
 
 def test_a_finished_run_is_recognised_by_its_files(folder):
     page = page_of(folder)
-    chosen = read_json(folder / "candidates.json", "candidates")["chosen"]
+    chosen = load_json(folder / "candidates.json").chosen
     assert page.startswith("# a-model without 3 of its 12 blocks\n")
-    a, b, c = chosen["removed"]
+    a, b, c = chosen.removed
     assert f"Blocks {a}, {b} and {c} of 12 (numbered from 0) are removed." in page
     assert (
         f"energy {chosen['energy']:.4g} nats/token. Reason: lowest measured KL" in page
@@ -88,19 +89,19 @@ def test_a_finished_run_is_recognised_by_its_files(folder):
     assert "a CPU \\| with a bar" in part
     assert "| calibration | `calibration.safetensors` | 1.2 |" in part
     assert "77.0" not in part
-    data = read_json(folder / "report.json", "report")
-    assert data["removed"] == chosen["removed"]
-    assert data["not_run"] == []
+    data = load_json(folder / "report.json")
+    assert data.removed == chosen.removed
+    assert data.not_run == []
     for name in ("evaluation", "candidates"):
         found = read_json(folder / f"{name}.json", name)
         assert data[name] == {
             k: v for k, v in found.items() if k not in ("format", "version")
         }
-    assert data["provenance"]["model"]["sha256"] == "sha-of-a-model"
+    assert data.provenance.model.sha256 == "sha-of-a-model"
 
 
-@pytest.mark.parametrize(
-    ("why", "said"),
+@parametrize(
+    "why, said",
     [
         (
             "near states 1 and 2; lower after a patch",
@@ -110,8 +111,8 @@ def test_a_finished_run_is_recognised_by_its_files(folder):
     ],
 )
 def test_a_reason_is_a_fact_and_in_older_files_a_sentence(folder, why, said):
-    chosen = read_json(folder / "candidates.json", "candidates")["chosen"]
-    change(folder / "candidates.json", "candidates", chosen={**chosen, "why": why})
+    chosen = load_json(folder / "candidates.json").chosen
+    change(folder / "candidates.json", chosen={**chosen, "why": why})
     assert f"Reason: {said} (KL " in page_of(folder)
 
 
@@ -130,20 +131,17 @@ NAMES = (
 )
 
 
+def rates(folder, name, before, after):
+    """Give both models of an evaluation a speed."""
+    found = load_json(folder / "evaluation.json")
+    found["before"] |= {f"{name}_tokens_per_second{k}": v for k, v in before.items()}
+    found["after"] |= {f"{name}_tokens_per_second{k}": v for k, v in after.items()}
+    change(folder / "evaluation.json", **found)
+    return page_of(folder)
+
+
 def test_a_speed_up_has_the_error_of_both_timings(folder):
-    found = read_json(folder / "evaluation.json", "evaluation")
-    for name, rate, error in (("before", 20.0, 3.0), ("after", 25.0, 5.0)):
-        found[name] |= {
-            "decode_tokens_per_second": rate,
-            "decode_tokens_per_second_se": error,
-        }
-    change(
-        folder / "evaluation.json",
-        "evaluation",
-        before=found["before"],
-        after=found["after"],
-    )
-    page = page_of(folder)
+    page = rates(folder, "decode", {"": 20.0, "_se": 3.0}, {"": 25.0, "_se": 5.0})
     # 1.25 x the root of 0.15 squared and 0.2 squared.
     assert "decodes 1.25 ± 0.31 times as fast" in page
     assert "+25.0 ± 31.2 %" in page
@@ -151,22 +149,12 @@ def test_a_speed_up_has_the_error_of_both_timings(folder):
 
 def test_a_batch_is_a_row_where_it_was_timed(folder):
     assert "32 sequences" not in page_of(folder)
-    found = read_json(folder / "evaluation.json", "evaluation")
-    for name, rate in (("before", 2000.0), ("after", 2500.0)):
-        found[name]["batched_decode_tokens_per_second"] = rate
-    change(
-        folder / "evaluation.json",
-        "evaluation",
-        before=found["before"],
-        after=found["after"],
-    )
-    assert "| decode, 32 sequences, tokens/s | 2000 | 2500 | +25.0 % |" in page_of(
-        folder
-    )
+    page = rates(folder, "batched_decode", {"": 2000.0}, {"": 2500.0})
+    assert "| decode, 32 sequences, tokens/s | 2000 | 2500 | +25.0 % |" in page
 
 
-@pytest.mark.parametrize(
-    ("kl", "said"),
+@parametrize(
+    "kl, said",
     [
         (0.09, "Expect nearly the same answers"),
         (0.1, "Expect answers of the same kind with more mistakes"),
@@ -179,77 +167,66 @@ def test_a_batch_is_a_row_where_it_was_timed(folder):
     ],
 )
 def test_the_first_sentence_judges(folder, kl, said):
-    change(folder / "evaluation.json", "evaluation", kl=kl)
+    change(folder / "evaluation.json", kl=kl)
     first = f"{said} (KL {kl:.3f} ± 0.010 nats per token on unseen text)."
     assert page_of(folder).split("\n")[2].startswith(f"{first} a-model without blocks")
-    assert (
-        f"<strong>{words.code(first)}</strong>" in (folder / "report.html").read_text()
-    )
+    html = (folder / "report.html").read_text()
+    assert f"<strong>{words.code(first)}</strong>" in html
     assert RunFiles(folder).judgement[0] == first
-    ranked = read_json(folder / "candidates.json", "candidates")
-    ranked["candidates"] = [{**row, "kl": kl} for row in ranked["candidates"]]
-    change(folder / "candidates.json", "candidates", **ranked)
-    expected = said[0].lower() + said[1:]
-    assert f"At such a KL, {expected}." in model_card(
-        folder, ranked["chosen"]["removed"]
-    )
+    ranked = load_json(folder / "candidates.json")
+    for row in ranked.candidates:
+        row["kl"] = kl
+    change(folder / "candidates.json", **ranked)
+    shown = model_card(folder, ranked.chosen.removed)
+    assert f"At such a KL, {said[0].lower()}{said[1:]}." in shown
 
 
 def test_a_gguf_that_grew_is_not_smaller(folder):
     """A healed file may be larger than the packed one, although the unpacked model shrank."""
-    found = read_json(folder / "evaluation.json", "evaluation")
-    packed = {**found["after"], "kl": 0.3, "kl_se": 0.01, "bytes": 209_216}
+    found = load_json(folder / "evaluation.json")
+    packed = {**found.after, "kl": 0.3, "kl_se": 0.01, "bytes": 209_216}
     packed = {k: v for k, v in packed.items() if k in PackedScores.model_fields}
-    found["before"]["bytes"] = 202_752
-    change(folder / "evaluation.json", "evaluation", **{**found, "gguf": packed})
+    found.before["bytes"] = 202_752
+    change(folder / "evaluation.json", **{**found, "gguf": packed})
     page = page_of(folder)
     assert "| weights on disk, MB | 0.2 | 22.0 | 0.2 | +3.2 % |" in page
     assert "takes 0.2 MB on disk instead of 0.2 (+3.2 %)" in page
 
 
-def test_the_end_of_a_healing_has_the_paired_verdict(folder, capsys):
+@parametrize(
+    "error, cell, ends",
+    [
+        (0.1, "-0.4000 ± 0.1000 │", "."),
+        (0.21, "-0.4000 ± 0.2100 │ within the noise │", ", within the noise."),
+    ],
+)
+def test_the_end_of_a_healing_has_the_paired_verdict(folder, capsys, error, cell, ends):
+    # The difference is 0.4 nats.
     document = healing([{"step": 1, "tokens": 5, "loss": 1.0}], [10], N)
-    document["after"] |= {"kl_change_se": 0.1, "nll_change_se": 0.1}
+    document["after"] |= {"kl_change_se": error, "nll_change_se": 0.1}
     found = HealingFile.model_validate(document)
     show.show_healing(found, folder)
     said = " ".join(capsys.readouterr().out.split())
-    assert "│ -0.4000 ± 0.1000 │" in said
+    assert cell in said
     verdict = "Expect fluent text with many mistakes (KL 0.5000 ± 0.0100 nats per token on unseen"
-    clear = f"{verdict} text). Healing changed the KL by -0.4000 ± 0.1000."
-    assert said.endswith(clear)
-    parts = card_parts(folder, [10])
-    assert clear in card.healed_card(parts, "", found)
-    # The difference is 0.4 nats.
-    document["after"] |= {"kl_change_se": 0.21}
-    noisy = HealingFile.model_validate(document)
-    show.show_healing(noisy, folder)
-    said = " ".join(capsys.readouterr().out.split())
-    assert "-0.4000 ± 0.2100 │ within the noise │" in said
-    assert said.endswith(
-        "Healing changed the KL by -0.4000 ± 0.2100, within the noise."
-    )
-    assert "within the noise" in card.healed_card(parts, "", noisy)
+    change_by = f"Healing changed the KL by -0.4000 ± {error:.4f}{ends}"
+    assert said.endswith(f"{verdict} text). {change_by}")
+    assert change_by in card.healed_card(card_parts(folder, [10]), "", found)
     (folder / "healed").mkdir()
     write_json(folder / "healing.json", "healing", document)
     page_of(folder)
     assert "within the noise" in (folder / "report.html").read_text()
 
 
-@pytest.mark.parametrize("name", NAMES)
+@parametrize("name", NAMES)
 def test_a_name_stands_for_itself_in_markdown(folder, name):
     run = run_content(name, "pairwise", N, 3, 0)
     run["provenance"]["calibration"]["source"] = name
     write_json(folder / "run.json", "run", run)
     scores = {"perplexity": 2.0, "perplexity_se": 0.1, "nll": 3.0, "nll_se": 0.1}
-    part = {
-        "samples": 1,
-        "tokens": 5,
-        "before": scores,
-        "after": scores,
-        "kl": 9.0,
-        "kl_se": 0.1,
-    }
-    change(folder / "evaluation.json", "evaluation", parts={name: part})
+    part = {"before": scores, "after": scores, "kl": 9.0, "kl_se": 0.1}
+    parts = {name: {**part, "samples": 1, "tokens": 5}}
+    change(folder / "evaluation.json", parts=parts)
     report = read(page_of(folder))
     card = read(model_card(folder, [10, 11]).split("---\n", 2)[2])
     tokens = [t for block in report + card for t in (block, *(block.children or ()))]
@@ -275,20 +252,17 @@ def test_the_map_has_one_row_per_state_and_one_column_per_block(folder):
     page = page_of(folder)
     shown = section(page, "How the blocks were chosen").partition("| rank |")[2]
     lines = [line for line in shown.splitlines()[2:] if line]
-    found = read_json(folder / "candidates.json", "candidates")
-    for line, row in zip(lines, found["candidates"], strict=True):
+    found = load_json(folder / "candidates.json")
+    for line, row in zip(lines, found.candidates, strict=True):
         rank, _, kl, blocks, removed = line.strip("| ").split(" | ")
-        assert [i for i, c in enumerate(blocks.strip("`")) if c == "·"] == row[
-            "removed"
-        ]
-        assert removed == " ".join(map(str, row["removed"]))
+        assert [i for i, c in enumerate(blocks.strip("`")) if c == "·"] == row.removed
+        assert removed == " ".join(map(str, row.removed))
         assert kl == f"{row['kl']:.4f} ± {row['kl_se']:.4f}"
-        chosen = row["removed"] == found["chosen"]["removed"]
-        assert rank.startswith("\\*") == chosen
+        assert rank.startswith("\\*") == (row.removed == found.chosen.removed)
 
 
-@pytest.mark.parametrize(
-    ("missing", "title", "stage"),
+@parametrize(
+    "missing, title, stage",
     [
         ("evaluation.json", "Before and after", "evaluate"),
         ("candidates.json", "How well the energy ranks", "rank"),
@@ -298,7 +272,7 @@ def test_the_map_has_one_row_per_state_and_one_column_per_block(folder):
 )
 def test_an_absent_stage_is_reported_as_not_run(folder, missing, title, stage):
     proof = {**patch()["proof"], "remarks": ["text only"]}
-    change(folder / "model" / "isingcut.json", "removal", proof=proof)
+    change(folder / "model/isingcut.json", proof=proof)
     (folder / missing).unlink()
     page = page_of(folder)
     assert page.count("**Warning.** text only") == (stage != "excise")
@@ -306,8 +280,8 @@ def test_an_absent_stage_is_reported_as_not_run(folder, missing, title, stage):
     assert "Not run: " in part
     assert f"`isingcut {stage} r`" in part
     assert page.count("Not run") == 1
-    assert read_json(folder / "report.json", "report")["not_run"] == [stage]
-    assert f"isingcut {stage} r" in (folder / "report.html").read_text(encoding="utf-8")
+    assert load_json(folder / "report.json").not_run == [stage]
+    assert f"isingcut {stage} r" in (folder / "report.html").read_text()
 
 
 def test_another_removal_has_its_own_report_and_commands(folder):
@@ -318,16 +292,16 @@ def test_another_removal_has_its_own_report_and_commands(folder):
     assert "| calibration | `calibration.safetensors` | 1.2 |" in page
     assert "| solve | `spectrum.json` |" not in page
     assert not (folder / "report.md").exists()
-    stages = read_json(folder / "run.json", "run")["stages"]
+    stages = load_json(folder / "run.json").stages
     stages["remove-5/spectrum.json"]["options"] = {"remove": "", "budget": "params=25%"}
-    change(folder / "run.json", "run", stages=stages)
+    change(folder / "run.json", stages=stages)
     assert "`isingcut rank r --budget params=25%`" in page_of(
         folder, folder / "remove-5"
     )
 
 
-@pytest.mark.parametrize(
-    ("found", "said"),
+@parametrize(
+    "found, said",
     [
         (fidelity(0.95, 33, 0.9), ""),
         (fidelity(0.2, 33, -0.1), "ranked the measured states poorly (Spearman 0.20"),
@@ -339,15 +313,15 @@ def test_another_removal_has_its_own_report_and_commands(folder):
     ],
 )
 def test_a_poor_or_unknown_fidelity_is_a_plain_warning(folder, found, said):
-    change(folder / "candidates.json", "candidates", fidelity={"kl": found})
+    change(folder / "candidates.json", fidelity={"kl": found})
     page = page_of(folder)
     assert page.count("**Warning.**") == bool(said)
     assert said in page
     assert ("| undefined |" in page) == (found["spearman"] is None and found["n"] > 0)
 
 
-@pytest.mark.parametrize(
-    ("energy", "unit", "kl", "lowest", "said"),
+@parametrize(
+    "energy, unit, kl, lowest, said",
     [
         ("pairwise", "nats/token", 1.5, 0.6, "use --energy auto"),
         ("refined", "nats/token", 1.5, 0.6, "--effort"),
@@ -377,35 +351,30 @@ def test_generated_text_cannot_break_out_of_its_block(folder):
 
 
 def test_a_patch_is_reported_with_its_text_and_its_proof():
-    said = words.sentence("patch_story", PatchRecord.model_validate(patch()))
-    assert (
-        "700 tokens of standard input (4 samples that the energy was measured on and 3 oth"
-        in said
-    )
-    assert "on text they differ by 1.0e-07" in said
-    assert "--patch-tokens is" not in said
+    def said(**more):
+        return words.sentence("patch_story", PatchRecord.model_validate(patch(**more)))
+
+    text = "700 tokens of standard input (4 samples that the energy was measured on and 3 oth"
+    assert text in said()
+    assert "on text they differ by 1.0e-07" in said()
+    assert "--patch-tokens is" not in said()
     short = {**patch()["text"], "short": "the source has no more"}
     refused = [{"removed": [0, 0], "reason": "nothing stands before it"}]
-    said = words.sentence(
-        "patch_story", PatchRecord.model_validate(patch(text=short, unpatched=refused))
-    )
-    assert "each cut that can take one" in said
-    assert "--patch-tokens is 900, but the source has no more" in said
+    partly = said(text=short, unpatched=refused)
+    assert "each cut that can take one" in partly
+    assert "--patch-tokens is 900, but the source has no more" in partly
 
 
 def test_unpatched_cuts_are_reported_once_or_cut_by_cut():
     refused = [{"removed": [i, i + 1], "reason": "a norm"} for i in (3, 7)]
-    cut = {"removed": [3, 4], "of": N}
-    for found, expected in (
-        (patch(unpatched=refused, cuts=[]), "not patched: a norm"),
-        (patch(unpatched=refused[:1]), "not patched at blocks 3 to 4: a norm"),
-        (
-            patch(unpatched=[{**refused[0], "removed": [3, 3]}]),
-            "not patched at block 3: a norm",
-        ),
-    ):
-        record = CutRecord.model_validate({**cut, "patch": found})
-        assert words.patch_warnings(record) == [expected]
+    single = [{"removed": [3, 3], "reason": "a norm"}]
+    for expected, found in {
+        "not patched: a norm": patch(unpatched=refused, cuts=[]),
+        "not patched at blocks 3 to 4: a norm": patch(unpatched=refused[:1]),
+        "not patched at block 3: a norm": patch(unpatched=single),
+    }.items():
+        cut = CutRecord.model_validate({"removed": [3, 4], "of": N, "patch": found})
+        assert words.patch_warnings(cut) == [expected]
     exact = FurtherScores.model_construct(kl=0.4)
     worse = EvaluationFile.model_construct(last="patched", kl=0.5, cut=exact)
     (said,) = words.patch_warnings(worse)
@@ -456,8 +425,8 @@ def front_matter(card):
 
 def test_the_card_says_what_how_and_from_whom(folder):
     write_json(folder / "run.json", "run", run_content("smollm2", "pairwise", N, 3, 0))
-    chosen = read_json(folder / "candidates.json", "candidates")["chosen"]
-    card = model_card(folder, chosen["removed"])
+    chosen = load_json(folder / "candidates.json").chosen
+    card = model_card(folder, chosen.removed)
     head = front_matter(card)
     base = ("HuggingFaceTB/SmolLM2-135M-Instruct", "finetune")
     assert (head["base_model"], head["base_model_relation"]) == base
@@ -470,15 +439,14 @@ def test_the_card_says_what_how_and_from_whom(folder):
     figures = f"{chosen['kl']:.4f} ± {chosen['kl_se']:.4f} nats per token."
     assert f"{figures} Because the choice was made on it" in card
     assert "GGUF" not in card
-    rows = read_json(folder / "candidates.json", "candidates")["candidates"]
-    other = next(row["removed"] for row in rows if row["removed"] != chosen["removed"])
+    rows = load_json(folder / "candidates.json").candidates
+    other = next(row.removed for row in rows if row.removed != chosen.removed)
     assert "Because the choice" not in model_card(folder, other)
 
 
 def test_the_card_does_not_claim_the_papers_energy_is_not_the_papers(folder):
-    write_json(
-        folder / "run.json", "run", run_content("smollm2", "empirical-fisher", N, 3, 0)
-    )
+    run = run_content("smollm2", "empirical-fisher", N, 3, 0)
+    write_json(folder / "run.json", "run", run)
     assert "is that paper's empirical-Fisher estimate." in model_card(folder, [10, 11])
 
 
@@ -495,10 +463,8 @@ def test_the_card_of_a_local_model_tells_no_path(folder):
 
 def test_the_card_of_a_model_in_the_current_folder_has_its_name(folder):
     run = run_content(".", "pairwise", N, 3, 0)
-    run["provenance"]["model_path"] = {
-        "absolute": "/home/someone/mine",
-        "relative": "../mine",
-    }
+    places = {"absolute": "/home/someone/mine", "relative": "../mine"}
+    run["provenance"]["model_path"] = places
     write_json(folder / "run.json", "run", run)
     assert "\n# mine without 2 of its 12 blocks\n" in model_card(folder, [10, 11])
 
@@ -510,17 +476,10 @@ def test_the_card_without_a_ranking_claims_no_measurement(folder):
     assert "KL divergence" not in card
 
 
-@pytest.mark.parametrize(
-    ("held_out", "tuned"), [(None, False), ([0.5, 0.4], True), ([4, 5], False)]
-)
+@parametrize("held_out, tuned", [(None, False), ([0.5, 0.4], True), ([4, 5], False)])
 def test_a_card_says_whether_a_patch_was_tuned(folder, held_out, tuned):
-    layers = [{"block": 2, "layer": "mlp.up_proj"}]
-    tuning = {
-        "layers": layers,
-        "steps": 9,
-        "held_out_predictions": 99,
-        "held_out_kl": held_out,
-    }
+    tuning = {"layers": [{"block": 2, "layer": "mlp.up_proj"}], "held_out_kl": held_out}
+    tuning |= {"steps": 9, "held_out_predictions": 99}
     found = PatchRecord.model_validate(patch(tuning=tuning if held_out else None))
     said = model_card(folder, [10, 11], patch=found)
     assert ("tuned on the loss for a few steps" in said) == tuned
@@ -529,12 +488,10 @@ def test_a_card_says_whether_a_patch_was_tuned(folder, held_out, tuned):
 
 
 def test_a_healed_card_is_made_anew_from_the_parts_of_the_cut(folder):
-    healed = HealingFile.model_validate(
-        healing([{"step": 1, "tokens": 5, "loss": 1.0}], [10], N)
-    )
+    steps = [{"step": 1, "tokens": 5, "loss": 1.0}]
+    healed = HealingFile.model_validate(healing(steps, [10], N))
     cut = model_card(folder, [10, 11])
-    parts = card_parts(folder, [10, 11])
-    found = card.healed_card(parts, cut, healed)
+    found = card.healed_card(card_parts(folder, [10, 11]), cut, healed)
     assert front_matter(found) == front_matter(cut)
     assert "no weight was trained" in cut
     assert "no weight was trained" not in found
@@ -549,46 +506,34 @@ def test_a_healed_card_is_made_anew_from_the_parts_of_the_cut(folder):
     assert "| 0.9000 ± 0.0100 | 0.5000 ± 0.0100 |" in other
 
 
-def test_what_was_made_from_an_earlier_checkpoint_is_not_there(folder):
+@parametrize("source", ["calibration", "energy", "model"])
+def test_what_was_made_from_an_earlier_stage_is_not_there(folder, source):
     (folder / "model.gguf").touch()
     record(folder)
-    stages = read_json(folder / "run.json", "run")["stages"]
-    for model, there in (("0", True), ("1", False)):
-        for key in ("evaluation.json", "model.gguf"):
-            stages[key] = {**stages["evaluation.json"], "options": {"model": model}}
-        change(folder / "run.json", "run", stages=stages)
+    stages = load_json(folder / "run.json").stages
+    made = stages["evaluation.json"]
+    stages |= {"calibration.safetensors": {**made, "stage": "calibration"}}
+    readers = ("spectrum.json", "candidates.json", "evaluation.json", "model.gguf")
+    for fingerprint, current in (("0", True), ("1", False)):
+        for key in readers:
+            stages[key] = {**stages.get(key, made), "options": {source: fingerprint}}
+        change(folder / "run.json", stages=stages)
         found = RunFiles(folder)
-        assert [found.evaluation is not None, found.gguf is not None] == [there, there]
-
-
-@pytest.mark.parametrize("source", ["calibration", "energy"])
-def test_what_was_made_from_an_earlier_text_or_energy_is_not_there(folder, source):
-    record(folder)
-    stages = read_json(folder / "run.json", "run")["stages"]
-    stages["calibration.safetensors"] = {
-        **stages["evaluation.json"],
-        "stage": "calibration",
-    }
-    for fingerprint, there in (("0", True), ("1", False)):
-        for key in ("spectrum.json", "candidates.json", "evaluation.json"):
-            stages[key] = {**stages[key], "options": {source: fingerprint}}
-        change(folder / "run.json", "run", stages=stages)
-        found = RunFiles(folder)
-        # A spectrum and a ranking read the energy, an evaluation reads the text.
-        kept = there or source == "calibration"
-        assert [found.spectrum is not None, found.candidates is not None] == [
-            kept,
-            kept,
-        ]
-        assert (found.evaluation is not None) == (there or source == "energy")
+        # A spectrum and a ranking read the energy, an evaluation the text and the model.
+        there = {
+            "energy": current or source != "energy",
+            "text": current or source not in ("calibration", "model"),
+            "model": current or source != "model",
+        }
+        assert (found.spectrum is not None) == there["energy"]
+        assert (found.candidates is not None) == there["energy"]
+        assert (found.evaluation is not None) == there["text"]
+        assert (found.gguf is not None) == there["model"]
 
 
 def test_choices_for_an_earlier_removal_are_not_compared(folder):
-    number = len(
-        read_json(folder / "candidates.json", "candidates")["chosen"]["removed"]
-    )
-    for name, removed in (("sleb", range(number)), ("cbo", range(number - 1))):
-        content = baseline(name, list(removed), 0.001)
+    for name, removed in (("sleb", [0, 1, 2]), ("cbo", [0, 1])):
+        content = baseline(name, removed, 0.001)
         write_json(folder / f"baseline-{name}.json", "baseline", content)
     record(folder)
     assert [b.baseline for b in RunFiles(folder).baselines] == ["sleb"]
@@ -598,16 +543,14 @@ def test_parts_of_a_card_are_read_from_the_record_of_the_cut(folder):
     parts = card_parts(folder, [10, 11]).model_copy(
         update={"loads_with": "AutoModelForX"}
     )
-    file = folder / "model" / "isingcut.json"
+    file = folder / "model/isingcut.json"
     assert RunFiles(folder).loads_with == "AutoModelForCausalLM"
-    change(file, "removal", card=parts.content())
+    change(file, card=parts.content())
     assert RunFiles(folder).removal.card == parts
     assert "from transformers import AutoModelForX\n" in card.model_card(parts)
     assert RunFiles(folder).loads_with == "AutoModelForX"
-    change(file, "removal", card={**CardParts.content(parts), "rows": [["one"]]})
-    with pytest.raises(
-        StageFileError, match=r"isingcut\.json is damaged: card\.rows\.0"
-    ):
+    change(file, card={**CardParts.content(parts), "rows": [["one"]]})
+    with refuses(r"isingcut\.json is damaged: card\.rows\.0", StageFileError):
         _ = RunFiles(folder).removal
 
 

@@ -10,9 +10,9 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import sync_playwright
 
-from isingcut.files.results import read_json
 from isingcut.ising.hamiltonian import Hamiltonian
 from run_files import write_comparison, write_report, write_run
+from shared import load_json, module_fixture, parametrize
 
 DESK = {"width": 1280, "height": 900}
 PHONE = {"width": 390, "height": 844}
@@ -28,7 +28,7 @@ QUIET = [
 ]
 
 
-@pytest.fixture(scope="module")
+@module_fixture
 def browser():
     names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
     found = next((path for name in names if (path := shutil.which(name))), None)
@@ -45,14 +45,14 @@ def browser():
         running.close()
 
 
-@pytest.fixture(scope="module")
+@module_fixture
 def run(tmp_path_factory):
     path = write_run(tmp_path_factory.mktemp("pages") / "run")
     write_report(path)
     return path
 
 
-@pytest.fixture(scope="module")
+@module_fixture
 def files(run):
     """The pages to test: a run, one of 96 blocks, and a comparison of three."""
     large = write_run(run.parent / "large", n=96, m=20, model="b-model", extras=False)
@@ -95,8 +95,8 @@ def overflow(page):
     return page.evaluate("document.documentElement.scrollWidth - innerWidth")
 
 
-@pytest.mark.parametrize("name", ["run", "large", "several"])
-@pytest.mark.parametrize("size", [DESK, PHONE], ids=["1280", "390"])
+@parametrize("name", ["run", "large", "several"])
+@parametrize("size", [DESK, PHONE], ids=["1280", "390"])
 def test_nothing_scrolls_sideways(show, name, size):
     page = show(name, size)
     assert overflow(page) <= 0
@@ -141,7 +141,7 @@ def test_pointing_gives_values(show, run):
     page = show("run")
     tip = page.locator(".tip")
     assert tip.is_hidden()
-    chosen = read_json(run / "candidates.json", "candidates")["chosen"]
+    chosen = load_json(run / "candidates.json").chosen
     page.locator("#scatter-pairwise .mark.chosen").hover()
     assert f"measured KL {chosen['kl']:.4f}" in tip.inner_text()
     assert f"energy {chosen['energy']:.4g}" in tip.inner_text()
@@ -157,7 +157,7 @@ def test_pointing_gives_values(show, run):
     cell = page.locator("#map tr.chosen td[data-axis]")
     cell.hover(
         position={
-            "x": cell.bounding_box()["width"] * (chosen["removed"][0] + 0.5) / 12,
+            "x": cell.bounding_box()["width"] * (chosen.removed[0] + 0.5) / 12,
             "y": 9,
         }
     )
@@ -177,9 +177,9 @@ def pairs(removed):
 
 def test_a_click_on_a_state_marks_it_in_every_figure(show, run):
     page = show("run")
-    ranked = read_json(run / "candidates.json", "candidates")
-    state = ranked["candidates"][2]["removed"]
-    chosen = ranked["chosen"]["removed"]
+    ranked = load_json(run / "candidates.json")
+    state = ranked.candidates[2].removed
+    chosen = ranked.chosen.removed
     assert outlined(page) == pairs(chosen)
     page.locator("#map tbody tr").nth(2).click()
     assert page.locator("#map button[aria-pressed=true]").count() == 1
@@ -200,9 +200,7 @@ def test_the_keyboard_reaches_every_state(show, run):
     page.locator("#map tbody button").first.focus()
     for key in ("Tab", "Enter"):
         page.keyboard.press(key)
-    removed = read_json(run / "candidates.json", "candidates")["candidates"][1][
-        "removed"
-    ]
+    removed = load_json(run / "candidates.json").candidates[1].removed
     assert page.evaluate(live) == f"state 1 removes {', '.join(map(str, removed))}"
     page.keyboard.press("Escape")
     assert page.evaluate(live) == ""
@@ -230,7 +228,7 @@ def test_axe_finds_no_serious_violation(show):
     assert violations(show("several", color_scheme="light")) == []
 
 
-@pytest.mark.parametrize("name", ["run", "several"])
+@parametrize("name", ["run", "several"])
 def test_axe_finds_enough_contrast_in_the_dark(show, name):
     page = show(name, color_scheme="dark")
     assert (

@@ -18,10 +18,10 @@ from isingcut.files.writing import (
     lock_beside,
     lock_place,
 )
-from isingcut.testing.tiny import tiny_checkpoint
 from ranks import start
 from shared import OPTIONS as USUAL
-from shared import leave_speed_out, write_words
+from shared import leave_speed_out, module_fixture, parametrize, write_words
+from tiny import tiny_checkpoint
 
 OPTIONS = {
     **USUAL,
@@ -32,7 +32,7 @@ OPTIONS = {
 }
 
 
-@pytest.fixture(scope="module")
+@module_fixture
 def place(tmp_path_factory):
     """A folder with a tiny model, a text, and the run of a process that was not killed."""
     folder = tmp_path_factory.mktemp("resume")
@@ -51,10 +51,7 @@ def _run(place, out, moment):
         leave_speed_out(patch.setattr)
         patch.setattr("isingcut.energies.fisher.Fisher.default_samples", 4)
         isingcut.run(
-            model=str(place / "model"),
-            calibration=str(place / "text.txt"),
-            out=str(out),
-            **OPTIONS,
+            model=place / "model", calibration=place / "text.txt", out=out, **OPTIONS
         )
 
 
@@ -140,7 +137,7 @@ def _leave_temporaries(folder):
         stack.close()
 
 
-@pytest.mark.parametrize("inside", [True, False])
+@parametrize("inside", [True, False])
 def test_who_has_the_lock_clears_what_killed_processes_left(tmp_path, inside):
     process = start(tmp_path.with_suffix(".said"), _leave_temporaries, tmp_path)
     process.join(120)

@@ -1,5 +1,6 @@
 """Solvers: states they find, proofs, refusals, and reports of early stops."""
 
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,7 +30,7 @@ from isingcut.ising.solvers.base import Solution, reduce
 from isingcut.ising.solvers.dimod import find_nearest
 from isingcut.testing.solvers import check_solver
 from isingcut.testing.solvers import main as kit
-from shared import refuses
+from shared import parametrize, refuses
 
 
 def hamiltonian(kind, n, seed):
@@ -38,18 +39,19 @@ def hamiltonian(kind, n, seed):
         A = rng.normal(size=(n, n)) * 10 ** rng.uniform(-1, 0.5, size=n)
         return Hamiltonian.from_quadratic(A.T @ A / n)
     if kind == "degenerate":
-        Q = rng.integers(-2, 3, size=(n, n))
-        return Hamiltonian.from_quadratic(Q)
+        return Hamiltonian.from_quadratic(rng.integers(-2, 3, size=(n, n)))
     if kind == "flat":
         return Hamiltonian(np.zeros(n), np.zeros((n, n)))
     return Hamiltonian.from_quadratic(rng.normal(size=(n, n)), c=float(rng.normal()))
 
 
-N = 12
+def counted(kind, n, m, seed=0):
+    """Return the problem of removing m of n blocks by an energy of that kind."""
+    return Problem(hamiltonian(kind, n, seed), [con.count(n, m)])
 
 
 def test_unknown_solvers_and_options_are_refused():
-    problem = Problem(hamiltonian("indefinite", 4, 0), [con.count(4, 2)])
+    problem = counted("indefinite", 4, 2)
     with refuses("did you mean 'tabu'", UnknownNameError):
         solve(problem, "taboo")
     with refuses("heat"):
@@ -60,17 +62,17 @@ def test_unknown_solvers_and_options_are_refused():
 
 
 def test_tabu_depends_on_nothing_but_seed_and_options():
-    problem = Problem(hamiltonian("indefinite", 30, 0), [con.count(30, 12)])
+    problem = counted("indefinite", 30, 12)
     a = solve(problem, "tabu", restarts=3, steps=50, seed=5)
     b = solve(problem, "tabu", restarts=3, steps=50, seed=5)
     assert_array_equal(a.states, b.states)
 
 
-WIDE = Problem(hamiltonian("indefinite", 60, 0), [con.count(60, 30)])
+WIDE = counted("indefinite", 60, 30)
 
 
-@pytest.mark.parametrize(
-    ("stopped", "options"),
+@parametrize(
+    "stopped, options",
     [
         ("time limit", {"seconds": 0.2}),
         ("node limit", {"nodes": 2}),
@@ -117,7 +119,7 @@ def test_a_limit_does_not_count_the_compilation(monkeypatch):
         "isingcut.ising.solvers.exact.time.perf_counter", lambda: now[0]
     )
     exact.compile_search.cache_clear()
-    problem = Problem(hamiltonian("indefinite", 12, 0), [con.count(12, 5)])
+    problem = counted("indefinite", 12, 5)
     assert solve(problem, "auto", k=3, seconds=60.0).proven
     assert now == [100.0]
 
@@ -126,7 +128,7 @@ def test_tabu_stops_at_its_limit():
     assert solve(WIDE, "tabu", restarts=10**6, seconds=0.05).info["restarts"] < 10**6
 
 
-@pytest.mark.parametrize("k", [0, -1, 10**9])
+@parametrize("k", [0, -1, 10**9])
 def test_the_number_of_states_is_bounded(k):
     with refuses("k must be from 1 to 100,000"):
         solve(WIDE, "tabu", k=k)
@@ -164,13 +166,9 @@ def test_what_is_no_solution_is_refused(monkeypatch):
             solve(WIDE, "odd")
 
 
-@pytest.mark.parametrize("name", ["exact", "auto"])
+@parametrize("name", ["exact", "auto"])
 def test_solvers_with_a_proof(name):
-    assert check_solver(make(name)) == {
-        "ground_states_found": 1.0,
-        "k_best_found": 1.0,
-        "proofs": 1.0,
-    }
+    assert set(check_solver(make(name)).values()) == {1.0}
 
 
 def test_tabu():
@@ -179,8 +177,8 @@ def test_tabu():
     assert figures["k_best_found"] > 0.8
 
 
-@pytest.mark.parametrize(
-    ("name", "options"),
+@parametrize(
+    "name, options",
     [
         ("dimod", {"sampler": SimulatedAnnealingSampler, "reads": 50}),
         ("dimod", {"sampler": TabuSampler, "reads": 5, "options": {"timeout": 5}}),
@@ -205,12 +203,9 @@ class AllOnes:
         return dimod.SampleSet.from_samples_bqm([dict.fromkeys(bqm.variables, 1)], bqm)
 
 
-@pytest.mark.parametrize("sampler", [AllOnes, AllOnes()], ids=["class", "instance"])
+@parametrize("sampler", [AllOnes, AllOnes()], ids=["class", "instance"])
 def test_infeasible_samples_are_repaired_and_counted(sampler):
-    rng = np.random.default_rng(0)
-    problem = Problem(
-        Hamiltonian.from_quadratic(rng.normal(size=(8, 8))), [con.count(8, 3)]
-    )
+    problem = counted("indefinite", 8, 3)
     spectrum = solve(problem, "dimod", k=5, sampler=sampler)
     assert len(spectrum) == 1
     assert spectrum.info["repaired"] == 1
@@ -226,7 +221,7 @@ class Exits(AllOnes):
 
 
 def test_an_interrupt_of_a_sampler_is_the_users():
-    problem = Problem(Hamiltonian(np.zeros(3), np.zeros((3, 3))), [con.count(3, 1)])
+    problem = counted("flat", 3, 1)
     with pytest.raises(KeyboardInterrupt):
         make("dimod", sampler=Exits()).solve(problem, 1)
 
@@ -243,8 +238,7 @@ class Low(dimod.Sampler):
 """
     (tmp_path / "own_samplers.py").write_text(source)
     monkeypatch.syspath_prepend(tmp_path)
-    energy = np.random.default_rng(0).normal(size=(8, 8))
-    problem = Problem(Hamiltonian.from_quadratic(energy), [con.count(8, 3)])
+    problem = counted("indefinite", 8, 3)
     more = {"options": {"heat": 2, "cold": 1}}
     found = solve(problem, "dimod:own_samplers.Low", k=5, **more)
     import own_samplers
@@ -282,8 +276,8 @@ class Fake:
         }[self.fault]
 
 
-@pytest.mark.parametrize(
-    ("fault", "message"),
+@parametrize(
+    "fault, message",
     [
         ("type", "must return a Solution"),
         ("shape", "must be bool"),
@@ -300,10 +294,9 @@ def test_the_kit_finds_faults(fault, message):
 def test_the_kit_wants_infeasibility_reported():
     class Silent:
         def solve(self, problem, k):
-            try:
+            with suppress(InfeasibleError):
                 return make("exact").solve(problem, k)
-            except Exception:
-                return Solution(np.zeros((0, problem.n), dtype=bool))
+            return Solution(np.zeros((0, problem.n), dtype=bool))
 
     with refuses("must raise InfeasibleError", VerificationError):
         check_solver(Silent())
@@ -343,28 +336,20 @@ def problems(draw, most):
     seed = draw(st.integers(0, 10_000))
     kind = draw(st.sampled_from(["psd", "indefinite", "degenerate", "flat"]))
     rng = np.random.default_rng(seed)
-    rows = []
-    if draw(st.booleans()):
-        rows.append(con.count(n, draw(st.integers(0, n))))
-    extra = draw(
-        st.sampled_from(
-            ["none", "kinds", "budget", "at most", "keep", "together", "apart"]
-        )
-    )
-    if extra == "kinds":
-        kinds = [str(v) for v in rng.integers(0, 2, size=n)]
-        half = {k: kinds.count(k) // 2 for k in set(kinds)}
-        rows = con.kind_counts(kinds, half)
-    elif extra == "budget":
-        rows.append(con.budget("params", rng.uniform(1e6, 3e6, size=n), share=0.4))
-    elif extra == "at most":
-        rows.append(con.LinearConstraint("cap", rng.integers(-3, 4, size=n), "<=", 1.0))
-    elif extra == "keep":
-        rows += con.keep(n, [0])
-    elif extra == "together":
-        rows += con.together(n, [(0, n - 1)])
-    elif extra == "apart":
-        rows += apart(n)
+    rows = [con.count(n, draw(st.integers(0, n)))] if draw(st.booleans()) else []
+    kinds = [str(v) for v in rng.integers(0, 2, size=n)]
+    half = {k: kinds.count(k) // 2 for k in set(kinds)}
+    cap = rng.integers(-3, 4, size=n)
+    extra = {
+        "none": [],
+        "budget": [con.budget("params", rng.uniform(1e6, 3e6, size=n), share=0.4)],
+        "at most": [con.LinearConstraint("cap", cap, "<=", 1.0)],
+        "keep": con.keep(n, [0]),
+        "together": con.together(n, [(0, n - 1)]),
+        "apart": apart(n),
+    }
+    name = draw(st.sampled_from(["kinds", *extra]))
+    rows = con.kind_counts(kinds, half) if name == "kinds" else rows + extra[name]
     return Problem(hamiltonian(kind, n, seed), rows)
 
 
@@ -397,27 +382,22 @@ def test_the_semidefinite_tree_equals_brute_force(problem, k):
         assert_the_k_best(problem, k, threads=1)
 
 
-@pytest.mark.parametrize("kind", ["psd", "indefinite", "degenerate"])
-@pytest.mark.parametrize("nodes", [5, 100_000], ids=["tree", "enumeration"])
+@parametrize("kind", ["psd", "indefinite", "degenerate"])
+@parametrize("nodes", [5, 100_000], ids=["tree", "enumeration"])
 def test_nothing_is_pruned_that_the_heuristic_would_have_found(
     monkeypatch, kind, nodes
 ):
     # The pool starts empty: a state that a wrong bound drops is missing from the answer.
-    monkeypatch.setattr(
-        tabu.Tabu,
-        "search",
-        lambda self, r, *rest: (np.zeros((0, r.n), dtype=np.uint8), 0),
-    )
+    nothing = lambda self, r, *rest: (np.zeros((0, r.n), dtype=np.uint8), 0)  # noqa: E731
+    monkeypatch.setattr(tabu.Tabu, "search", nothing)
     monkeypatch.setattr(exact, "ROOT_BUDGET", nodes)
     monkeypatch.setattr(exact, "NODE_BUDGET", nodes)
     cap = con.LinearConstraint("cap", np.arange(13) % 4, "<=", 7.0)
     for seed, m in enumerate((3, 5, 9)):
         ham = hamiltonian(kind, 13, seed)
-        assert_the_k_best(Problem(ham, [con.count(13, m)]), 4, threads=1)
-        assert_the_k_best(Problem(ham, [con.count(13, m), cap]), 4, threads=1)
-        assert_the_k_best(
-            Problem(ham, [con.count(13, 3), cap, *apart(13)]), 4, threads=1
-        )
+        row = con.count(13, m)
+        for rows in ([row], [row, cap], [con.count(13, 3), cap, *apart(13)]):
+            assert_the_k_best(Problem(ham, rows), 4, threads=1)
 
 
 def test_bounds_are_bounds():
@@ -450,9 +430,7 @@ def test_bounds_are_bounds():
         child = dual.restrict(fixed)
         W = s[x[:, i] == value]
         a = W[:, np.delete(np.arange(n + 1), i + 1)][:, child.cuts]
-        pairs = np.stack(
-            [a[..., 0] * a[..., 1], a[..., 0] * a[..., 2], a[..., 1] * a[..., 2]], -1
-        )
+        pairs = a[..., [0, 0, 1]] * a[..., [1, 2, 2]]
         assert (1 + (pairs * SIGNS[child.kinds]).sum(axis=-1) >= 0).all()
         # On binaries the diagonal terms are constants: nothing may be lost or gained.
         assert child.x[:n].sum() == pytest.approx(dual.x[: n + 1].sum())
@@ -460,7 +438,7 @@ def test_bounds_are_bounds():
 
 
 def test_threads_agree(tree_only):
-    problem = Problem(hamiltonian("psd", 20, 3), [con.count(20, 8)])
+    problem = counted("psd", 20, 8, 3)
     one = solve(problem, "exact", k=30, threads=1)
     two = solve(problem, "exact", k=30, threads=2)
     assert_array_equal(one.states, two.states)
@@ -468,16 +446,17 @@ def test_threads_agree(tree_only):
 
 
 def test_open_nodes_without_multipliers_are_still_solved(tree_only):
-    problem = Problem(hamiltonian("indefinite", 16, 2), [con.count(16, 7)])
+    problem = counted("indefinite", 16, 7, 2)
     lean = solve(problem, "exact", k=20, memory_mb=0.0)
     rich = solve(problem, "exact", k=20)
     assert_array_equal(lean.states, rich.states)
     assert lean.proven
 
 
-def test_bad_options_are_refused():
-    problem = Problem(hamiltonian("psd", 4, 0), [con.count(4, 2)])
-    with refuses("threads"):
-        solve(problem, "exact", threads=-1)
-    with refuses("time limit"):
-        solve(problem, "exact", seconds=0.0)
+@parametrize(
+    "words, options",
+    [("threads", {"threads": -1}), ("time limit", {"seconds": 0.0})],
+)
+def test_bad_options_are_refused(words, options):
+    with refuses(words):
+        solve(WIDE, "exact", **options)

@@ -20,8 +20,7 @@ from isingcut.models.compute import head
 from isingcut.models.compute.head import OutputHead
 from isingcut.models.replay import Replay
 from isingcut.models.streaming.replay import StreamedReplay, open_model
-from isingcut.testing.tiny import tiny_checkpoint
-from shared import refuses
+from shared import parametrize, refuses
 from tiny import (
     count_rows,
     edit_tensors,
@@ -31,6 +30,7 @@ from tiny import (
     samples,
     some_states,
     streamed,
+    tiny_checkpoint,
     watch,
 )
 
@@ -50,7 +50,7 @@ FAST = [
 ]
 
 
-@pytest.mark.parametrize("family", FAST)
+@parametrize("family", FAST)
 def test_equals_the_model_in_memory_with_two_parts_alive(family, tmp_path):
     folder = tiny_checkpoint(family, tmp_path)
     whole = in_memory(folder)
@@ -86,8 +86,8 @@ def test_gradients_through_several_blocks_are_refused(llama):
         recording.block(3, recording.entered)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral", "nemotron_h"])
-@pytest.mark.parametrize("removed", [(1, 2), (0, 3)])
+@parametrize("family", ["llama", "gpt2", "mixtral", "nemotron_h"])
+@parametrize("removed", [(1, 2), (0, 3)])
 def test_slopes_at_a_cut_model_are_those_in_memory(family, removed, tmp_path):
     folder = tiny_checkpoint(family, tmp_path)
     whole = in_memory(folder)
@@ -123,7 +123,7 @@ JOBS = {
 }
 
 
-@pytest.mark.parametrize("job", JOBS)
+@parametrize("job", JOBS)
 def test_a_device_holds_two_parts_and_the_hidden_states(job, tmp_path):
     size = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 8}
     folder = tiny_checkpoint("llama", tmp_path, **size, head_dim=32)
@@ -160,7 +160,7 @@ def narrow(llama, monkeypatch):
     return replay
 
 
-@pytest.mark.parametrize("allowed", [4, 5, 7, 40])
+@parametrize("allowed", [4, 5, 7, 40])
 def test_chunks_of_states_and_samples_do_not_change_the_losses(llama, narrow, allowed):
     narrow.allowed = allowed
     whole = in_memory(llama)
@@ -191,7 +191,7 @@ def test_gradients_take_so_many_samples_at_a_time_as_fit(llama, narrow):
         gate_gradients(narrow, whole, work=Work(24))
 
 
-@pytest.mark.parametrize("family", ["llama", "mixtral", "nemotron_h"])
+@parametrize("family", ["llama", "mixtral", "nemotron_h"])
 def test_graphs_are_kept_where_there_is_room(family, tmp_path, monkeypatch):
     replay = in_memory(tiny_checkpoint(family, tmp_path))
     expected = gate_gradients(replay, samples(), work=Work(24))
@@ -259,17 +259,13 @@ def test_the_original_s_logits_of_one_micro_batch_exist_at_a_time(llama, monkeyp
     assert most == [1, 1, 1]
 
 
-def test_the_losses_of_a_round_share_a_sweep(tmp_path, monkeypatch):
+def test_the_losses_of_a_round_share_a_sweep(tmp_path, monkeypatch, spy):
     replay = streamed(tiny_checkpoint("llama", tmp_path, num_hidden_layers=8))
     tokens = random_tokens([12] * 8)
     search = Search(replay, tokens, Work(24), [Target.count(8, 4)], 12.0)
-    sets = []
     rounds = []
     turn = Search._turn
-    together = measure_together
-    monkeypatch.setattr(
-        ledger, "measure_together", lambda *a: (sets.append(len(a[1])), together(*a))[1]
-    )
+    sets = spy(ledger, "measure_together", lambda _, *given: len(given[1]))
 
     def watched(self, goal):
         sets.clear()
@@ -287,7 +283,7 @@ def test_the_losses_of_a_round_share_a_sweep(tmp_path, monkeypatch):
     assert max(count for count, _ in rounds) < 3.1
 
 
-@pytest.mark.parametrize("job", ["states", "gradients"])
+@parametrize("job", ["states", "gradients"])
 def test_an_interrupted_run_loses_one_chunk_and_gives_the_same_bits(
     llama, job, tmp_path
 ):

@@ -25,10 +25,19 @@ from isingcut.models.streaming.store import Buffers
 from isingcut.models.verify import verify
 from isingcut.options.config import RunConfig
 from isingcut.runs.session import Session
-from isingcut.testing.tiny import tiny_checkpoint
 from quantised import quantise
-from shared import OPTIONS, load_json, refuses
-from tiny import CPU, edit_config, edit_tensors, samples, some_states, streamed, watch
+from shared import OPTIONS, load_json, module_fixture, parametrize, refuses
+from tiny import (
+    CPU,
+    edit_config,
+    edit_tensors,
+    load_tiny,
+    samples,
+    some_states,
+    streamed,
+    tiny_checkpoint,
+    watch,
+)
 
 
 class Numbers:
@@ -114,14 +123,12 @@ def reads_what_is_loaded(folder, dtype):
         assert torch.equal(found[name], value), name
 
 
-@pytest.mark.parametrize(
-    "family", ["gpt2", "deepseek_v3", "nemotron_h", "zamba2", "gemma4"]
-)
+@parametrize("family", ["gpt2", "deepseek_v3", "nemotron_h", "zamba2", "gemma4"])
 def test_reads_the_numbers_that_transformers_loads(family, tmp_path):
     reads_what_is_loaded(tiny_checkpoint(family, tmp_path), "bfloat16")
 
 
-@pytest.mark.parametrize("layout", ["fp8", "compressed-tensors", "modelopt"])
+@parametrize("layout", ["fp8", "compressed-tensors", "modelopt"])
 def test_reads_float8_weights_and_others_in_pieces(layout, tmp_path, monkeypatch):
     monkeypatch.setattr("isingcut.models.streaming.reader._STAGE", 256)
     folder = tiny_checkpoint("qwen3", tmp_path)
@@ -136,7 +143,7 @@ def test_reads_shards_and_old_names(tmp_path):
     shutil.copytree(folder, tmp_path / "many")
     model = AutoModelForCausalLM.from_pretrained(folder)
     model.save_pretrained(tmp_path / "many", max_shard_size="40KB")
-    (tmp_path / "many" / "model.safetensors").unlink()
+    (tmp_path / "many/model.safetensors").unlink()
     whole = everything(folder, torch.float32)
     for name, value in everything(tmp_path / "many", torch.float32).items():
         assert torch.equal(value, whole[name]), name
@@ -165,8 +172,8 @@ def test_experts_are_read_into_their_place_and_other_conversions_are_transformer
         assert not any(isinstance(s, ConversionStep) for s in steps)
 
 
-def test_a_conversion_that_computes_is_run(tmp_path, monkeypatch):
-    monkeypatch.setattr("isingcut.models.streaming.reader._slices", lambda *a: None)
+def test_a_conversion_that_computes_is_run(tmp_path, stub):
+    stub("isingcut.models.streaming.reader._slices", None)
     reads_what_is_loaded(tiny_checkpoint("mixtral", tmp_path), "float32")
 
 
@@ -203,10 +210,8 @@ def test_numbers_are_checked_once(llama, monkeypatch):
 pytestmark = pytest.mark.usefixtures("one_layout")
 
 
-def test_memory_allowed_and_needed(llama, monkeypatch):
-    monkeypatch.setattr(
-        "isingcut.models.device._used_and_free", lambda device: (1000, 5000)
-    )
+def test_memory_allowed_and_needed(llama, monkeypatch, stub):
+    stub("isingcut.models.device._used_and_free", (1000, 5000))
     assert allowance("", CPU) == Allowance(5000, 1000)
     assert allowance("50%", CPU).left == 2500
     assert allowance("3KB", CPU) == Allowance(3000, 1000)
@@ -215,9 +220,7 @@ def test_memory_allowed_and_needed(llama, monkeypatch):
     assert allowance("", CPU).left == 1000
     with refuses(r"memory 'much': expected a share .*, got 'much'"):
         allowance("much", CPU)
-    parameters = sum(
-        p.numel() for p in load(llama, dtype="float32", device="cpu").model.parameters()
-    )
+    parameters = sum(p.numel() for p in load_tiny(llama).model.parameters())
     assert weight_bytes(llama, torch.bfloat16) == 2 * parameters
 
 
@@ -232,7 +235,7 @@ def test_a_container_has_a_limit_of_its_own(tmp_path):
 
 
 def test_weights_that_do_not_fit_are_streamed(llama):
-    config = RunConfig(model=str(llama), dtype="float32", device="cpu")
+    config = RunConfig(model=llama, dtype="float32", device="cpu")
     assert not Session(config).streaming
     assert Session(config.replace(memory_limit="1KB")).streaming
     assert not Session(config.replace(memory_limit="1KB", stream="off")).streaming
@@ -243,7 +246,7 @@ def test_weights_that_do_not_fit_are_streamed(llama):
         config.replace(stream="maybe").validate()
 
 
-@pytest.fixture(scope="module")
+@module_fixture
 def cut(llama, tmp_path_factory):
     out = tmp_path_factory.mktemp("cut") / "model"
     excise(llama, [1, 4], out)
@@ -279,15 +282,13 @@ def test_a_cut_that_does_not_load_is_noticed(llama, cut, tmp_path):
         tensors["model.extra.weight"] = torch.zeros(1)
     with refuses(r"unexpected keys: model\.extra\.weight", VerificationError):
         verify(streamed(llama), [1, 4], tmp_path / "bad")
-    (tmp_path / "bad" / "model.safetensors").unlink()
+    (tmp_path / "bad/model.safetensors").unlink()
     with refuses("does not load", VerificationError):
         verify(streamed(llama), [1, 4], tmp_path / "bad")
 
 
 def test_quality_of_a_streamed_pair_is_that_in_memory(llama, cut):
-    pair = [
-        load(folder, dtype="float32", device="cpu").model for folder in (llama, cut)
-    ]
+    pair = [load_tiny(folder).model for folder in (llama, cut)]
     expected = evaluate.quality(*pair, samples(), Work(24))
     place = {"dtype": "float32", "device": "cpu"}
     original = load_streamed(llama, **place)
@@ -312,20 +313,13 @@ def test_a_whole_run_loads_no_model(llama, text, tmp_path, monkeypatch):
     monkeypatch.setattr("isingcut.models.load.load", never)
     monkeypatch.setattr("isingcut.models.sharing.load", never)
     monkeypatch.setattr("isingcut.models.verify.reload", never)
-    options = {
-        **OPTIONS,
-        "model": str(llama),
-        "calibration": str(text),
-        "stream": "on",
-    }
-    folder = run(
-        remove=2, out=str(tmp_path / "run"), compare_energies="fisher", **options
-    )
+    options = {**OPTIONS, "model": llama, "calibration": text, "stream": "on"}
+    folder = run(remove=2, out=tmp_path / "run", compare_energies="fisher", **options)
     evaluation = load_json(folder / "evaluation.json")
-    chosen = load_json(folder / "candidates.json")["chosen"]
-    assert evaluation["streamed"]
-    assert evaluation["after"]["blocks"] == 4
-    assert len(chosen["removed"]) == 2
+    chosen = load_json(folder / "candidates.json").chosen
+    assert evaluation.streamed
+    assert evaluation.after.blocks == 4
+    assert len(chosen.removed) == 2
     report = (folder / "report.md").read_text()
     assert "not measured" in report
     assert re.search(
@@ -340,5 +334,5 @@ def test_a_whole_run_loads_no_model(llama, text, tmp_path, monkeypatch):
         ),
     ):
         with refuses(message):
-            isingcut.energy(out=str(tmp_path / "no"), **{**options, **wrong})
+            isingcut.energy(out=tmp_path / "no", **{**options, **wrong})
     assert not (tmp_path / "no").exists()

@@ -6,19 +6,16 @@ import itertools
 import math
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
 
-from isingcut.evaluation import questions
+from isingcut.evaluation import answers, questions
 from isingcut.evaluation.benchmark import benchmark, compare_scores, mcnemar
 from isingcut.evaluation.questions import prepare_task
 from isingcut.evaluation.scores import score_states
-from isingcut.models.load import load
-from shared import refuses, write_jsonl
-
-Record = dict[str, Any]
+from shared import module_fixture, parametrize, refuses, write_jsonl
+from tiny import load_tiny
 
 NOUNS = ["river", "bridge", "lantern", "orchard", "harbour", "mill", 'it\'s "odd"']
 
@@ -30,6 +27,11 @@ def choice(i, count):
     ]
 
 
+def asked(context, choices, answer):
+    """Return a question in our form."""
+    return {"context": context, "choices": choices, "answer": answer}
+
+
 def arc(i):
     text = f"Which of these is number {i}?"
     answer = i % 4
@@ -38,7 +40,7 @@ def arc(i):
         "choices": {"text": choice(i, 4), "label": ["A", "B", "C", "D"]},
         "answerKey": "ABCD"[answer],
     }
-    return theirs, {"context": text, "choices": choice(i, 4), "answer": answer}
+    return theirs, asked(text, choice(i, 4), answer)
 
 
 def openbook(i):
@@ -49,7 +51,7 @@ def openbook(i):
 def piqa(i):
     one, two = choice(i, 2)
     theirs = {"goal": f"Cross the river {i}.", "sol1": one, "sol2": two, "label": i % 2}
-    return theirs, {"context": theirs["goal"], "choices": [one, two], "answer": i % 2}
+    return theirs, asked(theirs["goal"], [one, two], i % 2)
 
 
 def hellaswag(i):
@@ -66,11 +68,7 @@ def hellaswag(i):
     import datasets
 
     made = process.process_docs(datasets.Dataset.from_list([theirs]))[0]
-    return theirs, {
-        "context": made["query"],
-        "choices": made["choices"],
-        "answer": made["gold"],
-    }
+    return theirs, asked(made["query"], made["choices"], made["gold"])
 
 
 def winogrande(i):
@@ -82,7 +80,7 @@ def winogrande(i):
         "option2": two,
         "answer": str(1 + i % 2),
     }
-    return theirs, {"context": text, "choices": [one, two], "answer": i % 2}
+    return theirs, asked(text, [one, two], i % 2)
 
 
 def boolq(i):
@@ -92,7 +90,7 @@ def boolq(i):
         "label": i % 2,
     }
     context = f"{theirs['passage']}\nQuestion: {theirs['question']}?\nAnswer:"
-    return theirs, {"context": context, "choices": ["no", "yes"], "answer": i % 2}
+    return theirs, asked(context, ["no", "yes"], i % 2)
 
 
 def lambada(i):
@@ -104,11 +102,7 @@ def lambada(i):
 
 def mmlu(i):
     theirs = {"question": f" What is {i}? ", "choices": choice(i, 4), "answer": i % 4}
-    ours = {
-        "context": theirs["question"],
-        "choices": theirs["choices"],
-        "answer": i % 4,
-    }
+    ours = asked(theirs["question"], theirs["choices"], i % 4)
     return theirs, {**ours, "subject": "anatomy"}
 
 
@@ -136,27 +130,18 @@ TASKS = {
     "mmlu_0shot": ("mmlu/default/mmlu_anatomy.yaml", mmlu, "test", 0),
     "gsm8k": ("gsm8k/gsm8k.yaml", gsm8k, "test", 5),
 }
-OURS = {
-    "piqa": "val",
-    "hellaswag": "val",
-    "boolq": "val",
-    "winogrande": "dev",
-}
+OURS = {"piqa": "val", "hellaswag": "val", "boolq": "val", "winogrande": "dev"}
 
 
-@pytest.fixture(scope="module")
+@module_fixture
 def models(shared):
     return {
-        name: load(
-            shared.checkpoint(seed=i, max_position_embeddings=2048),
-            dtype="float32",
-            device="cpu",
-        )
+        name: load_tiny(shared.checkpoint(seed=i, max_position_embeddings=2048))
         for i, name in enumerate(("original", "cut"))
     }
 
 
-@pytest.mark.parametrize("name", sorted(TASKS))
+@parametrize("name", sorted(TASKS))
 def test_our_task_is_the_harness_s_own(name, models, tmp_path):
     """Same questions through both: same requests, same scores by question, same error bars."""
     import lm_eval.tasks
@@ -271,33 +256,29 @@ def test_paired_bootstrap_of_graded_scores():
     assert not compare_scores(first, first + noise - noise.mean()).more_than_noise
 
 
-@pytest.mark.parametrize("n", [1, 2, 5])
+@parametrize("n", [1, 2, 5])
 def test_a_few_graded_scores_are_no_proof(n):
     found = compare_scores(np.zeros(n), np.linspace(0.4, 0.5, n))
     assert (found.test, found.p_value) == ("bootstrap", 2.0 ** (1 - n))
     assert not found.more_than_noise
 
 
-def test_rows_resume(models, tmp_path, monkeypatch):
-    records = [arc(i)[1] for i in range(8)]
-    write_jsonl(tmp_path / "arc_easy" / "test.jsonl", records)
+def test_rows_resume(models, tmp_path, spy):
+    write_jsonl(tmp_path / "arc_easy/test.jsonl", [arc(i)[1] for i in range(8)])
     tasks = [prepare_task("arc_easy", tmp_path, 5)]
     kept = tmp_path / "kept"
     (first,) = benchmark(models, tasks, kept=kept)
     assert (first.n, first.shots, first.metric) == (5, 0, "acc")
     assert len(list(kept.glob("*.journal"))) == 2
-
-    def broken(*arguments, **rest):
-        raise AssertionError("asked again")
-
-    monkeypatch.setattr("isingcut.evaluation.answers._scores", broken)
+    asked_again = spy(answers, "_scores")
     assert benchmark(models, tasks, kept=kept) == [first]
+    assert not asked_again
 
 
 def test_questions_come_from_the_fixed_subset(tmp_path):
     records = [arc(i)[1] for i in range(20)]
-    write_jsonl(tmp_path / "arc_easy" / "test.jsonl", records)
-    write_jsonl(tmp_path / "arc_easy" / "test_sub10.jsonl", records[5:15])
+    write_jsonl(tmp_path / "arc_easy/test.jsonl", records)
+    write_jsonl(tmp_path / "arc_easy/test_sub10.jsonl", records[5:15])
 
     def chosen(most):
         (configuration,) = prepare_task("arc_easy", tmp_path, most).configurations
@@ -312,9 +293,7 @@ def test_questions_come_from_the_fixed_subset(tmp_path):
 
 
 def test_the_last_word_is_scored_whatever_space_follows(tmp_path):
-    write_jsonl(
-        tmp_path / "lambada" / "test.jsonl", [{"text": "They crossed the mill \n"}]
-    )
+    write_jsonl(tmp_path / "lambada/test.jsonl", [{"text": "They crossed the mill \n"}])
     (task,) = prepare_task("lambada", tmp_path).make().values()
     (question,) = task.eval_docs
     assert task.doc_to_text(question) == "They crossed the"
@@ -322,17 +301,14 @@ def test_the_last_word_is_scored_whatever_space_follows(tmp_path):
 
 
 def test_a_context_of_digits_is_a_text(tmp_path):
-    records = [
-        {"context": c, "choices": ["one", "two"], "answer": 0} for c in ("12", "0")
-    ]
+    records = [asked(context, ["one", "two"], 0) for context in ("12", "0")]
     file = write_jsonl(tmp_path / "numbers.jsonl", records)
-    (made,) = prepare_task(str(file), None).make().values()
+    (made,) = prepare_task(file, None).make().values()
     for question in made.eval_docs:
         context = made.fewshot_context(question, 0)
-        asked = made.construct_requests(question, context, metadata=("numbers", 0, 1))
-        assert [each.args for each in asked] == [
-            (question["context"], c) for c in (" one", " two")
-        ]
+        found = made.construct_requests(question, context, metadata=("numbers", 0, 1))
+        prompts = [(question["context"], f" {c}") for c in ("one", "two")]
+        assert [each.args for each in found] == prompts
 
 
 def test_the_harness_lists_its_tasks_once(monkeypatch):
@@ -345,17 +321,12 @@ def test_the_harness_lists_its_tasks_once(monkeypatch):
             made.append(self)
 
         def load(self, names):
-            return {
-                "tasks": {
-                    name: SimpleNamespace(OUTPUT_TYPE="multiple_choice")
-                    for name in names
-                }
-            }
+            task = SimpleNamespace(OUTPUT_TYPE="multiple_choice")
+            return {"tasks": dict.fromkeys(names, task)}
 
     monkeypatch.setattr("lm_eval.tasks.TaskManager", Manager)
-    monkeypatch.setattr(
-        questions, "_manager", functools.cache(questions._manager.__wrapped__)
-    )
+    manager = functools.cache(questions._manager.__wrapped__)
+    monkeypatch.setattr(questions, "_manager", manager)
     assert questions.split_names("theirs, theirs") == ["theirs"]
     questions.check_tasks(["theirs"], None, None)
     assert not prepare_task("theirs", None).generates
@@ -369,8 +340,8 @@ def test_mmlu_shows_examples_of_its_own_subject(tmp_path):
         {**mmlu(i)[1], "subject": s} for i, s in zip(range(4), itertools.cycle("ab"))
     ]
     shown = [{**mmlu(10 + i)[1], "subject": s} for i in range(5) for s in "ab"]
-    write_jsonl(tmp_path / "mmlu" / "test.jsonl", both)
-    write_jsonl(tmp_path / "mmlu" / "dev.jsonl", shown)
+    write_jsonl(tmp_path / "mmlu/test.jsonl", both)
+    write_jsonl(tmp_path / "mmlu/dev.jsonl", shown)
     task = prepare_task("mmlu", tmp_path)
     assert [c["task"] for c in task.configurations] == ["mmlu_a", "mmlu_b"]
     for c, subject in zip(task.configurations, "ab", strict=True):
@@ -379,38 +350,29 @@ def test_mmlu_shows_examples_of_its_own_subject(tmp_path):
             set(data["fewshot"]["subject"]) == set(data["test"]["subject"]) == {subject}
         )
         assert c["description"].endswith(f"about {subject}.\n\n")
-    write_jsonl(tmp_path / "mmlu" / "dev.jsonl", shown[:7])
+    write_jsonl(tmp_path / "mmlu/dev.jsonl", shown[:7])
     with refuses("4 examples about a; mmlu needs 5"):
         prepare_task("mmlu", tmp_path)
 
 
-def test_a_metric_that_is_not_finite_is_refused(models, tmp_path, monkeypatch):
-    write_jsonl(tmp_path / "arc_easy" / "test.jsonl", [arc(0)[1]])
+def test_a_metric_that_is_not_finite_is_refused(models, tmp_path, stub):
+    write_jsonl(tmp_path / "arc_easy/test.jsonl", [arc(0)[1]])
     sample = {"filter": "none", "acc": float("nan"), "doc_id": 0}
-    monkeypatch.setattr(
-        "lm_eval.evaluator.evaluate", lambda **_: {"samples": {"arc_easy": [sample]}}
-    )
+    stub("lm_eval.evaluator.evaluate", {"samples": {"arc_easy": [sample]}})
     with refuses("question of arc_easy has no finite acc"):
         score_states(models["original"], prepare_task("arc_easy", tmp_path), [()])
 
 
 def test_prompts_longer_than_the_positions_are_counted(shared, tmp_path, capsys):
-    short = load(
-        shared.checkpoint(max_position_embeddings=64), dtype="float32", device="cpu"
-    )
-    rest = {"choices": ["one", "two"], "answer": 0}
-    records = [{"context": "river " * words, **rest} for words in (1, 2, 90)]
-    task = prepare_task(write_jsonl(tmp_path / "own.jsonl", records), None)
-    score_states(short, task, [(), (1,)])
-    said = capsys.readouterr().err
-    assert said.count("longer than") == 1
-    assert (
-        "isingcut: warning: 2 of 6 prompts of own.jsonl are longer than the 64 positions"
-        in said
-    )
-    score_states(
-        short,
-        prepare_task(write_jsonl(tmp_path / "own.jsonl", records[:2]), None),
-        [()],
-    )
-    assert "longer than" not in capsys.readouterr().err
+    short = load_tiny(shared.checkpoint(max_position_embeddings=64))
+    records = [asked("river " * words, ["one", "two"], 0) for words in (1, 2, 90)]
+
+    def said(count, states):
+        file = write_jsonl(tmp_path / "own.jsonl", records[:count])
+        score_states(short, prepare_task(file, None), states)
+        return capsys.readouterr().err
+
+    line = "isingcut: warning: 2 of 6 prompts of own.jsonl are longer than the 64 positions"
+    assert line in (found := said(3, [(), (1,)]))
+    assert found.count("longer than") == 1
+    assert "longer than" not in said(2, [()])

@@ -9,18 +9,23 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from calibrating import SIZES, chats, decoded, refused, sentences
+from calibrating import (
+    calibrate,
+    chats,
+    decoded,
+    refused,
+    sentences,
+    write_texts,
+)
 from isingcut.data import calibration, healing_text, text_files
 from isingcut.data import tokens as encoder
-from isingcut.data.calibration import build
 from isingcut.data.conversations import render_chat
 from isingcut.data.tokens import Encoder, TokenSet, overlap
 from isingcut.errors import CalibrationError, ModelError
-from isingcut.files.results import read_json
 from isingcut.files.runs import CalibrationText
 from isingcut.report.words import overlap_warnings, repeat_warnings
-from isingcut.testing.tiny import tiny_model, tiny_tokenizer
-from shared import call, refuses, write_jsonl, write_words
+from shared import flags, load_json, parametrize, refuses, write_jsonl, write_words
+from tiny import tiny_model, tiny_tokenizer
 
 
 def of_lengths(lengths):
@@ -97,7 +102,7 @@ def counted(tokens, others, size):
     return sum(gram in seen for gram in own) / len(own)
 
 
-@pytest.mark.parametrize(("length", "size"), [(16, 8), (40, 16), (70, 32)])
+@parametrize("length, size", [(16, 8), (40, 16), (70, 32)])
 def test_the_share_is_that_of_a_plain_count(length, size):
     rng = np.random.default_rng(length)
     passage = rng.integers(0, 90, 40).tolist()
@@ -139,78 +144,41 @@ def leaking(tmp_path):
 
 
 def test_a_run_warns_of_text_that_its_splits_share(
-    leaking, llama, tmp_path, no_speed, capsys
+    leaking, llama, tmp_path, no_speed, typed
 ):
     out = tmp_path / "run"
-    options = [
-        llama,
-        "--calibration",
-        leaking,
-        "--out",
-        out,
-        "--energy",
-        "pairwise",
-        "--quiet",
-    ]
-    for name, value in NGRAMS.items():
-        options += [f"--{name.replace('_', '-')}", value]
-    further = ["--remove", 1, "--states", 3, "--random-states", 30, "--patch", "none"]
-    for verb, words in {"energy": options, "run": options + further}.items():
-        assert call(verb, *words) == 0
-        shares = read_json(out / "run.json", "run")["provenance"]["calibration"][
-            "overlap"
-        ]
+    given = {"calibration": leaking, "out": out, "energy": "pairwise", **NGRAMS}
+    further = {"remove": 1, "states": 3, "random_states": 30, "patch": "none"}
+    for verb, options in {"energy": given, "run": given | further}.items():
+        said = typed(verb, llama, *flags(options), "--quiet").err
+        shares = load_json(out / "run.json").provenance.calibration.overlap
         assert shares.keys() == {"rank", "report"}
-        assert 0.05 < shares["report"] < 0.5
-        (line,) = [
-            x for x in capsys.readouterr().err.splitlines() if "another split" in x
-        ]
+        assert 0.05 < shares.report < 0.5
+        (line,) = [x for x in said.splitlines() if "another split" in x]
         assert line.startswith("isingcut: warning: ")
-        assert (
-            f"{shares['report']:.0%} of the report text is in another split too" in line
-        )
+        assert f"{shares.report:.0%} of the report text is in another split too" in line
 
 
-def test_text_from_a_template_is_called_known(llama, tmp_path, monkeypatch, capsys):
+def test_text_from_a_template_is_called_known(llama, tmp_path, monkeypatch, typed):
     rows = [
         f"{i * 7919 % 99991} stir the pot {i * 10473 % 99991}" for i in range(1, 300)
     ]
-    file = write_jsonl(tmp_path / "recipes.jsonl", [{"text": row} for row in rows])
+    file = write_texts(tmp_path / "recipes.jsonl", rows)
     # The tiny models have 262 tokens.
     monkeypatch.setattr(calibration, "_BYTES", 100)
-    options = [
-        "--calibration",
-        file,
-        "--energy",
-        "fisher",
-        "--length",
-        64,
-        "--samples",
-        9,
-    ]
-    options += [
-        "--rank-samples",
-        4,
-        "--report-samples",
-        4,
-        "--quiet",
-        "--out",
-        tmp_path / "run",
-    ]
-    assert call("energy", llama, *options) == 0
-    found = read_json(tmp_path / "run" / "run.json", "run")["provenance"]["calibration"]
-    assert found["repeats"]["report"] > 0.2
-    (line,) = [x for x in capsys.readouterr().err.splitlines() if "known" in x]
-    assert (
-        f"{found['repeats']['report']:.0%} of the report text repeats another split"
-        in line
-    )
+    given = {**NGRAMS, "calibration": file, "energy": "fisher", "samples": 9}
+    given["out"] = tmp_path / "run"
+    said = typed("energy", llama, *flags(given), "--quiet").err
+    share = load_json(tmp_path / "run/run.json").provenance.calibration.repeats.report
+    assert share > 0.2
+    (line,) = [x for x in said.splitlines() if "known" in x]
+    assert f"{share:.0%} of the report text repeats another split" in line
 
 
 def test_ordinary_text_is_not_warned_of(finished):
-    provenance = read_json(finished / "run.json", "run")["provenance"]
-    assert provenance["calibration"]["overlap"] == {"rank": 0.0, "report": 0.0}
-    assert overlap_warnings(provenance["calibration"]["overlap"]) == []
+    provenance = load_json(finished / "run.json").provenance
+    assert provenance.calibration.overlap == {"rank": 0.0, "report": 0.0}
+    assert overlap_warnings(provenance.calibration.overlap) == []
     assert overlap_warnings({"rank": 0.019}) == []
     known = {"rank": 0.0, "report": 0.0}
     text = CalibrationText(
@@ -236,16 +204,12 @@ def test_a_healing_records_what_its_report_shares(leaking, tokenizer):
 
 def test_each_conversation_is_one_sample_through_the_template(tmp_path, tokenizer):
     records = chats(12)
-    found = build(write_jsonl(tmp_path / "a.jsonl", records), tokenizer, **SIZES)
-    rendered = {
-        tokenizer.decode(
-            tokenizer(
-                tokenizer.apply_chat_template(r["messages"], tokenize=False),
-                add_special_tokens=False,
-            ).input_ids[:16]
-        )
-        for r in records
-    }
+    found = calibrate(write_jsonl(tmp_path / "a.jsonl", records), tokenizer)
+    whole = (
+        tokenizer.apply_chat_template(r["messages"], tokenize=False) for r in records
+    )
+    ids = (tokenizer(text, add_special_tokens=False).input_ids for text in whole)
+    rendered = {tokenizer.decode(some[:16]) for some in ids}
     texts = [t for s in found.splits.values() for t in decoded(tokenizer, s)]
     assert len(texts) == len(set(texts)) == 10
     assert set(texts) <= rendered
@@ -311,10 +275,7 @@ def test_long_texts_are_cut_at_white_space_and_lose_nothing(tokenizer, monkeypat
 def test_a_text_comes_in_whole_lines_and_loses_nothing(parts, piece, longest):
     """Lines within the bound come as `readlines` gives them, longer ones in bounded pieces."""
     text = "".join(parts)
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        pytest.MonkeyPatch.context() as patch,
-    ):
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         path = Path(folder) / "a.txt"
         path.write_text(text, newline="")
         patch.setattr(text_files, "_PIECE", piece)
@@ -335,9 +296,9 @@ def test_only_as_much_is_read_as_the_samples_need(tmp_path, tokenizer, monkeypat
     (tmp_path / "a.txt").write_text("".join(sentences(40)) * 20 + "\0")
     monkeypatch.setattr(text_files, "LONGEST", 1000)
     monkeypatch.setattr(text_files, "_PIECE", 1000)
-    build(str(tmp_path / "a.txt"), tokenizer, **SIZES)
+    calibrate(str(tmp_path / "a.txt"), tokenizer)
     with refuses("NUL", CalibrationError):
-        build(str(tmp_path / "a.txt"), tokenizer, **{**SIZES, "samples": 10**4})
+        calibrate(str(tmp_path / "a.txt"), tokenizer, samples=10**4)
 
 
 def test_a_padding_token_beyond_the_embedding_pads_with_another(tokenizer):

@@ -12,6 +12,7 @@ import torch
 import isingcut
 from isingcut.errors import ModelError
 from isingcut.formats import transformers_private as private
+from shared import parametrize, refuses
 from tiny import tiny_model
 
 LOADING = "transformers.core_model_loading"
@@ -49,7 +50,7 @@ def test_the_installed_version_is_one_that_was_looked_at():
     )
 
 
-@pytest.mark.parametrize("name", [*NAMES, *CALLED])
+@parametrize("name", [*NAMES, *CALLED])
 def test_what_is_used_is_there_and_takes_what_it_is_given(name):
     try:
         found = pkgutil.resolve_name(name)
@@ -66,9 +67,7 @@ def test_what_is_used_is_there_and_takes_what_it_is_given(name):
 
 def test_a_loader_that_is_gone_is_one_line_that_says_what_to_do(monkeypatch):
     monkeypatch.delattr("transformers.core_model_loading.rename_source_key")
-    with pytest.raises(
-        ModelError, match=r"install one of 5\.10 to 5\.24, or pass --stream off"
-    ):
+    with refuses(r"install one of 5\.10 to 5\.24, or pass --stream off", ModelError):
         private.Names(tiny_model("llama"), torch.float32)
 
 

@@ -17,9 +17,9 @@ from isingcut.healing.repairs.tuned import split_samples, tune
 from isingcut.measure.work import Work
 from isingcut.models.device import Allowance
 from isingcut.options.config import HealConfig
-from isingcut.testing.tiny import tiny_model
+from shared import parametrize, refuses
 from test_patch import tokens
-from tiny import replay_of
+from tiny import replay_of, tiny_model
 
 REMOVED = (2, 3)
 
@@ -53,7 +53,7 @@ def divergence(model, text, found, removed=REMOVED):
     return total / count
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3", "mamba2"])
+@parametrize("family", ["llama", "gpt2", "gemma3", "mamba2"])
 def test_the_loss_on_samples_held_out_falls_and_is_that_of_the_patched_model(
     monkeypatch, family
 ):
@@ -98,10 +98,10 @@ def test_cuts_at_the_first_and_the_last_block_have_one_neighbour():
     assert divergence(model, text, found, removed) == pytest.approx(min(kl), rel=1e-3)
 
 
-def test_where_memory_is_short_the_layers_that_write_are_tuned_alone(monkeypatch):
+def test_where_memory_is_short_the_layers_that_write_are_tuned_alone(stub):
     room = type("Room", (), {"left": 0})()
-    monkeypatch.setattr(tuning, "allowance", lambda *given: room)
-    with pytest.raises(FitError, match="GB of host memory"):
+    stub(tuning, "allowance", room)
+    with refuses("GB of host memory", FitError):
         tuned(tiny_model("llama"), tokens(16))
     model = tiny_model("llama")
     blocks = stack_modules(model)
@@ -117,14 +117,16 @@ def test_where_memory_is_short_the_layers_that_write_are_tuned_alone(monkeypatch
     assert not {"mlp.up_proj", "mlp.gate_proj"} & paths
 
 
-def test_a_card_without_room_for_all_layers_tunes_those_that_write_first(monkeypatch):
+def test_a_card_without_room_for_all_layers_tunes_those_that_write_first(
+    monkeypatch, stub
+):
     text = tokens(16)
     with fake_cards() as (card,):
         model = tiny_model("llama").to(card.device)
         whole = tuned(model, text).record
         gradient = model.model.layers[1].mlp.down_proj.weight.nbytes
         room = {"cpu": 1 << 30, "lazy": gradient + 40_000}
-        monkeypatch.setattr(tuning, "bytes_of_backward", lambda replay: 0)
+        stub(tuning, "bytes_of_backward", 0)
         monkeypatch.setattr(
             tuning, "allowance", lambda limit, device: Allowance(room[device.type], 0)
         )
@@ -139,19 +141,12 @@ def test_a_card_without_room_for_all_layers_tunes_those_that_write_first(monkeyp
 
 
 def test_three_samples_are_too_few():
-    with pytest.raises(FitError, match="at least 4 samples"):
+    with refuses("at least 4 samples", FitError):
         tuned(tiny_model("llama"), tokens(3))
 
 
-def test_weights_of_wider_models_move_less(monkeypatch):
-    rates = list[float]()
-    adam = torch.optim.AdamW
-
-    def seen(groups, lr, **rest):
-        rates.append(lr)
-        return adam(groups, lr=lr, **rest)
-
-    monkeypatch.setattr(torch.optim, "AdamW", seen)
+def test_weights_of_wider_models_move_less(monkeypatch, spy):
+    rates = spy(torch.optim, "AdamW", lambda found, groups, lr, **rest: lr)
     for narrower in (1, 4):
         model = tiny_model("llama")
         monkeypatch.setattr(tuning, "WIDTH", model.config.hidden_size // narrower)

@@ -5,7 +5,6 @@ import weakref
 from unittest.mock import Mock
 
 import numpy as np
-import pytest
 import torch
 
 from cards import fake_cards
@@ -17,8 +16,8 @@ from isingcut.measure.work import Work
 from isingcut.models.compute.batching import choose_batch_tokens, count_graph_bytes
 from isingcut.options.config import RunConfig
 from isingcut.runs.session import Session
-from isingcut.testing.tiny import tiny_model
-from tiny import random_tokens, replay_of, tiny_replay
+from shared import parametrize, refuses
+from tiny import random_tokens, replay_of, tiny_model, tiny_replay
 
 
 def test_the_micro_batch_of_a_gpu_is_what_fits():
@@ -44,7 +43,7 @@ def test_a_model_whose_graph_was_measured_is_let_go():
     assert gone() is None
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@parametrize("family", ["llama", "gemma3"])
 def test_measurements_use_the_chosen_attention_and_agree(family):
     replay = tiny_replay(family)
     attention = "eager"
@@ -73,9 +72,9 @@ def test_measurements_use_the_chosen_attention_and_agree(family):
     assert replay.model.config._attn_implementation == "sdpa"
 
 
-@pytest.mark.parametrize("stream", ["off", "on"])
+@parametrize("stream", ["off", "on"])
 def test_a_run_measures_with_the_requested_attention(llama, stream, tmp_path):
-    config = RunConfig(model=str(llama), out=str(tmp_path / "run"), attention="eager")
+    config = RunConfig(model=llama, out=tmp_path / "run", attention="eager")
     session = Session(config.replace(stream=stream, batch_tokens=64).validate())
     session.choose_tuning(Mock(**{"run.provenance.computed": {}}))
     used = []
@@ -91,7 +90,5 @@ def test_a_run_measures_with_the_requested_attention(llama, stream, tmp_path):
 def test_an_attention_that_is_not_there_is_an_error_in_one_line():
     replay = tiny_replay()
     replay.attention = "no such"
-    with pytest.raises(
-        ArchitectureError, match="cannot compute attention as 'no such'"
-    ):
+    with refuses("cannot compute attention as 'no such'", ArchitectureError):
         measure(replay, random_tokens(), [])

@@ -17,8 +17,8 @@ from hatchling.builders.sdist import SdistBuilder
 from hatchling.builders.wheel import WheelBuilder
 
 import isingcut
-from isingcut.testing.tiny import tiny_checkpoint
-from shared import write_words
+from shared import module_fixture, parametrize, write_words
+from tiny import tiny_checkpoint
 
 pytestmark = pytest.mark.slow
 
@@ -28,7 +28,7 @@ DWAVE = "dimod:dwave.samplers.SimulatedAnnealingSampler"
 PARTS = ("src", "tests", "benchmarks", "docs", "examples")
 
 
-@pytest.fixture(scope="module")
+@module_fixture
 def built(tmp_path_factory):
     """The folder with the sdist, and the wheel made from it, by the builders that pip runs."""
     base = tmp_path_factory.mktemp("build")
@@ -56,14 +56,14 @@ def requirements(name, found):
         requirements(wanted.name, found)
 
 
-@pytest.fixture(scope="module")
+@module_fixture
 def clean(built, tmp_path_factory):
     """A fresh environment: the wheel, and links to its declared dependencies only."""
     folder = tmp_path_factory.mktemp("clean")
     venv.EnvBuilder(with_pip=False, symlinks=True).create(folder / "env")
-    python = folder / "env" / "bin" / "python"
+    python = folder / "env/bin/python"
     version = f"python{sys.version_info.major}.{sys.version_info.minor}"
-    site = folder / "env" / "lib" / version / "site-packages"
+    site = folder / "env/lib" / version / "site-packages"
     found = {}
     requirements("isingcut", found)
     installed = Path(sysconfig.get_paths()["purelib"])
@@ -156,7 +156,7 @@ print(json.dumps(answers))
 """
 
 
-@pytest.fixture(scope="module")
+@module_fixture
 def answers(clean, tmp_path_factory):
     """Results of commands in the clean environment, in one process, as torch imports slowly."""
     work = tmp_path_factory.mktemp("work")
@@ -184,7 +184,7 @@ def test_energy_inspect_and_solve_need_no_extra(answers):
     assert solved["removals"][0]["proven"] is True
 
 
-@pytest.mark.parametrize("extra", MISSING)
+@parametrize("extra", MISSING)
 def test_a_missing_extra_is_named(answers, extra):
     code, _, said = answers[MISSING[extra]]
     assert code == 2, said

@@ -1,7 +1,6 @@
 """Tiny random models of every family, and tiny checkpoints with a tokenizer, all offline."""
 
 import copy
-import json
 from contextlib import contextmanager
 
 import numpy as np
@@ -16,7 +15,7 @@ from isingcut.models.load import load
 from isingcut.models.replay import Replay
 from isingcut.models.streaming.replay import StreamedReplay, open_model
 from isingcut.testing.tiny import tiny_checkpoint, tiny_model, tiny_tokenizer
-from shared import load_json
+from shared import load_json, save_json
 
 __all__ = ["tiny_checkpoint", "tiny_model", "tiny_tokenizer", "without"]
 
@@ -45,7 +44,7 @@ def edit_config(folder):
     """Yield the ``config.json`` of a folder, and write it back afterwards."""
     config = load_json(folder / "config.json")
     yield config
-    (folder / "config.json").write_text(json.dumps(config))
+    save_json(folder / "config.json", config)
 
 
 @contextmanager
@@ -119,8 +118,13 @@ def some_states(n, count=6):
     return np.random.default_rng(1).random((count, n)) < 0.4
 
 
+def load_tiny(folder):
+    """Load a checkpoint in float32 on the CPU."""
+    return load(folder, dtype="float32", device="cpu")
+
+
 def in_memory(folder):
-    return replay_of(load(folder, dtype="float32", device="cpu").model)
+    return replay_of(load_tiny(folder).model)
 
 
 def streamed(folder):

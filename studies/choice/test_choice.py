@@ -1,44 +1,34 @@
 """Tests of the choice study: its rules and figures, and a run on a tiny model."""
 
-from __future__ import annotations
-
-from pathlib import Path
-from typing import Any
-
 import pytest
 
 from studies import runner
 from studies.choice.study import Choice, _rules
-from studies.runner import Content
 
 
-def candidate(kl: float, patched: float) -> Content:
+def candidate(kl, patched):
     unseen = {"c4": {"cut": [4 * kl], "patched": [2 * patched], "counts": [2]}}
-    shared: Content = {"removed": [1], "above_lowest_se": 0.01, "unseen": unseen}
+    shared = {"removed": [1], "above_lowest_se": 0.01, "unseen": unseen}
     return {**shared, "kl": kl, "patched_kl": patched}
 
 
-NEAR = [
-    candidate(1.0, 0.8),
-    candidate(1.015, 0.7),
-    candidate(1.04, 0.6),
-]
+NEAR = [candidate(1.0, 0.8), candidate(1.015, 0.7), candidate(1.04, 0.6)]
 
 
-def test_rules() -> None:
+def test_rules():
     rules = {"tie_regret": 1, "near_gain": 2, "patched_choice_gain": 2}
     assert _rules(NEAR) == rules
     far = [*NEAR[:2], candidate(1.06, 0.6)]
     assert _rules(far) == {**rules, "near_gain": 1}
 
 
-def test_figures() -> None:
+def test_figures():
     rows = [
         {"text": str(k), "ended": {"kl": kl, "passes": 1.0}}
         for k, kl in ((0, 1.0), (1, 1.03))
     ]
-    longer: Content = {"kl": 1.0, "passes": 2.0}
-    settings: Content = {
+    longer = {"kl": 1.0, "passes": 2.0}
+    settings = {
         "settings": {"remove": 6, "prefix": ""},
         "provenance": {"model": "tiny"},
     }
@@ -46,7 +36,7 @@ def test_figures() -> None:
     texts = [
         row | {"longer": longer, "near": n} for row, n in zip(rows, near, strict=True)
     ]
-    found: dict[str, Any] = Choice.show({**settings, "texts": texts})
+    found = Choice.show({**settings, "texts": texts})
     assert found["stop_rule_regret_percent"] == pytest.approx(1.5)
     assert found["stop_rule_regret_percent_worst"] == pytest.approx(3.0)
     # First text: 0.6 instead of 0.8 patched, 1.04 instead of 1.0 cut. Second text: no change.
@@ -55,13 +45,11 @@ def test_figures() -> None:
     assert found["near_gain_percent_cut"] == pytest.approx(-2.0)
 
 
-def test_a_run_is_judged(tiny: list[str], tmp_path: Path) -> None:
+def test_a_run_is_judged(tiny, tmp_path):
     words = [
         *tiny,
-        "--remove",
-        "2",
-        "--patch-tokens",
-        "960",
+        "--remove=2",
+        "--patch-tokens=960",
         "--work",
         str(tmp_path / "work"),
     ]

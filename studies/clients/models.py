@@ -162,12 +162,8 @@ def _as_on_hubs(path: Path, pattern: str) -> None:
             for k in config
             if k in ROUTER or "expert" in k or k.startswith(("moe_", "mtp_"))
         }
-    config = {k: v for k, v in config.items() if k not in dropped}
-    write(
-        path,
-        config
-        | {"hybrid_override_pattern": pattern, "num_hidden_layers": len(pattern)},
-    )
+    config |= {"hybrid_override_pattern": pattern, "num_hidden_layers": len(pattern)}
+    write(path, {k: v for k, v in config.items() if k not in dropped})
 
 
 def packed_model() -> Path:

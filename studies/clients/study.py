@@ -104,12 +104,9 @@ class Clients(Study):
 
     def python(self, client: str) -> Path:
         """Return the path of a client's Python."""
-        own = Path(sys.executable)
-        return (
-            own
-            if client == "transformers"
-            else self.options.envs / client / "bin" / "python"
-        )
+        if client == "transformers":
+            return Path(sys.executable)
+        return Path(self.options.envs, client, "bin/python")
 
     @property
     def rows(self) -> list[tuple[str, str, str, str]]:
@@ -123,8 +120,10 @@ class Clients(Study):
             )
             if not self.done(f"files/{subject.name}"):
                 continue
-            references = (subject.removed, subject.others, ())
-            found += [self._reference(subject, blocks) for blocks in references]
+            found += [
+                self._reference(subject, blocks)
+                for blocks in (subject.removed, subject.others, ())
+            ]
             for name, client, file, original in self.rows:
                 answer = self._answer(subject, client, file)
                 found.append(answer)

@@ -1,11 +1,8 @@
 """Tests of the study of clients: its rows, a model in transformers, and a missing client."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -20,11 +17,11 @@ LIKED = [
 ]
 
 
-def row(model: str, client: str, tokens: list[list[int]]) -> Row:
+def row(model, client, tokens):
     return Row(model, client, "1.0", tie=0.01, answers=compare(LIKED, tokens))
 
 
-def test_the_first_other_token_counts() -> None:
+def test_the_first_other_token_counts():
     assert compare(LIKED, [[7, 8, 9], [1, 2, 3]]) == (Answer(), Answer())
     near, far = compare(LIKED, [[7, 4, 5], [7, 2, 3]])
     assert (near.at, near.gap) == (1, pytest.approx(0.005))
@@ -35,7 +32,7 @@ def test_the_first_other_token_counts() -> None:
         compare(LIKED, [[7, 8], [1, 2, 3]])
 
 
-def test_a_near_tie_is_no_agreement() -> None:
+def test_a_near_tie_is_no_agreement():
     rows = [
         row("a", "one", [[7, 8, 9], [1, 2, 3]]),
         row("a", "two", [[7, 4, 9], [1, 2, 3]]),
@@ -75,9 +72,9 @@ def test_a_near_tie_is_no_agreement() -> None:
     assert "    isingcut says no" in lines
 
 
-def test_a_cut_model_answers_in_transformers_as_the_skipped_one(tmp_path: Path) -> None:
-    words = ["--models", "llama", "--envs", str(tmp_path), "--new-tokens", "2"]
-    words += ["--work", str(tmp_path / "work")]
+def test_a_cut_model_answers_in_transformers_as_the_skipped_one(tmp_path):
+    words = ["--models=llama", "--envs", str(tmp_path), "--new-tokens=2"]
+    words += [f"--work={tmp_path}/work"]
     runner.run(Clients, words)
     runner.run(
         Clients, [*words, "--collect", "--results", str(tmp_path / "clients.json")]
@@ -89,7 +86,7 @@ def test_a_cut_model_answers_in_transformers_as_the_skipped_one(tmp_path: Path) 
     ]
 
 
-def test_an_error_is_one_line_with_what_the_program_said() -> None:
+def test_an_error_is_one_line_with_what_the_program_said():
     log = "load: error loading model: unknown pre-tokenizer\nllama_load: failed\n"
     assert error_line("ValueError: cannot load\nmore", log) == (
         "ValueError: cannot load (load: error loading model: unknown pre-tokenizer)"
@@ -97,7 +94,7 @@ def test_an_error_is_one_line_with_what_the_program_said() -> None:
     assert error_line("ValueError: no", "ValueError: no\n") == "ValueError: no"
 
 
-def test_a_client_that_is_not_there_is_an_answer(tmp_path: Path) -> None:
+def test_a_client_that_is_not_there_is_an_answer(tmp_path):
     job = tmp_path / "job.json"
     answer = tmp_path / "answer.json"
     job.write_text(json.dumps({"model": "none", "prompts": [[1]], "new_tokens": 1}))

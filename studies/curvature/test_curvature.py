@@ -3,7 +3,6 @@
 import functools
 import tomllib
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +14,7 @@ from isingcut.energies import registry
 from isingcut.errors import ArchitectureError
 from isingcut.measure.work import Work
 from isingcut.testing.tiny import tiny_model
-from shared import call
+from shared import call, flags
 from sweep.gates import gated_loss
 from tiny import count_rows, keep_rows, random_tokens, replay_of, tiny_replay
 
@@ -26,20 +25,13 @@ ADDED = {
     "gpt2": ("attn", "mlp"),
 }
 KINDS = ("hessian", "gauss-newton")
-STATES = [
-    [1, 0, 0, 0, 0, 0],
-    [0, 0, 0, 0, 0, 1],
-    [1, 1, 0, 0, 1, 0],
-    [0, 1, 1, 1, 1, 1],
-]
+STATES = np.random.default_rng(0).integers(0, 2, (4, 6)).astype(float)
 
 
 @pytest.mark.parametrize("gate", ["sublayer", "block"])
 @pytest.mark.parametrize("family", sorted(ADDED))
 @pytest.mark.parametrize("energy", [Hessian, GaussNewton])
-def test_energies_equal_autograd_of_the_plain_model(
-    energy: type[Hessian], family: str, gate: str
-) -> None:
+def test_energies_equal_autograd_of_the_plain_model(energy, family, gate):
     replay = tiny_replay(family, torch.float64)
     tokens = random_tokens()
     replay.model.set_attn_implementation("eager")
@@ -53,7 +45,7 @@ def test_energies_equal_autograd_of_the_plain_model(
     replay.model.set_attn_implementation("sdpa")
     assert np.abs(H).max() > 1e-2
     formed = energy(gate=gate).measure(replay, tokens, Work(batch_tokens=30))
-    for x in np.array(STATES, dtype=float):
+    for x in STATES:
         assert formed.energy(x) == pytest.approx(
             -g @ x + x @ H @ x / 2, rel=1e-4, abs=1e-6
         )
@@ -61,27 +53,20 @@ def test_energies_equal_autograd_of_the_plain_model(
 
 
 def test_micro_batches_do_not_change_the_curvature_and_a_journal_brings_it_back(
-    tmp_path: Path,
-) -> None:
+    tmp_path,
+):
     replay = tiny_replay("llama", torch.float64)
     tokens = random_tokens()
-    journal = tmp_path / "j"
+    kept = Work(15, journal=tmp_path / "j")
 
-    def curvature(kind: str, work: Work) -> Any:
+    def curvature(kind="hessian", work=kept):
         return gate_curvature(replay, tokens, kind, work)[1]
 
-    parts = curvature("hessian", Work(15, journal=journal))
-    np.testing.assert_allclose(
-        curvature("hessian", Work(1000)), parts, rtol=1e-6, atol=1e-5
-    )
-    keep_rows(journal, count_rows(journal) - 2, torn=1)
-    np.testing.assert_array_equal(
-        curvature("hessian", Work(15, journal=journal)), parts
-    )
-    assert (
-        np.abs(curvature("gauss-newton", Work(15, journal=journal)) - parts).max()
-        > 1e-2
-    )
+    parts = curvature()
+    np.testing.assert_allclose(curvature(work=Work(1000)), parts, rtol=1e-6, atol=1e-5)
+    keep_rows(kept.journal, count_rows(kept.journal) - 2, torn=1)
+    np.testing.assert_array_equal(curvature(), parts)
+    assert np.abs(curvature("gauss-newton") - parts).max() > 1e-2
 
 
 class Once(torch.autograd.Function):
@@ -91,7 +76,7 @@ class Once(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Any) -> Any:
+    def backward(ctx, grad):
         return grad * 2
 
 
@@ -99,18 +84,18 @@ class Never(Once):
     """A kernel whose backward refuses to be differentiated."""
 
     @staticmethod
-    def backward(ctx: Any, grad: Any) -> Any:
+    def backward(ctx, grad):
         return Never.Backward.apply(grad)
 
     class Backward(Once):
         @staticmethod
-        def backward(ctx: Any, grad: Any) -> Any:
+        def backward(ctx, grad):
             raise RuntimeError("derivative of kernel_backward is not implemented")
 
 
 @pytest.mark.parametrize("kernel", [Once, Never])
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_cannot_be_differentiated_twice_is_refused(kernel: Any, kind: str) -> None:
+def test_what_cannot_be_differentiated_twice_is_refused(kernel, kind):
     replay = tiny_replay("llama")
     replay.blocks[3].mlp.register_forward_hook(lambda m, a, o: kernel.apply(o))
     with pytest.raises(ArchitectureError, match="differentiated twice"):
@@ -118,7 +103,7 @@ def test_what_cannot_be_differentiated_twice_is_refused(kernel: Any, kind: str) 
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_half_precision_and_a_card_come_near(kind: str) -> None:
+def test_half_precision_and_a_card_come_near(kind):
     exact = gate_curvature(tiny_replay("llama"), random_tokens(), kind)[1]
     half = gate_curvature(tiny_replay("llama", torch.bfloat16), random_tokens(), kind)[
         1
@@ -131,11 +116,8 @@ def test_half_precision_and_a_card_come_near(kind: str) -> None:
 
 
 def test_an_installed_plug_in_is_found_measured_and_judged(
-    model: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+    model, tmp_path, monkeypatch, capsys
+):
     written = tomllib.loads((Path(__file__).parent / "pyproject.toml").read_text())[
         "project"
     ]
@@ -154,18 +136,10 @@ def test_an_installed_plug_in_is_found_measured_and_judged(
     assert [registry.get(name) for name in KINDS] == [Hessian, GaussNewton]
     text = tmp_path / "text.txt"
     text.write_text(" ".join(f"word{i * i % 97}" for i in range(900)))
-    words = [
-        "energy",
-        model,
-        "--calibration",
-        text,
-        "--out",
-        tmp_path / "run",
-        "--length",
-        16,
-    ]
-    words += ["--energy", "hessian", "--rank-samples", 4, "--report-samples", 4]
-    assert call(*words, "--stream", "on") == 2
+    given = {"calibration": text, "out": tmp_path / "run", "length": 16}
+    given |= {"energy": "hessian", "rank_samples": 4, "report_samples": 4}
+    words = ["energy", model, *flags(given)]
+    assert call(*words, "--stream=on") == 2
     assert "'hessian' needs all blocks in memory" in capsys.readouterr().err
     assert call(*words) == 0
     assert (tmp_path / "run" / "hamiltonian.safetensors").is_file()

@@ -1,7 +1,5 @@
 """Tests of the frontier study: its losses against a hand computation, and its best files."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 
@@ -9,7 +7,7 @@ from studies.frontier.llama import losses
 from studies.frontier.study import best_files
 
 
-def test_losses_are_those_by_hand_and_a_beaten_file_is_not_among_the_best() -> None:
+def test_losses_are_those_by_hand_and_a_beaten_file_is_not_among_the_best():
     p = np.array([[0.5, 0.25, 0.25], [0.2, 0.2, 0.6], [1, 1, 1]])
     q = np.array([[0.25, 0.25, 0.5]] * 3)
     kl, nll = losses(np.log(q), 3 + np.log(p), [0, 2, 1])

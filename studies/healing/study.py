@@ -63,6 +63,7 @@ from studies.runner_choices import TOP, Setting, choose, cost
 from studies.runner_models import ModelStudy, State, key, loss_row, mean_loss
 
 USUAL_RATE = 3e-4
+PATCHES = ("patched", "tuned")
 
 
 class Healing(ModelStudy):
@@ -128,7 +129,7 @@ class Healing(ModelStudy):
             patch_tokens=o.patch_tokens,
             batch_tokens=o.batch_tokens,
         )
-        if stage in ("patched", "tuned"):
+        if stage in PATCHES:
             patch = "tuned" if stage == "tuned" else "linear"
             return config.replace(patch=patch, method="none")
         settings = {"max_steps": steps, "per_device_train_batch_size": o.batch}
@@ -152,7 +153,7 @@ class Healing(ModelStudy):
             out = folder / (name or stage)
             if not cut.exists():
                 excise(self.original.folder, list(removed), cut)
-            start = cut if stage in ("patched", "tuned") else folder / "patched"
+            start = cut if stage in PATCHES else folder / "patched"
             # An existing checkpoint is complete: its evaluation was killed.
             if not out.exists():
                 # Four samples are enough for the record; the evaluation texts measure the gain.
@@ -176,7 +177,7 @@ class Healing(ModelStudy):
             return found
 
         seen = (4.5 if o.method == "full" else 3) * steps * o.batch * o.length
-        if stage in ("patched", "tuned"):
+        if stage in PATCHES:
             seen = o.patch_tokens * (6 if stage == "tuned" else 2.2)
         asked = sum(map(self.question_tokens, o.tasks))
         judged = 2 * o.judged_tokens * len(self.judged)

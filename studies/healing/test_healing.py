@@ -1,39 +1,30 @@
 """Tests of the healing study on a tiny model, and of its figures from a hand-made results file."""
 
-from __future__ import annotations
-
 import copy
 import math
-from pathlib import Path
-from typing import Any
 
 import pytest
 
 from studies import runner
 from studies.healing.study import Healing, judged_stage
-from studies.healing.summary import STAGES, paired
-from studies.runner import Content
-
-PEERS = ("block-influence", "angular-window", "sleb")
+from studies.healing.summary import PEERS, STAGES, paired
 
 
 @pytest.fixture(scope="module")
-def content(tiny: list[str], tmp_path_factory: pytest.TempPathFactory) -> Content:
+def content(tiny, tmp_path_factory):
     work = tmp_path_factory.mktemp("healing")
-    words = [*tiny, "--remove", "2", "--state-tokens", "96", "--tuned", "isingcut"]
-    words += ["--batch", "2", "--patch-tokens", "960", "--questions", "6"]
-    words += ["--samples", "40", "--steps", "1,2", "--work", str(work / "work")]
-    words += ["--methods", "isingcut", *PEERS, "last", "--tasks", "arc_easy"]
+    words = [*tiny, "--remove=2", "--state-tokens=96", "--tuned=isingcut"]
+    words += ["--batch=2", "--patch-tokens=960", "--questions=6"]
+    words += ["--samples=40", "--steps=1,2", f"--work={work}/work"]
+    words += ["--methods", "isingcut", *PEERS, "last", "--tasks=arc_easy"]
     runner.run(Healing, words)
     # A second recipe with the same text and work folder.
-    runner.run(Healing, [*words, "--method", "lora", "--rate", "0.002", "--steps", "1"])
+    runner.run(Healing, [*words, "--method=lora", "--rate=0.002", "--steps=1"])
     runner.run(Healing, [*words, "--collect", "--results", str(work / "healing.json")])
     return runner.read(work / "healing.json")
 
 
-def test_every_stage_is_judged(
-    content: Content, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_every_stage_is_judged(content, capsys):
     rows = content["removals"]["2"]
     ours = rows["isingcut"]
     assert rows["last"]["removed"] == [4, 5]
@@ -58,19 +49,19 @@ def test_every_stage_is_judged(
     } <= set(figures)
 
 
-def stage(nll: float) -> Content:
+def stage(nll):
     sample = {"kl": [nll - 3.0, nll - 3.0], "nll": [2 * nll, 0.0], "counts": [1, 1]}
     original = {**sample, "nll": [6.0, 0.0]}
     return judged_stage({"c4": sample}, {"c4": original})
 
 
-def method(cut: float, tuned: float, healed: float) -> Content:
+def method(cut, tuned, healed):
     training = {**stage(healed), "tokens_seen": 99, "stopped": None}
     stages = {"cut": stage(cut), "tuned": stage(tuned), "healed 9M": training}
     return {"removed": [1, 2], "stages": stages}
 
 
-def figures(prefix: str = "", **rows: Any) -> dict[str, float]:
+def figures(prefix="", **rows):
     settings = {"settings": {"prefix": prefix}, "states_from": "a test"}
     return Healing.show({**settings, "removals": {"9": rows}})
 
@@ -82,8 +73,8 @@ OTHERS = {
 }
 
 
-def test_two_lengths_of_as_many_tokens_are_both_kept(tmp_path: Path) -> None:
-    found = Healing(runner.parse(Healing, ["--work", str(tmp_path)]))
+def test_two_lengths_of_as_many_tokens_are_both_kept(tmp_path):
+    found = Healing(runner.parse(Healing, [f"--work={tmp_path}"]))
     for steps in (10, 11):
         runner.write(
             found.path(f"healed/full-0.0003-{steps}/1-2"),
@@ -94,7 +85,7 @@ def test_two_lengths_of_as_many_tokens_are_both_kept(tmp_path: Path) -> None:
     assert [*found.trainings([1, 2])] == ["0.22M", "0.22M 12 steps", "0.2M"]
 
 
-def test_figures() -> None:
+def test_figures():
     found = figures(isingcut=method(4.0, 3.75, 3.4), **OTHERS)
     ratio = math.exp(3.4 - 3.6)
     assert {k: v for k, v in found.items() if not k.endswith("_se")} == {
@@ -112,7 +103,7 @@ def test_figures() -> None:
     assert all(name.startswith("deep_") for name in found)
 
 
-def test_no_figure_is_made_up_for_what_was_not_measured() -> None:
+def test_no_figure_is_made_up_for_what_was_not_measured():
     ours = method(4.0, 3.75, 3.4)
     for row in (others := copy.deepcopy(OTHERS)).values():
         del row["stages"]["healed 9M"]
@@ -124,7 +115,7 @@ def test_no_figure_is_made_up_for_what_was_not_measured() -> None:
     assert not figures(**OTHERS)
 
 
-def test_differences_are_paired() -> None:
+def test_differences_are_paired():
     first = {"c4": {"sample_nll": [10.0, 22.0], "sample_tokens": [4, 8]}}
     second = {"c4": {"sample_nll": [11.0, 24.0], "sample_tokens": [4, 8]}}
     # 0.25 nats per token more on each sample: no spread.
@@ -136,9 +127,7 @@ def test_differences_are_paired() -> None:
     assert error == pytest.approx(math.sqrt(2 * (2 / 3) ** 2 * 2) / 12)
 
 
-def test_accuracies_are_compared_by_question(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_accuracies_are_compared_by_question(capsys):
     ours = method(4.0, 3.75, 3.4)
     peer = copy.deepcopy(OTHERS["sleb"])
     tasks = ("piqa", "arc_easy")
@@ -150,9 +139,9 @@ def test_accuracies_are_compared_by_question(
     lines = capsys.readouterr().out.splitlines()
     # Gaps of 0, -1, 1, 1: variance 11/12, two tasks alike. GSM8K is not in the mean.
     gap = f"+25.0 ± {196 * (2 * 11 / 12 / 4) ** 0.5 / 2:.1f}"
-    (tuned,) = (
-        line for line in lines if line.startswith("isingcut") and " tuned " in line
-    )
-    assert tuned.endswith(f"; piqa 75.0, arc_easy 75.0, gsm8k 50.0; mean 75.0, {gap}")
-    (tuned,) = (line for line in lines if line.startswith("sleb") and " tuned " in line)
-    assert tuned.endswith(f"mean 50.0, +0.0 ± 0.0; isingcut minus it {gap}")
+    for name, words in (
+        ("isingcut", f"; piqa 75.0, arc_easy 75.0, gsm8k 50.0; mean 75.0, {gap}"),
+        ("sleb", f"mean 50.0, +0.0 ± 0.0; isingcut minus it {gap}"),
+    ):
+        (tuned,) = (x for x in lines if x.startswith(name) and " tuned " in x)
+        assert tuned.endswith(words)

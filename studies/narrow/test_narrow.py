@@ -1,19 +1,15 @@
 """Tests of the study of narrow texts: its texts and figures, and a run on a tiny model."""
 
-from __future__ import annotations
-
 import json
-from pathlib import Path
 
 import pytest
 
 from studies import runner
 from studies.narrow.study import Narrow
 from studies.narrow.texts import DOCUMENTS, NAMES, write_text
-from studies.runner import Content
 
 
-def row(text: str, share: float, patched: list[float]) -> Content:
+def row(text, share, patched):
     sums = {"counts": [10, 10, 10], "cut": [4.0, 5.0, 6.0], "patched": patched}
     own = {**sums, "patched": [1.0, 2.0, 3.0]}
     return {
@@ -25,7 +21,7 @@ def row(text: str, share: float, patched: list[float]) -> Content:
     }
 
 
-def test_texts_are_distinct_documents_and_the_same_each_time(tmp_path: Path) -> None:
+def test_texts_are_distinct_documents_and_the_same_each_time(tmp_path):
     for name in NAMES:
         first = write_text(name, tmp_path).read_bytes()
         assert write_text(name, tmp_path).read_bytes() == first
@@ -34,7 +30,7 @@ def test_texts_are_distinct_documents_and_the_same_each_time(tmp_path: Path) -> 
         )
 
 
-def test_a_harm_is_more_than_two_paired_errors() -> None:
+def test_a_harm_is_more_than_two_paired_errors():
     rows = [row("laws", 0.0, [5.0, 6.0, 7.1]), row("German", 0.0, [3.0, 5.5, 7.5])]
     found = Narrow.show({"rows": [*rows, row("laws", 0.5, [3.0, 4.0, 5.0])]})
     assert (
@@ -45,9 +41,9 @@ def test_a_harm_is_more_than_two_paired_errors() -> None:
     assert found["own_kl_change_0"] == pytest.approx(-0.3)
 
 
-def test_a_patch_is_judged(tiny: list[str], tmp_path: Path) -> None:
-    words = [*tiny, "--removed", "2,3", "--patch-tokens", "960", "--shares", "0"]
-    words += ["--work", str(tmp_path / "work"), "--only", "laws"]
+def test_a_patch_is_judged(tiny, tmp_path):
+    words = [*tiny, "--removed=2,3", "--patch-tokens=960", "--shares=0"]
+    words += [f"--work={tmp_path}/work", "--only=laws"]
     runner.run(Narrow, words)
     (part,) = (tmp_path / "work" / "parts" / "laws").glob("*.json")
     found = runner.read(part)

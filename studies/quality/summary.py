@@ -29,7 +29,7 @@ def show(content: Content) -> dict[str, float]:
 def _table(table: Content, pool: int) -> None:
     losses = table["losses"]
     texts = [t for t in losses if t != "pooled"]
-    texts += ["pooled"] if len(texts) > 1 else []
+    texts += ["pooled"] * (len(texts) > 1)
     print(
         f"\nM = {table['remove']}, chosen on {table['chosen_on']} ({pool} tokens): KL to the "
         "original, nats/token, and perplexity (* lowest, ~ within its paired 95 % interval)"
@@ -49,10 +49,10 @@ def _table(table: Content, pool: int) -> None:
             perplexity = f"{exp(loss):.2f}" if loss < 20 else "> 1e8"
             cells += f"{kl['methods'][name]['value']:>11.4f}{_mark(kl, name)}"
             cells += f"{perplexity:>10}{_mark(nll, name)}"
-        runs = len(entry["runs"])
-        passes = entry["passes"]
-        heads = entry["heads"]
-        print(f"{name:<28}{runs:>5}{passes:>8.1f}{heads:>7.0f}{cells}")
+        print(
+            f"{name:<28}{len(entry['runs']):>5}{entry['passes']:>8.1f}"
+            f"{entry['heads']:>7.0f}{cells}"
+        )
     for name in OURS:
         for text in texts:
             if name in losses[text]["kl"]:

@@ -1,9 +1,5 @@
 """Tests of the quality study on a tiny model, against direct computations."""
 
-from __future__ import annotations
-
-from pathlib import Path
-
 import numpy as np
 import pytest
 
@@ -12,16 +8,15 @@ from isingcut.measure.losses import measure
 from studies import runner
 from studies.quality import tables
 from studies.quality.study import Quality
-from studies.runner import Content
 
-SIZES = ["--pool", "3", "--search-pool", "4", "--remove", "2,3", "--second-remove", "2"]
+SIZES = ["--pool=3", "--search-pool=4", "--remove=2,3", "--second-remove=2"]
 
 
 @pytest.fixture(scope="module")
-def content(tiny: list[str], tmp_path_factory: pytest.TempPathFactory) -> Content:
+def content(tiny, tmp_path_factory):
     """Return the results file of a whole run."""
     work = tmp_path_factory.mktemp("quality")
-    words = [*tiny, *SIZES, "--seeds", "2", "--work", str(work / "work")]
+    words = [*tiny, *SIZES, "--seeds=2", f"--work={work}/work"]
     runner.run(Quality, words)
     before = {p: p.stat().st_mtime_ns for p in work.rglob("*.json")}
     runner.run(Quality, words)
@@ -30,9 +25,7 @@ def content(tiny: list[str], tmp_path_factory: pytest.TempPathFactory) -> Conten
     return runner.read(work / "quality.json")
 
 
-def test_losses_of_the_tables_are_those_of_the_states(
-    content: Content, tiny: list[str], tmp_path: Path
-) -> None:
+def test_losses_of_the_tables_are_those_of_the_states(content, tiny, tmp_path):
     first = content["tables"][0]
     assert (first["chosen_on"], first["remove"]) == ("wiki", 2)
     entries = {e["method"]: e for e in first["methods"]}
@@ -44,7 +37,7 @@ def test_losses_of_the_tables_are_those_of_the_states(
         "refined",
         "random",
     } <= set(entries)
-    study = Quality(runner.parse(Quality, [*tiny, "--work", str(tmp_path)]))
+    study = Quality(runner.parse(Quality, [*tiny, f"--work={tmp_path}"]))
     for name in ("wikitext2", "instruct"):
         removed = [e["removed"] for e in entries.values()]
         found = measure(study.replay, study.judged_text(name), states_of(6, removed))
@@ -54,7 +47,7 @@ def test_losses_of_the_tables_are_those_of_the_states(
             np.testing.assert_allclose(got, expected, rtol=1e-4)
 
 
-def test_an_evolution_pays_no_more_than_sleb(content: Content) -> None:
+def test_an_evolution_pays_no_more_than_sleb(content):
     assert {t["chosen_on"] for t in content["tables"]} == {"wiki", "instruct"}
     for table in content["tables"]:
         entries = {e["method"]: e for e in table["methods"]}
@@ -65,7 +58,7 @@ def test_an_evolution_pays_no_more_than_sleb(content: Content) -> None:
         )
 
 
-def test_figures_follow_from_the_tables(content: Content) -> None:
+def test_figures_follow_from_the_tables(content):
     figures = Quality.show(content)
     kl = content["tables"][0]["losses"]["pooled"]["kl"]["methods"]
     others = [
@@ -85,7 +78,7 @@ def test_figures_follow_from_the_tables(content: Content) -> None:
     assert figures["refined_price_over_sleb"] == pytest.approx(max(over), rel=1e-3)
 
 
-def test_intervals_are_paired() -> None:
+def test_intervals_are_paired():
     rng = np.random.default_rng(0)
     base = rng.gamma(2.0, 10.0, 40)
     sums = {"a": base, "b": base + 0.2, "c": base + rng.normal(9, 4, 40)}
@@ -103,6 +96,6 @@ def test_intervals_are_paired() -> None:
     assert se == pytest.approx(base.std(ddof=1) / 40**0.5 / 10, rel=1e-3)
 
 
-def test_the_median_run_stands_for_a_method() -> None:
+def test_the_median_run_stands_for_a_method():
     runs = [{"kl": kl, "seed": seed} for seed, kl in enumerate((3.0, 1.0, 2.0))]
     assert tables.median_run(runs)["seed"] == 2

@@ -20,10 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 import shared
-from shared import leave_speed_out, snapshot
+from shared import leave_speed_out, parametrize, snapshot
 
 
 @dataclass(frozen=True)
@@ -60,7 +58,17 @@ def rows(cases):
 
 def parametrised(table):
     """Run a test once for each row of a table."""
-    return pytest.mark.parametrize("row", table, ids=[row.name for row in table])
+    return parametrize("row", table, ids=[row.name for row in table])
+
+
+def tried(table):
+    """Return a test that tries each row of a table in an arena."""
+
+    @parametrised(table)
+    def test(arena, row):
+        arena.try_row(row)
+
+    return test
 
 
 class TooSlowError(BaseException):
@@ -122,7 +130,7 @@ class Arena:
 def make_arena(world, folder, patch):
     """Return a copy of the world as the working folder, with HOME and the cache in it."""
     here = Path(shutil.copytree(world, folder / "here", symlinks=True))
-    manifest = here / "run" / "run.json"
+    manifest = here / "run/run.json"
     # Make the run's record name the copied folder.
     text = manifest.read_text().replace(str(world), str(here))
     manifest.write_text(text)

@@ -16,7 +16,7 @@ def world(shared, finished):
 
 def _make_world(base):
     (base / "home").mkdir(parents=True)
-    (base / "home" / "diary.txt").write_text("mine\n")
+    (base / "home/diary.txt").write_text("mine\n")
     write_words(base / "text.txt")
     tiny_checkpoint("llama", base / "model")
     with pytest.MonkeyPatch.context() as patch:

@@ -6,6 +6,8 @@ import os
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
+from shared import save_json
+
 ENERGY = "energy {model} --calibration {text} --samples 2 --length 16 --out {here}/new"
 CONFIG = "model/config.json"
 WEIGHTS = "model/model.safetensors"
@@ -134,7 +136,7 @@ def sharded(edit=lambda index: None):
             "weight_map": dict.fromkeys(names, shard),
         }
         index = edit(index) or index
-        (arena.model / "model.safetensors.index.json").write_text(json.dumps(index))
+        save_json(arena.model / "model.safetensors.index.json", index)
 
     return prepare
 

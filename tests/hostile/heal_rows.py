@@ -1,12 +1,13 @@
 """Command lines of tiny healings, and ways to make their files hostile."""
 
 import itertools
-import json
 import tempfile
 import textwrap
 from pathlib import Path
 
 from damage import edited, written
+
+from shared import save_json
 
 FILES = tempfile.TemporaryDirectory()
 NUMBERS = itertools.count()
@@ -22,7 +23,7 @@ def heal(
     """
     file = Path(FILES.name) / f"{next(NUMBERS)}.yaml"
     settings = {"max_steps": 2, "per_device_train_batch_size": 2, **settings}
-    file.write_text(json.dumps({"trainer": settings}))
+    save_json(file, {"trainer": settings})
     return (
         f"heal {student} --teacher {teacher} --out {out} --text {{text}} --samples 6 --length 16 "
         f"--report-samples 2 --config {file} --device cpu --dtype float32 {more}"

@@ -5,7 +5,7 @@ import json
 
 from isingcut.files.results import write_json
 from run_files import baseline, healing, task
-from shared import load_json
+from shared import load_json, save_json
 
 SOLVE = "solve {run} --remove 2 --overwrite"
 REPORT = "report {run}"
@@ -28,11 +28,11 @@ def record(arena, name):
         "done": True,
         "seconds": 0.0,
     }
-    run["stages"][key] = {
-        **run["stages"].get(key, made),
+    run.stages[key] = {
+        **run.stages.get(key, made),
         "sha256": hashlib.sha256(file.read_bytes()).hexdigest() if plain else None,
     }
-    place.write_text(json.dumps(run))
+    save_json(place, run)
 
 
 EXTRAS = {

@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from stage_files import record
 
-from shared import snapshot
+from shared import module_fixture, parametrize, snapshot
 
 MANY = int(os.environ.get("ISINGCUT_FUZZ", "0"))
 # Prefixes of paths that a successful command may write or replace.
@@ -116,7 +116,7 @@ def damage(draw, most):
     return spoil
 
 
-@pytest.fixture(scope="module")
+@module_fixture
 def survives(world):
     """Function that damages a copy of the world and runs a command. It must exit with 0 or 2,
     without a traceback, and change no file of the user."""
@@ -224,9 +224,7 @@ def test_stage_files(survives, which, edit, spoil, how):
     survives(command, damaged, lambda arena: record(arena, name))
 
 
-@pytest.mark.parametrize(
-    "command", [LOOK, ENERGY, *sorted({command for _, command in PAIRS})]
-)
+@parametrize("command", [LOOK, ENERGY, *sorted({command for _, command in PAIRS})])
 def test_unharmed_files_are_accepted(survives, command):
     steps = [lambda arena, name=name: record(arena, name) for name in STAGES]
     survives(command, *steps, codes=(0,))

@@ -4,7 +4,7 @@ import resource
 import struct
 import threading
 
-from arena import Row, parametrised
+from arena import Row, tried
 from damage import pipe, written
 
 from gguf_files import (
@@ -176,9 +176,7 @@ def _rows():
 ROWS = list(_rows())
 
 
-@parametrised(ROWS)
-def test_a_hostile_gguf_file_is_refused(arena, row):
-    arena.try_row(row)
+test_a_hostile_gguf_file_is_refused = tried(ROWS)
 
 
 CACHED = ("home/cache*",)
@@ -191,20 +189,19 @@ def test_a_whole_file_is_cut_next_to_the_run(arena):
 
 
 def test_a_conversion_clears_what_killed_ones_left(arena):
-    left = arena.home / "cache" / "gguf" / f".{'a' * 64}.isingcut-x.part"
+    left = arena.home / "cache/gguf" / f".{'a' * 64}.isingcut-x.part"
     left.mkdir(parents=True)
     (left / "model.safetensors").write_bytes(bytes(1000))
     arena.works(LOOK, *CACHED, line="6 blocks", prepare=file())
     assert not left.exists()
 
 
-def test_one_converts_and_another_waits_for_it(arena, monkeypatch):
+def test_one_converts_and_another_waits_for_it(arena, monkeypatch, spy):
     file()(arena)
     arrived = threading.Event()
     found = []
-    converted = []
+    converted = spy(gguf_files, "unpack_gguf")
     hashed = gguf_files.file_sha256
-    convert = gguf_files.unpack_gguf
 
     def noted(*arguments):
         if threading.current_thread() is other:
@@ -212,9 +209,6 @@ def test_one_converts_and_another_waits_for_it(arena, monkeypatch):
         return hashed(*arguments)
 
     monkeypatch.setattr(gguf_files, "file_sha256", noted)
-    monkeypatch.setattr(
-        gguf_files, "unpack_gguf", lambda *a: converted.append(a) or convert(*a)
-    )
     other = threading.Thread(
         target=lambda: found.append(gguf_files.convert_file(arena.here / "m.gguf"))
     )
@@ -245,7 +239,7 @@ def test_the_cache_is_the_hubs_or_the_named_one(monkeypatch, tmp_path):
         "huggingface_hub.constants.HF_ASSETS_CACHE", str(tmp_path / "assets")
     )
     monkeypatch.delenv("ISINGCUT_CACHE", raising=False)
-    assert gguf_files.gguf_cache() == tmp_path / "assets" / "isingcut" / "gguf"
+    assert gguf_files.gguf_cache() == tmp_path / "assets/isingcut/gguf"
     monkeypatch.setenv("ISINGCUT_CACHE", str(tmp_path))
     assert gguf_files.gguf_cache() == tmp_path / "gguf"
 

@@ -5,9 +5,8 @@ import json
 import os
 import shutil
 
-import pytest
 import torch
-from arena import Row, parametrised, rows
+from arena import Row, rows, tried
 from damage import (
     both,
     changed,
@@ -26,8 +25,8 @@ from heal_rows import RECORD, WITH_FILE, heal, record, trainer
 from isingcut.files.ownership import MARKER, mark
 from isingcut.files.results import write_json
 from isingcut.formats.cutting.checkpoint import excise
-from isingcut.testing.tiny import tiny_checkpoint
-from shared import load_json
+from shared import load_json, parametrize
+from tiny import tiny_checkpoint
 
 
 def unfinished(arena):
@@ -42,7 +41,7 @@ def unfinished(arena):
 def changed_since(arena):
     """Write an output of isingcut to which the user added a file."""
     shutil.copytree(arena.run / "model", arena.here / "healed")
-    (arena.here / "healed" / "notes.txt").write_text("mine")
+    (arena.here / "healed/notes.txt").write_text("mine")
 
 
 READ = "an input of this command; nothing was written"
@@ -132,9 +131,7 @@ for said, table in (("--trainer cannot set '{}'", OTHERS), ("{}", WRONG)):
         )
 
 
-@parametrised(PLACES + WORDS)
-def test_a_place_or_a_word_is_refused(arena, row):
-    arena.try_row(row)
+test_a_place_or_a_word_is_refused = tried(PLACES + WORDS)
 
 
 def removed_are(*blocks, of=6):
@@ -225,9 +222,7 @@ PAIRS += rows([
 ])  # fmt: skip
 
 
-@parametrised(PAIRS)
-def test_models_that_do_not_belong_together_are_refused(arena, row):
-    arena.try_row(row)
+test_models_that_do_not_belong_together_are_refused = tried(PAIRS)
 
 
 class Stopped(Exception):
@@ -262,12 +257,12 @@ FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 def curve(arena, out="healed"):
     found = load_json(arena.here / out / "healing.json")
-    return found["steps"]
+    return found.steps
 
 
 def half_written(arena, step):
     """Write the state of a step as a kill leaves it: some files, and no marker."""
-    place = arena.here / ".healed.healing" / "trainer" / f"checkpoint-{step}"
+    place = arena.here / ".healed.healing/trainer" / f"checkpoint-{step}"
     place.mkdir(parents=True)
     (place / "model.safetensors").write_bytes(b"half")
     (place / "trainer_state.json").write_text('{"global_step"')
@@ -322,9 +317,7 @@ def test_half_a_state_alone_is_begun_anew(arena, monkeypatch):
     assert len(curve(arena)) == 2
 
 
-@pytest.mark.parametrize(
-    "name", ["model.safetensors", "optimizer.pt", "healing-curve.json"]
-)
+@parametrize("name", ["model.safetensors", "optimizer.pt", "healing-curve.json"])
 def test_a_damaged_state_is_left_out(arena, monkeypatch, name):
     with monkeypatch.context() as patch:
         stops(patch, 2, Stopped(), part="save_model")
@@ -339,7 +332,7 @@ def test_a_damaged_state_is_left_out(arena, monkeypatch, name):
 BLOWN = {"weight_decay": 1e35, "max_steps": 4, "warmup_steps": 0}
 
 
-@pytest.mark.parametrize("saved", [1, 50])
+@parametrize("saved", [1, 50])
 def test_the_advice_after_no_number_works(arena, saved):
     settings = {**BLOWN, "save_steps": saved}
     line = (
@@ -350,8 +343,8 @@ def test_the_advice_after_no_number_works(arena, saved):
     assert types(arena, heal("--patch none", **settings, learning_rate=1e-37)) == []
 
 
-@pytest.mark.parametrize(
-    ("place", "error"),
+@parametrize(
+    "place, error",
     [
         ("isingcut.healing.training.distill._publish", FULL),
         ("isingcut.healing.heal.healed_card", FULL),
@@ -386,8 +379,8 @@ def test_an_old_record_without_a_hash_goes_on_working(arena):
 def test_a_healed_student_is_replaced(arena):
     types(arena, heal())
     types(arena, heal("--overwrite --seed 1", learning_rate=1e-2))
-    found = load_json(arena.here / "healed" / "healing.json")
-    assert found["options"]["seed"] == 1
+    found = load_json(arena.here / "healed/healing.json")
+    assert found.options.seed == 1
 
 
 def test_a_patch_that_would_change_nothing_says_so(arena, monkeypatch):
@@ -409,10 +402,10 @@ def test_a_patch_that_would_change_nothing_says_so(arena, monkeypatch):
 
 def exact_cut(arena):
     """Write a student with the original's weights; the student of the run is patched."""
-    removed = load_json(arena.run / "model" / "isingcut.json")
+    removed = load_json(arena.run / "model/isingcut.json")
     record = json.dumps({key: removed[key] for key in ("removed", "of")})
-    excise(arena.model, removed["removed"], arena.here / "exact")
-    (arena.here / "exact" / "isingcut.json").write_text(record)
+    excise(arena.model, removed.removed, arena.here / "exact")
+    (arena.here / "exact/isingcut.json").write_text(record)
 
 
 def test_a_patch_that_vanished_in_rounding_says_so(arena, monkeypatch):
@@ -426,14 +419,14 @@ def test_a_patch_that_vanished_in_rounding_says_so(arena, monkeypatch):
     line = r"warning: the linear patch changed nothing \(block \d's mlp.down_proj"
     command = heal("--patch linear --method none", student="{here}/exact")
     types(arena, command, line=line, prepare=exact_cut)
-    found = load_json(arena.here / "healed" / "healing.json")
-    assert found["patch"]["changed"] is False
-    assert {c["changed"] for c in found["patch"]["cuts"]} == {False}
+    found = load_json(arena.here / "healed/healing.json")
+    assert found.patch.changed is False
+    assert {c.changed for c in found.patch.cuts} == {False}
 
 
 def test_a_sample_longer_than_the_model_says_so(arena):
     line = "warning: samples have 128 tokens instead of --length 1000000"
     types(arena, heal("--length 1000000"), line=line)
-    found = load_json(arena.here / "healed" / "healing.json")
+    found = load_json(arena.here / "healed/healing.json")
     # The run's own report text has samples of 16 tokens.
-    assert (found["length"], found["report_tokens"]) == (128, 3 * 15)
+    assert (found.length, found.report_tokens) == (128, 3 * 15)

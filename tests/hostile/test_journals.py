@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from arena import Row
 
-from shared import load_json
+from shared import load_json, parametrize
 from tiny import count_rows
 
 
@@ -39,7 +39,7 @@ LINES = {
 }
 
 
-@pytest.mark.parametrize("line", LINES.values(), ids=LINES)
+@parametrize("line", LINES.values(), ids=LINES)
 def test_what_a_damaged_journal_lost_is_measured_again(interrupted, line):
     arena, before = interrupted
     journal = arena.run / "candidates.journal"
@@ -88,7 +88,7 @@ PLACES = {
 }
 
 
-@pytest.mark.parametrize(("make", "line"), PLACES.values(), ids=PLACES)
+@parametrize("make, line", PLACES.values(), ids=PLACES)
 def test_what_is_no_journal_stays(interrupted, make, line):
     arena, _ = interrupted
     journal = arena.run / "candidates.journal"

@@ -15,7 +15,7 @@ from isingcut.formats.libraries import catch_errors
 from isingcut.healing.heal import heal
 from isingcut.memory import is_memory_exhausted
 from isingcut.models import verify
-from shared import load_json, refuses
+from shared import load_json, parametrize, refuses
 
 TOO_MANY = 10**15
 
@@ -49,18 +49,14 @@ EXHAUSTED = {
 }
 
 
-@pytest.mark.parametrize(
-    ("use_up", "wanted", "where"), EXHAUSTED.values(), ids=EXHAUSTED
-)
+@parametrize("use_up, wanted, where", EXHAUSTED.values(), ids=EXHAUSTED)
 def test_a_command_ends_with_one_line(arena, monkeypatch, use_up, wanted, where):
     monkeypatch.setattr("isingcut.report.write.RunFiles", use_up)
     more = "" if wanted is None else f": {wanted:,} more bytes were needed"
     arena.refuses("report {run}", f"{where} is out of memory{more}.*; .*--stream")
 
 
-@pytest.mark.parametrize(
-    "error", [RuntimeError("shapes differ"), ValueError("out of memory")]
-)
+@parametrize("error", [RuntimeError("shapes differ"), ValueError("out of memory")])
 def test_other_errors_are_no_used_up_memory(error):
     assert not is_memory_exhausted(error)
 
@@ -79,7 +75,7 @@ DOORS = {
 }
 
 
-@pytest.mark.parametrize("call", DOORS.values(), ids=DOORS)
+@parametrize("call", DOORS.values(), ids=DOORS)
 def test_python_raises_one_of_our_errors(arena, monkeypatch, call):
     for name in ("runs.session.resolve", "healing.heal.resolve", "ising.solvers.make"):
         monkeypatch.setattr(f"isingcut.{name}", in_torch)
@@ -109,7 +105,7 @@ def generates(monkeypatch):
     verify.check_generation(model, torch.zeros((1, 2), dtype=torch.long), 1, "model")
 
 
-@pytest.mark.parametrize("step", [reads, runs_on_text, reloads, generates])
+@parametrize("step", [reads, runs_on_text, reloads, generates])
 def test_no_library_or_model_is_blamed(monkeypatch, step):
     with pytest.raises(MemoryExhaustedError):
         step(monkeypatch)
@@ -121,6 +117,6 @@ def test_a_patch_is_left_as_fitted_where_memory_does_not_suffice_to_tune_it(
     monkeypatch.setattr("isingcut.healing.repairs.tuned.tune", in_torch)
     command = "excise {run} --blocks 0,3"
     arena.works(command, "run/*", line="model")
-    record = arena.run / "remove-2-blocks-0-3" / "model" / "isingcut.json"
-    tuning = load_json(record)["patch"]["tuning"]
-    assert "out of memory for tuning the patch" in tuning["left_out"]
+    record = arena.run / "remove-2-blocks-0-3/model/isingcut.json"
+    tuning = load_json(record).patch.tuning
+    assert "out of memory for tuning the patch" in tuning.left_out

@@ -1,12 +1,11 @@
 """No file of the user is replaced, with `--overwrite` or without; files of isingcut are."""
 
-import json
 import os
 import shutil
 from hashlib import sha256
 
 import pytest
-from arena import Row, call, parametrised
+from arena import Row, call, tried
 from damage import changed, config, linked, written
 
 import isingcut
@@ -14,7 +13,7 @@ from isingcut.errors import InputError, OutputExistsError
 from isingcut.files.ownership import check_output
 from isingcut.options.config import RunConfig
 from isingcut.runs.folder import read_by
-from shared import load_json, refuses, snapshot
+from shared import load_json, parametrize, refuses, save_json, snapshot
 
 STAYS = r"is not replaced: .*--overwrite replaces only files of isingcut"
 FOREIGN = r"already exists and is not an isingcut run; nothing was written"
@@ -29,7 +28,7 @@ def own_model(arena):
 
 def model_inside(arena):
     (arena.here / "proj").mkdir()
-    shutil.copytree(arena.model, arena.here / "proj" / "model")
+    shutil.copytree(arena.model, arena.here / "proj/model")
 
 
 # Refused places of a run folder, which `run` and `energy` open alike: `--out` as typed,
@@ -81,7 +80,7 @@ def begun(arena):
     """Write an unfinished run with a report of the user's own."""
     shutil.copytree(arena.run, arena.here / "begun")
     written("begun/report.md")(arena)
-    (arena.here / "begun" / "candidates.json").unlink()
+    (arena.here / "begun/candidates.json").unlink()
 
 
 # Files that a command on a run may not replace.
@@ -153,9 +152,7 @@ CHANGED = [
 ROWS = [*RUNS, *(Row(*row) for row in STAGES), *CHANGED]
 
 
-@parametrised(ROWS)
-def test_nothing_of_the_users_is_replaced(arena, row):
-    arena.try_row(row)
+test_nothing_of_the_users_is_replaced = tried(ROWS)
 
 
 def test_other_blocks_without_leave_leave_the_model_alone(arena):
@@ -170,8 +167,8 @@ def test_a_model_card_may_be_edited(arena):
 
 def test_what_isingcut_wrote_is_replaced(arena):
     arena.works("excise {run} --blocks 0,1 --overwrite", "run/*")
-    record = load_json(arena.run / "model" / "isingcut.json")
-    assert record["removed"] == [0, 1]
+    record = load_json(arena.run / "model/isingcut.json")
+    assert record.removed == [0, 1]
     arena.works("report {run}", "run/report*")
     for flag in ("", "--overwrite"):
         row = Row(
@@ -180,7 +177,7 @@ def test_what_isingcut_wrote_is_replaced(arena):
         arena.try_row(row)
 
 
-@pytest.mark.parametrize(
+@parametrize(
     "place",
     ["model", "home", "run", ".", "run/model/inside", "model/inside", "text.txt"],
 )
@@ -198,8 +195,8 @@ def test_save_replaces_what_it_wrote(arena):
     with refuses(r"already exists.*overwrite=True", OutputExistsError):
         run.save("mine", blocks=[0, 2])
     run.save("mine", blocks=[0, 2], overwrite=True)
-    record = load_json(arena.here / "mine" / "isingcut.json")
-    assert record["removed"] == [0, 2]
+    record = load_json(arena.here / "mine/isingcut.json")
+    assert record.removed == [0, 2]
 
 
 def test_a_hard_link_to_a_source_is_that_source(arena):
@@ -242,7 +239,7 @@ def test_a_forged_marker_opens_nothing(arena):
         "sha256": sha256(b"[]").hexdigest(),
     }
     marker = arena.home / ".isingcut-output.json"
-    marker.write_text(json.dumps(forged))
+    save_json(marker, forged)
     run = isingcut.open_run("run")
     with refuses("was changed", OutputExistsError):
         run.save("home", blocks=[0, 1], overwrite=True)

@@ -12,9 +12,8 @@ from heal_rows import heal
 import isingcut
 from isingcut.energies import registry
 from isingcut.files.journal import Journal
-from isingcut.files.results import read_json
 from isingcut.formats.sources import model_identity
-from shared import load_json, refuses
+from shared import load_json, parametrize, refuses
 
 OPTIONS = (
     "--remove 2 --calibration text.txt --length 16 --samples 3 --rank-samples 3 "
@@ -116,18 +115,18 @@ def test_trust_is_stored_nowhere(arena):
         f"energy model {OPTIONS} --out e --trust-remote-code".split(), seconds=60
     )
     assert code == 0, err
-    run = load_json(arena.here / "e" / "run.json")
+    run = load_json(arena.here / "e/run.json")
     assert "trust_remote_code" not in json.dumps({**run, "provenance": 0})
     assert not isingcut.open_run("e").config.trust_remote_code
     assert isingcut.open_run("e", trust_remote_code=True).config.trust_remote_code
 
 
-def test_what_auto_once_chose_stays(arena, monkeypatch):
+def test_what_auto_once_chose_stays(arena, stub):
     words = f"energy model {OPTIONS} --out e".split()
-    monkeypatch.setattr("isingcut.models.device.dtype_name", lambda *a: "bfloat16")
+    stub("isingcut.models.device.dtype_name", "bfloat16")
     assert call(words, seconds=60)[0] == 0
     meta = isingcut.open_run("e").hamiltonian.meta
-    monkeypatch.setattr("isingcut.models.device.dtype_name", lambda *a: "float32")
+    stub("isingcut.models.device.dtype_name", "float32")
     code, _, err = call(words, seconds=60)
     assert code == 0, err
     assert isingcut.open_run("e").hamiltonian.meta == meta
@@ -163,12 +162,10 @@ def test_a_text_that_was_changed_is_not_read_on(arena):
     # The text is not named here, so the patch is fitted on the stored tokens, as without the text.
     excise = f"excise run --blocks 2,3 --overwrite {patch}"
     arena.try_row(Row("a cut", excise, **made))
-    record = read_json(arena.run / "model" / "isingcut.json", "removal")
-    fitted = record["patch"]["text"]
-    assert fitted["samples"] == fitted["searched"]
-    assert fitted["short"].startswith(
-        "the source was changed or cannot be read; restore"
-    )
+    record = load_json(arena.run / "model/isingcut.json")
+    fitted = record.patch.text
+    assert fitted.samples == fitted.searched
+    assert fitted.short.startswith("the source was changed or cannot be read; restore")
     assert calibration.read_bytes() == measured
     energy = f"energy model --remove 2 {MEASURED} --out run --overwrite"
     arena.try_row(Row("measured anew", energy, **made))
@@ -182,7 +179,7 @@ def overwritten(path):
         f.write(b"\0\0\0\0")
 
 
-@pytest.mark.parametrize(
+@parametrize(
     "command",
     [
         f"energy {{model}} {MEASURED} --out {{here}}/new",
@@ -208,12 +205,10 @@ def test_weights_that_are_overwritten_while_they_are_measured(
     )
     assert not (place / name).exists()
     assert not list(place.glob("*.journal*"))
-    assert not (read_json(place / "run.json", "run")["stages"].get(name) or {}).get(
-        "done"
-    )
+    assert not (load_json(place / "run.json").stages.get(name) or {}).get("done")
 
 
-@pytest.mark.parametrize("place", ["model", "run/model"])
+@parametrize("place", ["model", "run/model"])
 def test_weights_that_are_overwritten_while_they_are_healed(arena, monkeypatch, place):
     from isingcut.healing.training.train import Watch
 
@@ -255,7 +250,7 @@ def plugins(tmp_path, monkeypatch):
 
 
 @pytest.mark.usefixtures("plugins")
-@pytest.mark.parametrize("name", CONTENTS)
+@parametrize("name", CONTENTS)
 def test_a_broken_plugin_that_is_named_is_blamed(arena, name):
     line = BLAMED.format(name=name, words=CONTENTS[name][1])
     arena.refuses(f"solve {{run}} --solver {name}", line)

@@ -7,7 +7,7 @@ import pytest
 from arena import Row, parametrised
 from damage import both, edited, written
 
-from shared import load_json
+from shared import load_json, parametrize
 
 HEAD = """
 import sys
@@ -165,7 +165,7 @@ GOOD = {
 }
 
 
-@pytest.mark.parametrize("name", GOOD)
+@parametrize("name", GOOD)
 def test_a_sampler_that_works_gives_clean_json(place, name):
     row = Row(name, "solve {run} --remove 3 --json --solver dimod:bad.Bad", code=0,
               prepare=method(GOOD[name]), makes=("run/*",))  # fmt: skip
@@ -231,8 +231,8 @@ def test_speed_that_was_left_out_is_measured_later_and_nothing_else(arena):
         "decode_tokens_per_second",
         "peak_memory_bytes",
     )
-    assert all(k in whole["after"] for k in keys)
-    assert "prefill_tokens_per_second_se" in whole["before"]
+    assert all(k in whole.after for k in keys)
+    assert "prefill_tokens_per_second_se" in whole.before
     # An evaluation with speeds is kept.
     arena.works("evaluate {run} --skip-speed")
 
@@ -241,8 +241,8 @@ def test_speed_that_was_left_out_is_measured_later_and_nothing_else(arena):
     shown = arena.works("evaluate {run} --skip-speed", *made)
     assert "decode, tokens/s" not in shown
     short = evaluation(arena)
-    assert short["not_measured"] == list(keys)
-    assert not set(keys) & set(short["after"])
+    assert short.not_measured == list(keys)
+    assert not set(keys) & set(short.after)
     arena.works("evaluate {run} --skip-speed")
     arena.works("report {run} --overwrite", "run/report.*")
     report = (arena.run / "report.md").read_text()
@@ -253,8 +253,8 @@ def test_speed_that_was_left_out_is_measured_later_and_nothing_else(arena):
     found = evaluation(arena)
     assert "not_measured" not in found
     assert found.keys() == whole.keys()
-    assert found["after"].keys() == whole["after"].keys()
-    assert found["after"]["nll"] == short["after"]["nll"]
-    assert found["generation"] == short["generation"]
+    assert found.after.keys() == whole.after.keys()
+    assert found.after.nll == short.after.nll
+    assert found.generation == short.generation
     line = next(x for x in shown.splitlines() if "decode, tokens/s" in x)
     assert line.count("±") == 3  # one of each model, one of the change

@@ -7,13 +7,12 @@ import shutil
 from pathlib import Path
 
 import numpy as np
-import pytest
-from arena import Row, parametrised
+from arena import Row, tried
 from safetensors.numpy import save_file
 from stage_files import EXTRAS, REPORT, SOLVE, edited, record, replaced, rewritten
 
 from isingcut.files.results import tensor_header
-from shared import load_json
+from shared import load_json, parametrize, refuses, save_json
 
 WHOLE = {
     "truncated": (lambda c: c[: len(c) // 2], "not readable as JSON"),
@@ -191,7 +190,7 @@ def test_no_control_character_of_a_run_reaches_its_report(arena):
     place = arena.run / "evaluation.json"
     found = load_json(place)
     found["generation"] |= {"before": evil, "after": evil}
-    place.write_text(json.dumps(found))
+    save_json(place, found)
     record(arena, "evaluation.json")
     arena.works("report {run}", "run/report.*")
     for name in ("report.md", "report.html"):
@@ -308,9 +307,7 @@ ROWS.append(
 )
 
 
-@parametrised(ROWS)
-def test_a_damaged_file_is_one_line(arena, row):
-    arena.try_row(row)
+test_a_damaged_file_is_one_line = tried(ROWS)
 
 
 TEXT = "calibration.safetensors"
@@ -340,12 +337,12 @@ SPLITS = {
 }
 
 
-@pytest.mark.parametrize(("change", "line"), SPLITS.values(), ids=SPLITS)
+@parametrize("change, line", SPLITS.values(), ids=SPLITS)
 def test_damaged_tokens_are_one_line(arena, change, line):
     from isingcut.data.calibration import Calibration
     from isingcut.errors import StageFileError
 
     tensors(TEXT, change)(arena)
-    with pytest.raises(StageFileError, match=f"{TEXT} is damaged: .*{line}") as caught:
+    with refuses(f"{TEXT} is damaged: .*{line}", StageFileError) as caught:
         Calibration.load(arena.run / TEXT)
     assert "\n" not in str(caught.value)

@@ -10,7 +10,7 @@ import subprocess
 import sys
 
 import pytest
-from arena import Row, call, parametrised
+from arena import Row, call, parametrised, tried
 from damage import linked
 
 import isingcut
@@ -18,6 +18,7 @@ import shared
 from isingcut.console.printing import printable, say
 from isingcut.errors import InputError
 from isingcut.files.writing import os_error_words
+from shared import parametrize
 
 # Words of the command line ------------------------------------------------------------------
 
@@ -56,7 +57,7 @@ def test_wrong_words_are_one_line(arena, row):
     assert "Usage:" not in call(["zorp"])[2]
 
 
-@pytest.mark.parametrize(
+@parametrize(
     "command",
     ["solve {here}", "solve {run} --zorp", "solve {run} --remove 99", "report {text}"],
 )
@@ -75,7 +76,7 @@ def test_debug_shows_the_place_and_keeps_the_code(arena, command):
 NAMES = ["[bold]m[/]", ":smile:", "m\x1b[31mred\u202e"]
 
 
-@pytest.mark.parametrize("name", NAMES, ids=ascii)
+@parametrize("name", NAMES, ids=ascii)
 def test_a_name_is_printed_as_it_is(arena, name):
     run = shutil.move(arena.run, arena.here / name)
     shown = printable(str(run))
@@ -91,7 +92,7 @@ def test_a_name_is_printed_as_it_is(arena, name):
     assert f"isingcut: {shown}/nothing is not an isingcut run folder" in err
 
 
-@pytest.mark.parametrize("name", NAMES, ids=ascii)
+@parametrize("name", NAMES, ids=ascii)
 def test_a_bar_shows_its_words_as_they_are(monkeypatch, name):
     from isingcut.console.progress import terminal
 
@@ -126,8 +127,8 @@ def printed(arguments, stream):
 COMMANDS = ["solve {run} --remove 2", "inspect {model}", "ls", "--help", "solve --help"]
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "cp437", "0", "7", "x", "100000"])
-@pytest.mark.parametrize("command", COMMANDS)
+@parametrize("encoding", ["ascii", "cp437", "0", "7", "x", "100000"])
+@parametrize("command", COMMANDS)
 def test_tables_come_in_any_encoding_and_width(arena, monkeypatch, command, encoding):
     if wide := encoding not in ("ascii", "cp437"):
         monkeypatch.setenv("COLUMNS", encoding)
@@ -143,9 +144,7 @@ def test_tables_come_in_any_encoding_and_width(arena, monkeypatch, command, enco
     assert wide or words == ["ls"] or "|" in text
 
 
-@pytest.mark.parametrize(
-    "command", [*COMMANDS, "solve {run} --json", "ls --quiet", "--version"]
-)
+@parametrize("command", [*COMMANDS, "solve {run} --json", "ls --quiet", "--version"])
 def test_a_full_disk_under_stdout_is_one_line(arena, command):
     words = command.format(run=arena.run, model=arena.model).split()
     if "--quiet" in words:
@@ -175,7 +174,7 @@ SHELL = {
 }
 
 
-@pytest.mark.parametrize(("typed", "code", "line"), SHELL.values(), ids=SHELL)
+@parametrize("typed, code, line", SHELL.values(), ids=SHELL)
 def test_streams_of_the_shell(arena, typed, code, line):
     environment = {**os.environ, "PYTHONIOENCODING": "ascii", "LC_ALL": "C"}
     environment.pop("HOME")
@@ -202,7 +201,7 @@ REFUSALS = {
 }
 
 
-@pytest.mark.parametrize(("name", "words"), REFUSALS.items(), ids=REFUSALS)
+@parametrize("name, words", REFUSALS.items(), ids=REFUSALS)
 def test_a_disk_that_refuses_is_one_line(arena, monkeypatch, name, words):
     def refuse(*arguments, **options):
         number = getattr(errno, name)
@@ -212,8 +211,8 @@ def test_a_disk_that_refuses_is_one_line(arena, monkeypatch, name, words):
     arena.refuses("report {run}", words)
 
 
-@pytest.mark.parametrize(
-    ("name", "words"),
+@parametrize(
+    "name, words",
     {**REFUSALS, "EMFILE": "cannot copy .*model.* to .*: Too many open files"}.items(),
     ids=REFUSALS,
 )
@@ -256,9 +255,7 @@ PLACES = [
 ]
 
 
-@parametrised(PLACES)
-def test_a_place_that_is_none_is_one_line(arena, row):
-    arena.try_row(row)
+test_a_place_that_is_none_is_one_line = tried(PLACES)
 
 
 def test_a_nul_byte_is_one_line(arena):

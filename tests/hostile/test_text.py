@@ -10,14 +10,14 @@ import socket
 import threading
 
 import pytest
-from arena import Row, parametrised
+from arena import Row, tried
 from damage import both, edited, linked, written
 from transformers import AutoTokenizer
 
 from calibrating import chats, sentences
 from isingcut.data import text_files
 from isingcut.data.calibration import build
-from shared import snapshot
+from shared import parametrize, snapshot
 
 SMALL = "--length 16 --samples 3 --rank-samples 3 --report-samples 3 --dtype float32"
 MEASURE = "energy {model} --out new " + SMALL + " --calibration "
@@ -231,8 +231,8 @@ def test_the_same_records_in_any_file_are_the_same_tokens(tokens_of):
 # One line of twenty megabytes ------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("name", "content"),
+@parametrize(
+    "name, content",
     [
         ("a.txt", b"word " * (4 << 20)),
         ("a.txt", b"word" * (5 << 20)),
@@ -315,9 +315,7 @@ STREAMED = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("what", "content", "how", "line"), STREAMED, ids=[s[0] for s in STREAMED]
-)
+@parametrize("what, content, how, line", STREAMED, ids=[s[0] for s in STREAMED])
 def test_standard_input(arena, what, content, how, line):
     with pipe_of(content, **how) as end, standard_input(end):
         makes = () if line else ("new*", "home*")
@@ -342,9 +340,7 @@ def test_standard_input_may_be_a_file_but_no_device(arena):
         arena.refuses(command, "standard input is a device")
 
 
-@pytest.mark.parametrize(
-    "content", [WORDS.encode(), LINES.encode(), packed(WORDS.encode())]
-)
+@parametrize("content", [WORDS.encode(), LINES.encode(), packed(WORDS.encode())])
 def test_a_pipe_as_the_shell_makes_it_is_read_once(arena, content):
     """`<(...)`: a resumed run has its tokens and does not need the pipe again."""
     with pipe_of(content) as end:
@@ -480,6 +476,4 @@ HELD += [
 ]
 
 
-@parametrised(HELD)
-def test_texts(arena, row):
-    arena.try_row(row)
+test_texts = tried(HELD)

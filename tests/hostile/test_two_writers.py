@@ -19,7 +19,7 @@ from heal_rows import heal
 from isingcut.errors import BusyError
 from isingcut.files.writing import LOCK, lock_beside, lock_place
 from ranks import join, launch, run, start, type_in
-from shared import leave_speed_out
+from shared import leave_speed_out, parametrize
 
 PUT = "isingcut.files.journal.Journal.put"
 VERIFY = "isingcut.runs.cutting.verify"
@@ -108,7 +108,7 @@ ORDERS = {
 }
 
 
-@pytest.mark.parametrize("name", ORDERS)
+@parametrize("name", ORDERS)
 def test_a_second_writer_is_refused_and_touches_nothing(arena, tmp_path, name):
     first, where, second, place, afterwards = ORDERS[name]
     with working(arena, tmp_path, first, where) as (holder,):
@@ -177,15 +177,13 @@ def test_the_lock_of_an_output_is_its_neighbour(arena):
     assert not left_behind(arena)
 
 
-@pytest.mark.parametrize(("code", "said"), [(errno.ENOLCK, 1), (errno.EROFS, 0)])
+@parametrize("code, said", [(errno.ENOLCK, 1), (errno.EROFS, 0)])
 def test_a_file_system_without_locks_is_reported_once(
-    tmp_path, monkeypatch, capsys, code, said
+    tmp_path, capsys, code, said, fails
 ):
-    def refused(*arguments, **options):
-        raise OSError(code, os.strerror(code))
 
     # On a read-only file system nothing can be written, so no lock is needed.
-    monkeypatch.setattr("isingcut.files.writing.FileLock.acquire", refused)
+    fails("isingcut.files.writing.FileLock.acquire", OSError(code, os.strerror(code)))
     (tmp_path / ".run.json.isingcut-1.part").touch()
     for _ in range(2):
         with (

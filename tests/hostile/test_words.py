@@ -12,7 +12,7 @@ import shlex
 import numpy as np
 import pydantic
 import pytest
-from arena import Arena, Row, parametrised
+from arena import Arena, Row, parametrised, tried
 from damage import written
 
 import isingcut
@@ -20,7 +20,7 @@ from isingcut.errors import IsingcutError
 from isingcut.options.config import HealConfig, RunConfig
 from isingcut.options.declaration import flag, from_yaml, parse_yaml
 from isingcut.runs.folder import RunFolder
-from shared import refuses
+from shared import parametrize, refuses
 
 RUN = "run gone --out new --calibration {here}/pipe"
 HEAL = "heal gone --teacher gone --out new --text {here}/pipe"
@@ -51,7 +51,7 @@ def numbers(kind):
             yield f, low, above, schema["maximum"], schema["type"] == "integer"
 
 
-@pytest.mark.parametrize("kind", [RunConfig, HealConfig])
+@parametrize("kind", [RunConfig, HealConfig])
 def test_every_number_has_both_ends(kind):
     for f, low, above, high, _ in numbers(kind):
         assert max(low, above) >= 0, f.name
@@ -159,9 +159,7 @@ def rows():
     ]
 
 
-@pytest.mark.parametrize(
-    "row", rows(), ids=[f"{k}: {r.name}" for k, r in enumerate(rows())]
-)
+@parametrize("row", rows(), ids=[f"{k}: {r.name}" for k, r in enumerate(rows())])
 def test_words_are_checked_before_anything_is_read(nothing, row):
     nothing.try_row(row)
 
@@ -262,8 +260,8 @@ def test_words_of_yaml_mean_what_they_say(tmp_path):
     assert parse_yaml("learning_rate: 2e-5") == {"learning_rate": 2e-5}
 
 
-@pytest.mark.parametrize(
-    ("options", "line"),
+@parametrize(
+    "options, line",
     [
         (
             {"samples": 10**5000},
@@ -319,14 +317,12 @@ EARLY = [
 ]
 
 
-@pytest.mark.parametrize(("words", "line"), EARLY, ids=[words for words, _ in EARLY])
+@parametrize("words, line", EARLY, ids=[words for words, _ in EARLY])
 def test_the_configuration_is_checked_before_weights_are_loaded(
-    arena, monkeypatch, words, line
+    arena, words, line, fails
 ):
-    def load(*_, **__):
-        raise AssertionError("the weights were loaded")
 
-    monkeypatch.setattr("isingcut.models.load.load", load)
+    fails("isingcut.models.load.load", AssertionError("the weights were loaded"))
     short = "" if "--length" in words else "--length 16 "
     command = "run {model} --out new --calibration {text} " + short + words
     arena.refuses(command, line)
@@ -362,9 +358,7 @@ FINE = [
 ]  # fmt: skip
 
 
-@parametrised(FINE)
-def test_what_can_be_typed(arena, row):
-    arena.try_row(row)
+test_what_can_be_typed = tried(FINE)
 
 
 def test_a_path_of_python_may_begin_at_home(arena):

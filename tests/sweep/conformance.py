@@ -28,11 +28,12 @@ from isingcut.models.inspect import inspect_model
 from isingcut.models.placement import connect, place
 from isingcut.models.replay import Replay
 from isingcut.models.verify import random_tokens, relative_difference, reload, verify
-from isingcut.testing.tiny import random_model, tiny_checkpoint, tiny_model
+from isingcut.testing.tiny import random_model
 from sweep.gates import check_gates
 from sweep.images import invent_images
 from sweep.mtp import MtpLayers, add_mtp_layers, check_mtp_layers
 from sweep.shrink import tiny_configuration
+from tiny import tiny_checkpoint, tiny_model
 
 _TOLERANCE = 1e-5
 _NEW_TOKENS = 8

@@ -23,6 +23,10 @@ _TOKENS = (
 )
 # Mask that marks the place of an image, instead of a token (Kosmos-2).
 _PLACES = "image_embeds_position_mask"
+_MARKS = (
+    ("vision_start_token_id", "boi_token_id", "boi_token_index"),
+    ("vision_end_token_id", "eoi_token_id", "eoi_token_index"),
+)
 _CHANNELS = ("num_channels", "in_channels", "in_chans", "num_image_channels")
 _SIDES = ("image_size", "resolution", "force_image_size")
 _MERGES = ("spatial_merge_size", "merge_size", "merge_kernel_size")
@@ -100,36 +104,18 @@ def _prompt(model, words, token, count):
 
     With a ``count`` of 0 there are only words: the blocks then attend to the image.
     """
-    words = words[:1, : 2 * WORDS].cpu()
-    marks = [
-        [] if mark is None else [mark]
-        for mark in (
-            first_number(
-                model.config,
-                ("vision_start_token_id", "boi_token_id", "boi_token_index"),
-            ),
-            first_number(
-                model.config, ("vision_end_token_id", "eoi_token_id", "eoi_token_index")
-            ),
-        )
-    ]
-    before, after = marks if count else ([], [])
-    stands = int(words[0, 0]) if token is None else token
-    image = torch.tensor([[*before, *[stands] * count, *after]], dtype=torch.long)
-    ids = (
-        torch.cat((words[:, :WORDS], image, words[:, WORDS:]), dim=1)
-        .expand(2, -1)
-        .clone()
-    )
+    words = words[0, : 2 * WORDS].tolist()
+    marks = (first_number(model.config, names) for names in _MARKS)
+    before, after = ([mark] * (mark is not None and count > 0) for mark in marks)
+    image = [words[0] if token is None else token] * count
+    row = [*words[:WORDS], *before, *image, *after, *words[WORDS:]]
+    ids = torch.tensor([row, row])
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    accepted = parameters(model.forward)
     start = WORDS + len(before)
     there = torch.zeros_like(ids)
     there[:, start : start + count] = 1
-    for name in ("mm_token_type_ids", "token_type_ids", _PLACES):
-        if name in accepted:
-            inputs[name] = there
-    return inputs
+    names = {"mm_token_type_ids", "token_type_ids", _PLACES}
+    return {**inputs, **dict.fromkeys(names & {*parameters(model.forward)}, there)}
 
 
 def first_number(config, names):
@@ -172,13 +158,14 @@ def _pixels(model):
     patch = first_number(vision, ("patch_size",)) or 14
     channels = first_number(vision, _CHANNELS) or 3
     merge = _merge(model)
-    whole = first_number(vision, _SIDES)
     flat = channels * patch * patch
     side = 2 * merge  # In patches: each image has 2 x 2 features after merging.
     n = side * side
-    for grid in ("image_grid_thw", "image_grid_hw"):
+    for grid, row in (
+        ("image_grid_thw", [1, side, side]),
+        ("image_grid_hw", [side] * 2),
+    ):
         if grid in names:
-            row = [1, side, side] if grid.endswith("thw") else [side, side]
             frames = (
                 first_number(vision, ("temporal_patch_size", "patch_temporal")) or 1
             )
@@ -189,54 +176,33 @@ def _pixels(model):
                 (1, 2 * n, channels, patch, patch),
             ):
                 yield {"pixel_values": _noise(*shape), grid: torch.tensor([row, row])}
-    if "image_position_ids" in names:
-        places = torch.cartesian_prod(torch.arange(side), torch.arange(side)).expand(
-            2, n, 2
-        )
-        yield {
-            "pixel_values": _noise(2, n, flat),
-            "image_position_ids": places.flip(-1),
-        }
-    if "spatial_shapes" in names:
-        yield {
-            "pixel_values": _noise(2, n, flat),
-            "spatial_shapes": torch.tensor([[side, side]] * 2),
-            "pixel_attention_mask": torch.ones((2, n), dtype=torch.long),
-        }
-    if "flattened_patches" in names:
-        places = torch.cartesian_prod(torch.arange(side), torch.arange(side)).expand(
-            2, n, 2
-        )
-        width = first_number(vision, ("patch_embed_hidden_size",)) or flat
-        yield {
-            "flattened_patches": torch.cat((places + 1.0, _noise(2, n, width)), dim=-1)
-        }
-    small = side * patch
-    # Models that are given the sizes accept small images, and attention is quadratic in the size.
-    order = (
-        [small, whole or small] if "image_sizes" in names else [whole or small, small]
+    places = torch.cartesian_prod(torch.arange(side), torch.arange(side)).expand(
+        2, n, 2
     )
-    for size in dict.fromkeys(order):
-        sizes = (
-            {"image_sizes": torch.tensor([[size, size]] * 2)}
-            if "image_sizes" in names
-            else {}
-        )
-        for extra in ({}, sizes) if sizes else ({},):
+    patches = {"pixel_values": _noise(2, n, flat)}
+    if "image_position_ids" in names:
+        yield {**patches, "image_position_ids": places.flip(-1)}
+    if "spatial_shapes" in names:
+        shapes = torch.tensor([[side, side]] * 2)
+        mask = torch.ones((2, n), dtype=torch.long)
+        yield {**patches, "spatial_shapes": shapes, "pixel_attention_mask": mask}
+    if "flattened_patches" in names:
+        width = first_number(vision, ("patch_embed_hidden_size",)) or flat
+        yield {"flattened_patches": torch.cat((places + 1.0, _noise(2, n, width)), -1)}
+    small = side * patch
+    whole = first_number(vision, _SIDES) or small
+    # Models that are given the sizes accept small images, and attention is quadratic in the size.
+    sized = "image_sizes" in names
+    for size in dict.fromkeys([small, whole] if sized else [whole, small]):
+        sizes = {"image_sizes": torch.tensor([[size, size]] * 2)}
+        for extra in ({}, sizes) if sized else ({},):
             yield {"pixel_values": _noise(2, channels, size, size), **extra}
             for tiles in _TILES:
-                pixels = {
-                    "pixel_values": _noise(2, tiles, channels, size, size),
-                    **extra,
-                }
-                yield pixels
+                pixels = {"pixel_values": _noise(2, tiles, channels, size, size)}
+                yield {**pixels, **extra}
                 if "pixel_attention_mask" in names:
-                    yield {
-                        **pixels,
-                        "pixel_attention_mask": torch.ones(
-                            (2, tiles), dtype=torch.bool
-                        ),
-                    }
+                    mask = torch.ones((2, tiles), dtype=torch.bool)
+                    yield {**pixels, **extra, "pixel_attention_mask": mask}
         if "aspect_ratio_ids" in names:
             tiles = first_number(vision, ("max_num_tiles",)) or 4
             mask = torch.zeros((2, 1, tiles), dtype=torch.long)
@@ -245,9 +211,7 @@ def _pixels(model):
                 "pixel_values": _noise(2, 1, tiles, channels, size, size),
                 "aspect_ratio_ids": torch.ones((2, 1), dtype=torch.long),
                 "aspect_ratio_mask": mask,
-                "cross_attention_mask": mask[:, None].expand(
-                    2, 2 * WORDS + 1, 1, tiles
-                ),
+                "cross_attention_mask": mask[:, None].expand(2, 2 * WORDS + 1, 1, -1),
             }
 
 

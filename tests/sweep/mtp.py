@@ -1,6 +1,5 @@
 """Layers for multi-token prediction (MTP) in a tiny checkpoint, and whether a cut keeps them."""
 
-import json
 import re
 from dataclasses import dataclass
 
@@ -13,7 +12,7 @@ from isingcut.formats.architectures.cuts import depth, mtp_layers, read_decoder
 from isingcut.formats.architectures.fields import MTP, config_object, text_part
 from isingcut.formats.checkpoints import Checkpoint
 from isingcut.models.verify import random_tokens, relative_difference
-from shared import load_json
+from shared import load_json, save_json
 
 _TOLERANCE = 1e-5
 
@@ -56,7 +55,7 @@ def add_mtp_layers(model, folder):
     config = load_json(folder / "config.json")
     count = 1 if text.model_type == "mellum" else 2  # Mellum allows only one.
     _write_fields(config, text, count)
-    (folder / "config.json").write_text(json.dumps(config))
+    save_json(folder / "config.json", config)
     checkpoint = Checkpoint.read(folder)
     n = checkpoint.depth
     blocks = checkpoint.prefix

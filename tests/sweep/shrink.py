@@ -356,9 +356,7 @@ HANDS = {
         "indexer_budget": 8,
         "indexer_compress_ratio": 4,
     },
-    "hunyuan_vl_text": {
-        "rope_parameters": {**_ROPE, "mrope_section": [2, 2, 2, 2]},
-    },
+    "hunyuan_vl_text": {"rope_parameters": {**_ROPE, "mrope_section": [2, 2, 2, 2]}},
     "paddleocr_vl_text": {"rope_parameters": {**_ROPE, "mrope_section": [2, 3, 3]}},
     # Sizes of images and of the modules that read them must agree.
     "aria": {"projector_patch_to_query_dict": {49: 4}},
@@ -426,9 +424,7 @@ HANDS = {
     "gpt_neo": {"attention_types": [[["global", "local"], 3]]},
     # Half the width must be a multiple of 64, or cache and states have different shapes.
     "xlstm": {"hidden_size": 128},
-    "zamba": {
-        "layers_block_type": [*["linear_attention"] * 2, "hybrid"] * 2,
-    },
+    "zamba": {"layers_block_type": [*["linear_attention"] * 2, "hybrid"] * 2},
     # Width of the features after the pixel shuffle.
     "llama4_vision_model": {"intermediate_size": 256},
     "kosmos-2.5": {"latent_query_num": 16},
