@@ -187,9 +187,9 @@ def test_inspect_and_plan_say_where_blocks_go(shared, capsys):
     with fake_cards(2):
         assert call("inspect", *given) == call("plan", *given, "--length", 16) == 0
     said = capsys.readouterr().out
-    assert (
-        said.count("blocks 0 to 3: lazy:0") == said.count("blocks 4 to 7: lazy:1") == 2
-    )
+    assert said.count("blocks 0 to 3: lazy:0") == 1
+    assert said.count("blocks 4 to 7: lazy:1") == 1
+    assert "on lazy:0,lazy:1" in said
 
 
 def test_parts_are_divided_in_order_by_bytes_and_by_room():
@@ -380,7 +380,7 @@ def test_a_run_that_runs_out_of_memory_goes_on_from_disk(
 ):
     model = shared.checkpoint()
     out = tmp_path / "run"
-    evaluate = evaluating.evaluate.__globals__["before_and_after"]
+    evaluate = evaluating.before_and_after
     failed = []
 
     def exhausted(*args, **kwargs):
@@ -390,7 +390,7 @@ def test_a_run_that_runs_out_of_memory_goes_on_from_disk(
             return evaluate(*args, **kwargs)
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
-    monkeypatch.setitem(evaluating.evaluate.__globals__, "before_and_after", exhausted)
+    monkeypatch.setattr(evaluating, "before_and_after", exhausted)
     options = {**FEW, "model": model, "calibration": text}
     isingcut.run(out=out, **options)
     assert failed == [1, 1]
@@ -398,12 +398,12 @@ def test_a_run_that_runs_out_of_memory_goes_on_from_disk(
     records = load_json(out / "run.json").stages
     assert [n for n, r in records.items() if r.get("streamed")] == ["evaluation.json"]
     # Only the evaluation is made again.
-    monkeypatch.setitem(evaluating.evaluate.__globals__, "before_and_after", evaluate)
+    monkeypatch.setattr(evaluating, "before_and_after", evaluate)
     (out / "evaluation.json").unlink()
     isingcut.run(out=out, **options)
     whole = load_json(out / "evaluation.json")
     assert streamed.kl == pytest.approx(whole.kl, rel=1e-5)
-    monkeypatch.setitem(evaluating.evaluate.__globals__, "before_and_after", exhausted)
+    monkeypatch.setattr(evaluating, "before_and_after", exhausted)
     (out / "evaluation.json").unlink()
     with refuses("2,147,483,648 more bytes were needed", MemoryExhaustedError):
         isingcut.run(out=out, stream="off", **options)

@@ -234,7 +234,7 @@ def test_a_run_is_found_from_the_folder_of_a_removal(run, refusal):
     assert f"with --remove give {run}" in refusal(
         "report", run / "remove-2", "--remove", "3"
     )
-    assert "give the --out of a run" in refusal("evaluate", run / "model.gguf")
+    assert "or the folder of its run" in refusal("evaluate", run / "model.gguf")
 
 
 def test_tasks_without_a_choice_by_them_are_refused_by_rank(run, refusal):

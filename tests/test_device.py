@@ -241,7 +241,7 @@ def test_a_stream_that_stays_on_its_card_is_refused():
     with (
         pytest.raises(MixedDevicesError),
         fake_cards(2) as (one, two),
-        mock.patch.object(Recording, "bring", lambda self, i, hidden: hidden),
+        mock.patch.object(Recording, "move_to_block", lambda self, i, hidden: hidden),
     ):
         gate_rows(Place(None, one.device, two.device))
 

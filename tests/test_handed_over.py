@@ -118,10 +118,10 @@ def test_texts_no_longer_in_memory_are_named():
 @parametrize(
     "texts, words",
     [
-        ([], "empty list"),
-        (["a", 3], "text 1 is of type int"),
-        ({"text": "a"}, "a list of texts, got dict"),
-        ((t for t in TEXTS), "a list of texts, got generator"),
+        ([], "a list of strings, not empty; got \\[\\]"),
+        (["a", 3], "a list of strings, not empty; got \\['a', 3\\]"),
+        ({"text": "a"}, "a list of strings, not empty; got {'text': 'a'}"),
+        ((t for t in TEXTS), "a list of strings, not empty; got <generator"),
     ],
 )
 def test_bad_lists_of_texts(folder, tmp_path, texts, words):
@@ -192,6 +192,6 @@ def test_what_is_no_model_or_lacks_its_tokenizer(folder, loaded, tmp_path):
     ):
         with refuses(words):
             prune(given, tokenizer=own, out=tmp_path / "r")
-    with refuses("prune: random_states must be 0 or at least 30"):
+    with refuses("random-states must be 0 or at least 30"):
         prune(model, tokenizer=tokenizer, random_states=1)
     assert not list((tmp_path / "temporary").iterdir())

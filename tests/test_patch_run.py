@@ -314,7 +314,7 @@ def test_a_run_heals_what_the_ranking_chose(healed_run):
     assert evaluation.cut.kl >= evaluation.patched.kl >= evaluation.kl
     assert not (healed_run / "cut").exists()
     card = (healed_run / "healed/README.md").read_text()
-    assert card.index("## Patched") < card.index("After the patch, it was distilled")
+    assert card.index("## Patched") < card.index("## Healed")
     report = (healed_run / "report.md").read_text()
     assert "| | original | cut | patched | healed | change |" in report
     assert not [p.name for p in healed_run.iterdir() if p.name.startswith(".")]

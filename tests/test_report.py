@@ -308,7 +308,6 @@ def test_another_removal_has_its_own_report_and_commands(folder):
         (fidelity(-0.6, 33, -0.8), "poorly (Spearman -0.60"),
         (fidelity(0.8, 33, 0.3), "reaches down to 0.30"),
         (fidelity(None, 33), "undefined"),
-        (fidelity(0.95, 12, 0.9), "Only 12 states"),
         (fidelity(None, 0), ""),
     ],
 )

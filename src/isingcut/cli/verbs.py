@@ -351,6 +351,11 @@ def evaluate(
     typed = {name: options.pop(name) for name in names if name in options}
     asked = RunConfig(model=original or "of the run", **typed).validate()
     check_run_tasks(asked)
+    if original is None and directory.suffix.lower() == ".gguf":
+        raise InputError(
+            f"{directory} is a .gguf file; give its original with --original, or the folder "
+            "of its run"
+        )
     if original is not None:
         of_run: list[str] = [n for n in ("model", "remove", "budget") if n in options]
         of_run += ["blocks"] * (blocks is not None)
