@@ -402,8 +402,11 @@ class _Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         try:
-            if torch.is_inference_mode_enabled() and func._can_decompose():
-                # Outside inference mode, autograd has decomposed such operations already.
+            if func._can_decompose() and (
+                torch.is_inference_mode_enabled()
+                or any(isinstance(x, Tensor) and x.is_inference() for x in args)
+            ):
+                # For other tensors, autograd has decomposed such operations already.
                 with self:
                     return func.decompose(*args, **(kwargs or {}))
             return _run(func, args, kwargs or {})

@@ -31,6 +31,7 @@ from isingcut.errors import VerificationError
 from isingcut.formats.cutting.checkpoint import excise
 from isingcut.healing.heal import heal
 from isingcut.healing.repairs.linear import _Fitting
+from isingcut.healing.training import train
 from isingcut.models.verify import check_generation, verify
 from isingcut.options.config import HealConfig
 from isingcut.options.declaration import options_from
@@ -301,7 +302,15 @@ def slopes(place: Place) -> None:
 
 def timed_healing(place: Place) -> None:
     """A healing whose budget is a time, which measures its steps first."""
-    place.heal(effort="90min")
+    measure = train.step_times
+
+    def measured(job: Any) -> Any:
+        # So slow that few steps follow.
+        return [(tokens, 10 + seconds) for tokens, seconds in measure(job)]
+
+    with mock.patch.object(train, "step_times", measured):
+        few = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 1}
+        place.heal(train="1min", trainer=few)
 
 
 def images(place: Place) -> None:
