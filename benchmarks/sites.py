@@ -36,7 +36,7 @@ ROOT = str(Path(isingcut.__file__).parent) + os.sep
 FOLDER = "CARD_SITES"
 """The environment variable with the folder for the records of all processes."""
 PLACE = Path("card-sites")
-LEAST = 78.0
+LEAST = 93.0
 """Lowest coverage that passes. The aim is 95; `make cards` lists what is missing."""
 HOST: dict[str, str] = {
     "data/": "texts and tokens are on the host until a model reads them",
@@ -56,7 +56,9 @@ HOST: dict[str, str] = {
     "healing/training/train.py:Watch.on_step_end: torch.distributed": "several processes",
     "measure/streams.py:_check_stream": "only words of an error",
     "measure/streams.py:check_finite": "only words of an error",
-    "measure/curvature.py:_check_linear": "only words of an error",
+    "healing/repairs/linear.py:<module>": "the name of the host",
+    "models/compute/head.py:OutputHead._back_weight: return weight.T": "laid out for CPUs",
+    "models/streaming/store.py:_Buffer.load: part.fill(self._host)": "fills host memory",
 }
 """Code that never meets a card, by the start of ``file:function: line``, and why."""
 

@@ -32,6 +32,8 @@ from isingcut.formats.cutting.checkpoint import excise
 from isingcut.healing.heal import heal
 from isingcut.healing.repairs.linear import _Fitting
 from isingcut.healing.training import train
+from isingcut.measure.gates import GATES, run_gated
+from isingcut.models.load import load
 from isingcut.models.verify import check_generation, verify
 from isingcut.options.config import HealConfig
 from isingcut.options.declaration import options_from
@@ -42,6 +44,7 @@ from sweep.images import invent_images
 from sweep.mtp import add_mtp_layers
 from test_proof import cut_of
 from test_tasks import arc, gsm8k
+from tiny import random_tokens
 
 pytestmark = pytest.mark.filterwarnings("ignore::isingcut.PoorEnergyWarning")
 
@@ -313,6 +316,17 @@ def timed_healing(place: Place) -> None:
         place.heal(train="1min", trainer=few)
 
 
+def gates(place: Place) -> None:
+    """Gates that scale a block by any number, as energies of plug-ins do."""
+    model = place.shared.checkpoint()
+    replay = load(model, device=place.device.split(",")[0]).replay
+    recording = replay.record(random_tokens([12] * 3).input_ids)
+    alpha = torch.tensor([0.0, 0.5, 1.0])
+    for gate in GATES:
+        entered = recording.entered
+        run_gated(recording, 0, entered, alpha, gate, ones=False)
+
+
 def images(place: Place) -> None:
     """The proof of a model that reads images, and of generation that differs with its cache."""
     model = composite("chameleon")
@@ -339,6 +353,7 @@ PATHS: dict[str, Callable[[Place], Any]] = {
     "patch alone": patch_alone,
     "rows": rows,
     "slopes": slopes,
+    "gates": gates,
     "images": images,
     "run": default,
     "verbs": verbs,
