@@ -109,7 +109,8 @@ def test_frozen_weights_are_narrowed_only_where_no_value_changes(
         parameter.data = parameter.bfloat16().float()
     # A weight with values that bfloat16 cannot hold is not narrowed.
     mlp = plain.get_submodule(f"{find_stack(plain).blocks[0].path}.mlp")
-    odd, even = mlp.down_proj, mlp.up_proj
+    odd = mlp.down_proj
+    even = mlp.up_proj
     tied = plain.get_output_embeddings().weight is plain.get_input_embeddings().weight
     odd.weight.data += 1e-6
     model = prepare_training(plain, HealConfig(method=method))
