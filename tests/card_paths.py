@@ -342,6 +342,9 @@ def images(place: Place) -> None:
 
 
 PATHS: dict[str, Callable[[Place], Any]] = {
+    # The longest first, so that no processor waits for them.
+    "deep, 13 of 32": functools.partial(deep, blocks=32, remove=13),
+    "deep, 6 of 12": functools.partial(deep, blocks=12, remove=6),
     "range": range_of,
     "budget": budget,
     "gguf": from_gguf,
@@ -375,8 +378,6 @@ PATHS: dict[str, Callable[[Place], Any]] = {
     "search, gemma2": functools.partial(
         Place.run, family="gemma2", energy="auto", effort="20"
     ),
-    "deep, 6 of 12": functools.partial(deep, blocks=12, remove=6),
-    "deep, 13 of 32": functools.partial(deep, blocks=32, remove=13),
 }
 
 
