@@ -36,7 +36,7 @@ ROOT = str(Path(isingcut.__file__).parent) + os.sep
 FOLDER = "CARD_SITES"
 """The environment variable with the folder for the records of all processes."""
 PLACE = Path("card-sites")
-LEAST = 93.0
+LEAST = 94.0
 """Lowest coverage that passes. The aim is 95; `make cards` lists what is missing."""
 HOST: dict[str, str] = {
     "data/": "texts and tokens are on the host until a model reads them",
