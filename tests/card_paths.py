@@ -139,21 +139,19 @@ def verbs(place: Place) -> None:
 
 def deep(place: Place, blocks: int, remove: int) -> None:
     """A deep cut, with the search among patched states, chooses the blocks of the CPU."""
+    model = str(place.shared.checkpoint(num_hidden_layers=blocks))
+    more = {**SEARCHED, "patch_tokens": 20_000, "batch_tokens": 512, "remove": remove}
+    given = {**FEW, **more, "model": model, "calibration": str(place.text)}
 
-    def chosen(device: str, out: Path) -> Any:
-        model = place.shared.checkpoint(num_hidden_layers=blocks)
-        more = {**SEARCHED, "patch_tokens": 20_000, "batch_tokens": 512}
-        given = {"calibration": str(place.text), "device": device, "out": str(out)}
-        isingcut.prune(
-            **{**FEW, **more, **given, "model": str(model), "remove": remove}
-        )
-        return json.loads((out / "candidates.json").read_text())["chosen"]["removed"]
+    def search(device: str, out: Path) -> None:
+        isingcut.prune(**given, device=device, out=str(out))
 
-    expected = place.shared.folder(f"deep-{blocks}", lambda out: chosen("cpu", out))
-    expected = json.loads((expected / "candidates.json").read_text())["chosen"][
-        "removed"
-    ]
-    assert chosen(place.device, place.out / "deep") == expected
+    def chosen(folder: Path) -> Any:
+        return json.loads((folder / "candidates.json").read_text())["chosen"]["removed"]
+
+    expected = place.shared.folder(f"deep-{blocks}", functools.partial(search, "cpu"))
+    search(place.device, place.out)
+    assert chosen(place.out) == chosen(expected)
 
 
 def streamed(place: Place) -> None:
@@ -201,14 +199,6 @@ def energies(place: Place, **more: Any) -> None:
         ):
             del found[left_out]
         isingcut.energy(**found)
-
-
-def range_of(place: Place) -> None:
-    place.run(remove="1..2")
-
-
-def budget(place: Place) -> None:
-    place.run(remove="", budget="params=20%")
 
 
 def gguf_file(place: Place) -> Path:
@@ -298,7 +288,7 @@ def rows(place: Place) -> None:
 
 
 def slopes(place: Place) -> None:
-    """A search long enough for exchanges by slope, and a state whose blocks all differ."""
+    """A search long enough for exchanges by slope."""
     model = place.shared.checkpoint(num_hidden_layers=8)
     place.run(model=str(model), energy="auto", effort="200", samples=16)
 
@@ -322,9 +312,11 @@ def gates(place: Place) -> None:
     replay = load(model, device=place.device.split(",")[0]).replay
     recording = replay.record(random_tokens([12] * 3).input_ids)
     alpha = torch.tensor([0.0, 0.5, 1.0])
+    before = recording.entered
+    after = recording.block(0, before)
     for gate in GATES:
-        entered = recording.entered
-        run_gated(recording, 0, entered, alpha, gate, ones=False)
+        found = run_gated(recording, 0, before, alpha, gate, ones=False)
+        torch.testing.assert_close(found[2].cpu(), after[2].cpu())
 
 
 def images(place: Place) -> None:
@@ -345,8 +337,8 @@ PATHS: dict[str, Callable[[Place], Any]] = {
     # The longest first, so that no processor waits for them.
     "deep, 13 of 32": functools.partial(deep, blocks=32, remove=13),
     "deep, 6 of 12": functools.partial(deep, blocks=12, remove=6),
-    "range": range_of,
-    "budget": budget,
+    "range": functools.partial(Place.run, remove="1..2"),
+    "budget": functools.partial(Place.run, remove="", budget="params=20%"),
     "gguf": from_gguf,
     "heal lora": functools.partial(healing, method="lora:2"),
     "heal full": functools.partial(healing, method="full"),

@@ -63,9 +63,10 @@ def register_texts(given: Sequence[str]) -> Iterator[str]:
     """
     texts = given if isinstance(given, list | tuple) else []
     if not texts or not all(isinstance(text, str) for text in texts):
+        odd = next((text for text in texts if not isinstance(text, str)), given)
         raise CalibrationError(
             "calibration must be a source's name or a list of strings, not empty; got "
-            f"{given!r:.60}"
+            f"{odd!r:.60}"
         )
     digest = hashlib.sha256()
     for text in texts:
