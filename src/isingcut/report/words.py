@@ -221,9 +221,10 @@ def _pages(html: bool) -> jinja2.Environment:
 
 
 def code(text: str) -> Markup:
-    """Escape text for HTML: `...` becomes code; elsewhere set minus signs."""
+    """Escape text for HTML: `...` becomes code; elsewhere set minus signs and no-break spaces."""
     parts = str(escape(text)).split("`")
     plain = [re.sub(r"(?<![\w.-])-(?=\d)", "−", p) for p in parts[::2]]
+    plain = [re.sub(r"(?<=\d) (?=[%±])|(?<=±) ", "\u00a0", p) for p in plain]
     marked = [f"<code>{p}</code>" for p in parts[1::2]]
     return Markup("".join(a + b for a, b in zip_longest(plain, marked, fillvalue="")))
 
