@@ -55,6 +55,22 @@ def works(*arguments):
     assert call(*arguments) == 0
 
 
+def run_tiny(model, text, out, **changes):
+    """Do a whole run with `OPTIONS`, and others; return its folder."""
+    import isingcut
+
+    options = {**OPTIONS, "model": model, "calibration": text, "out": out, **changes}
+    return isingcut.run(**options)
+
+
+@contextlib.contextmanager
+def without_speed():
+    """Measure no speed and memory, as `leave_speed_out` says."""
+    with pytest.MonkeyPatch.context() as patch:
+        leave_speed_out(patch.setattr)
+        yield patch
+
+
 def flags(options):
     """Return options as words of a command line; the model is a word without a name."""
     return [

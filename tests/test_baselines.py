@@ -30,7 +30,7 @@ from isingcut.runs import pipeline
 from isingcut.runs.folder import RunFolder
 from isingcut.runs.session import Session
 from shared import OPTIONS, load_json, module_fixture, parametrize, refuses, works
-from tiny import count_rows, keep_rows, random_tokens, tiny_replay, without
+from tiny import count_calls, count_rows, keep_rows, random_tokens, tiny_replay, without
 
 N = 6
 SAMPLES = 3
@@ -136,8 +136,7 @@ def test_a_baseline_removes_the_wanted_number_and_the_same_blocks_again(
     replay, tokens, name, remove
 ):
     first = part(name).choose(replay, tokens, remove, WORK, seed=1)
-    again = part(name).choose(replay, tokens, remove, WORK, seed=1)
-    assert first == again
+    assert first == part(name).choose(replay, tokens, remove, WORK, seed=1)
     assert list(first.removed) == sorted(set(first.removed))
     assert len(first.removed) == remove
     assert set(first.removed) <= set(range(len(replay)))
@@ -249,14 +248,10 @@ def test_an_interrupted_search_goes_on_with_the_same_result_and_price(
     work = Work(batch_tokens=30, journal=tmp_path / "j")
     first = part(name).choose(replay, tokens, 3, work, seed=0)
     keep_rows(work.journal, count_rows(work.journal) // 2)
-    ran = []
-    handle = replay.blocks[0].self_attn.register_forward_hook(
-        lambda m, a, o: ran.append(1)
-    )
+    ran = count_calls(replay.blocks[0].self_attn)
     assert part(name).choose(replay, tokens, 3, work, seed=0) == first
     half = len(ran)
     assert part(name).choose(replay, tokens, 3, work, seed=0) == first
-    handle.remove()
     assert half > 0
     assert len(ran) == half, "nothing is measured twice"
 

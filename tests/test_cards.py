@@ -12,7 +12,6 @@ import pytest
 import torch
 from transformers.integrations import hub_kernels
 
-import isingcut
 from cards import fake_cards
 from isingcut.errors import MemoryExhaustedError
 from isingcut.evaluation import candidates
@@ -39,7 +38,7 @@ from isingcut.models.streaming.replay import StreamedReplay
 from isingcut.options.config import RunConfig
 from isingcut.runs import evaluating, session
 from isingcut.testing import gpu
-from shared import OPTIONS, call, load_json, parametrize, refuses
+from shared import call, load_json, parametrize, refuses, run_tiny
 from tiny import load_tiny, random_tokens, replay_of, tiny_model
 
 KILO = torch.zeros(250)
@@ -365,7 +364,6 @@ def test_a_fit_without_room_on_its_card_is_made_on_the_host(stub):
 
 
 FEW = {
-    **OPTIONS,
     "remove": 2,
     "energy": "fisher",
     "states": 3,
@@ -391,8 +389,8 @@ def test_a_run_that_runs_out_of_memory_goes_on_from_disk(
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
     monkeypatch.setattr(evaluating, "before_and_after", exhausted)
-    options = {**FEW, "model": model, "calibration": text}
-    isingcut.run(out=out, **options)
+    given = (model, text, out)
+    run_tiny(*given, **FEW)
     assert failed == [1, 1]
     streamed = load_json(out / "evaluation.json")
     records = load_json(out / "run.json").stages
@@ -400,27 +398,24 @@ def test_a_run_that_runs_out_of_memory_goes_on_from_disk(
     # Only the evaluation is made again.
     monkeypatch.setattr(evaluating, "before_and_after", evaluate)
     (out / "evaluation.json").unlink()
-    isingcut.run(out=out, **options)
-    whole = load_json(out / "evaluation.json")
-    assert streamed.kl == pytest.approx(whole.kl, rel=1e-5)
+    run_tiny(*given, **FEW)
+    assert streamed.kl == pytest.approx(load_json(out / "evaluation.json").kl, rel=1e-5)
     monkeypatch.setattr(evaluating, "before_and_after", exhausted)
     (out / "evaluation.json").unlink()
     with refuses("2,147,483,648 more bytes were needed", MemoryExhaustedError):
-        isingcut.run(out=out, stream="off", **options)
+        run_tiny(*given, stream="off", **FEW)
 
 
 @parametrize("module, step", [(linear, "fit_patches"), (tuned, "tune")])
 def test_a_patch_that_runs_out_of_memory_leaves_the_model_resident(
     module, step, shared, text, tmp_path, monkeypatch
 ):
-    given = {**FEW, "model": shared.checkpoint(), "calibration": text}
     with fake_cards() as (card,):
         card.budget = 1 << 30
         exhausted = lambda *_, **__: torch.empty(2 << 30, device=card.device)  # noqa: E731
         monkeypatch.setattr(module, step, exhausted)
-        device = str(card.device)
-        out = tmp_path / "run"
-        isingcut.run(out=out, **{**given, "patch": "tuned", "device": device})
+        more = {**FEW, "patch": "tuned", "device": str(card.device)}
+        out = run_tiny(shared.checkpoint(), text, tmp_path / "run", **more)
     stages = load_json(out / "run.json").stages
     assert not any(record.get("streamed") for record in stages.values())
     patch = load_json(out / "model/isingcut.json").patch
@@ -445,8 +440,7 @@ def test_ranking_that_runs_out_of_memory_goes_on_from_disk(
         return rank(replay, *args, **kwargs)
 
     monkeypatch.setattr(candidates, "rank", exhausted)
-    given = {"calibration": text, "out": tmp_path / "run"}
-    isingcut.prune(**{**FEW, "model": shared.checkpoint(), **given})
+    run_tiny(shared.checkpoint(), text, tmp_path / "run", **FEW)
     assert replays == [Replay, StreamedReplay]
 
 

@@ -162,15 +162,13 @@ def test_slices_along_either_axis(tmp_path, monkeypatch, chunk):
     monkeypatch.setattr("isingcut.formats.safetensors_files._CHUNK", chunk)
     value = torch.arange(7 * 12, dtype=torch.int16).reshape(7, 12)
     slices = {"x": (1, 4, (0, 2)), "y": (0, 4, (1, 3))}
-    tensors = {"x": value, "y": value.T.contiguous()}
-    loaded = rewrite(tmp_path, tensors, slices)
+    loaded = rewrite(tmp_path, {"x": value, "y": value.T.contiguous()}, slices)
     assert torch.equal(loaded["x"], value.reshape(7, 4, 3)[:, [0, 2]].reshape(7, 6))
     assert torch.equal(loaded["y"], value.T.reshape(4, 3, 7)[[1, 3]].reshape(6, 7))
 
 
 def test_shards_keep_to_their_size(tmp_path):
-    source = sharded(tmp_path / "source")
-    excise(source, [2], tmp_path / "out", max_shard_bytes=20_000)
+    excise(sharded(tmp_path / "source"), [2], tmp_path / "out", max_shard_bytes=20_000)
     shards = sorted((tmp_path / "out").glob("*.safetensors"))
     assert len(shards) > 3
     for shard in shards:

@@ -169,8 +169,7 @@ def test_where_a_memory_process_fails_the_figure_is_named_and_nothing_is_lost(tm
     known = EvaluationFile.model_construct(
         dtype="float32", device="cpu", before=1, after=2
     )
-    both = {"before": tmp_path, "after": tmp_path}
-    found = timing.with_memory(known, both, length=8)
+    found = timing.with_memory(known, {"before": tmp_path, "after": tmp_path}, length=8)
     assert found.not_measured == ["peak_memory_bytes"]
     assert (found.before, found.after) == (1, 2)
 

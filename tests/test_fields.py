@@ -109,8 +109,7 @@ def test_a_block_that_computes_with_its_place_in_a_list_keeps_it():
     with refuses("depends on how many of ple_layer_ids come before", ArchitectureError):
         cut_config(config, [1])
     rows = legality(config, find_stack(odd_model("qwen4_exp_text", **PLACES)))
-    names = {row.name for row in rows}
-    assert {"keep 0 for 1", "keep 1 for 4"} <= names
+    assert {"keep 0 for 1", "keep 1 for 4"} <= {row.name for row in rows}
 
 
 def test_what_a_block_hands_on_and_no_other_reads_does_not_hinder_measuring():
@@ -137,8 +136,7 @@ def test_linear_attention_is_told_by_what_it_does(family):
         )
         assert (block.kv_bytes_per_token == 0) == linear
         assert (block.state_bytes > 0) == linear
-    rows = {row.name for row in legality(model.config, stack)}
-    assert "keep attention" in rows
+    assert "keep attention" in {row.name for row in legality(model.config, stack)}
 
 
 def test_the_first_block_of_modernbert_stays():
@@ -228,8 +226,7 @@ def test_what_counts_blocks_of_another_stack_is_left_alone():
         "image_token_ids": [1, 2],
         "projector_layers": 2,
     }
-    config = {**COMPOSITE, **more, "vision_config": vision}
-    cut = cut_config(config, [1])
+    cut = cut_config({**COMPOSITE, **more, "vision_config": vision}, [1])
     assert cut["vision_config"] == vision
     assert {key: cut[key] for key in more} == more
     assert cut["text_config"]["num_hidden_layers"] == 5

@@ -12,16 +12,23 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import isingcut
-from gguf_files import NUMBERS, WIDE, WIDE_NUMBERS, named, write, write_gguf
+from gguf_files import NUMBERS, named, write_gguf, write_packed
 from isingcut.errors import ArchitectureError, CheckpointError
 from isingcut.formats.cutting import gguf as gguf_cuts
 from isingcut.formats.cutting.checkpoint import excise
 from isingcut.formats.cutting.gguf import Changed, changed_tensors, cut_gguf, lay_out
 from isingcut.formats.gguf_files import read_gguf, unpack_gguf
 from isingcut.formats.sources import resolve
-from shared import OPTIONS, Bars, load_json, module_fixture, parametrize, refuses, works
-from tiny import edit_tensors, tiny_checkpoint, tiny_model
+from shared import (
+    Bars,
+    load_json,
+    module_fixture,
+    parametrize,
+    refuses,
+    run_tiny,
+    works,
+)
+from tiny import edit_tensors, tiny_checkpoint
 
 
 def make(
@@ -160,8 +167,7 @@ def test_blocks_keep_their_windows(tmp_path, architecture, extra, expected):
     source = make(tmp_path / "in.gguf", architecture, 12, **extra)
     cut_gguf(source, [1, 7], tmp_path / "out.gguf")
     after = gguf.GGUFReader(tmp_path / "out.gguf")
-    key = f"{architecture}.attention.sliding_window_pattern"
-    assert field(after, key) == expected
+    assert field(after, f"{architecture}.attention.sliding_window_pattern") == expected
 
 
 Kind = gguf.GGMLQuantizationType
@@ -258,25 +264,15 @@ def test_values_are_ordered_and_shifted_as_a_converter_does():
 @module_fixture
 def packed_model(tmp_path_factory):
     """A GGUF file of a tiny llama, the layers of its blocks in Q4_1."""
-    held = named(
-        {n: t.numpy() for n, t in tiny_model("llama", **WIDE).state_dict().items()}
-    )
-    for name, values in held.items():
-        if name.startswith("blk.") and values.ndim == 2:
-            held[name] = (gguf.quantize(values, Kind.Q4_1), Kind.Q4_1)
-    file = tmp_path_factory.mktemp("packed") / "tiny-Q4_1.gguf"
-    write(file, held, **WIDE_NUMBERS)
-    return file
+    return write_packed(tmp_path_factory.mktemp("packed") / "tiny-Q4_1.gguf", Kind.Q4_1)
 
 
 @module_fixture
 def gguf_run(packed_model, text, tmp_path_factory):
     """A run on that file, without blocks 2 and 3, with a tuned patch."""
-    run = tmp_path_factory.mktemp("gguf") / "run"
-    given = {"model": packed_model, "calibration": text, "out": run}
-    more = {"energy": "fisher", "remove": 2, "must_remove": "2,3", "skip_speed": True}
-    isingcut.run(**{**OPTIONS, **more, **given})
-    return run
+    out = tmp_path_factory.mktemp("gguf") / "run"
+    given = {"energy": "fisher", "remove": 2, "must_remove": "2,3", "skip_speed": True}
+    return run_tiny(packed_model, text, out, **given)
 
 
 def new_layers(card):
@@ -389,8 +385,7 @@ def test_a_gguf_that_llama_cpp_would_not_run_costs_no_checkpoint(
     gguf_run, monkeypatch, typed
 ):
     monkeypatch.setitem(gguf_cuts._TABLE, "cuttable", [])
-    line = ["excise", gguf_run, "--blocks", "1,2", "--json"]
-    said = typed(*line)
+    said = typed("excise", gguf_run, "--blocks", "1,2", "--json")
     assert "no GGUF file is written" in said.err
     found = json.loads(said.out)
     assert found["gguf"] is None

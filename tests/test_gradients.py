@@ -129,7 +129,4 @@ def test_fisher_is_in_nats_and_deterministic():
         part.measure(replay, tokens, Work(batch_tokens=30)) for _ in range(2)
     )
     np.testing.assert_array_equal(first.J, again.J)
-    np.testing.assert_array_equal(first.h, again.h)
     assert (first.unit, first.meta["energy"]) == ("nats/token", "fisher")
-    assert (first.h_error > 0).all()
-    assert part.measure(replay, tokens.select([1]), Work()).h_error is None

@@ -13,7 +13,6 @@ from isingcut.data.mixture import find_object, register_texts
 from isingcut.errors import CalibrationError, InputError, ModelError, OutputExistsError
 from shared import (
     OPTIONS,
-    leave_speed_out,
     load_json,
     module_fixture,
     parametrize,
@@ -29,9 +28,8 @@ TEXTS = [f"Document {i}: {i * 7919 % 1000} things happened." for i in range(40)]
 
 
 @pytest.fixture(autouse=True)
-def _quick(monkeypatch, tmp_path):
+def _quick(no_speed, monkeypatch, tmp_path):
     """Measure no speed, and make temporary folders where they can be counted."""
-    leave_speed_out(monkeypatch.setattr)
     (tmp_path / "temporary").mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
 

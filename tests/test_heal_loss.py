@@ -127,8 +127,7 @@ def test_frozen_weights_are_narrowed_only_where_no_value_changes(
     after, again = found()
     assert_close(after, before, rtol=0, atol=0)
     assert_close(again, gradients, rtol=0, atol=0)
-    kinds = {p.dtype for p in model.parameters() if p.requires_grad}
-    assert kinds == {torch.float32}
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
     assert plain.get_output_embeddings().weight.dtype == ends
     read = plain.get_input_embeddings().weight
     assert (plain.get_output_embeddings().weight is read) == tied

@@ -31,8 +31,7 @@ REMOVED = [(), (1,), (1, 3), (0, 4), (1, 3)]
 
 @module_fixture
 def model(shared):
-    folder = shared.checkpoint(seed=3, max_position_embeddings=512)
-    return load_tiny(folder)
+    return load_tiny(shared.checkpoint(seed=3, max_position_embeddings=512))
 
 
 def some_rows():

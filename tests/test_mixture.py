@@ -39,6 +39,12 @@ def numbered(path, word, count=200):
     return write_texts(path, (f"{word}{i}. " * 4 for i in range(count)))
 
 
+@pytest.fixture
+def two_texts(tmp_path):
+    """Two files of numbered documents, `a.jsonl` with "<" and `b.jsonl` with "["."""
+    return [numbered(tmp_path / f"{n}.jsonl", w) for n, w in ("a<", "b[")]
+
+
 def tokens_of(tokens, name):
     return int(tokens.mask[[part == name for part in tokens.parts]].sum())
 
@@ -101,8 +107,7 @@ def test_what_is_no_mixture_either_names_the_part(source, words):
 
 
 def test_every_beginning_has_the_shares_and_the_order_no_period():
-    parts = [Part("a", "a", 0.75), Part("b", "b", 0.25)]
-    turns = Turns(parts, 16, "0")
+    turns = Turns([Part("a", "a", 0.75), Part("b", "b", 0.25)], 16, "0")
     found = []
     for _ in range(400):
         found.append(turns.next())
@@ -172,9 +177,8 @@ def test_text_of_the_model_can_be_a_part(tmp_path, tokenizer):
         ("a.jsonl=1,no-such-set-at-all/x:y=1", "part 'no-such-set-at-all/x:y'"),
     ],
 )
+@pytest.mark.usefixtures("offline")
 def test_a_part_that_fails_is_named(tmp_path, tokenizer, monkeypatch, parts, words):
-    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.chdir(tmp_path)
     numbered(tmp_path / "a.jsonl", "river")
     write_texts(tmp_path / "b.jsonl", ["a river"])
@@ -184,10 +188,8 @@ def test_a_part_that_fails_is_named(tmp_path, tokenizer, monkeypatch, parts, wor
         calibrate("a.jsonl=1,chat.jsonl=1", tokenizer, report_samples=1)
 
 
-def test_parts_are_kept_in_the_file_and_checked(tmp_path, tokenizer):
-    documents = numbered(tmp_path / "a.jsonl", "river")
-    others = numbered(tmp_path / "b.jsonl", "s")
-    built = calibrate(f"{documents}=1,{others}=1", tokenizer)
+def test_parts_are_kept_in_the_file_and_checked(tmp_path, tokenizer, two_texts):
+    built = calibrate("{}=1,{}=1".format(*two_texts), tokenizer)
     path = tmp_path / "calibration.safetensors"
     built.save(path)
     found = Calibration.load(path)
@@ -206,10 +208,9 @@ def test_parts_are_kept_in_the_file_and_checked(tmp_path, tokenizer):
 # figures by part ------------------------------------------------------------------------
 
 
-def test_the_quality_of_the_parts_adds_up(tmp_path, tokenizer):
-    documents = numbered(tmp_path / "a.jsonl", "river")
-    others = numbered(tmp_path / "b.jsonl", "s")
-    tokens = build(f"{documents}=3,{others}=1", tokenizer, **MANY).splits["report"]
+def test_the_quality_of_the_parts_adds_up(tokenizer, two_texts):
+    source = "{}=3,{}=1".format(*two_texts)
+    tokens = build(source, tokenizer, **MANY).splits["report"]
     first, second = (tiny_model("llama", seed=seed) for seed in (0, 1))
     found = quality(first, second, tokens)
     assert sum(part.tokens for part in found.parts.values()) == tokens.tokens
@@ -303,19 +304,16 @@ def test_healing_keeps_the_shares_and_leaves_out_what_was_measured_on(
 
 @parametrize("typed, seed", [("", 0), ("other/../", 0), ("", 1)])
 def test_healing_by_one_part_of_what_was_measured_on_leaves_that_out(
-    tmp_path, tokenizer, typed, seed
+    tmp_path, tokenizer, two_texts, typed, seed
 ):
     (tmp_path / "other").mkdir()
-    documents = numbered(tmp_path / "a.jsonl", "<")
-    others = numbered(tmp_path / "b.jsonl", "[")
-    used = calibrate(f"{documents}=1,{others}=1", tokenizer)
+    used = calibrate("{}=1,{}=1".format(*two_texts), tokenizer)
     measured = found_in(tokenizer, r"<(\d+)\.", *used.splits.values())
     sizes = {"samples": None, "report_samples": 2, "length": 48, "seed": seed}
     source = f"{tmp_path}/{typed}a.jsonl"
     found = healing_text.build(source, tokenizer, **sizes, used=used)
     assert len(measured) > 4
-    read = found_in(tokenizer, r"<(\d+)\. <", found.train, found.report)
-    assert not measured & read
+    assert not measured & found_in(tokenizer, r"<(\d+)\. <", found.train, found.report)
 
 
 def test_what_a_calibration_left_is_read_on_in_its_shares(tmp_path, tokenizer):
@@ -390,10 +388,8 @@ def card_with(text):
     return CutRecord(removed=[3], of=6, patch=patch)
 
 
-def test_a_patch_leaves_the_report_text_of_the_healing_unseen(tmp_path, tokenizer):
-    documents = numbered(tmp_path / "a.jsonl", "<")
-    others = numbered(tmp_path / "b.jsonl", "[")
-    source = f"{documents}=1,{others}=1"
+def test_a_patch_leaves_the_report_text_of_the_healing_unseen(tokenizer, two_texts):
+    source = "{}=1,{}=1".format(*two_texts)
     used = calibrate(source, tokenizer)
     options = {"report_samples": 6, "length": 40, "seed": 3}
     text = healing_text.build(source, tokenizer, samples=None, used=used, **options)

@@ -180,8 +180,7 @@ def test_the_packaged_model_is_converted_once_and_generates(monkeypatch):
     assert loaded.model.config.num_hidden_layers == 30
     assert "quantization_config" not in load_json(folder / "config.json")
     question = prompt_ids(loaded.tokenizer, "What is the capital of France?")
-    answer = generate_text(loaded.model, loaded.tokenizer, question, 20)
-    assert "Paris" in answer
+    assert "Paris" in generate_text(loaded.model, loaded.tokenizer, question, 20)
 
 
 def test_a_configuration_may_ask_for_tuples(folder):

@@ -147,8 +147,7 @@ def assert_stationary(model, text, patch, removed=(), patches=(), *, reads=True)
     x = seen["read" if reads else "written"][text.mask]
     out = seen["stream"][text.mask]
     weights = 1 / target.square().mean(-1)
-    layer = model.model.layers[patch.block].get_submodule(patch.path)
-    weight = layer.weight.double()
+    weight = model.model.layers[patch.block].get_submodule(patch.path).weight.double()
     change = patch.weight - weight
     if not reads:
         # W' = (1 + T) W, and W has full row rank.
@@ -257,14 +256,12 @@ def test_an_original_that_is_streamed_is_read_once_and_gives_the_same_patch(
     expected = patch_checkpoint(job, tmp_path / "in-memory")
     teacher = load_streamed(tmp_path / "source", dtype="float32", device="cpu")
     read = spy(StoredPart, "fill", lambda found, stored, buffer: stored.part)
-    text = tokens(32)
-    fit_patches(teacher.streamed, text, removed, Work(96))
+    fit_patches(teacher.streamed, tokens(32), removed, Work(96))
     # Block 0 may be read ahead; blocks after the last cut are not needed. A block that is patched
     # by gains is read again when its target is known.
     assert [read.count(i) for i in range(1, 6)] == [1 + again, 1, 1, 0, 0]
     job = dataclasses.replace(job, teacher=teacher)
-    record = patch_checkpoint(job, tmp_path / "streamed")
-    assert record == expected
+    assert patch_checkpoint(job, tmp_path / "streamed") == expected
     a, b = (tmp_path / n / "model.safetensors" for n in ("in-memory", "streamed"))
     assert a.read_bytes() == b.read_bytes()
 
@@ -283,8 +280,7 @@ def test_what_a_layer_writes_is_mapped_where_memory_has_no_room_for_what_it_read
 
     assert patch_checkpoint(job, tmp_path / "reads").maps == "reads"
     assert outside_row_space(tmp_path / "reads") > 1e-3
-    room = Allowance(bytes_of(width, width), 0)
-    stub(linear, "allowance", room)
+    stub(linear, "allowance", Allowance(bytes_of(width, width), 0))
     record = patch_checkpoint(job, tmp_path / "writes")
     assert record.maps == "writes"
     assert record.cuts[0].held_out_error_left < 1
@@ -309,8 +305,7 @@ def test_a_cut_without_memory_for_its_fit_is_listed_and_the_others_go_on(monkeyp
 
 def test_more_tokens_than_memory_next_to_a_streamed_model_are_refused(tmp_path, stub):
     source = tiny_checkpoint("llama", tmp_path / "source")
-    teacher = load_streamed(source, dtype="float32", device="cpu")
-    replay = teacher.streamed
+    replay = load_streamed(source, dtype="float32", device="cpu").streamed
     stub(type(replay), "room", 10_000)
     with refuses(r"on 252 tokens needs .* free; lower --patch-tokens"):
         fit_patches(replay, tokens(), [3], Work(96))
@@ -334,8 +329,7 @@ def test_more_tokens_than_memory_next_to_a_streamed_model_are_refused(tmp_path, 
 )
 def test_the_written_checkpoint_is_plain_and_computes_the_patch(family, path, tmp_path):
     removed = (3,) if family == "nemotron_h" else (2, 3)
-    job = job_of(tmp_path, family, removed)
-    record = patch_checkpoint(job, tmp_path / "patched")
+    record = patch_checkpoint(job_of(tmp_path, family, removed), tmp_path / "patched")
     assert [c.removed for c in record.cuts] == [[removed[0], removed[-1]]]
     assert record.cuts[0].held_out_error_left < 1
     layer = record.cuts[0].layer
@@ -347,8 +341,7 @@ def test_the_written_checkpoint_is_plain_and_computes_the_patch(family, path, tm
     assert {n.rsplit(".", 1)[1] for n in changed} <= {"weight", "bias"}
     assert all(n.rsplit(".", 1)[0].endswith(layer) for n in changed)
     assert changed
-    counts = {load_tiny(place).model.num_parameters() for place in places}
-    assert len(counts) == 1
+    assert len({load_tiny(place).model.num_parameters() for place in places}) == 1
 
 
 def write_of(model):
@@ -431,8 +424,7 @@ def test_blocks_that_answer_by_gains_are_patched_and_judged_by_what_they_compute
 
 
 def test_gains_are_those_of_the_norm_behind_the_layer():
-    model = tiny_model("olmo2")
-    replay = replay_of(model)
+    replay = replay_of(tiny_model("olmo2"))
     block = replay.blocks[1]
     with torch.no_grad():
         recording = replay.record(tokens(64).input_ids)

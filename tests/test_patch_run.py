@@ -29,11 +29,12 @@ from run_files import change
 from shared import (
     OPTIONS,
     flags,
-    leave_speed_out,
     load_json,
     module_fixture,
     parametrize,
     refuses,
+    run_tiny,
+    without_speed,
     works,
     write_jsonl,
     write_words,
@@ -48,14 +49,8 @@ REMOVED = [2, 3]
 
 def job(model, text, out, **more):
     # The patch is fitted on all of the text.
-    given = {
-        "must_remove": "2,3",
-        "energy": "fisher",
-        "remove": 2,
-        "patch_tokens": 65536,
-    }
-    given |= {"model": model, "calibration": text, "out": out}
-    return isingcut.run(**{**OPTIONS, **given, **more})
+    given = {"must_remove": "2,3", "energy": "fisher", "remove": 2}
+    return run_tiny(model, text, out, **{**given, "patch_tokens": 65536, **more})
 
 
 def weights_of(checkpoint):
@@ -77,10 +72,8 @@ def text(shared):
 
 @module_fixture
 def run(shared, llama, text):
-    with pytest.MonkeyPatch.context() as patch:
-        leave_speed_out(patch.setattr)
-        found: Path = shared.folder("patched", lambda place: job(llama, text, place))
-    return found
+    with without_speed():
+        return shared.folder("patched", lambda place: job(llama, text, place))
 
 
 @module_fixture
@@ -136,8 +129,7 @@ def test_patch_and_cut_are_judged_on_text_of_no_fit(run, exact, llama):
     scores = quality(*models, calibration.splits["report"])
     assert found.cut.kl == pytest.approx(scores.kl, rel=1e-4)
     for name in ("perplexity", "perplexity_se"):
-        expected = getattr(scores.after, name)
-        assert found.cut[name] == pytest.approx(expected, rel=1e-3)
+        assert found.cut[name] == pytest.approx(getattr(scores.after, name), rel=1e-3)
     fitted = patch_of(run / "model")["text"]
     assert fitted["searched"] == calibration.splits["energy"].samples
     assert fitted["samples"] > fitted["searched"]
@@ -218,21 +210,6 @@ def test_where_no_layer_can_take_a_map_one_line_says_why(llama, text, tmp_path, 
     assert "no weight was trained" in card
 
 
-def test_an_interrupted_fit_leaves_nothing_and_is_made_again(
-    run, llama, text, tmp_path, spy
-):
-    out = tmp_path / "run"
-    spy(cutting, "patch_checkpoint", stop=1)
-    with pytest.raises(KeyboardInterrupt):
-        job(llama, text, out)
-    assert not [p for p in out.iterdir() if "model" in p.name]
-    assert not load_json(out / "run.json").stages.model.done
-    job(llama, text, out)
-    found, expected = (weights_of(place / "model") for place in (out, run))
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
-
-
 def test_a_streamed_model_is_patched_block_by_block(llama, text, tmp_path):
     out = job(llama, text, tmp_path / "run", stream="on")
     assert "streamed from disk" in patch_of(out / "model").tuning.left_out
@@ -262,8 +239,7 @@ def test_texts_that_are_gone_leave_those_of_the_energy(llama, tmp_path):
     texts = [" ".join(words[i : i + 30]) for i in range(0, len(words), 30)]
     made = {**OPTIONS, "energy": "fisher", "samples": 6, "out": tmp_path / "run"}
     isingcut.prune(str(llama), 2, calibration=texts, must_remove="2,3", **made)
-    saved = isingcut.open_run(tmp_path / "run").save(tmp_path / "saved")
-    fitted = patch_of(saved).text
+    fitted = patch_of(isingcut.open_run(tmp_path / "run").save(tmp_path / "saved")).text
     assert fitted.samples == fitted.searched == 6
     assert fitted.short.startswith("the source was changed or cannot be read; restore")
 
@@ -290,8 +266,7 @@ def config(folder, name, **changes):
 
 @module_fixture
 def healed_run(folder):
-    with pytest.MonkeyPatch.context() as patched:
-        leave_speed_out(patched.setattr)
+    with without_speed():
         yield pipeline.run(config(folder, "run", heal=True))
 
 
@@ -339,8 +314,7 @@ def test_a_healed_model_of_an_earlier_cut_is_not_the_runs(folder, healed_run, tm
 
 def test_benchmarks_of_a_run_from_the_command_line(folder, healed_run, answer):
     given = {"tasks": "arc_easy", "data": folder / "data"}
-    found = answer("evaluate", healed_run, *flags(given)).benchmarks
-    (row,) = found.rows
+    (row,) = answer("evaluate", healed_run, *flags(given)).benchmarks.rows
     assert (row.task, row.n) == ("arc_easy", 6)
     assert load_json(healed_run / "benchmarks.json").rows == [row]
     assert {"metric", "original", "original_se", "cut", "cut_se"} <= set(row)

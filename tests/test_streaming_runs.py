@@ -26,7 +26,7 @@ from isingcut.models.verify import verify
 from isingcut.options.config import RunConfig
 from isingcut.runs.session import Session
 from quantised import quantise
-from shared import OPTIONS, load_json, module_fixture, parametrize, refuses
+from shared import load_json, module_fixture, parametrize, refuses, run_tiny
 from tiny import (
     CPU,
     edit_config,
@@ -95,8 +95,7 @@ def test_what_fills_a_new_buffer_waits_for_what_the_device_was_given_before(
     )
     with cards.fake_cards() as (card,):
         Buffers(8, card.device).take(Numbers(1))
-    waits = [(who, event) for what, who, event in log if what == "wait"]
-    filling, before = waits[0]
+    filling, before = next(rest for what, *rest in log if what == "wait")
     recorded = [(event, stream) for what, event, stream in log if what == "record"]
     assert before in [event for event, stream in recorded if stream is not filling]
 
@@ -309,12 +308,12 @@ def test_a_whole_run_loads_no_model(llama, text, tmp_path, monkeypatch):
         raise AssertionError("the model was loaded")
 
     # Import all modules with these names first, or they would keep the replacement.
-    run = isingcut.run
+    _ = isingcut.run
     monkeypatch.setattr("isingcut.models.load.load", never)
     monkeypatch.setattr("isingcut.models.sharing.load", never)
     monkeypatch.setattr("isingcut.models.verify.reload", never)
-    options = {**OPTIONS, "model": llama, "calibration": text, "stream": "on"}
-    folder = run(remove=2, out=tmp_path / "run", compare_energies="fisher", **options)
+    more = {"remove": 2, "compare_energies": "fisher", "stream": "on"}
+    folder = run_tiny(llama, text, tmp_path / "run", **more)
     evaluation = load_json(folder / "evaluation.json")
     chosen = load_json(folder / "candidates.json").chosen
     assert evaluation.streamed
@@ -334,5 +333,5 @@ def test_a_whole_run_loads_no_model(llama, text, tmp_path, monkeypatch):
         ),
     ):
         with refuses(message):
-            isingcut.energy(out=tmp_path / "no", **{**options, **wrong})
+            run_tiny(llama, text, tmp_path / "no", **{**more, **wrong})
     assert not (tmp_path / "no").exists()

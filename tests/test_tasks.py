@@ -282,8 +282,7 @@ def test_questions_come_from_the_fixed_subset(tmp_path):
 
     def chosen(most):
         (configuration,) = prepare_task("arc_easy", tmp_path, most).configurations
-        data = configuration["custom_dataset"]()["test"]
-        return list(data["context"])
+        return list(configuration["custom_dataset"]()["test"]["context"])
 
     texts = [r["context"] for r in records]
     assert chosen(None) == texts

@@ -39,8 +39,7 @@ def test_large_batches_are_padded_by_an_eighth_at_most():
         shortest = int(batch.mask.sum(1).min())
         longest = batch.input_ids.shape[1]
         assert 8 * shortest >= 7 * longest or (batch.samples - 1) * longest < 256
-    computed = sum(b.input_ids.numel() for b in batches)
-    assert computed < 1.1 * sum(lengths)
+    assert sum(b.input_ids.numel() for b in batches) < 1.1 * sum(lengths)
 
 
 def test_few_short_samples_stay_one_batch_and_equal_lengths_fill_them():
@@ -112,8 +111,7 @@ def test_the_share_is_that_of_a_plain_count(length, size):
         for _ in range(rows):
             row = rng.integers(0, 90, length).tolist()
             # At a random position in each row, cut off by the end of some rows.
-            at = int(rng.integers(0, length))
-            found.append([*row[:at], *passage][:length])
+            found.append([*row[: int(rng.integers(0, length))], *passage][:length])
         # Context that does not count.
         found[0] = [~i for i in found[0][: length // 2]] + found[0][length // 2 :]
         return TokenSet.from_rows(found)

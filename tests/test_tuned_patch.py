@@ -31,8 +31,7 @@ def tuned(model, text, removed=REMOVED):
     with contextlib.suppress(ArchitectureError):  # No map helps some random models.
         patches = fit_patches(replay, rest, removed, Work(96)).patches
     teacher = SimpleNamespace(replay=replay)
-    config = HealConfig(batch_tokens=96)
-    job = Job(teacher, removed, None, text, None, config)
+    job = Job(teacher, removed, None, text, None, HealConfig(batch_tokens=96))
     found, record = tune(job, rest, held_out, patches)
     return SimpleNamespace(patches=found, record=record)
 

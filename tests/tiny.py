@@ -107,6 +107,19 @@ def plain_sums(first, second, tokens):
     return np.array(columns).T
 
 
+def plain_means(first, second, tokens):
+    """Return KL and NLL of the second model per counted token."""
+    _, nll, kl = plain_sums(first, second, tokens).sum(1) / tokens.tokens
+    return kl, nll
+
+
+def count_calls(module):
+    """Return a list that gets an entry at each forward pass of a module."""
+    calls = []
+    module.register_forward_hook(lambda *_: calls.append(1))
+    return calls
+
+
 CPU = torch.device("cpu")
 
 

@@ -256,8 +256,7 @@ FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def curve(arena, out="healed"):
-    found = load_json(arena.here / out / "healing.json")
-    return found.steps
+    return load_json(arena.here / out / "healing.json").steps
 
 
 def half_written(arena, step):
@@ -269,8 +268,7 @@ def half_written(arena, step):
 
 
 def test_a_full_disk_at_the_second_state_keeps_the_first(arena, monkeypatch):
-    whole = heal(out="{here}/whole", save_steps=1)
-    types(arena, whole, makes=("whole*", ".whole*"))
+    types(arena, heal(out="{here}/whole", save_steps=1), makes=("whole*", ".whole*"))
     with monkeypatch.context() as patch:
         stops(patch, 2, FULL)
         line = (
@@ -379,8 +377,7 @@ def test_an_old_record_without_a_hash_goes_on_working(arena):
 def test_a_healed_student_is_replaced(arena):
     types(arena, heal())
     types(arena, heal("--overwrite --seed 1", learning_rate=1e-2))
-    found = load_json(arena.here / "healed/healing.json")
-    assert found.options.seed == 1
+    assert load_json(arena.here / "healed/healing.json").options.seed == 1
 
 
 def test_a_patch_that_would_change_nothing_says_so(arena, monkeypatch):

@@ -47,8 +47,7 @@ def test_what_a_damaged_journal_lost_is_measured_again(interrupted, line):
     journal.write_bytes(b"\n".join([head, rows[0][:-9], line, *rows[1:]]))
     makes = ("run/run.json", "run/candidates.json", "run/candidates.journal")
     arena.works("rank {run}", *makes)
-    after = load_json(arena.run / "candidates.json")
-    assert after == before
+    assert load_json(arena.run / "candidates.json") == before
 
 
 left_behind = {}

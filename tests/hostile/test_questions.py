@@ -49,7 +49,6 @@ BENCHMARKS = [
         ("an answer beyond", ANSWER, {"answer": 2}),
         ("a truth value as answer", ANSWER, {"answer": True}),
         ("one choice", CHOICES, {"choices": ["one"], "answer": 0}),
-        ("numbers as choices", CHOICES, {"choices": [1, 2]}),
         ("a blank choice", CHOICES, {"choices": ["one", " "], "answer": 0}),
         ("many choices", CHOICES, {"choices": ["x"] * 1000}),
         ("no context", "line 3: expected a text 'context', got ''", {"context": ""}),

@@ -291,8 +291,7 @@ def legal_states(stack, rows, wanted):
         ArchitectureError: the legality rows leave no state but the original.
     """
     n = len(stack)
-    numbers = np.arange(1, 2**n)
-    bits = (numbers[:, None] >> np.arange(n)) & 1 > 0
+    bits = (np.arange(1, 2**n)[:, None] >> np.arange(n)) & 1 > 0
     bits = bits[bits.sum(1) < n]
     for row in rows:
         bits = bits[row.satisfied(bits)]
