@@ -7,10 +7,9 @@ import threading
 
 import pytest
 
-from isingcut.errors import StageFileError
 from isingcut.files.ownership import mark
 from isingcut.runs import uploading
-from shared import load_json, parametrize, refuses, save_json
+from shared import StageFileError, load_json, parametrize, refuses, save_json
 
 # The hub ---------------------------------------------------------------------------------
 
@@ -182,7 +181,7 @@ def test_nothing_uploaded_names_a_folder_of_this_machine(cut, tmp_path):
         assert tmp_path.name.encode() not in content, name
     found = uploading.read_records(files)
     remarks = ["no image could be made (cannot load a.json); 1/3 left"]
-    record["proof"]["remarks"] = remarks
+    record.proof["remarks"] = remarks
     options = {"text": "50% wiki, 50% a.txt", "trainer": '{"deepspeed": "ds.json"}'}
     assert found == {
         "isingcut.json": {**record, "model": {"name": "my-model"}},

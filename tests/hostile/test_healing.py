@@ -23,10 +23,8 @@ from damage import (
 from heal_rows import RECORD, WITH_FILE, heal, record, trainer
 
 from isingcut.files.ownership import MARKER, mark
-from isingcut.files.results import write_json
-from isingcut.formats.cutting.checkpoint import excise
-from shared import load_json, parametrize
-from tiny import tiny_checkpoint
+from shared import load_json, parametrize, write_json
+from tiny import excise, tiny_checkpoint
 
 
 def unfinished(arena):
