@@ -138,8 +138,14 @@ def tasks(place):
     ):
         write_jsonl(data / f"{name}.jsonl", [make(i)[1] for i in range(16)])
     model = str(place.shared.checkpoint(max_position_embeddings=2048))
-    given = {"data": str(data), "tasks": "arc_easy", "questions": 12}
-    run = place.run(model=model, choose="tasks", patch="none", **given)
+    run = place.run(
+        model=model,
+        choose="tasks",
+        patch="none",
+        data=str(data),
+        tasks="arc_easy",
+        questions=12,
+    )
     names = ("--tasks", "arc_easy,gsm8k", "--questions", 2)
     place.type("evaluate", run, *names, "--data", data, "--skip-speed", "--overwrite")
 
@@ -216,8 +222,13 @@ def own_text(place):
 
 
 def eager(place):
-    more = {"attention": "eager", "dtype": "bfloat16", "batch_tokens": None}
-    place.run(**more, patch="tuned", patch_tokens=200)
+    place.run(
+        attention="eager",
+        dtype="bfloat16",
+        batch_tokens=None,
+        patch="tuned",
+        patch_tokens=200,
+    )
 
 
 def rows(place):

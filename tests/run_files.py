@@ -100,10 +100,15 @@ def text_scores(perplexity, **more):
 
 
 def side(perplexity, blocks, speed):
-    sizes = {"parameters": 10**6 * (blocks + 2), "bytes": 2 * 10**6 * (blocks + 2)}
-    speeds = {"prefill_tokens_per_second": 8 * speed, "decode_tokens_per_second": speed}
-    memory = {"peak_memory_bytes": 5 * 10**8}
-    return text_scores(perplexity, blocks=blocks, **sizes, **speeds, **memory)
+    return text_scores(
+        perplexity,
+        blocks=blocks,
+        parameters=10**6 * (blocks + 2),
+        bytes=2 * 10**6 * (blocks + 2),
+        prefill_tokens_per_second=8 * speed,
+        decode_tokens_per_second=speed,
+        peak_memory_bytes=5 * 10**8,
+    )
 
 
 def hamiltonian(n, seed, unit="nats/token"):
@@ -128,8 +133,9 @@ def write_removal(place, energy, m, *, ranked=True):
     # Random picks among the blocks of lowest h, a few more than m: low states without a solver.
     cheap = np.argsort(energy.h)[: m + 6]
     states = states_of(n, [pick(cheap) for _ in range(200)])
-    how = {"proven": True, "solver": "exact", "seconds": 0.5}
-    spectrum = Spectrum.from_states(Problem(energy), states, 20, **how)
+    spectrum = Spectrum.from_states(
+        Problem(energy), states, 20, proven=True, solver="exact", seconds=0.5
+    )
     place.mkdir(exist_ok=True)
     spectrum.save(place / "spectrum.json")
     random = [pick(n) for _ in range(30)]

@@ -232,8 +232,8 @@ def test_all_removals_of_a_run_share_one_model(place, monkeypatch):
 
 def test_a_budget_holds_for_every_number_of_a_range(place, monkeypatch, tmp_path):
     monkeypatch.chdir(place)
-    text = {"budget": "params=5%", "random_states": 0}
-    assert len(prune("2..3", out=tmp_path / "run", **text).at(3).spectrum) > 1
+    run = prune("2..3", out=tmp_path / "run", budget="params=5%", random_states=0)
+    assert len(run.at(3).spectrum) > 1
     assert len(isingcut.open_run(tmp_path / "run", 2).spectrum) > 1
 
 

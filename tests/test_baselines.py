@@ -233,8 +233,9 @@ def test_cbo_is_the_ground_state_of_the_papers_energy_or_the_best_of_its_lowest(
 def test_evopress_finds_the_best_state_of_a_small_stack(replay, tokens):
     pairs = list(combinations(range(6), 2))
     kl = measure(replay, tokens, states_of(6, pairs)).kl
-    steps = {"generations": 6, "offspring": 14, "step_tokens": (1000, 1000)}
-    found = Evopress(**steps, initial=2).choose(replay, tokens, 2, WORK, seed=0)
+    found = Evopress(
+        generations=6, offspring=14, step_tokens=(1000, 1000), initial=2
+    ).choose(replay, tokens, 2, WORK, seed=0)
     # All 14 other states are children of any parent, so that one generation finds the best.
     assert found.removed == pairs[int(kl.argmin())]
     assert found.info["evaluations"] == 15
@@ -305,7 +306,7 @@ def test_the_claimed_price_is_what_is_called(made, part, passes, heads):
         assert found.passes == passes
     reference, others = calls.heads
     # Only a KL needs the original's head.
-    needed = reference if getattr(part, "loss", "kl") == "kl" else 0
+    needed = reference * (getattr(part, "loss", "kl") == "kl")
     assert found.heads == pytest.approx(needed + others)
     if heads is not None:
         assert found.heads == heads

@@ -180,8 +180,9 @@ def test_missing_kernels_are_named(shared, caplog):
 
 @parametrize("count", [2, 4])
 def test_cards_have_equal_shares_of_the_memory(count, shared):
-    sizes = {"hidden_size": 128, "intermediate_size": 384, "head_dim": 32}
-    folder = shared.checkpoint(**sizes, num_hidden_layers=8)
+    folder = shared.checkpoint(
+        hidden_size=128, intermediate_size=384, head_dim=32, num_hidden_layers=8
+    )
     with fake_cards(count) as cards:
         names = ",".join(str(card.device) for card in cards)
         replay = replay_of(load(folder, dtype="float32", device=names).model)

@@ -540,8 +540,15 @@ def test_a_patch_that_harms_other_text_is_called_so_first(
 
 
 def test_a_calibration_on_that_text_is_judged_on_no_other(llama, tmp_path, no_speed):
-    few = {"length": 64, "patch": "none", "random_states": 0, "remove": 2}
-    run = run_tiny(llama, "manual", tmp_path / "r", **few)
+    run = run_tiny(
+        llama,
+        "manual",
+        tmp_path / "r",
+        length=64,
+        patch="none",
+        random_states=0,
+        remove=2,
+    )
     assert read_document(run / "evaluation.json", EvaluationFile).elsewhere == {}
 
 

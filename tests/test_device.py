@@ -137,8 +137,9 @@ def written(place):
 def timed(place):
     ticks = itertools.count()
     both = {"before": place.model(), "after": place.model(seed=1)}
-    sizes = {"new_tokens": 2, "repeats": 1, "clock": lambda: next(ticks) ** 2}
-    speeds = timing.speed(both, random_tokens(), **sizes)
+    speeds = timing.speed(
+        both, random_tokens(), new_tokens=2, repeats=1, clock=lambda: next(ticks) ** 2
+    )
     # Times cannot be compared.
     for streamed in (False, True):
         assert min(place.replay(streamed=streamed).latency(8, 1)) > 0

@@ -83,8 +83,9 @@ def test_speed_takes_turns_and_reports_medians(pair, tokens):
     for name, model in models.items():
         model.register_forward_pre_hook(lambda *_, n=name: order.append(n))
     clock = lambda: next(ticks) ** 2 / 100  # noqa: E731
-    sizes = {"new_tokens": 4, "repeats": 3}
-    found = timing.speed(models, tokens.select([2]), **sizes, clock=clock)
+    found = timing.speed(
+        models, tokens.select([2]), new_tokens=4, repeats=3, clock=clock
+    )
     assert [name for name, _ in itertools.groupby(order)] == ["a", "b"] * 4
     # Round r, model m: readings start at tick 12 r + 6 m; a reading from tick t lasts 2 t + 1.
     for m, speeds in enumerate(found.values()):

@@ -152,15 +152,12 @@ def test_the_first_block_of_modernbert_stays():
 
 
 def test_the_decoder_of_an_encoder_decoder_has_its_own_number_of_blocks(tmp_path):
-    sizes = {
-        "d_model": 32,
-        "encoder_layers": 2,
-        "decoder_layers": 4,
-        "decoder_ffn_dim": 48,
-    }
     config = AutoConfig.for_model(
         "blenderbot",
-        **sizes,
+        d_model=32,
+        encoder_layers=2,
+        decoder_layers=4,
+        decoder_ffn_dim=48,
         vocab_size=262,
         encoder_attention_heads=4,
         decoder_attention_heads=4,

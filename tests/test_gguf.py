@@ -271,8 +271,15 @@ def packed_model(tmp_path_factory):
 def gguf_run(packed_model, text, tmp_path_factory):
     """A run on that file, without blocks 2 and 3, with a tuned patch."""
     out = tmp_path_factory.mktemp("gguf") / "run"
-    given = {"energy": "fisher", "remove": 2, "must_remove": "2,3", "skip_speed": True}
-    return run_tiny(packed_model, text, out, **given)
+    return run_tiny(
+        packed_model,
+        text,
+        out,
+        energy="fisher",
+        remove=2,
+        must_remove="2,3",
+        skip_speed=True,
+    )
 
 
 def new_layers(card):

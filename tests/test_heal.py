@@ -282,13 +282,23 @@ def test_a_checkpoint_of_a_run_is_judged_on_what_the_run_reports_on(
     other.write_text("\n\n".join(f"{i}. words" for i in range(900, 990)))
     student = shutil.copytree(models / "student", tmp_path / place / "model")
     text = str(models / "text.jsonl")
-    sizes = {"samples": 3, "rank_samples": 2, "length": 16}
-    used = build(text, tokenizer := tiny_tokenizer(), **sizes, report_samples=3, seed=0)
+    used = build(
+        text,
+        tokenizer := tiny_tokenizer(),
+        samples=3,
+        rank_samples=2,
+        length=16,
+        report_samples=3,
+        seed=0,
+    )
     used.save(tmp_path / "run/calibration.safetensors")
-    given = {"student": student, "text": mixed.format(text, other)}
     heal_checkpoint = mock.Mock()
     monkeypatch.setattr(home, "heal_checkpoint", heal_checkpoint)
-    heal(options(models, tmp_path / "out", **given))
+    heal(
+        options(
+            models, tmp_path / "out", student=student, text=mixed.format(text, other)
+        )
+    )
     _, mine, *_ = heal_checkpoint.call_args.args
     own = used.splits["report"]
     assert torch.equal(mine.report.input_ids, own.input_ids)

@@ -290,8 +290,9 @@ def test_healing_keeps_the_shares_and_leaves_out_what_was_measured_on(
     (tmp_path / "c.txt").write_text("".join(sentences(300)))
     source = f"{documents}=2,{talk}=1,{tmp_path / 'c.txt'}=1"
     used = calibrate(source, tokenizer, length=32, samples=12, report_samples=3)
-    options = {"report_samples": 12, "length": 48, "seed": 0, "used": used}
-    found = healing_text.build(source, tokenizer, samples=40, **options)
+    found = healing_text.build(
+        source, tokenizer, samples=40, report_samples=12, length=48, seed=0, used=used
+    )
     for tokens in (found.train, found.report):
         for name, share in (("a.jsonl", 0.5), ("chat.jsonl", 0.25)):
             found_share = tokens_of(tokens, name) / int(tokens.mask.sum())
@@ -313,9 +314,16 @@ def test_healing_by_one_part_of_what_was_measured_on_leaves_that_out(
     (tmp_path / "other").mkdir()
     used = calibrate("{}=1,{}=1".format(*two_texts), tokenizer)
     measured = found_in(tokenizer, r"<(\d+)\.", *used.splits.values())
-    sizes = {"samples": None, "report_samples": 2, "length": 48, "seed": seed}
     source = f"{tmp_path}/{typed}a.jsonl"
-    found = healing_text.build(source, tokenizer, **sizes, used=used)
+    found = healing_text.build(
+        source,
+        tokenizer,
+        samples=None,
+        report_samples=2,
+        length=48,
+        seed=seed,
+        used=used,
+    )
     assert len(measured) > 4
     assert not measured & found_in(tokenizer, r"<(\d+)\. <", found.train, found.report)
 

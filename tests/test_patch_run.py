@@ -301,8 +301,9 @@ def test_the_same_command_does_nothing_again(folder, healed_run, spy):
 
 def test_a_healed_model_of_an_earlier_cut_is_not_the_runs(folder, healed_run, tmp_path):
     out = Path(shutil.copytree(healed_run, tmp_path / "run"))
-    again = {"remove": "1", "patch": "none", "out": out, "overwrite": True}
-    pipeline.run(config(folder, "run", **again))
+    pipeline.run(
+        config(folder, "run", remove="1", patch="none", out=out, overwrite=True)
+    )
     found = load_json(out / "evaluation.json")
     assert (found.last, found.after.blocks) == ("cut", 5)
     assert "| | original | cut | change |" in (out / "report.md").read_text(

@@ -284,9 +284,16 @@ def test_a_run_says_at_its_start_how_long_it_takes(
     llama, text, tmp_path, capsys, quick, fails
 ):
     fails("isingcut.runs.pipeline.measure_and_rank", KeyboardInterrupt)
-    given = {"remove": 2, "quick": quick, "heal": True, "progress": terminal}
     with pytest.raises(KeyboardInterrupt):
-        run_tiny(llama, text, tmp_path / "run", **given)
+        run_tiny(
+            llama,
+            text,
+            tmp_path / "run",
+            remove=2,
+            quick=quick,
+            heal=True,
+            progress=terminal,
+        )
     said = capsys.readouterr().err
     assert re.search(r"this run takes about \d+ \w+ here \((refined|rank|patch) ", said)
     assert "heal depends on the text; set a limit with --heal 10min" in said

@@ -175,11 +175,11 @@ def test_only_an_image_shows_what_joins_between_blocks(family, tmp_path, stub):
 
 
 def test_blocks_that_image_features_join_in_front_of_stay_and_are_renumbered():
-    places = {
-        "deepstack_layer_map": [(0, 0), (1, 1)],
-        "spatial_target_layers": [2, 4, 4, 9],
-    }
-    model = composite("granite4_vision", **places)
+    model = composite(
+        "granite4_vision",
+        deepstack_layer_map=[(0, 0), (1, 1)],
+        spatial_target_layers=[2, 4, 4, 9],
+    )
     config = model.config.to_dict()
     cut = cut_config(config, [3, 5])
     assert cut["deepstack_layer_map"] == [[0, 0], [1, 1]]
@@ -215,8 +215,13 @@ def test_the_checkpoints_own_processor_makes_the_image(tmp_path):
     vision = model.config.vision_config
     side = {"height": vision.image_size, "width": vision.image_size}
     pixels = CLIPImageProcessor(size=side, crop_size=side)
-    given = {"image_token": "<|system|>", "num_additional_image_tokens": 1}
-    processor = LlavaProcessor(pixels, tokenizer, vision.patch_size, **given)
+    processor = LlavaProcessor(
+        pixels,
+        tokenizer,
+        vision.patch_size,
+        image_token="<|system|>",
+        num_additional_image_tokens=1,
+    )
     processor.vision_feature_select_strategy = "default"
     processor.save_pretrained(tmp_path)
     inputs = process_images(model, tmp_path, random_tokens(model, 2, 24))

@@ -212,17 +212,10 @@ def test_infeasible_samples_are_repaired_and_counted(sampler):
     assert spectrum.states.sum() == 3
 
 
-class Exits(AllOnes):
-    """A sampler that is interrupted."""
-
-    def sample(self, bqm):
-        raise KeyboardInterrupt
-
-
-def test_an_interrupt_of_a_sampler_is_the_users():
-    problem = counted("flat", 3, 1)
+def test_an_interrupt_of_a_sampler_is_the_users(fails):
+    fails(AllOnes, "sample", KeyboardInterrupt)
     with pytest.raises(KeyboardInterrupt):
-        make("dimod", sampler=Exits()).solve(problem, 1)
+        make("dimod", sampler=AllOnes()).solve(counted("flat", 3, 1), 1)
 
 
 def test_a_named_class_gets_its_options(tmp_path, monkeypatch):
@@ -238,8 +231,9 @@ class Low(dimod.Sampler):
     (tmp_path / "own_samplers.py").write_text(source)
     monkeypatch.syspath_prepend(tmp_path)
     problem = counted("indefinite", 8, 3)
-    more = {"options": {"heat": 2, "cold": 1}}
-    found = solve(problem, "dimod:own_samplers.Low", k=5, **more)
+    found = solve(
+        problem, "dimod:own_samplers.Low", k=5, options={"heat": 2, "cold": 1}
+    )
     import own_samplers
 
     assert own_samplers.Low.told == {"heat": 2, "num_reads": 100, "seed": 0}

@@ -128,8 +128,14 @@ JOBS = {
 
 @parametrize("job", JOBS)
 def test_a_device_holds_two_parts_and_the_hidden_states(job, tmp_path):
-    size = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 8}
-    folder = tiny_checkpoint("llama", tmp_path, **size, head_dim=32)
+    folder = tiny_checkpoint(
+        "llama",
+        tmp_path,
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=8,
+        head_dim=32,
+    )
     weights = (tmp_path / "model.safetensors").stat().st_size
     with fake_cards(budget=weights // 2) as (card,):
         replay = StreamedReplay(

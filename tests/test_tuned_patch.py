@@ -15,7 +15,7 @@ from isingcut.healing.repairs.tuned import split_samples, tune
 from isingcut.models.device import Allowance
 from shared import ArchitectureError, FitError, HealConfig, parametrize, refuses
 from test_patch import tokens
-from tiny import Work, replay_of, skip_blocks, stack_modules, tiny_model
+from tiny import Work, plain_means, replay_of, skip_blocks, stack_modules, tiny_model
 
 REMOVED = (2, 3)
 
@@ -34,18 +34,14 @@ def tuned(model, text, removed=REMOVED):
 
 def divergence(model, text, found, removed=REMOVED):
     """Return KL(original || patched) from plain forward passes over the held-out samples."""
-    total = 0.0
-    count = 0
-    for s in range(7, text.samples, 8):
-        ids = text.input_ids[s : s + 1, : int(text.mask[s].sum())]
-        with torch.no_grad():
-            p = model(input_ids=ids).logits[0, :-1].double().log_softmax(-1)
-            blocks = stack_modules(model)
-            with skip_blocks(model, removed), apply_patches(blocks, found.patches):
-                q = model(input_ids=ids).logits[0, :-1].double().log_softmax(-1)
-        total += float((p.exp() * (p - q)).sum())
-        count += ids.shape[1] - 1
-    return total / count
+
+    def patched(**inputs):
+        blocks = stack_modules(model)
+        with skip_blocks(model, removed), apply_patches(blocks, found.patches):
+            return model(**inputs)
+
+    kl, _ = plain_means(model, patched, text.select(range(7, text.samples, 8)))
+    return kl
 
 
 @parametrize("family", ["llama", "gpt2", "gemma3", "mamba2"])
@@ -100,15 +96,15 @@ def test_where_memory_is_short_the_layers_that_write_are_tuned_alone(stub):
         tuned(tiny_model("llama"), tokens(16))
     model = tiny_model("llama")
     blocks = stack_modules(model)
-    both = [
-        blocks[i].get_submodule(p)
+    write = {"self_attn.o_proj", "mlp.down_proj"}
+    sizes = [
+        blocks[i].get_submodule(path).weight.numel()
         for i in (1, 4)
-        for p in ("self_attn.o_proj", "mlp.down_proj")
+        for path in (*write, "self_attn.q_proj")
     ]
-    square = [blocks[i].get_submodule("self_attn.q_proj") for i in (1, 4)]
-    room.left = tuning.BYTES * sum(m.weight.numel() for m in [*both, *square])
+    room.left = tuning.BYTES * sum(sizes)
     paths = {layer.layer for layer in tuned(model, tokens(16)).record.layers}
-    assert {"self_attn.o_proj", "mlp.down_proj"} <= paths
+    assert write <= paths
     assert not {"mlp.up_proj", "mlp.gate_proj"} & paths
 
 

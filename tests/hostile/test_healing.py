@@ -143,8 +143,9 @@ def another(**options):
 
 def another_student(arena):
     """Write a student of other shapes with the record and depth of the cut."""
-    other = {"num_hidden_layers": 4, "intermediate_size": 64}
-    tiny_checkpoint("llama", arena.here / "student", **other)
+    tiny_checkpoint(
+        "llama", arena.here / "student", num_hidden_layers=4, intermediate_size=64
+    )
     shutil.copyfile(arena.here / RECORD, arena.here / "student/isingcut.json")
 
 
