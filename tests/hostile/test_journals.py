@@ -20,7 +20,6 @@ def put(key, shape, data):
     return b"%08x " % zlib.crc32(text) + text
 
 
-NAN = np.full((2, 3), np.nan).tobytes()
 ONES = np.ones(6).tobytes()
 DEEP = b"[" * 100_000
 LINES = {
@@ -36,7 +35,7 @@ LINES = {
     "another shape": put("0:1", [6], ONES),
     "a shape that wraps": put("0:1", [-1, 3], 2 * ONES),
     "a huge shape": put("0:1", [10**30], ONES),
-    "no number": put("0:1", [2, 3], NAN),
+    "no number": put("0:1", [2, 3], np.full((2, 3), np.nan).tobytes()),
 }
 
 

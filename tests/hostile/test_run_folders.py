@@ -128,7 +128,6 @@ MEASURED = (
     "--calibration text.txt --length 16 --samples 3 --rank-samples 3 --report-samples 3 "
     "--dtype float32"
 )
-CHANGED = "text.txt was changed since it was measured on; restore the old text"
 
 
 def gone(arena):
@@ -147,7 +146,11 @@ def test_a_text_that_was_changed_is_not_read_on(arena):
     run = f"run model --remove 2 {MEASURED} --random-states 30 {patch} --out run"
     made = {"code": 0, "makes": ("run/*",)}
     arena.try_row(Row("the text is gone", run, "", gone, **made))
-    arena.refuses(run, CHANGED, back_but_changed)
+    arena.refuses(
+        run,
+        "text.txt was changed since it was measured on; restore the old text",
+        back_but_changed,
+    )
     # The text is not named here, so the patch is fitted on the stored tokens, as without the text.
     arena.try_row(Row("a cut", f"excise run --blocks 2,3 --overwrite {patch}", **made))
     fitted = load_json(arena.run / "model/isingcut.json").patch.text

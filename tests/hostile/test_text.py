@@ -32,7 +32,6 @@ def packed(content):
     return gzip.compress(content, mtime=0)
 
 
-UTF8 = r"is not UTF-8 .invalid byte 0x{:02x}.; save it as UTF-8"
 NUL = "contains NUL bytes: it is UTF-16 or not text"
 
 
@@ -44,12 +43,7 @@ pytestmark = pytest.mark.usefixtures("smaller_bounds")
 DEEP = b"[" * 100_000 + b"]" * 100_000
 
 
-NO_OBJECT = "line 1 must be a JSON object, found "
-NO_STRING = "'text' must be a string, found "
 NO_MESSAGES = "'messages' must be a list of objects"
-HALF = b'{"text": "a \\ud83d b"}\n'
-NO_ROLE = b'{"messages": [{"content": "a"}]}\n'
-TWO_LINES = b'{"text": "a"}\n{"text": \n'
 CONTENTS = [
     ("a.txt", "empty", b"", "a.txt is empty; give a longer text"),
     ("a.txt", "utf-16 unmarked", WORDS.encode("utf-16-le"), NUL),
@@ -60,21 +54,36 @@ CONTENTS = [
         r"a.md is not one of \.txt, \.jsonl, \.json, \.csv",
     ),
     ("a.jsonl", "empty", b"", "a.jsonl has no records"),
-    ("a.jsonl", "broken", TWO_LINES, r"a\.jsonl line 2 is not valid JSON"),
+    (
+        "a.jsonl",
+        "broken",
+        b'{"text": "a"}\n{"text": \n',
+        r"a\.jsonl line 2 is not valid JSON",
+    ),
     ("a.jsonl", "deep", b'{"text": ' + DEEP + b"}\n", "recursion limit exceeded"),
-    ("a.jsonl", "a list", b"[1]\n", NO_OBJECT + "list"),
+    ("a.jsonl", "a list", b"[1]\n", "line 1 must be a JSON object, found list"),
     (
         "a.jsonl",
         "other fields",
         b'{"body": "a"}\n',
         "neither 'text' nor 'messages' .it has body",
     ),
-    ("a.jsonl", "text null", b'{"text": null}\n', NO_STRING + "NoneType"),
+    (
+        "a.jsonl",
+        "text null",
+        b'{"text": null}\n',
+        "'text' must be a string, found NoneType",
+    ),
     ("a.jsonl", "mixed", b'{"text": "a"}\n{"messages": []}\n', "line 2 has no 'text'"),
-    ("a.jsonl", "half a character", HALF, "not valid JSON"),
+    ("a.jsonl", "half a character", b'{"text": "a \\ud83d b"}\n', "not valid JSON"),
     ("a.jsonl", "messages none", b'{"messages": []}\n', NO_MESSAGES),
     ("a.jsonl", "messages texts", b'{"messages": ["a"]}\n', NO_MESSAGES),
-    ("a.jsonl", "no role", NO_ROLE, "objects with 'role' and 'content'"),
+    (
+        "a.jsonl",
+        "no role",
+        b'{"messages": [{"content": "a"}]}\n',
+        "objects with 'role' and 'content'",
+    ),
     ("a.json", "empty", b"", "a.json is not valid JSON"),
     ("a.json", "no records", b"[]", "a.json has no records"),
     ("a.json", "an object", b'{"text": "a"}', "a.json must be a list .*found dict"),
@@ -145,17 +154,25 @@ def folder_of(name, *files):
     return prepare
 
 
-FOLDER = "folder without data files"
-LOOP = "cannot (read|resolve) .*a.txt: (Too many levels|Symlink loop)"
 # Values of `--calibration`: name, value, expected line, preparation.
 PLACES = [
     ("a device", "/dev/zero", "/dev/zero is a device; expected a file or a pipe"),
     ("a socket", "a.txt", "cannot read .*a.txt: No such device", bound_socket),
-    ("a link to itself", "a.txt", LOOP, linked("a.txt", "a.txt")),
+    (
+        "a link to itself",
+        "a.txt",
+        "cannot (read|resolve) .*a.txt: (Too many levels|Symlink loop)",
+        linked("a.txt", "a.txt"),
+    ),
     ("nothing at home", "~/none", GONE),
     ("no such user", "~nobody-there/a.txt", "no home folder of that name"),
     ("a long name", "x" * 300 + ".txt", "cannot read x.*: File name too long"),
-    ("a folder of others", "data", FOLDER, folder_of("data", "a.py")),
+    (
+        "a folder of others",
+        "data",
+        "folder without data files",
+        folder_of("data", "a.py"),
+    ),
 ]
 HELD += [Row(name, MEASURE + place, *more) for name, place, *more in PLACES]
 GONE_MODEL = "energy 'Llama in memory (0123456789abcdef)' --out new " + SMALL
@@ -291,7 +308,12 @@ STREAMED = [
         "line 1 is longer than 524288",
     ),
     ("endless NULs", bytes(65536), {"again": True}, NUL),
-    ("bytes", b"\xff\xfe\xfd\xfc", {"again": True}, UTF8.format(0xFF)),
+    (
+        "bytes",
+        b"\xff\xfe\xfd\xfc",
+        {"again": True},
+        rf"is not UTF-8 .invalid byte 0x{0xFF:02x}.; save it as UTF-8",
+    ),
     ("a marked text", b"\xef\xbb\xbf" + WORDS.encode(), {}, None),
 ]
 
@@ -427,8 +449,6 @@ BEYOND = r"the token '{}' with id 262, but the model's embedding has only 262 ro
 FAILS = r"the model's tokenizer fails on the text '.*' \({}"
 
 
-PADDING = both(added_as("pad_token", "<filling>"), written("a.jsonl", CHATS))
-BEGIN = added_as("bos_token", "<begin>")
 FINE = {"code": 0, "makes": ("new*", "home*")}
 HELD += [
     Row(
@@ -446,8 +466,19 @@ HELD += [
         BEYOND.format(" "),
         tokenizer_file(added(" ")),
     ),
-    Row("a beginning too many", MEASURE + "self", BEYOND.format("<begin>"), BEGIN),
-    Row("a padding too many is harmless", MEASURE + "a.jsonl", "", PADDING, **FINE),
+    Row(
+        "a beginning too many",
+        MEASURE + "self",
+        BEYOND.format("<begin>"),
+        added_as("bos_token", "<begin>"),
+    ),
+    Row(
+        "a padding too many is harmless",
+        MEASURE + "a.jsonl",
+        "",
+        both(added_as("pad_token", "<filling>"), written("a.jsonl", CHATS)),
+        **FINE,
+    ),
 ]
 
 
