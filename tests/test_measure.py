@@ -59,12 +59,13 @@ def test_pairwise_is_exact_up_to_two_blocks():
 def test_router_logits_in_the_outputs_change_nothing():
     # Many fine-tunes of Mixtral have this field in their config.json.
     tokens = random_tokens()
-    found = []
-    for wanted in (False, True):
+
+    def numbers(wanted):
         replay = tiny_replay("mixtral", output_router_logits=wanted)
         losses = measure(replay, tokens, states_of(len(replay), [(1,), (0, 3)]))
-        found.append([losses.kl_sums.tolist(), gate_gradients(replay, tokens).tolist()])
-    assert found[0] == found[1]
+        return losses.kl_sums.tolist(), gate_gradients(replay, tokens).tolist()
+
+    assert numbers(False) == numbers(True)
 
 
 def test_a_loss_that_is_not_finite_names_state_block_and_text():
@@ -110,14 +111,11 @@ def test_a_journal_of_another_measurement_is_not_used(job, changed, tmp_path, sp
 
     def work(journal=tmp_path / "journal"):
         computed.clear()
+        given = Work(journal=journal)
         if job == "losses":
-            found = measure(
-                replay, tokens, states_of(len(replay), states), Work(journal=journal)
-            )
-            return found.kl_sums
-        return gate_gradients(
-            replay, tokens.select([0, states[0][0]]), Work(journal=journal)
-        )
+            removed = states_of(len(replay), states)
+            return measure(replay, tokens, removed, given).kl_sums
+        return gate_gradients(replay, tokens.select([0, states[0][0]]), given)
 
     before = work()
     assert computed
