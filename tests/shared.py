@@ -156,20 +156,18 @@ class Shared:
 
 def snapshot(folder):
     """Return every file (by its hash), link and folder below ``folder``, by relative path."""
-    found = {}
-    for place, folders, names in os.walk(folder):
-        for name in [*folders, *names]:
-            path = Path(place) / name
-            key = path.relative_to(folder).as_posix()
-            if path.is_symlink():
-                found[key] = f"-> {os.readlink(path)}"
-            elif path.is_dir():
-                found[key] = "folder"
-            elif path.is_file():
-                found[key] = hashlib.sha256(path.read_bytes()).hexdigest()
-            else:
-                found[key] = "special"
-    return found
+    entries = {}
+    for path in folder.rglob("*"):
+        key = path.relative_to(folder).as_posix()
+        if path.is_symlink():
+            entries[key] = f"-> {os.readlink(path)}"
+        elif path.is_dir():
+            entries[key] = "folder"
+        elif path.is_file():
+            entries[key] = hashlib.sha256(path.read_bytes()).hexdigest()
+        else:
+            entries[key] = "special"
+    return entries
 
 
 def write_words(path, words=900):
@@ -226,7 +224,7 @@ def leave_speed_out(put):
     from isingcut.evaluation import quality, speed
 
     names = ("prefill_tokens_per_second", "decode_tokens_per_second")
-    rates = {key: 1.0 for name in names for key in (name, f"{name}_se")}
+    rates = {f"{name}{end}": 1.0 for name in names for end in ("", "_se")}
 
     # `wraps` keeps the parameters of the replaced function, which a plan inspects.
     @functools.wraps(speed.speed)

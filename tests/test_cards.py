@@ -406,8 +406,8 @@ def test_a_run_that_runs_out_of_memory_goes_on_from_disk(
     run_tiny(*given, **FEW)
     assert failed == [1, 1]
     streamed = load_json(out / "evaluation.json")
-    records = load_json(out / "run.json").stages
-    assert [n for n, r in records.items() if r.get("streamed")] == ["evaluation.json"]
+    stages = load_json(out / "run.json").stages
+    assert [n for n, r in stages.items() if r.get("streamed")] == ["evaluation.json"]
     # Only the evaluation is made again.
     monkeypatch.setattr(evaluating, "before_and_after", evaluate)
     (out / "evaluation.json").unlink()

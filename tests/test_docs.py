@@ -107,13 +107,10 @@ def wrong(found):
         named = [w for w in words if not w.startswith("-")]
         if not named or named[0] == "VERB":
             continue
-        known = {"--debug", "--help"}
-        if named[0] in VERBS:
-            known |= {o for p in VERBS[named[0]].params for o in p.opts}
-        if (
-            named[0] not in VERBS
-            or not {w.partition("=")[0] for w in words if w[:2] == "--"} <= known
-        ):
+        parameters = getattr(VERBS.get(named[0]), "params", ())
+        known = {"--debug", "--help", *(o for p in parameters for o in p.opts)}
+        typed = {w.partition("=")[0] for w in words if w[:2] == "--"}
+        if named[0] not in VERBS or not typed <= known:
             yield " ".join(words)
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+from unittest.mock import Mock, call
 
 import numpy as np
 import pytest
@@ -90,16 +91,18 @@ def test_speed_takes_turns_and_reports_medians(pair, tokens):
     # Round r, model m: readings start at tick 12 r + 6 m; a reading from tick t lasts 2 t + 1.
     for m, speeds in enumerate(found.values()):
         readings = [(2 * (12 * r + 6 * m) + 1) / 100 for r in (1, 2, 3)]
-        reading = float(np.median(readings))
+        speed = 20 / np.median(readings)
         # Speed and seconds have the same relative standard error, that of the median.
-        error = 1.2533 * np.std(readings, ddof=1) / np.sqrt(3) / reading
-        for name, expected in (
-            ("prefill_tokens_per_second", 20 / reading),
-            ("prefill_tokens_per_second_se", 20 / reading * error),
-            ("decode_tokens_per_second", 4 / 0.04),
-            ("decode_tokens_per_second_se", 0),
-        ):
-            assert speeds[name] == pytest.approx(expected, abs=1e-9)
+        error = speed**2 / 20 * 1.2533 * np.std(readings, ddof=1) / np.sqrt(3)
+        assert speeds == pytest.approx(
+            {
+                "prefill_tokens_per_second": speed,
+                "prefill_tokens_per_second_se": error,
+                "decode_tokens_per_second": 4 / 0.04,
+                "decode_tokens_per_second_se": 0,
+            },
+            abs=1e-9,
+        )
 
 
 def test_a_speed_that_no_clock_can_tell_is_refused(pair, tokens):
@@ -175,12 +178,7 @@ def test_where_a_memory_process_fails_the_figure_is_named_and_nothing_is_lost(tm
 
 
 def test_evaluate_fills_the_whole_document(tmp_path, tokens, monkeypatch):
-    asked = []
-
-    def memory(folder, dtype, device, **options):
-        asked.append((folder.name, dtype, device, options["tokens"]))
-        return 123
-
+    memory = Mock(return_value=123)
     monkeypatch.setattr(timing, "peak_memory", memory)
     monkeypatch.setattr(registry, "_registered", {"means": Means})
     big, cut = (
@@ -190,7 +188,9 @@ def test_evaluate_fills_the_whole_document(tmp_path, tokens, monkeypatch):
     figures = evaluation.before_and_after(big, cut, tokens, new_tokens=4)
     folders = {"before": big.folder, "after": cut.folder}
     found = timing.with_memory(figures, folders, length=20)
-    assert asked == [(name, "float32", "cpu", 20) for name in ("big", "cut")]
+    assert memory.call_args_list == [
+        call(folder, "float32", "cpu", tokens=20) for folder in folders.values()
+    ]
     assert (found.before.blocks, found.after.blocks) == (6, 4)
     assert (found.samples, found.tokens) == (6, tokens.tokens)
     for side, loaded in ((found.before, big), (found.after, cut)):
@@ -199,9 +199,7 @@ def test_evaluate_fills_the_whole_document(tmp_path, tokens, monkeypatch):
     assert found.before.peak_memory_bytes == 123
     assert found.before.model_fields_set == found.after.model_fields_set
     # The metric `means` has the mean NLL of a model as its figure, the mean KL as its error.
-    kl = {"before": 0.0, "after": found.kl}
-    for name, side in (("before", found.before), ("after", found.after)):
-        assert side.means == pytest.approx(side.nll)
-        assert side.means_se == pytest.approx(kl[name])
+    for side, kl in ((found.before, 0.0), (found.after, found.kl)):
+        assert (side.means, side.means_se) == pytest.approx((side.nll, kl))
     assert found.metrics["means"].unit == "nats"
     assert found.generation is not None

