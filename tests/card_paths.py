@@ -78,8 +78,7 @@ class Place:
             write_student(teacher, self.out / "student")
         given = {"teacher": teacher, "text": self.text, "samples": 8, "length": 16}
         given |= {"device": self.device, **changes}
-        config = options(self.out, self.out / "healed", **given)
-        return heal(config, progress=progress)
+        return heal(options(self.out, self.out / "healed", **given), progress=progress)
 
 
 def default(place):

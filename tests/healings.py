@@ -46,8 +46,7 @@ def write_student(teacher, out, removed=REMOVED):
 def models(tmp_path_factory):
     """Folder with `teacher`, `student` (without blocks 2 and 3) and `text.jsonl`."""
     folder = tmp_path_factory.mktemp("heal")
-    teacher = tiny_checkpoint("llama", folder / "teacher")
-    write_student(teacher, folder / "student")
+    write_student(tiny_checkpoint("llama", folder / "teacher"), folder / "student")
     write_text(folder / "text.jsonl", 80)
     return folder
 

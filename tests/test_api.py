@@ -222,10 +222,7 @@ def test_all_removals_of_a_run_share_one_model(place, monkeypatch):
 
     monkeypatch.setattr("isingcut.runs.ranking.rank", rank)
     run = isingcut.open_run("my-run")
-    few = run.at(4)
-    many = run.at(7)
-    for one in (few, many):
-        assert one._ranked
+    assert all(one._ranked for one in (run.at(4), run.at(7)))
     assert given == [(given[0][0], "4"), (given[0][0], "7")]
     assert run._session.config.remove == "3"
 

@@ -69,9 +69,9 @@ def test_the_same_result_as_from_the_folder_and_the_file(folder, loaded, tmp_pat
     named = prune(folder / "model", calibration=file, out=tmp_path / "a")
     given = prune(model, tokenizer=tokenizer, out=tmp_path / "b")
     # Not exactly: each run chooses by its own timings how it computes.
-    for ours, theirs in zip(energies(given), energies(named), strict=True):
-        assert ours[0] == theirs[0]
-        assert ours[1:] == pytest.approx(theirs[1:], rel=1e-3, abs=1e-5)
+    for one, other in zip(energies(given), energies(named), strict=True):
+        assert one[0] == other[0]
+        assert one[1:] == pytest.approx(other[1:], rel=1e-3, abs=1e-5)
     theirs, ours = (load_json(tmp_path / k / "run.json").provenance for k in "ab")
     assert theirs.model.sha256 == ours.model.sha256
     assert theirs.calibration.sha256 == ours.calibration.sha256

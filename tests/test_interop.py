@@ -90,11 +90,10 @@ def test_push_uploads_every_file_but_the_marker_with_the_card(hub, cut, monkeypa
     assert (created["organization"], created["name"]) == ("me", "cut")
     assert created.get("private", created.get("visibility") == "private")
     lines = next(b for p, _, b in hub.seen if "/commit/" in p).splitlines()
-    header, *files = [json.loads(line) for line in lines]
+    header, *files = map(json.loads, lines)
     assert header["value"]["summary"] == "Blocks removed by isingcut"
-    assert sent == {
-        f["value"]["path"]: base64.b64decode(f["value"]["content"]) for f in files
-    }
+    values = [f["value"] for f in files]
+    assert sent == {v["path"]: base64.b64decode(v["content"]) for v in values}
 
 
 @parametrize("token", ["hf_wrong", ""])
@@ -180,8 +179,7 @@ def test_nothing_uploaded_names_a_folder_of_this_machine(cut, tmp_path):
     for name, content in sent.items():
         assert tmp_path.name.encode() not in content, name
     found = uploading.read_records(files)
-    remarks = ["no image could be made (cannot load a.json); 1/3 left"]
-    record.proof["remarks"] = remarks
+    record.proof["remarks"] = ["no image could be made (cannot load a.json); 1/3 left"]
     options = {"text": "50% wiki, 50% a.txt", "trainer": '{"deepspeed": "ds.json"}'}
     assert found == {
         "isingcut.json": {**record, "model": {"name": "my-model"}},

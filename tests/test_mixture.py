@@ -210,15 +210,13 @@ def test_parts_are_kept_in_the_file_and_checked(tmp_path, tokenizer, two_texts):
 
 
 def test_the_quality_of_the_parts_adds_up(tokenizer, two_texts):
-    source = "{}=3,{}=1".format(*two_texts)
-    tokens = build(source, tokenizer, **MANY).splits["report"]
+    tokens = build("{}=3,{}=1".format(*two_texts), tokenizer, **MANY).splits["report"]
     first, second = (tiny_model("llama", seed=seed) for seed in (0, 1))
     found = quality(first, second, tokens)
     assert sum(part.tokens for part in found.parts.values()) == tokens.tokens
     kl = sum(part.kl * part.tokens for part in found.parts.values())
     assert kl / tokens.tokens == pytest.approx(found.kl)
-    own = tokens.rows_by_part["a.jsonl"]
-    alone = quality(first, second, tokens.select(own))
+    alone = quality(first, second, tokens.select(tokens.rows_by_part["a.jsonl"]))
     assert alone.parts == {}
     assert dict(found.parts["a.jsonl"].after) == pytest.approx(dict(alone.after))
     rows = evaluation_rows(EvaluationFile.model_construct(last="cut", **dict(found)))
@@ -240,8 +238,7 @@ def test_a_state_that_ruins_one_part_is_warned_of():
         k: PartScores.model_construct(kl=v, kl_se=se) for k, (v, se) in measured.items()
     }
     mixed = EvaluationFile.model_construct(kl=0.4, last="patched", parts=parts)
-    found = paragraphs("part_warnings", mixed)
-    code, one = found
+    code, one = paragraphs("part_warnings", mixed)
     assert code.startswith("on code the patched model's KL is 0.9000 ± 0.0400,")
     assert one.startswith("on one sample the patched model's KL is 0.8100,")
     assert "more than 2 times the 0.4000 of all text" in code

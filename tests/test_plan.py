@@ -60,16 +60,16 @@ class Operations(TorchDispatchMode):
 
 def prices(**given):
     """Return prices for four blocks that take one second each, and a head that takes two."""
-    found = object.__new__(Prices)
-    vars(found).update(
+    made = object.__new__(Prices)
+    vars(made).update(
         config=RunConfig(model="m", length=LENGTH, samples=5),
         latency=(1.0,) * 4, once=2.0, reading=0.1,
         n=4, remove=2, weights=60, batch=64, logits=400, stream=8, graph=100, streamed=False,
         room=0, memory=SimpleNamespace(used=1000, total=10**9),
         largest=10, dtype=torch.float32, left=0.5,
     )  # fmt: skip
-    vars(found).update(given)
-    return found
+    vars(made).update(given)
+    return made
 
 
 def stage(counted, name):

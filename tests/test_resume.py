@@ -1,7 +1,6 @@
 """A run killed at any moment ends with the same bytes."""
 
 import contextlib
-import json
 import os
 import signal
 
@@ -17,7 +16,15 @@ from isingcut.files.writing import (
     lock_place,
 )
 from ranks import start
-from shared import module_fixture, parametrize, run_tiny, without_speed, write_words
+from shared import (
+    load_json,
+    module_fixture,
+    parametrize,
+    run_tiny,
+    snapshot,
+    without_speed,
+    write_words,
+)
 from tiny import tiny_checkpoint
 
 CHANGES = {
@@ -79,16 +86,17 @@ def _die_at(moment):
 
 def _lasting(run):
     """Return the content of all files of a run that hold no times, by name."""
-    found = {}
-    for path in sorted(run.rglob("*")):
-        name = str(path.relative_to(run))
-        if path.is_dir() or name.startswith(("report.", "evaluation.json", "run.json")):
-            continue
-        content = path.read_bytes()
-        if name == "spectrum.json":
-            content = {k: v for k, v in json.loads(content).items() if k != "seconds"}
-        found[name] = content
-    return found
+    lasting = snapshot(run)
+    for name in (
+        "report.md",
+        "report.html",
+        "report.json",
+        "evaluation.json",
+        "run.json",
+    ):
+        del lasting[name]
+    spectrum = load_json(run / "spectrum.json")
+    return {**lasting, "spectrum.json": {**spectrum, "seconds": 0}}
 
 
 def test_a_run_killed_at_many_moments_ends_with_the_same_bytes(place, tmp_path):

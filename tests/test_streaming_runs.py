@@ -325,5 +325,5 @@ def test_a_whole_run_loads_no_model(llama, text, tmp_path, monkeypatch):
         ),
     ):
         with refuses(message):
-            run_tiny(llama, text, tmp_path / "no", **{**more, **wrong})
+            run_tiny(llama, text, tmp_path / "no", remove=2, stream="on", **wrong)
     assert not (tmp_path / "no").exists()
