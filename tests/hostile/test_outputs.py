@@ -223,7 +223,10 @@ def test_another_model_may_replace_a_run_but_not_what_was_edited(arena):
     )
     arena.refuses(f"run other {words}", "is a run of another model")
     written("run/model/README.md")(arena)
-    arena.refuses(f"run other {words} --overwrite", "is not replaced", seconds=60)
+    names = ("candidates.json", "hamiltonian.safetensors", "run.json", "spectrum.json")
+    made = tuple(f"run/{name}" for name in names)
+    line = "run/model is not replaced: README.md in it was changed"
+    arena.refuses(f"run other {words} --overwrite", line, makes=made, seconds=60)
 
 
 def test_a_forged_marker_opens_nothing(arena):
