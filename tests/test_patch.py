@@ -133,7 +133,7 @@ def test_one_cut_solves_its_least_squares_problem(reads):
     text = tokens()
     before = {k: v.clone() for k, v in model.state_dict().items()}
     (patch,) = fitted(model, [2, 3], text, reads=reads)
-    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
     assert (patch.block, patch.path, patch.bias) == (1, "mlp.down_proj", None)
     assert patch.record.tokens == int(text.mask.sum())
     assert_stationary(model, text, patch, reads=reads)
