@@ -1,6 +1,7 @@
 """Splits are disjoint, deterministic and masked at padding; bad text gets one clear line."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -121,22 +122,12 @@ def test_wiki_without_its_package_names_the_command(tokenizer, monkeypatch):
         corpora.check("wiki=0.75,python=0.25")
 
 
-def test_wiki_reads_the_packaged_leads_without_importing(
-    tmp_path, tokenizer, monkeypatch
-):
+def test_wiki_reads_the_packaged_leads_without_importing(tmp_path, tokenizer, stub):
     file = tmp_path / "summaries_en-us.json"
     save_json(file, {str(i): {"extract": t} for i, t in enumerate(sentences(40))})
 
-    class Entry:
-        name = file.name
-
-        def locate(self):
-            return file
-
-    class Distribution:
-        files = (Entry(),)
-
-    monkeypatch.setattr("importlib.metadata.distribution", lambda name: Distribution())
+    entry = SimpleNamespace(name=file.name, locate=lambda: file)
+    stub("importlib.metadata.distribution", SimpleNamespace(files=(entry,)))
     found = calibrate("wiki", tokenizer)
     assert found.meta["kind"] == "documents"
     assert "things happened" in tokenizer.decode(

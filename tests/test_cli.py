@@ -437,13 +437,11 @@ def test_a_mistake_that_needs_no_model_is_answered_without_torch(
     assert not (tmp_path / "new").exists()
 
 
-def test_the_package_for_questions_is_named_where_they_are_suggested(
-    finished, monkeypatch
-):
+def test_the_package_for_questions_is_named_where_they_are_suggested(finished, stub):
     named = "--tasks FILE.jsonl (first type pip install 'isingcut[eval]')"
     for found in (None, object()):
         report_words._sentences.cache_clear()
-        monkeypatch.setattr(report_words, "find_spec", lambda name, found=found: found)
+        stub(report_words, "find_spec", found)
         verdict = show.open_finished(finished).verdict.replace("`", "")
         assert (named in verdict) == (found is None)
     report_words._sentences.cache_clear()

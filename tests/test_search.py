@@ -383,13 +383,11 @@ def test_greedy_price_counts_a_greedy_path():
 # the energy ---------------------------------------------------------------------------------
 
 
-def test_effort_in_minutes_is_settled_once(replay, tokens, tmp_path, monkeypatch):
+def test_effort_in_minutes_is_settled_once(replay, tokens, tmp_path, stub):
     work = Work(64, journal=tmp_path / "journal")
     found = []
     for seconds in (4.0, 1.0):
-        monkeypatch.setattr(
-            "isingcut.energies.refined.seconds_per_pass", lambda *_, s=seconds: s
-        )
+        stub("isingcut.energies.refined.seconds_per_pass", seconds)
         energy = Refined((Target.count(N, 3),), "1min").measure(replay, tokens, work)
         found.append(energy.meta["search"]["budget_passes"])
     assert found == [15.0, 15.0]

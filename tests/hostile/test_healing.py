@@ -298,10 +298,8 @@ def test_half_a_state_alone_is_begun_anew(arena, monkeypatch):
     with monkeypatch.context() as patch:
         stops(patch, 1, Stopped())
         # A kill leaves no chance to clean up.
-        patch.setattr("isingcut.healing.work_folder.release", lambda work: None)
-        patch.setattr(
-            "isingcut.healing.training.train.shutil.rmtree", lambda *a, **k: None
-        )
+        patch.setattr("isingcut.healing.work_folder.release", Mock())
+        patch.setattr("isingcut.healing.training.train.shutil.rmtree", Mock())
         left = types(arena, SAVING, code=1, line="internal error")
     assert "trainer" in left
     assert os.listdir(arena.here / ".healed.healing/trainer") == ["checkpoint-1"]
