@@ -157,7 +157,8 @@ def energies(place, **more):
         effort = {"effort": "20"} if name == "refined" else {}
         out = str(place.out / name)
         model = str(place.shared.checkpoint())
-        isingcut.energy(**given, **effort, model=model, out=out, energy=name)
+        places = {"model": model, "out": out, "energy": name}
+        isingcut.energy(**{**given, **effort, **places})
 
 
 def gguf_file(place):
