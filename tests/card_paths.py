@@ -152,13 +152,11 @@ def tasks(place):
 def energies(place, **more):
     later = ("patch_tokens", "skip_speed", "random_states", "states", "rank_samples")
     given = {k: v for k, v in FEW.items() if k not in later}
-    given |= {"calibration": str(place.text), "device": place.device, **more}
+    given |= {"model": str(place.shared.checkpoint()), "calibration": str(place.text)}
     for name in energy_parts.names():
         effort = {"effort": "20"} if name == "refined" else {}
-        out = str(place.out / name)
-        model = str(place.shared.checkpoint())
-        places = {"model": model, "out": out, "energy": name}
-        isingcut.energy(**{**given, **effort, **places})
+        given |= {"device": place.device, "out": str(place.out / name), "energy": name}
+        isingcut.energy(**given, **effort, **more)
 
 
 def gguf_file(place):
