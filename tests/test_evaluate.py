@@ -189,7 +189,8 @@ def test_evaluate_fills_the_whole_document(tmp_path, tokens, monkeypatch):
     folders = {"before": big.folder, "after": cut.folder}
     found = timing.with_memory(figures, folders, length=20)
     assert memory.call_args_list == [
-        call(folder, "float32", "cpu", tokens=20) for folder in folders.values()
+        call(folder, "float32", "cpu", tokens=20, trust_remote_code=False)
+        for folder in folders.values()
     ]
     assert (found.before.blocks, found.after.blocks) == (6, 4)
     assert (found.samples, found.tokens) == (6, tokens.tokens)
