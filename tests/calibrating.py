@@ -1,7 +1,8 @@
 """Small texts and chats, and helpers, for the tests of calibration."""
 
-from shared import CalibrationError, refuses, write_jsonl
-from tiny import build
+from isingcut.data.calibration import build
+from isingcut.errors import CalibrationError
+from shared import refuses, write_jsonl
 
 SIZES = {"samples": 5, "rank_samples": 3, "report_samples": 2}
 SIZES |= {"length": 16, "seed": 0}

@@ -4,8 +4,9 @@ import re
 
 import torch
 
+from isingcut.formats.safetensors_files import read_checkpoint
 from shared import save_json
-from tiny import edit_config, edit_tensors, read_checkpoint
+from tiny import edit_config, edit_tensors
 
 _FP8_MAX = 448.0
 _TILE = 16

@@ -7,30 +7,12 @@ import hashlib
 import json
 import os
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from isingcut.errors import (
-    ArchitectureError,
-    BusyError,
-    CalibrationError,
-    CheckpointError,
-    FitError,
-    InfeasibleError,
-    InputError,
-    IsingcutError,
-    MemoryExhaustedError,
-    ModelError,
-    OutputExistsError,
-    StageFileError,
-    UnknownNameError,
-    VerificationError,
-)
-from isingcut.files.results import read_document, write_json
-from isingcut.options.config import HealConfig, RunConfig
+from isingcut.errors import InputError
 
 # Options of a run on a tiny model that takes a few seconds.
 OPTIONS = {

@@ -1,5 +1,6 @@
 """Valid and invalid texts for removals, budgets, blocks, efforts and memory."""
 
+from isingcut.options.config import HealConfig, RunConfig
 from isingcut.options.parsed import (
     BlockList,
     Budget,
@@ -9,7 +10,7 @@ from isingcut.options.parsed import (
     Removal,
     Training,
 )
-from shared import HealConfig, RunConfig, parametrize, refuses
+from shared import parametrize, refuses
 
 # Class, function of its value, and expected results by typed text.
 READ = [

@@ -12,24 +12,26 @@ from typer.testing import CliRunner
 import isingcut
 from healings import write_text
 from isingcut.cli.main import app
+from isingcut.data.calibration import Calibration
 from isingcut.data.healing_text import to_fit
+from isingcut.errors import FitError, OutputExistsError
 from isingcut.evaluation.quality import quality
 from isingcut.files.evaluations import EvaluationFile
+from isingcut.files.results import read_document
 from isingcut.files.runs import StageOptions
+from isingcut.formats.architectures.blocks import skip_blocks
+from isingcut.options.config import RunConfig
 from isingcut.report.words import patch_warnings
 from isingcut.runs import cutting, pipeline
 from isingcut.runs.folder import RunFolder
+from isingcut.runs.session import Session
 from run_files import change
 from shared import (
     OPTIONS,
-    FitError,
-    OutputExistsError,
-    RunConfig,
     flags,
     load_json,
     module_fixture,
     parametrize,
-    read_document,
     refuses,
     run_tiny,
     without_speed,
@@ -38,7 +40,7 @@ from shared import (
     write_words,
 )
 from test_tasks import arc
-from tiny import Calibration, Session, load_tiny, skip_blocks, tiny_checkpoint
+from tiny import load_tiny, tiny_checkpoint
 
 pytestmark = pytest.mark.usefixtures("no_speed")
 
@@ -128,10 +130,10 @@ def test_patch_and_cut_are_judged_on_text_of_no_fit(run, exact, llama):
     assert found.cut.kl == pytest.approx(scores.kl, rel=1e-4)
     for name in ("perplexity", "perplexity_se"):
         assert found.cut[name] == pytest.approx(getattr(scores.after, name), rel=1e-3)
-    fitted = patch_of(run / "model").text
-    assert fitted.searched == calibration.splits["energy"].samples
-    assert fitted.samples > fitted.searched
-    assert fitted.short == "the source has no more"
+    fitted = patch_of(run / "model")["text"]
+    assert fitted["searched"] == calibration.splits["energy"].samples
+    assert fitted["samples"] > fitted["searched"]
+    assert fitted["short"] == "the source has no more"
 
 
 def heads(shown):
@@ -157,7 +159,7 @@ def test_blocks_by_hand_are_patched_as_well(run, tmp_path, answer):
     out = shutil.copytree(run, tmp_path / "run")
     made = Path(answer("excise", out, "--blocks", "1,4").checkpoint)
     assert made.parent.name == "remove-2-blocks-1-4"
-    assert [cut.removed for cut in patch_of(made).cuts] == [[1, 1], [4, 4]]
+    assert [cut["removed"] for cut in patch_of(made)["cuts"]] == [[1, 1], [4, 4]]
     plain = answer("excise", out, "--blocks", "1,5", "--patch", "none").checkpoint
     assert "patch" not in load_json(Path(plain) / "isingcut.json")
 

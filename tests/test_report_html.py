@@ -11,6 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
+from isingcut.errors import OutputExistsError
+from isingcut.files.results import write_json
 from isingcut.report.figures import block_ticks
 from isingcut.report.plots import span, tick_text
 from isingcut.report.words import code
@@ -22,16 +24,7 @@ from run_files import (
     write_report,
     write_run,
 )
-from shared import (
-    OutputExistsError,
-    load_json,
-    module_fixture,
-    parametrize,
-    refuses,
-    save_json,
-    works,
-    write_json,
-)
+from shared import load_json, module_fixture, parametrize, refuses, save_json, works
 
 VOID = {"meta", "link", "br", "col", "img"}
 

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 import isingcut
+from isingcut.errors import ModelError
 from isingcut.formats import transformers_private as private
-from shared import ModelError, parametrize, refuses
+from shared import parametrize, refuses
 from tiny import tiny_model
 
 LOADING = "transformers.core_model_loading"
