@@ -23,21 +23,18 @@ from gguf_files import write_packed
 from healings import TRAINING, Killed, killing, options, write_student
 from isingcut import baselines
 from isingcut.energies import registry as energy_parts
-from isingcut.errors import VerificationError
 from isingcut.healing.heal import heal
 from isingcut.healing.repairs.linear import _Fitting
 from isingcut.healing.training import train
 from isingcut.measure.gates import GATES, run_gated
-from isingcut.models.load import load
-from isingcut.models.verify import check_generation, verify
-from isingcut.testing.tiny import tiny_model
+from isingcut.models.verify import check_generation
 from odd_models import composite
-from shared import OPTIONS, call, refuses, run_tiny, write_jsonl
+from shared import OPTIONS, VerificationError, call, refuses, run_tiny, write_jsonl
 from sweep.images import invent_images
 from sweep.mtp import add_mtp_layers
 from test_proof import cut_of
 from test_tasks import arc, gsm8k
-from tiny import random_tokens
+from tiny import load, random_tokens, tiny_model, verify
 
 pytestmark = pytest.mark.filterwarnings("ignore::isingcut.PoorEnergyWarning")
 

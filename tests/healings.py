@@ -4,13 +4,10 @@ import contextlib
 
 import numpy as np
 
-from isingcut.formats.cutting.checkpoint import excise
-from isingcut.formats.safetensors_files import read_checkpoint
 from isingcut.healing.heal import heal
-from isingcut.options.config import HealConfig
 from isingcut.options.declaration import options_from
-from shared import load_json, module_fixture, save_json, write_jsonl
-from tiny import tiny_checkpoint
+from shared import HealConfig, load_json, module_fixture, save_json, write_jsonl
+from tiny import excise, read_checkpoint, tiny_checkpoint
 
 REMOVED = (2, 3)
 WORDS = [

@@ -6,15 +6,13 @@ import re
 import numpy as np
 
 from isingcut.files.ownership import file_sha256
-from isingcut.files.results import write_json
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.ising.problem import Problem
 from isingcut.ising.spectrum import Spectrum
 from isingcut.ising.states import states_of
-from isingcut.options.config import RunConfig
 from isingcut.report import card
 from isingcut.report import write as report
-from shared import load_json, save_json
+from shared import RunConfig, load_json, save_json, write_json
 
 KINDS = ("attention+mlp", "mamba2", "attention+mlp", "moe")
 # The stage of a file by the first part of its name.

@@ -1,4 +1,4 @@
-"""Data that many tests only read, made once per session for all of its processes."""
+"""Data that many tests only read, made once per session, and what most tests import."""
 
 import contextlib
 import fcntl
@@ -12,7 +12,24 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from isingcut.errors import InputError
+from isingcut.errors import (
+    ArchitectureError,
+    BusyError,
+    CalibrationError,
+    CheckpointError,
+    FitError,
+    InfeasibleError,
+    InputError,
+    IsingcutError,
+    MemoryExhaustedError,
+    ModelError,
+    OutputExistsError,
+    StageFileError,
+    UnknownNameError,
+    VerificationError,
+)
+from isingcut.files.results import read_document, write_json
+from isingcut.options.config import HealConfig, RunConfig
 
 # Options of a run on a tiny model that takes a few seconds.
 OPTIONS = {

@@ -12,26 +12,23 @@ from torch.autograd.functional import jacobian
 
 from calibrating import SIZES, calibrate, decoded, refused, sentences, write_texts
 from isingcut.data import corpora, healing_text
-from isingcut.data.calibration import Calibration, build
 from isingcut.data.conversations import mark_answers, render_chat, row_of
 from isingcut.data.healing_text import to_fit
 from isingcut.data.mixture import Part, describe_source, parts_of, places_in
-from isingcut.data.tokens import Encoder, TokenSet, pieces
+from isingcut.data.tokens import Encoder, pieces
 from isingcut.energies.empirical_fisher import EmpiricalFisher
-from isingcut.errors import CalibrationError, ModelError
 from isingcut.evaluation.quality import quality
 from isingcut.healing.job import keep_beginnings
 from isingcut.healing.training.batches import batch_of
 from isingcut.healing.training.student import install, split_head
-from isingcut.ising.hamiltonian import Hamiltonian
-from isingcut.ising.states import states_of
-from isingcut.measure.losses import measure
 from isingcut.measure.streams import one_pass
-from isingcut.measure.work import Work, identity
-from isingcut.options.config import RunConfig
+from isingcut.measure.work import identity
 from isingcut.runs import pipeline
 from shared import (
     OPTIONS,
+    CalibrationError,
+    ModelError,
+    RunConfig,
     load_json,
     parametrize,
     refuses,
@@ -39,9 +36,16 @@ from shared import (
 )
 from sweep.gates import gated_loss
 from tiny import (
+    Calibration,
+    Hamiltonian,
+    TokenSet,
+    Work,
+    build,
     in_memory,
+    measure,
     plain_means,
     replay_of,
+    states_of,
     streamed,
     tiny_checkpoint,
     tiny_model,

@@ -17,7 +17,6 @@ from transformers import AutoModelForCausalLM
 
 import isingcut
 from isingcut.files.cuts import CutRecord
-from isingcut.files.results import read_document
 from isingcut.healing.heal import heal
 from isingcut.models.load import load_tokenizer
 from ranks import join, start
@@ -25,6 +24,7 @@ from shared import (
     load_json,
     module_fixture,
     parametrize,
+    read_document,
     refuses,
     without_speed,
     write_words,

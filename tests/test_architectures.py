@@ -6,28 +6,34 @@ import torch
 from torch import nn
 from transformers import T5Config, T5ForConditionalGeneration
 
-from isingcut.errors import ArchitectureError, ModelError
-from isingcut.formats.architectures.blocks import find_stack, skip_blocks, text_config
-from isingcut.formats.architectures.cuts import (
-    cut_config,
-    rename_pattern,
-    renumber_blocks,
+from isingcut.formats.architectures.blocks import text_config
+from isingcut.formats.architectures.cuts import rename_pattern, renumber_blocks
+from shared import (
+    ArchitectureError,
+    ModelError,
+    flags,
+    load_json,
+    parametrize,
+    refuses,
+    works,
 )
-from isingcut.formats.cutting.checkpoint import excise
-from isingcut.models.inspect import inspect_model
-from isingcut.models.replay import Replay
-from isingcut.models.verify import verify
-from shared import flags, load_json, parametrize, refuses, works
 from sweep import conformance
 from sweep.conformance import Entry, check_entry, check_family
 from sweep.shrink import tiny_configuration
 from tiny import (
+    Replay,
+    cut_config,
     edit_config,
+    excise,
+    find_stack,
     forbids,
+    inspect_model,
     random_tokens,
+    skip_blocks,
     tiny_checkpoint,
     tiny_model,
     tiny_replay,
+    verify,
 )
 
 # `make architectures` checks all families, and every model type of transformers.

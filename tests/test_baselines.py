@@ -19,18 +19,26 @@ from isingcut.baselines.cbo import BACKWARD, Cbo
 from isingcut.baselines.evopress import Evopress
 from isingcut.baselines.random import Random
 from isingcut.baselines.sleb import Sleb
-from isingcut.data.calibration import Calibration
 from isingcut.energies.empirical_fisher import EmpiricalFisher
 from isingcut.energies.pairwise import Pairwise
-from isingcut.formats.architectures.blocks import stack_modules
-from isingcut.ising.states import states_of
-from isingcut.measure.losses import measure, tree_nodes
-from isingcut.measure.work import Work
+from isingcut.measure.losses import tree_nodes
 from isingcut.runs import pipeline
 from isingcut.runs.folder import RunFolder
-from isingcut.runs.session import Session
 from shared import OPTIONS, load_json, module_fixture, parametrize, refuses, works
-from tiny import count_calls, count_rows, keep_rows, random_tokens, tiny_replay, without
+from tiny import (
+    Calibration,
+    Session,
+    Work,
+    count_calls,
+    count_rows,
+    keep_rows,
+    measure,
+    random_tokens,
+    stack_modules,
+    states_of,
+    tiny_replay,
+    without,
+)
 
 N = 6
 SAMPLES = 3

@@ -8,8 +8,7 @@ import torch
 
 from calibrating import COUNTS, calibrate, chats, refused, sentences, write_texts
 from isingcut.data import corpora
-from isingcut.errors import CalibrationError
-from shared import parametrize, refuses, save_json, write_jsonl
+from shared import CalibrationError, parametrize, refuses, save_json, write_jsonl
 from tiny import tiny_model, tiny_tokenizer
 
 # plain text ---------------------------------------------------------------------------

@@ -13,16 +13,11 @@ import torch
 from transformers.integrations import hub_kernels
 
 from cards import fake_cards
-from isingcut.errors import MemoryExhaustedError
 from isingcut.evaluation import candidates
-from isingcut.formats.cutting.checkpoint import excise
 from isingcut.healing.repairs import linear, tuned
 from isingcut.healing.repairs.linear import fit_patches
-from isingcut.measure.gradients import gate_gradients
-from isingcut.measure.losses import measure
 from isingcut.measure.packed import changed_losses
 from isingcut.measure.splitting import fewer_tokens_to_fit, split_to_fit
-from isingcut.measure.work import Work
 from isingcut.models.device import (
     BatchLimit,
     allowance,
@@ -30,16 +25,33 @@ from isingcut.models.device import (
     pick_device,
     pick_devices,
 )
-from isingcut.models.load import load
 from isingcut.models.placement import split_evenly
-from isingcut.models.replay import Replay, reuse_freed_memory
+from isingcut.models.replay import reuse_freed_memory
 from isingcut.models.sharing import open_cut, share
-from isingcut.models.streaming.replay import StreamedReplay
-from isingcut.options.config import RunConfig
 from isingcut.runs import evaluating, session
 from isingcut.testing import gpu
-from shared import call, load_json, parametrize, refuses, run_tiny
-from tiny import load_tiny, random_tokens, replay_of, tiny_model
+from shared import (
+    MemoryExhaustedError,
+    RunConfig,
+    call,
+    load_json,
+    parametrize,
+    refuses,
+    run_tiny,
+)
+from tiny import (
+    Replay,
+    StreamedReplay,
+    Work,
+    excise,
+    gate_gradients,
+    load,
+    load_tiny,
+    measure,
+    random_tokens,
+    replay_of,
+    tiny_model,
+)
 
 KILO = torch.zeros(250)
 

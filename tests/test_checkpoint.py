@@ -8,20 +8,31 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from isingcut.errors import ArchitectureError, CheckpointError, VerificationError
-from isingcut.formats.cutting.checkpoint import excise
 from isingcut.formats.safetensors_files import (
     NewTensor,
     StoredTensor,
-    read_checkpoint,
     read_header,
     write_checkpoint,
     write_file,
 )
-from isingcut.models.verify import verify
 from quantised import assert_bytes_follow
-from shared import load_json, parametrize, refuses, save_json
-from tiny import edit_tensors, tiny_checkpoint, tiny_model
+from shared import (
+    ArchitectureError,
+    CheckpointError,
+    VerificationError,
+    load_json,
+    parametrize,
+    refuses,
+    save_json,
+)
+from tiny import (
+    edit_tensors,
+    excise,
+    read_checkpoint,
+    tiny_checkpoint,
+    tiny_model,
+    verify,
+)
 
 INDEX = "model.safetensors.index.json"
 

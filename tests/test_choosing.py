@@ -10,12 +10,12 @@ from isingcut.evaluation.benchmark import choose_by_questions, contenders, draw_
 from isingcut.evaluation.questions import prepare_task
 from isingcut.evaluation.scores import score_states
 from isingcut.files.states import ByTasks, CandidatesFile, ChosenState
-from isingcut.options.config import RunConfig
 from isingcut.report.words import sentence
 from isingcut.runs import benchmarking, evaluating
 from isingcut.runs.checks import check_run_tasks
 from shared import (
     OPTIONS,
+    RunConfig,
     load_json,
     module_fixture,
     parametrize,

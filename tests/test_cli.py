@@ -16,10 +16,9 @@ from isingcut.cli import main as cli
 from isingcut.cli import show
 from isingcut.files.evaluations import EvaluationFile
 from isingcut.files.ownership import MARKER, folder_hash
-from isingcut.files.results import read_document, write_document
+from isingcut.files.results import write_document
 from isingcut.files.states import CandidatesFile
 from isingcut.ising.spectrum import Spectrum
-from isingcut.options.config import RunConfig
 from isingcut.report import words as report_words
 from isingcut.report.card import card_parts, model_card
 from isingcut.report.run_files import RunFiles
@@ -27,9 +26,11 @@ from isingcut.runs import evaluating, pipeline
 from run_files import change, first_part, record, write_report, write_run
 from shared import (
     OPTIONS,
+    RunConfig,
     call,
     flags,
     load_json,
+    read_document,
     refuses,
     run_tiny,
     save_json,

@@ -23,16 +23,22 @@ from isingcut.evaluation.answers import answer_scores
 from isingcut.healing.repairs.linear import _Fitting, fit_patches
 from isingcut.healing.training.batches import batch_of
 from isingcut.healing.training.student import install
-from isingcut.measure.gradients import gate_gradients
-from isingcut.measure.losses import measure
 from isingcut.measure.packed import changed_losses
-from isingcut.measure.work import Work
 from isingcut.models.placement import connect, place
 from isingcut.models.replay import Recording
-from isingcut.models.streaming.replay import StreamedReplay, open_model
 from shared import parametrize, run_tiny
 from test_baselines import part
-from tiny import random_tokens, replay_of, tiny_model, tiny_tokenizer
+from tiny import (
+    StreamedReplay,
+    Work,
+    gate_gradients,
+    measure,
+    open_model,
+    random_tokens,
+    replay_of,
+    tiny_model,
+    tiny_tokenizer,
+)
 
 CPU = torch.device("cpu")
 

@@ -15,12 +15,17 @@ import yaml
 
 from isingcut.cli import main as cli
 from isingcut.energies import registry as energies
-from isingcut.errors import ArchitectureError
 from isingcut.evaluation.metrics import registry as metrics
 from isingcut.healing.repairs import registry as repairs
-from isingcut.options.config import RunConfig
 from isingcut.options.declaration import from_yaml
-from shared import load_json, parametrize, refuses, write_words
+from shared import (
+    ArchitectureError,
+    RunConfig,
+    load_json,
+    parametrize,
+    refuses,
+    write_words,
+)
 from tiny import tiny_checkpoint
 
 ROOT = Path(__file__).parent.parent

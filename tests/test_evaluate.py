@@ -9,15 +9,14 @@ import pytest
 import torch
 
 from isingcut.data.generation import decode_tokens, generate_text, prompt_ids
-from isingcut.errors import ModelError
 from isingcut.evaluation import quality as evaluation
 from isingcut.evaluation import speed as timing
 from isingcut.evaluation.metrics import registry
 from isingcut.files.evaluations import EvaluationFile
-from isingcut.measure.work import Work
 from isingcut.models.compute import divergence, head
-from shared import module_fixture, refuses
+from shared import ModelError, module_fixture, refuses
 from tiny import (
+    Work,
     load_tiny,
     plain_sums,
     random_tokens,

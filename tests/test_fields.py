@@ -4,19 +4,26 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from isingcut.errors import ArchitectureError, ModelError
 from isingcut.formats.architectures import cuts, families, fields
-from isingcut.formats.architectures.blocks import find_stack, skip_blocks
-from isingcut.formats.architectures.cuts import cut_config, legality
+from isingcut.formats.architectures.cuts import legality
 from isingcut.formats.architectures.fields import config_object
-from isingcut.formats.cutting.checkpoint import excise
-from isingcut.models.inspect import check_same_blocks, inspect_model
-from isingcut.models.replay import Replay
-from isingcut.models.verify import relative_difference, verify
-from isingcut.testing.tiny import random_model
+from isingcut.models.inspect import check_same_blocks
 from odd_models import HUB, odd_checkpoint, odd_config, odd_model, prove_cut
-from shared import load_json, parametrize, refuses
-from tiny import edit_config, forbids, replay_of
+from shared import ArchitectureError, ModelError, load_json, parametrize, refuses
+from tiny import (
+    Replay,
+    cut_config,
+    edit_config,
+    excise,
+    find_stack,
+    forbids,
+    inspect_model,
+    random_model,
+    relative_difference,
+    replay_of,
+    skip_blocks,
+    verify,
+)
 
 LLAMA = {"model_type": "llama", "num_hidden_layers": 6}
 COMPOSITE = {

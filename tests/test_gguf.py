@@ -13,14 +13,14 @@ import torch
 from safetensors.torch import load_file
 
 from gguf_files import NUMBERS, named, write_gguf, write_packed
-from isingcut.errors import ArchitectureError, CheckpointError
 from isingcut.formats.cutting import gguf as gguf_cuts
-from isingcut.formats.cutting.checkpoint import excise
 from isingcut.formats.cutting.gguf import Changed, changed_tensors, cut_gguf, lay_out
 from isingcut.formats.gguf_files import read_gguf, unpack_gguf
 from isingcut.formats.sources import resolve
 from shared import (
+    ArchitectureError,
     Bars,
+    CheckpointError,
     load_json,
     module_fixture,
     parametrize,
@@ -28,7 +28,7 @@ from shared import (
     run_tiny,
     works,
 )
-from tiny import edit_tensors, tiny_checkpoint
+from tiny import edit_tensors, excise, tiny_checkpoint
 
 
 def make(

@@ -10,9 +10,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import isingcut
 from isingcut.data.mixture import find_object, register_texts
-from isingcut.errors import CalibrationError, InputError, ModelError, OutputExistsError
 from shared import (
     OPTIONS,
+    CalibrationError,
+    InputError,
+    ModelError,
+    OutputExistsError,
     load_json,
     module_fixture,
     parametrize,

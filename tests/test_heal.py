@@ -25,16 +25,8 @@ from healings import (
     stored,
     write_student,
 )
-from isingcut.data.calibration import build
-from isingcut.data.tokens import TokenSet, pieces
-from isingcut.errors import (
-    ArchitectureError,
-    OutputExistsError,
-    StageFileError,
-)
+from isingcut.data.tokens import pieces
 from isingcut.files.healings import HealingFile
-from isingcut.formats.architectures.blocks import find_stack
-from isingcut.formats.safetensors_files import read_checkpoint
 from isingcut.formats.transformers_private import get_checkpointing
 from isingcut.healing import heal as home
 from isingcut.healing import job as recipe
@@ -43,11 +35,28 @@ from isingcut.healing.training import batches as memory
 from isingcut.healing.training import distill, train
 from isingcut.healing.training import student as parts
 from isingcut.healing.training.student import load_student
-from isingcut.models.load import load
-from isingcut.options.config import HealConfig, RunConfig, heal_config
+from isingcut.options.config import heal_config
 from isingcut.report.words import healing_warnings
-from shared import parametrize, refuses, write_jsonl
-from tiny import load_tiny, tiny_checkpoint, tiny_tokenizer
+from shared import (
+    ArchitectureError,
+    HealConfig,
+    OutputExistsError,
+    RunConfig,
+    StageFileError,
+    parametrize,
+    refuses,
+    write_jsonl,
+)
+from tiny import (
+    TokenSet,
+    build,
+    find_stack,
+    load,
+    load_tiny,
+    read_checkpoint,
+    tiny_checkpoint,
+    tiny_tokenizer,
+)
 
 __all__ = ["healed", "models"]
 

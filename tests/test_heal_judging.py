@@ -20,18 +20,16 @@ from healings import (
     shapes,
     stored,
 )
-from isingcut.data.tokens import TokenSet
 from isingcut.files.healings import HealingCheck, HealingFile, HealingStop
-from isingcut.files.results import read_document
 from isingcut.healing import heal as home
 from isingcut.healing.heal import heal
 from isingcut.healing.job import Domains
 from isingcut.healing.training import train
 from isingcut.measure.losses import difference
-from isingcut.models.load import load
 from isingcut.report.words import healing_warnings
 from ranks import run, type_in
-from shared import parametrize
+from shared import parametrize, read_document
+from tiny import TokenSet, load
 
 __all__ = ["healed", "models"]
 

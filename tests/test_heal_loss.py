@@ -12,8 +12,6 @@ from torch.testing import assert_close
 import card as on_card
 from cards import fake_cards
 from healings import REMOVED, models, options
-from isingcut.data.tokens import TokenSet
-from isingcut.formats.architectures.blocks import find_stack
 from isingcut.healing.heal import heal
 from isingcut.healing.job import Job
 from isingcut.healing.removed import removal_by_weights
@@ -23,11 +21,9 @@ from isingcut.healing.training import train
 from isingcut.healing.training.batches import Steps, divisions
 from isingcut.healing.training.student import prepare_training, set_dtypes
 from isingcut.models.compute import divergence as kl
-from isingcut.models.load import load
-from isingcut.options.config import HealConfig
 from isingcut.processes import Processes
-from shared import module_fixture, parametrize, refuses
-from tiny import tiny_model
+from shared import HealConfig, module_fixture, parametrize, refuses
+from tiny import TokenSet, find_stack, load, tiny_model
 
 
 def normal(*shape, seed=0):

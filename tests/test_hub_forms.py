@@ -7,29 +7,39 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
-from isingcut.data.tokens import TokenSet
-from isingcut.errors import ArchitectureError, CheckpointError, VerificationError
 from isingcut.evaluation.quality import quality
-from isingcut.formats.architectures.blocks import (
-    find_stack,
-    language_model,
-    skip_blocks,
-)
-from isingcut.formats.architectures.cuts import cut_config
+from isingcut.formats.architectures.blocks import language_model
 from isingcut.formats.checkpoints import Checkpoint
-from isingcut.formats.cutting.checkpoint import excise
 from isingcut.formats.safetensors_files import StoredTensor
 from isingcut.healing.training.student import install
-from isingcut.models.inspect import inspect_model
 from isingcut.models.load import find_auto_class
-from isingcut.models.replay import Replay
-from isingcut.models.verify import random_tokens, reload, verify
-from isingcut.testing.tiny import random_model
+from isingcut.models.verify import random_tokens, reload
 from odd_models import composite_checkpoint, prove_cut
-from shared import load_json, parametrize, refuses
+from shared import (
+    ArchitectureError,
+    CheckpointError,
+    VerificationError,
+    load_json,
+    parametrize,
+    refuses,
+)
 from sweep.images import invent_images
 from sweep.shrink import tiny_configuration
-from tiny import replay_of, streamed, tiny_checkpoint, tiny_model
+from tiny import (
+    Replay,
+    TokenSet,
+    cut_config,
+    excise,
+    find_stack,
+    inspect_model,
+    random_model,
+    replay_of,
+    skip_blocks,
+    streamed,
+    tiny_checkpoint,
+    tiny_model,
+    verify,
+)
 
 
 @parametrize("family", ["qwen2_vl", "qwen2_5_vl", "paddleocr_vl", "hunyuan_vl"])

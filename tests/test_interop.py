@@ -7,10 +7,9 @@ import threading
 
 import pytest
 
-from isingcut.errors import StageFileError
 from isingcut.files.ownership import mark
 from isingcut.runs import uploading
-from shared import load_json, parametrize, refuses, save_json
+from shared import StageFileError, load_json, parametrize, refuses, save_json
 
 # The hub ---------------------------------------------------------------------------------
 

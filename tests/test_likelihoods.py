@@ -10,20 +10,15 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
 from isingcut.console.progress import terminal
-from isingcut.errors import ModelError
 from isingcut.evaluation import answers
 from isingcut.evaluation.answers import MICRO_BATCHES, answer_scores, generate_texts
 from isingcut.evaluation.harness import Harness
 from isingcut.evaluation.questions import prepare_task
 from isingcut.evaluation.scores import certainties, score_states, temper_margins
-from isingcut.formats.architectures.blocks import skip_blocks
-from isingcut.formats.cutting.checkpoint import excise
-from isingcut.ising.states import states_of
-from isingcut.measure.work import Work
 from isingcut.models import replay as replays
-from shared import module_fixture, parametrize, refuses, write_jsonl
+from shared import ModelError, module_fixture, parametrize, refuses, write_jsonl
 from test_tasks import gsm8k
-from tiny import load_tiny
+from tiny import Work, excise, load_tiny, skip_blocks, states_of
 
 WORDS = ("stone", "rain", "old town", "a mat", "the cat sat")
 REMOVED = [(), (1,), (1, 3), (0, 4), (1, 3)]

@@ -9,19 +9,23 @@ import torch
 from numpy.testing import assert_allclose, assert_array_equal
 
 from isingcut.energies.pairwise import Pairwise
-from isingcut.errors import ModelError
 from isingcut.files.journal import Journal
-from isingcut.ising.states import states_of
-from isingcut.measure.gradients import gate_gradients
-from isingcut.measure.losses import measure
 from isingcut.measure.streams import check_finite
-from isingcut.measure.work import Work
 from isingcut.models.compute import head as head_module
 from isingcut.models.compute.divergence import RowSums
 from isingcut.models.compute.head import OutputHead, find_head_input, sum_losses
-from isingcut.models.replay import Replay
-from shared import parametrize, refuses
-from tiny import plain_means, random_tokens, tiny_replay, without
+from shared import ModelError, parametrize, refuses
+from tiny import (
+    Replay,
+    Work,
+    gate_gradients,
+    measure,
+    plain_means,
+    random_tokens,
+    states_of,
+    tiny_replay,
+    without,
+)
 
 
 @parametrize("family", ["llama", "gemma3", "gpt2"])

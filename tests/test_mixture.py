@@ -16,21 +16,25 @@ from calibrating import (
     write_texts,
 )
 from isingcut.data import corpora, healing_text
-from isingcut.data.calibration import Calibration, build
 from isingcut.data.healing_text import to_fit
 from isingcut.data.mixture import Part, Turns, parts_of
-from isingcut.errors import CalibrationError, StageFileError
 from isingcut.evaluation.quality import quality
 from isingcut.files.cuts import CutRecord, PatchedCut, PatchRecord
 from isingcut.files.evaluations import EvaluationFile, PartScores
 from isingcut.files.healings import HealingFile
 from isingcut.healing.repairs.tuned import split_samples
-from isingcut.options.config import HealConfig
 from isingcut.report.rows import evaluation_rows, healing_rows
 from isingcut.report.words import healing_warnings, paragraphs, patch_warnings
 from run_files import healing, text_scores
-from shared import parametrize, refuses, write_jsonl
-from tiny import tiny_model
+from shared import (
+    CalibrationError,
+    HealConfig,
+    StageFileError,
+    parametrize,
+    refuses,
+    write_jsonl,
+)
+from tiny import Calibration, build, tiny_model
 
 MANY = {**SIZES, "samples": 40, "rank_samples": 12, "report_samples": 12}
 

@@ -10,16 +10,13 @@ import torch
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from isingcut.errors import CheckpointError, ModelError
 from isingcut.formats import sources as model_sources
 from isingcut.formats.sources import hub_id, model_identity, resolve
 from isingcut.models import device
 from isingcut.models import load as models
-from isingcut.models.inspect import inspect_model
 from isingcut.models.load import load_config
-from isingcut.models.streaming.replay import load_streamed
-from shared import load_json, parametrize, refuses
-from tiny import edit_config, load_tiny, tiny_checkpoint
+from shared import CheckpointError, ModelError, load_json, parametrize, refuses
+from tiny import edit_config, inspect_model, load_streamed, load_tiny, tiny_checkpoint
 
 
 @pytest.fixture

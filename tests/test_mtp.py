@@ -4,12 +4,10 @@ import pytest
 
 from healings import options, write_text
 from isingcut.formats.checkpoints import count_mtp_layers, is_mtp
-from isingcut.formats.cutting.checkpoint import excise
-from isingcut.formats.safetensors_files import read_checkpoint
 from isingcut.healing.heal import heal
 from shared import module_fixture, run_tiny
 from sweep.mtp import add_mtp_layers
-from tiny import tiny_checkpoint, tiny_model
+from tiny import excise, read_checkpoint, tiny_checkpoint, tiny_model
 
 pytestmark = pytest.mark.usefixtures("no_speed")
 OF_MTP = "model.layers.4."

@@ -9,8 +9,6 @@ import torch
 
 from gguf_files import WIDE, WIDE_NUMBERS, named, write
 from isingcut.console.progress import silent
-from isingcut.errors import ArchitectureError
-from isingcut.files.results import read_document
 from isingcut.files.runs import PackingFile
 from isingcut.formats.cutting import gguf as gguf_cuts
 from isingcut.formats.cutting.gguf import cut_gguf
@@ -18,20 +16,22 @@ from isingcut.formats.gguf_files import PACKED
 from isingcut.measure.packed import changed_losses
 from isingcut.measure.work import PLAIN
 from isingcut.models.packing import Packer
-from isingcut.options.config import RunConfig
 from isingcut.processes import ALONE
 from isingcut.runs import packing, pipeline
-from isingcut.runs.session import Session
 from shared import (
     OPTIONS,
+    ArchitectureError,
+    RunConfig,
     flags,
     load_json,
     module_fixture,
     parametrize,
+    read_document,
     refuses,
     works,
 )
 from tiny import (
+    Session,
     in_memory,
     plain_sums,
     random_tokens,

@@ -10,10 +10,6 @@ import torch
 from safetensors.torch import load_file
 
 from healings import shapes, stored
-from isingcut.data.tokens import TokenSet
-from isingcut.errors import ArchitectureError
-from isingcut.formats.architectures.blocks import find_stack, skip_blocks, stack_modules
-from isingcut.formats.cutting.checkpoint import excise
 from isingcut.healing.job import Job
 from isingcut.healing.patch.files import apply_patches, runs
 from isingcut.healing.patch.layers import (
@@ -26,15 +22,24 @@ from isingcut.healing.patch.ridge import Moments, Rows, bytes_of, fit_ridge
 from isingcut.healing.repairs import linear
 from isingcut.healing.repairs.base import patch_checkpoint
 from isingcut.healing.repairs.linear import _Fitting, fit_patches
-from isingcut.measure.work import Work
 from isingcut.models.device import Allowance
 from isingcut.models.replay import Recording
-from isingcut.models.streaming.replay import load_streamed
 from isingcut.models.streaming.store import StoredPart
-from isingcut.options.config import HealConfig
 from isingcut.testing.tiny import FAMILIES
-from shared import parametrize, refuses
-from tiny import load_tiny, replay_of, tiny_checkpoint, tiny_model
+from shared import ArchitectureError, HealConfig, parametrize, refuses
+from tiny import (
+    TokenSet,
+    Work,
+    excise,
+    find_stack,
+    load_streamed,
+    load_tiny,
+    replay_of,
+    skip_blocks,
+    stack_modules,
+    tiny_checkpoint,
+    tiny_model,
+)
 
 
 def tokens(samples=12, length=24, seed=0):

@@ -12,26 +12,24 @@ from typer.testing import CliRunner
 import isingcut
 from healings import write_text
 from isingcut.cli.main import app
-from isingcut.data.calibration import Calibration
 from isingcut.data.healing_text import to_fit
-from isingcut.errors import FitError, OutputExistsError
 from isingcut.evaluation.quality import quality
 from isingcut.files.evaluations import EvaluationFile
-from isingcut.files.results import read_document
 from isingcut.files.runs import StageOptions
-from isingcut.formats.architectures.blocks import skip_blocks
-from isingcut.options.config import RunConfig
 from isingcut.report.words import patch_warnings
 from isingcut.runs import cutting, pipeline
 from isingcut.runs.folder import RunFolder
-from isingcut.runs.session import Session
 from run_files import change
 from shared import (
     OPTIONS,
+    FitError,
+    OutputExistsError,
+    RunConfig,
     flags,
     load_json,
     module_fixture,
     parametrize,
+    read_document,
     refuses,
     run_tiny,
     without_speed,
@@ -40,7 +38,7 @@ from shared import (
     write_words,
 )
 from test_tasks import arc
-from tiny import load_tiny, tiny_checkpoint
+from tiny import Calibration, Session, load_tiny, skip_blocks, tiny_checkpoint
 
 pytestmark = pytest.mark.usefixtures("no_speed")
 

@@ -6,11 +6,18 @@ import pytest
 import isingcut
 import isingcut.runs.folder
 import isingcut.runs.solving
-from isingcut.errors import StageFileError, VerificationError
-from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.runs.pipeline import DEMO
 from run_files import change
-from shared import OPTIONS, load_json, refuses, run_tiny, works
+from shared import (
+    OPTIONS,
+    StageFileError,
+    VerificationError,
+    load_json,
+    refuses,
+    run_tiny,
+    works,
+)
+from tiny import Hamiltonian
 
 # Other tests measure speed and memory.
 pytestmark = pytest.mark.usefixtures("no_speed")

@@ -20,18 +20,22 @@ from isingcut.console.progress import terminal
 from isingcut.energies import registry
 from isingcut.energies.base import price_states
 from isingcut.energies.pairwise import list_removals
-from isingcut.measure.gradients import gate_gradients
-from isingcut.measure.losses import measure
-from isingcut.measure.work import Work
-from isingcut.models.replay import Replay
-from isingcut.models.streaming.replay import StreamedReplay
-from isingcut.options.config import RunConfig
 from isingcut.runs import plan as planning
 from isingcut.runs.folder import RunFolder
 from isingcut.runs.plan import Prices, make_plan
-from isingcut.runs.session import Session
-from shared import flags, parametrize, run_tiny
-from tiny import load_tiny, random_tokens, replay_of, tiny_checkpoint
+from shared import RunConfig, flags, parametrize, run_tiny
+from tiny import (
+    Replay,
+    Session,
+    StreamedReplay,
+    Work,
+    gate_gradients,
+    load_tiny,
+    measure,
+    random_tokens,
+    replay_of,
+    tiny_checkpoint,
+)
 
 LENGTH = 16
 

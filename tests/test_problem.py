@@ -6,13 +6,11 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
-from isingcut.errors import InfeasibleError
 from isingcut.ising import constraints as con
-from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.ising.problem import Problem
 from isingcut.ising.spectrum import Spectrum
-from isingcut.ising.states import states_of
-from shared import parametrize, refuses
+from shared import InfeasibleError, parametrize, refuses
+from tiny import Hamiltonian, states_of
 
 
 def hamiltonian(n, seed=0, **rest):

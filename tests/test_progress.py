@@ -10,12 +10,10 @@ import pytest
 import isingcut
 from isingcut.console import progress
 from isingcut.console.printing import printable
-from isingcut.data.calibration import Calibration
 from isingcut.files import ownership
 from isingcut.healing.heal import heal
-from isingcut.measure.losses import measure
-from isingcut.measure.work import Work
 from shared import Bars, parametrize
+from tiny import Calibration, Work, measure
 
 
 @pytest.fixture

@@ -7,21 +7,21 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from isingcut.errors import ArchitectureError, VerificationError
-from isingcut.formats.architectures.cuts import cut_config
-from isingcut.formats.cutting.checkpoint import excise
-from isingcut.models.verify import (
-    check_generation,
-    process_images,
-    random_tokens,
-    relative_difference,
-    verify,
-)
+from isingcut.models.verify import check_generation, process_images, random_tokens
 from isingcut.report.run_files import RunFiles
 from odd_models import composite
-from shared import load_json, parametrize, refuses
+from shared import ArchitectureError, VerificationError, load_json, parametrize, refuses
 from sweep.images import invent_images
-from tiny import forbids, streamed, tiny_model, tiny_tokenizer
+from tiny import (
+    cut_config,
+    excise,
+    forbids,
+    relative_difference,
+    streamed,
+    tiny_model,
+    tiny_tokenizer,
+    verify,
+)
 
 LOWEST = torch.finfo(torch.float32).min
 

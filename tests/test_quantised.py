@@ -5,29 +5,36 @@ import re
 import torch
 from torch.testing import assert_close
 
-from isingcut.errors import ArchitectureError, CheckpointError
-from isingcut.formats.architectures.blocks import find_stack
-from isingcut.formats.cutting.checkpoint import excise
 from isingcut.formats.fp8 import dequantise, dequantise_checkpoint, fp8_layout
-from isingcut.formats.safetensors_files import read_checkpoint
 from isingcut.healing.job import Job
 from isingcut.healing.patch.files import _list_plain
 from isingcut.healing.repairs.base import patch_checkpoint
-from isingcut.models.inspect import inspect_model
-from isingcut.models.load import load, load_plain
-from isingcut.models.verify import verify
-from isingcut.options.config import HealConfig
+from isingcut.models.load import load_plain
 from odd_models import composite_checkpoint
 from quantised import assert_bytes_follow, fp8_in_tiles, int4, mxfp4, quantise
-from shared import load_json, parametrize, refuses, save_json
+from shared import (
+    ArchitectureError,
+    CheckpointError,
+    HealConfig,
+    load_json,
+    parametrize,
+    refuses,
+    save_json,
+)
 from tiny import (
     edit_config,
     edit_tensors,
+    excise,
+    find_stack,
+    inspect_model,
+    load,
     load_tiny,
     random_tokens,
+    read_checkpoint,
     replay_of,
     tiny_checkpoint,
     tiny_model,
+    verify,
 )
 
 # The block pattern of NVIDIA-Nemotron-3-Nano-30B-A3B: 23 Mamba-2, 23 MoE, 6 attention blocks.

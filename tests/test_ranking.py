@@ -7,26 +7,36 @@ import pytest
 from scipy import stats
 
 import isingcut
-from isingcut.data.calibration import Calibration
 from isingcut.energies.pairwise import Pairwise
-from isingcut.errors import OutputExistsError
 from isingcut.evaluation.candidates import few_samples, fidelity, random_feasible, rank
 from isingcut.evaluation.quality import sample_sums
-from isingcut.files.results import read_document
 from isingcut.files.states import CandidatesFile, ChosenState, PatchedState
 from isingcut.ising.constraints import LinearConstraint, count, keep
-from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.ising.problem import Problem
 from isingcut.ising.solvers import solve
-from isingcut.ising.states import states_of
-from isingcut.measure.losses import measure
-from isingcut.measure.work import Work
-from isingcut.options.config import RunConfig
 from isingcut.report.words import sentence
 from isingcut.runs import cutting, pipeline, trials
 from isingcut.runs.folder import RunFolder
-from shared import OPTIONS, load_json, parametrize, refuses, run_tiny
-from tiny import load_tiny, random_tokens, tiny_replay
+from shared import (
+    OPTIONS,
+    OutputExistsError,
+    RunConfig,
+    load_json,
+    parametrize,
+    read_document,
+    refuses,
+    run_tiny,
+)
+from tiny import (
+    Calibration,
+    Hamiltonian,
+    Work,
+    load_tiny,
+    measure,
+    random_tokens,
+    states_of,
+    tiny_replay,
+)
 
 pytestmark = [
     pytest.mark.usefixtures("no_speed"),

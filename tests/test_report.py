@@ -8,11 +8,10 @@ from jinja2 import Environment
 from markdown_it import MarkdownIt
 
 from isingcut.cli import show
-from isingcut.errors import StageFileError
 from isingcut.files.cuts import CardParts, CutRecord, PatchRecord
 from isingcut.files.evaluations import EvaluationFile, FurtherScores, PackedScores
 from isingcut.files.healings import HealingFile
-from isingcut.files.results import read_json, write_json
+from isingcut.files.results import read_json
 from isingcut.files.states import (
     CandidatesFile,
     ChosenState,
@@ -35,7 +34,7 @@ from run_files import (
     write_report,
     write_run,
 )
-from shared import load_json, parametrize, refuses
+from shared import StageFileError, load_json, parametrize, refuses, write_json
 
 N = 12
 

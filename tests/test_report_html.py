@@ -11,8 +11,6 @@ from pathlib import Path
 
 import numpy as np
 
-from isingcut.errors import OutputExistsError
-from isingcut.files.results import write_json
 from isingcut.report.figures import block_ticks
 from isingcut.report.plots import span, tick_text
 from isingcut.report.words import code
@@ -24,7 +22,16 @@ from run_files import (
     write_report,
     write_run,
 )
-from shared import load_json, module_fixture, parametrize, refuses, save_json, works
+from shared import (
+    OutputExistsError,
+    load_json,
+    module_fixture,
+    parametrize,
+    refuses,
+    save_json,
+    works,
+    write_json,
+)
 
 VOID = {"meta", "link", "br", "col", "img"}
 

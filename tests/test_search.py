@@ -10,7 +10,6 @@ from numpy.testing import assert_allclose
 
 import isingcut
 from isingcut.baselines import registry
-from isingcut.data.tokens import TokenSet
 from isingcut.energies.refined import Refined
 from isingcut.energies.search import (
     Search,
@@ -23,29 +22,36 @@ from isingcut.energies.search import search as search_module
 from isingcut.energies.search.evaluator import Estimates, Evaluator
 from isingcut.energies.search.proposals import one_pass_states
 from isingcut.energies.search.surrogate import SLOPE, Surrogate
-from isingcut.files.results import read_document
 from isingcut.files.states import CandidatesFile
 from isingcut.ising.constraints import LinearConstraint, count, keep
-from isingcut.ising.hamiltonian import Hamiltonian
-from isingcut.ising.states import blocks_of, key_of, states_of
-from isingcut.measure.gradients import gate_slopes
-from isingcut.measure.losses import measure, tree_nodes
-from isingcut.measure.work import Work
-from isingcut.options.config import RunConfig
+from isingcut.ising.states import blocks_of, key_of
+from isingcut.measure.losses import tree_nodes
 from isingcut.report.run_files import RunFiles
 from isingcut.report.words import sentence
 from isingcut.runs.checks import resolve_energy
 from shared import (
     OPTIONS,
+    RunConfig,
     flags,
     load_json,
     module_fixture,
     parametrize,
+    read_document,
     refuses,
     works,
 )
 from sweep.gates import gated_loss
-from tiny import count_rows, keep_rows, tiny_replay
+from tiny import (
+    Hamiltonian,
+    TokenSet,
+    Work,
+    count_rows,
+    gate_slopes,
+    keep_rows,
+    measure,
+    states_of,
+    tiny_replay,
+)
 
 WORK = Work(batch_tokens=64)
 N = 8

@@ -10,14 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.testing import assert_allclose, assert_array_equal
 
-from isingcut.errors import (
-    InfeasibleError,
-    InputError,
-    UnknownNameError,
-    VerificationError,
-)
 from isingcut.ising import constraints as con
-from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.ising.problem import Problem
 from isingcut.ising.solvers import exact, make, registry, solve, tabu
 from isingcut.ising.solvers._relaxation import (
@@ -30,8 +23,16 @@ from isingcut.ising.solvers.base import Solution, reduce
 from isingcut.ising.solvers.dimod import find_nearest
 from isingcut.testing.solvers import check_solver
 from isingcut.testing.solvers import main as kit
-from shared import parametrize, refuses
+from shared import (
+    InfeasibleError,
+    InputError,
+    UnknownNameError,
+    VerificationError,
+    parametrize,
+    refuses,
+)
 from test_problem import all_states
+from tiny import Hamiltonian
 
 
 def hamiltonian(kind, n, seed):

@@ -10,23 +10,25 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from cards import fake_cards
 from isingcut.energies.search import Search, Target
-from isingcut.errors import ArchitectureError, MemoryExhaustedError
 from isingcut.measure import ledger, losses
-from isingcut.measure.gradients import gate_gradients, gate_slopes
-from isingcut.measure.losses import measure, measure_together
+from isingcut.measure.losses import measure_together
 from isingcut.measure.streams import one_pass
-from isingcut.measure.work import Work
 from isingcut.models.compute import head
 from isingcut.models.compute.head import OutputHead
-from isingcut.models.replay import Replay
-from isingcut.models.streaming.replay import StreamedReplay, open_model
-from shared import parametrize, refuses
+from shared import ArchitectureError, MemoryExhaustedError, parametrize, refuses
 from tiny import (
+    Replay,
+    StreamedReplay,
+    Work,
     count_calls,
     count_rows,
     edit_tensors,
+    gate_gradients,
+    gate_slopes,
     in_memory,
     keep_rows,
+    measure,
+    open_model,
     random_tokens,
     samples,
     some_states,

@@ -12,31 +12,41 @@ from torch.testing import assert_close
 
 import cards
 import isingcut
-from isingcut.errors import CheckpointError, ModelError, VerificationError
 from isingcut.evaluation import quality as evaluate
-from isingcut.formats.cutting.checkpoint import excise
-from isingcut.measure.losses import measure
-from isingcut.measure.work import Work
 from isingcut.models.device import Allowance, allowance, container_room, weight_bytes
-from isingcut.models.load import build_skeleton, load
+from isingcut.models.load import build_skeleton
 from isingcut.models.streaming import reader
 from isingcut.models.streaming.reader import Reader
-from isingcut.models.streaming.replay import load_streamed, open_model
 from isingcut.models.streaming.store import Buffers
-from isingcut.models.verify import verify
-from isingcut.options.config import RunConfig
-from isingcut.runs.session import Session
 from quantised import quantise
-from shared import load_json, module_fixture, parametrize, refuses, run_tiny
+from shared import (
+    CheckpointError,
+    ModelError,
+    RunConfig,
+    VerificationError,
+    load_json,
+    module_fixture,
+    parametrize,
+    refuses,
+    run_tiny,
+)
 from tiny import (
     CPU,
+    Session,
+    Work,
     edit_config,
     edit_tensors,
+    excise,
+    load,
+    load_streamed,
     load_tiny,
+    measure,
+    open_model,
     samples,
     some_states,
     streamed,
     tiny_checkpoint,
+    verify,
     watch,
 )
 

@@ -21,10 +21,18 @@ from isingcut.data import calibration, healing_text, text_files
 from isingcut.data import tokens as encoder
 from isingcut.data.conversations import render_chat
 from isingcut.data.tokens import Encoder, TokenSet, overlap
-from isingcut.errors import CalibrationError, ModelError
 from isingcut.files.runs import CalibrationText
 from isingcut.report.words import overlap_warnings, repeat_warnings
-from shared import flags, load_json, parametrize, refuses, write_jsonl, write_words
+from shared import (
+    CalibrationError,
+    ModelError,
+    flags,
+    load_json,
+    parametrize,
+    refuses,
+    write_jsonl,
+    write_words,
+)
 from tiny import tiny_model, tiny_tokenizer
 
 

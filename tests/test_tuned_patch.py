@@ -7,19 +7,15 @@ import pytest
 import torch
 
 from cards import fake_cards
-from isingcut.errors import ArchitectureError, FitError
-from isingcut.formats.architectures.blocks import skip_blocks, stack_modules
 from isingcut.healing.job import Job
 from isingcut.healing.patch.files import apply_patches
 from isingcut.healing.repairs import tuned as tuning
 from isingcut.healing.repairs.linear import fit_patches
 from isingcut.healing.repairs.tuned import split_samples, tune
-from isingcut.measure.work import Work
 from isingcut.models.device import Allowance
-from isingcut.options.config import HealConfig
-from shared import parametrize, refuses
+from shared import ArchitectureError, FitError, HealConfig, parametrize, refuses
 from test_patch import tokens
-from tiny import plain_means, replay_of, tiny_model
+from tiny import Work, plain_means, replay_of, skip_blocks, stack_modules, tiny_model
 
 REMOVED = (2, 3)
 

@@ -8,16 +8,20 @@ import numpy as np
 import torch
 
 from cards import fake_cards
-from isingcut.errors import ArchitectureError
-from isingcut.measure.gradients import gate_gradients, gate_slopes
-from isingcut.measure.losses import measure
 from isingcut.measure.streams import one_pass
-from isingcut.measure.work import Work
 from isingcut.models.compute.batching import choose_batch_tokens, count_graph_bytes
-from isingcut.options.config import RunConfig
-from isingcut.runs.session import Session
-from shared import parametrize, refuses
-from tiny import random_tokens, replay_of, tiny_model, tiny_replay
+from shared import ArchitectureError, RunConfig, parametrize, refuses
+from tiny import (
+    Session,
+    Work,
+    gate_gradients,
+    gate_slopes,
+    measure,
+    random_tokens,
+    replay_of,
+    tiny_model,
+    tiny_replay,
+)
 
 
 def test_the_micro_batch_of_a_gpu_is_what_fits():

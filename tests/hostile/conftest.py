@@ -4,8 +4,8 @@ import pytest
 from arena import make_arena
 
 import isingcut
-from isingcut.testing.tiny import tiny_checkpoint
 from shared import OPTIONS, without_speed, write_words
+from tiny import tiny_checkpoint
 
 
 @pytest.fixture(scope="session")

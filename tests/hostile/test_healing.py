@@ -24,9 +24,8 @@ from heal_rows import RECORD, WITH_FILE, heal, record, trainer
 
 from healings import write_student
 from isingcut.files.ownership import MARKER, mark
-from isingcut.files.results import write_json
 from isingcut.healing.patch.ridge import RidgeFit
-from shared import load_json, parametrize
+from shared import load_json, parametrize, write_json
 from tiny import tiny_checkpoint
 
 

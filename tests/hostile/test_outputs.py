@@ -9,11 +9,18 @@ from arena import Row, tried
 from damage import changed, linked, other_model, written
 
 import isingcut
-from isingcut.errors import InputError, OutputExistsError
 from isingcut.files.ownership import check_output
-from isingcut.options.config import RunConfig
 from isingcut.runs.folder import read_by
-from shared import load_json, parametrize, refuses, save_json, snapshot
+from shared import (
+    InputError,
+    OutputExistsError,
+    RunConfig,
+    load_json,
+    parametrize,
+    refuses,
+    save_json,
+    snapshot,
+)
 
 STAYS = r"is not replaced: .*--overwrite replaces only files of isingcut"
 FOREIGN = r"already exists and is not an isingcut run; nothing was written"

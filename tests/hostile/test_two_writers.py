@@ -16,10 +16,9 @@ import pytest
 from arena import Row
 from heal_rows import heal
 
-from isingcut.errors import BusyError
 from isingcut.files.writing import LOCK, lock_beside, lock_place
 from ranks import join, launch, lines_of, run, start, type_in
-from shared import leave_speed_out, parametrize
+from shared import BusyError, leave_speed_out, parametrize
 
 PUT = "isingcut.files.journal.Journal.put"
 VERIFY = "isingcut.runs.cutting.verify"

@@ -16,11 +16,9 @@ from arena import Arena, Row, parametrised, tried
 from damage import written
 
 import isingcut
-from isingcut.errors import IsingcutError
-from isingcut.options.config import HealConfig, RunConfig
 from isingcut.options.declaration import flag, from_yaml, parse_yaml
 from isingcut.runs.folder import RunFolder
-from shared import parametrize, refuses
+from shared import HealConfig, IsingcutError, RunConfig, parametrize, refuses
 
 RUN = "run gone --out new --calibration {here}/pipe"
 HEAL = "heal gone --teacher gone --out new --text {here}/pipe"

@@ -11,12 +11,9 @@ from torch import Tensor, nn
 from torch.autograd.functional import jacobian
 from torch.overrides import TorchFunctionMode
 
-from isingcut.data.tokens import TokenSet
 from isingcut.errors import ArchitectureError
 from isingcut.measure.gates import run_gated
-from isingcut.measure.gradients import gate_gradients
-from isingcut.models.replay import Replay
-from isingcut.models.verify import relative_difference
+from tiny import Replay, TokenSet, gate_gradients, relative_difference
 
 _ROUNDING = 1e-9
 # With float64, so small that steps rarely cross a jump of the loss (routers, sparse attention).
