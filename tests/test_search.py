@@ -115,6 +115,7 @@ def test_evaluator_pays_for_each_sample_once(replay, tokens):
     "samples, tokens, rungs",
     [
         (16, 4096, [2, 6, 16]),
+        (22, 4200, [3, 8, 22]),
         (128, 32768, [2, 6, 18, 54, 128]),
         (2, 512, [1, 2]),
     ],
