@@ -103,6 +103,7 @@ FOLLOW = [
      {"decoder_sparse_step": 1, "mlp_only_layers": [1, 2, 3], "num_hidden_layers": 4}),
     ("qwen2", {**SIX, "max_window_layers": 3}, [1, 5], {"max_window_layers": 2}),
     ("deepseek_v3", EIGHT, [0, 2, 7], {"first_k_dense_replace": 1, "num_hidden_layers": 5}),
+    ("ernie4_5_moe", {**SIX, "moe_layer_end_index": 4}, [1, 4], {"moe_layer_end_index": 2}),
     ("llama4_text", {**SIX, "interleave_moe_layer_step": 2}, [0, 1], {"moe_layers": [1, 3]}),
     ("bamba", {**SIX, "attn_layer_indices": [1, 4]}, [0, 1], {"attn_layer_indices": [2]}),
     ("recurrent_gemma", SIX, [0, 4], {"block_types": BLOCK_TYPES}),

@@ -10,6 +10,7 @@ from isingcut.runs.pipeline import DEMO
 from run_files import change
 from shared import (
     OPTIONS,
+    OutputExistsError,
     StageFileError,
     VerificationError,
     load_json,
@@ -49,6 +50,11 @@ def test_a_second_call_changes_nothing(finished, llama, text):
     before = {p: p.stat().st_mtime_ns for p in finished.rglob("*.safetensors")}
     run_tiny(llama, text, finished, remove=2, compare_energies="empirical-fisher")
     assert {p: p.stat().st_mtime_ns for p in finished.rglob("*.safetensors")} == before
+
+
+def test_another_comparison_ranks_again(run, llama, text):
+    with refuses("candidates.json was made .*empirical-fisher, now", OutputExistsError):
+        run_tiny(llama, text, run, remove=2, compare_energies="fisher")
 
 
 def test_another_removal_reuses_the_energy(run, capsys):

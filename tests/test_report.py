@@ -34,7 +34,14 @@ from run_files import (
     write_report,
     write_run,
 )
-from shared import StageFileError, load_json, parametrize, refuses, write_json
+from shared import (
+    StageFileError,
+    load_json,
+    parametrize,
+    read_document,
+    refuses,
+    write_json,
+)
 
 N = 12
 
@@ -315,6 +322,16 @@ def test_a_poor_or_unknown_fidelity_is_a_plain_warning(folder, found, said):
     assert page.count("**Warning.**") == bool(said)
     assert said in page
     assert ("| undefined |" in page) == (found["spearman"] is None and found["n"] > 0)
+    value = words.correlation_text(Correlations(**found))
+    assert (value == "not measured") == (found["n"] == 0)
+
+
+def test_a_random_state_was_measured_on_tokens_of_its_own(folder):
+    change(folder / "candidates.json", random_tokens=111)
+    found = read_document(folder / "candidates.json", CandidatesFile)
+    assert "On 111 tokens" in words.sentence(
+        "measured_cut", found, found.random[0].removed
+    )
 
 
 @parametrize(
