@@ -554,12 +554,9 @@ def plan(**options: Any) -> Output:
 
     config = RunConfig(**options).validate()
     locate(config.model, trust_remote_code=config.trust_remote_code, weights=False)
-    # Imported last, because it imports torch.
-    from isingcut.runs.plan import make_plan
-
-    found = make_plan(config)
-    brief = f"{found['seconds']:.0f}"
-    return Output(found, lambda: show.show_plan(found), brief=brief)
+    plan = pipeline.make_plan(config)
+    brief = f"{plan['seconds']:.0f}"
+    return Output(plan, lambda: show.show_plan(plan), brief=brief)
 
 
 @verb(name="ls", group=LOOK)

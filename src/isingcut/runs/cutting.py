@@ -52,13 +52,20 @@ from isingcut.models.load import (
     load_config,
 )
 from isingcut.models.verify import verify
-from isingcut.options.config import HealConfig, RunConfig, distil_config, heal_config
+from isingcut.options.config import (
+    LENGTH,
+    HealConfig,
+    RunConfig,
+    distil_config,
+    heal_config,
+)
 from isingcut.report.card import card_parts, model_card
 from isingcut.runs.folder import RunFolder, slug
 from isingcut.runs.measuring import calibration_options
+from isingcut.runs.prices import Prices
 from isingcut.runs.session import Session
 from isingcut.runs.solving import chosen_blocks, load_candidates, require
-from isingcut.runs.stages import Making, Stage
+from isingcut.runs.stages import Estimate, Making, Stage
 
 HEALED = "healed"
 
@@ -66,6 +73,8 @@ HEALED = "healed"
 _OF_STATE = ("model", "model.gguf")
 # Maximum characters of a block list in a folder name; a longer list is replaced by a hash.
 _LONGEST_NAME = 100
+# Bytes per trained number (weight, gradient, two moments).
+_TRAINED = 16
 
 
 def output_folder(
@@ -281,7 +290,25 @@ def _make_model(
     return folder, output_folder(folder, config, removed) / "model", options, make
 
 
-make_model = Stage("excise", _make_model, Path)
+def _price_model(prices: Prices) -> list[Estimate]:
+    """Estimate the exact cut, and its patch."""
+    config = prices.config
+    # A checkpoint is read, written, and read again to verify it.
+    cut = prices.estimate(reads=3)
+    if config.patch == "none":
+        return [cut]
+    trained = config.heal or prices.streamed
+    name = before_training(config.patch) if trained else config.patch
+    patch = prices.estimate(
+        samples=-(-config.patch_tokens // config.length),
+        tokens=registry.get(name).passes * config.patch_tokens,
+        reads=3,
+        work=4 * config.patch_tokens * prices.stream,
+    )
+    return [cut, dataclasses.replace(patch, name="patch")]
+
+
+make_model = Stage("excise", _make_model, Path, price=_price_model)
 
 
 def write_model(
@@ -428,4 +455,23 @@ def _heal(session: Session, folder: RunFolder) -> Making:
     return folder, target / HEALED, options, make
 
 
-heal = Stage("heal", _heal, Path, check=check_healing)
+def _price_healing(prices: Prices) -> list[Estimate]:
+    """Estimate healing with a budget of time or tokens."""
+    if not prices.config.heal:
+        return []
+    if prices.streamed:
+        return [Estimate(impossible="needs the whole model in memory")]
+    # A pass of the original, then forward and backward through the remaining blocks.
+    passes = 1 + 3 * prices.left
+    tokens = prices.config.heal.tokens or 0
+    if seconds := prices.config.heal.seconds:
+        tokens = seconds / passes / prices.forward
+    if not tokens:
+        why = "depends on the text; set a limit with --heal 10min"
+        return [Estimate(impossible=why)]
+    trained = _TRAINED * prices.left * prices.weights / prices.dtype.itemsize
+    work = trained + prices.batch * prices.graph
+    return [prices.estimate(int(tokens) // LENGTH, passes * tokens, work=work)]
+
+
+heal = Stage("heal", _heal, Path, check=check_healing, price=_price_healing)

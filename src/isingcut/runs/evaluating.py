@@ -36,8 +36,9 @@ from isingcut.runs import measuring
 from isingcut.runs.checks import resolve_energy
 from isingcut.runs.cutting import product
 from isingcut.runs.folder import RunFolder
+from isingcut.runs.prices import Prices
 from isingcut.runs.session import Session
-from isingcut.runs.stages import Making, Stage
+from isingcut.runs.stages import Estimate, Making, Stage
 
 
 def _evaluate(
@@ -108,11 +109,21 @@ def _evaluate(
     return folder, file, options, make
 
 
+def _price(prices: Prices) -> list[Estimate]:
+    """Estimate the evaluation of the original, the exact cut and the final model."""
+    samples = prices.config.report_samples
+    tokens = 3 * samples * prices.config.length
+    # The memory is that of two new processes.
+    work = 4 * prices.batch * prices.logits
+    return [prices.estimate(samples, tokens, reads=2, work=work)]
+
+
 evaluate = Stage(
     "evaluate",
     _evaluate,
     partial(read_document, model=evaluations.EvaluationFile),
     additions=("gguf", "skip_speed"),
+    price=_price,
 )
 
 

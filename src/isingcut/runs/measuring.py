@@ -19,9 +19,10 @@ from isingcut.formats.architectures.blocks import language_model
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.options.config import RunConfig
 from isingcut.runs.folder import RunFolder, each_removal
+from isingcut.runs.prices import Prices
 from isingcut.runs.session import Session
 from isingcut.runs.solving import removal_rows
-from isingcut.runs.stages import Making, Stage, typed_options
+from isingcut.runs.stages import Estimate, Making, Stage, typed_options
 
 
 def energy_part(config: RunConfig, name: str) -> Any:
@@ -189,6 +190,20 @@ def _check_removals(session: Session, blocks: BlockList) -> None:
         targets_of(blocks, session.config)
 
 
+def price_energy(prices: Prices, name: str) -> Estimate:
+    """Estimate one energy, with its default number of samples unless the options set it."""
+    part = energy_part(prices.config, name)
+    samples = prices.config.samples or part.default_samples
+    if prices.streamed and not getattr(part, "streams", True):
+        why = "needs the whole model in memory"
+        return Estimate(name, samples, impossible=why)
+    if not hasattr(part, "price"):
+        return Estimate(name, samples, impossible="not estimated")
+    sizes = prices.config.remove.counts or [prices.remove]
+    priced = prices.measurement(samples, part.price(prices.n, sizes))
+    return dataclasses.replace(priced, name=name)
+
+
 energy = Stage(
     "energy",
     _energy,
@@ -196,6 +211,7 @@ energy = Stage(
     check=_check_removals,
     together=True,
     journals=("{}.journal",),
+    price=lambda prices: [price_energy(prices, e) for e in prices.config.energies],
 )
 
 

@@ -15,9 +15,11 @@ from typing import Any
 import numpy as np
 
 from isingcut.baselines import registry
+from isingcut.energies.base import price_states
 from isingcut.evaluation import candidates
 from isingcut.files import states
 from isingcut.files.results import read_document, write_document
+from isingcut.healing.repairs import registry as repairs
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.ising.problem import Problem
 from isingcut.ising.spectrum import Spectrum
@@ -28,9 +30,12 @@ from isingcut.runs import benchmarking, measuring, solving
 from isingcut.runs.checks import check_run_tasks
 from isingcut.runs.cutting import share_options
 from isingcut.runs.folder import RunFolder
+from isingcut.runs.prices import Prices
 from isingcut.runs.session import Session
-from isingcut.runs.stages import Making, Stage, typed_options
+from isingcut.runs.stages import Estimate, Making, Stage, typed_options
 from isingcut.runs.trials import (
+    MORE,
+    TOKENS,
     Trials,
     choose_by_patch,
     is_deep,
@@ -121,6 +126,29 @@ def _rank(session: Session, folder: RunFolder) -> Making:
     return folder, target / "candidates.json", options, make
 
 
+def _price(prices: Prices) -> list[Estimate]:
+    """Estimate the ranking of all removals, with trial patches of candidates near the lowest."""
+    config = prices.config
+    n = prices.n
+    # Random states are measured on a quarter of the text.
+    states = (config.states + config.random_states // 4, n)
+    order = np.random.default_rng(0).random(states).argsort(1).argsort(1)
+    seconds = 0.0
+    for removed in config.remove.counts or [prices.remove]:
+        priced = prices.measurement(config.rank_samples, price_states(order < removed))
+        seconds += priced.seconds
+        if config.patch == "none":
+            continue
+        # In deep cuts, trial patches are of the run's kind.
+        trial = config.patch if is_deep(removed, n) else "linear"
+        tokens = repairs.get(trial).passes / 2 * config.patch_tokens
+        if is_searched(config, removed, n, streamed=prices.streamed):
+            # Every state reads the texts of the fit and the measurement; the original, once.
+            tokens += 2 * TOKENS * (1 + (n + MORE) * prices.left)
+        seconds += tokens * prices.forward
+    return [dataclasses.replace(priced, seconds=seconds)]
+
+
 rank = Stage(
     "rank",
     _rank,
@@ -130,6 +158,7 @@ rank = Stage(
         *("candidates.journal", "random.journal", "patched.journal"),
         *("searched.journal", ".questions/*.journal"),
     ),
+    price=_price,
 )
 
 

@@ -26,6 +26,18 @@ from isingcut.runs.folder import RunFolder, each_removal
 P = ParamSpec("P")
 T = TypeVar("T")
 
+
+@dataclass
+class Estimate:
+    """One line of a plan, memory in bytes; ``impossible`` is the reason if it cannot run."""
+
+    name: str = ""
+    samples: int = 0
+    seconds: float = 0.0
+    memory: float = 0.0
+    impossible: str = ""
+
+
 Making = tuple[RunFolder, Path, dict[str, Any], Callable[[Path], None]]
 """The run, the file or folder that a stage writes there, everything that the result depends on, and
 the function that makes it at a path."""
@@ -48,6 +60,8 @@ class Stage(Generic[P, T]):
         journals: patterns of the journals next to the file, ``{}`` for its name. They are deleted
             once the result is recorded, so that a kill before that loses nothing.
         additions: options whose change needs no `--overwrite`, because nothing else is lost.
+        price: estimates its time and memory from `prices.Prices`, for `plan`; a line without a name
+            gets that of the stage.
     """
 
     name: str
@@ -57,6 +71,7 @@ class Stage(Generic[P, T]):
     together: bool = False
     journals: tuple[str, ...] = ()
     additions: tuple[str, ...] = ()
+    price: Callable[[Any], list[Estimate]] = lambda prices: []
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> T:
         """Return the result; make it unless a result with the same options exists.
