@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 import json
 from pathlib import Path
@@ -65,18 +64,10 @@ else:
         LazyModule(f"runs.{name}") for name in runs
     )
 
-_FIELDS = dataclasses.fields(RunConfig)
-# The energy search needs the removal before it measures anything.
-_NEAR = ("remove", "budget", "keep", "must_remove")
-_MEASURE = tuple(
-    f.name
-    for f in _FIELDS
-    if f.metadata["stage"] in ("model", "calibration", "energy")
-    or f.name in ("out", "overwrite", *_NEAR)
-)
+_ALL = RunConfig.__dataclass_fields__
 
 
-@verb(*(f.name for f in _FIELDS), group=WHOLE, together=True)
+@verb(*_ALL, group=WHOLE, together=True)
 def run(progress: Any, config: ConfigFile = None, **options: Any) -> Output:
     """Measure, solve, rank, cut, patch, evaluate and report.
 
@@ -121,7 +112,15 @@ def _make_output(target: Path, *, generation: bool = False) -> Output:
     )
 
 
-@verb(*_MEASURE, group=STAGES, together=True)
+@verb(
+    "model",
+    *OF_RUN[1:],
+    *("keep", "must_remove", "out", "calibration", "energy", "compare_energies"),
+    *("samples", "length", "rank_samples", "report_samples", "seed", "effort"),
+    *("dtype", "attention", "batch_tokens"),
+    group=STAGES,
+    together=True,
+)
 def energy(progress: Any, config: ConfigFile = None, **options: Any) -> Output:
     """Measure the Hamiltonian once, so that `solve` takes seconds for any removal.
 
@@ -142,10 +141,12 @@ def energy(progress: Any, config: ConfigFile = None, **options: Any) -> Output:
     return Output(data, lambda: show.show_energy(data), brief=file, warnings=warnings)
 
 
-_SOLVE = (*(f.name for f in _FIELDS if f.metadata["stage"] == "solve"), "overwrite")
-
-
-@verb(*_SOLVE, repeat=("remove",), group=STAGES)
+@verb(
+    *("remove", "solver", "states", "budget", "solve_seconds", "keep", "must_remove"),
+    "overwrite",
+    repeat=("remove",),
+    group=STAGES,
+)
 def solve(directory: Folder, progress: Any, **options: Any) -> Output:
     """Find the low-energy states of a measured Hamiltonian, for any number of blocks.
 
@@ -544,7 +545,7 @@ def inspect_blocks(**options: Any) -> Output:
     return Output(data, lambda: show.show_inspection(found), brief=blocks)
 
 
-@verb(*(f.name for f in _FIELDS), group=LOOK)
+@verb(*_ALL, group=LOOK)
 def plan(**options: Any) -> Output:
     """Estimate the time and memory of each energy and stage from a timed forward pass.
 

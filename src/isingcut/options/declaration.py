@@ -39,17 +39,16 @@ RENAMED = {"also": "compare_energies", "drop": "must_remove", "effort": "train"}
 """New names of options by the old ones, which are accepted for one more release."""
 
 
-def option(default: Any, help_: str, stage: str = "heal", **further: Any) -> Any:
+def option(default: Any, help_: str, **further: Any) -> Any:
     """Declare a dataclass field that is an option.
 
     Args:
         default: value of the field's type; None if the value is decided later.
         help_: help text, one line.
-        stage: first stage of a run that the option can change.
         further: ``typed``: must be given on each command line or call, never in a file.
             ``argument``: a positional argument. ``metavar``: the name of the value in the help.
     """
-    metadata = {**_FURTHER, **further, "stage": stage, "help": help_}
+    metadata = {**_FURTHER, **further, "help": help_}
     return dataclasses.field(default=default, metadata=metadata)
 
 
