@@ -14,19 +14,18 @@ from isingcut.evaluation.questions import Prepared, prepare_task, split_names
 from isingcut.evaluation.scores import score_states
 from isingcut.files import evaluations, states
 from isingcut.files.results import fingerprint, read_document, write_document
-from isingcut.files.runs import BlockList
 from isingcut.measure.work import Work
 from isingcut.options.config import RunConfig
 from isingcut.runs import solving
-from isingcut.runs.checks import check_run_tasks, data_of
+from isingcut.runs.checks import data_of
 from isingcut.runs.cutting import product
-from isingcut.runs.evaluating import open_scores
+from isingcut.runs.evaluating import write_scores
 from isingcut.runs.folder import RunFolder
 from isingcut.runs.session import Session
 from isingcut.runs.stages import Making, Stage
 
 
-def check_whole(session: Session, blocks: BlockList | None = None) -> None:
+def check_whole(session: Session, blocks: object = None) -> None:
     """Raise if a task needs the whole model in memory, but the model is streamed.
 
     Raises:
@@ -51,8 +50,8 @@ def hashes_of(config: RunConfig) -> dict[str, Any]:
     """Return a stage option with the hash of each task's questions; empty if all are of the hub."""
     names = split_names(config.tasks)
     sources = (task.source for task in prepare_tasks(config))
-    found = dict(zip(names, sources, strict=True))
-    hashes = {name: source for name, source in found.items() if source != "hub"}
+    pairs = zip(names, sources, strict=True)
+    hashes = {name: source for name, source in pairs if source != "hub"}
     return {"files": hashes} if hashes else {}
 
 
@@ -96,8 +95,8 @@ def choose_by_tasks(
             wanted = frozenset(keys).__contains__
             scores.append(score_states(model, task, removed, work, wanted=wanted))
             part.finish(task.name)
-    position, found = benchmark.choose_by_questions(removed, drawn, scores)
-    return best[position], found
+    position, by_tasks = benchmark.choose_by_questions(removed, drawn, scores)
+    return best[position], by_tasks
 
 
 def _benchmarks(
@@ -151,21 +150,17 @@ def benchmark_checkpoint(
 
     Args:
         config: options, whose ``model`` is the original.
-        out: the file for the scores, by default as `open_scores`.
+        out: the file for the scores, by default as `write_scores`.
 
     Returns:
         the scores, and the file that they were written to.
 
     Raises:
-        InputError: as `check_run_tasks`.
-        ModelError, OutputExistsError: as `open_scores`.
+        InputError: a task with generated answers, but the model is streamed.
+        ModelError, OutputExistsError: as `write_scores`.
     """
-    with open_scores(config, checkpoint, out, "benchmarks") as (folder, file):
-        # The harness takes seconds to list its tasks.
-        check_run_tasks(config)
-        content = _score_both(Session(config), folder)
-        write_document(file, content, seal=True)
-    return content, file
+    score = partial(_score_both, Session(config))
+    return write_scores(config, checkpoint, out, "benchmarks", score)
 
 
 def _score_both(
@@ -191,7 +186,9 @@ def _score_both(
     if not cut.streamed:
         cut.replay.attention = session.replay.attention
     rows = benchmark.benchmark(models, prepare_tasks(config), work, but=but, kept=kept)
-    found: dict[str, Any] = {"left_out": len(but)} if but else {}
-    return evaluations.BenchmarksFile(
-        rows=rows, engine=f"lm_eval {version('lm_eval')}", **found
+    scores = evaluations.BenchmarksFile(
+        rows=rows, engine=f"lm_eval {version('lm_eval')}"
     )
+    if but:
+        scores.left_out = len(but)
+    return scores

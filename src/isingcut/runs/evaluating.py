@@ -2,32 +2,33 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 
 from isingcut.data.calibration import build
 from isingcut.data.corpora import UNLIKE
 from isingcut.data.tokens import TokenSet, overlap
 from isingcut.errors import InputError, ModelError
-from isingcut.evaluation.quality import before_and_after, perplexity, quality
+from isingcut.evaluation.quality import before_and_after, quality, quality_of
 from isingcut.evaluation.speed import with_memory
 from isingcut.files import cuts, evaluations
 from isingcut.files.ownership import check_output
 from isingcut.files.results import read_document, write_document
+from isingcut.files.schema import Document
 from isingcut.files.writing import atomic_file, lock_place, temporary_prefix
 from isingcut.formats.architectures.blocks import language_model, text_config
 from isingcut.formats.gguf_files import unpack_gguf
 from isingcut.formats.sources import resolve
 from isingcut.healing.checks import start_of
 from isingcut.ising.states import Floats, states_of
-from isingcut.measure.losses import Measurement, measure
+from isingcut.measure.losses import measure
 from isingcut.models.load import LoadedModel
 from isingcut.models.sharing import fits
 from isingcut.options.config import RunConfig
@@ -39,6 +40,10 @@ from isingcut.runs.folder import RunFolder
 from isingcut.runs.prices import Prices
 from isingcut.runs.session import Session
 from isingcut.runs.stages import Estimate, Making, Stage
+
+D = TypeVar("D", bound=Document)
+Judge = Callable[[TokenSet], evaluations.MixedScores]
+"""Compares the original and another model on a text."""
 
 
 def _evaluate(
@@ -78,7 +83,7 @@ def _evaluate(
             except ModelError as e:
                 further["gguf_unread"] = str(e)
         cut = session.open_cut(checkpoint)
-        found = before_and_after(
+        scores = before_and_after(
             session.loaded,
             cut,
             tokens,
@@ -87,13 +92,13 @@ def _evaluate(
             exact=exact,
             skip_speed=skip,
         ).model_copy(update=further)
-        found.before.bytes = session.identity.weight_bytes
+        scores.before.bytes = session.identity.weight_bytes
         if not cut.streamed and not skip:
             del cut
             if session.loaded.device.type != "cpu":
                 session.leave_device()
-            found = with_memory(
-                found,
+            scores = with_memory(
+                scores,
                 {"before": session.source, "after": checkpoint},
                 length=int(tokens.input_ids.shape[1]),
                 trust_remote_code=config.trust_remote_code,
@@ -101,10 +106,10 @@ def _evaluate(
             )
         card = checkpoint / "README.md"
         if card.is_file():
-            written = mark_harm(card.read_text(encoding="utf-8"), found)
+            written = mark_harm(card.read_text(encoding="utf-8"), scores)
             with atomic_file(card) as temporary:
                 temporary.write_text(written, encoding="utf-8")
-        write_document(path, found)
+        write_document(path, scores)
 
     return folder, file, options, make
 
@@ -127,14 +132,18 @@ evaluate = Stage(
 )
 
 
-@contextlib.contextmanager
-def open_scores(
-    config: RunConfig, checkpoint: Path, out: Path | None, what: str
-) -> Iterator[tuple[Path, Path]]:
-    """Lock the file for the scores of a checkpoint or GGUF file in any place.
+def write_scores(
+    config: RunConfig,
+    checkpoint: Path,
+    out: Path | None,
+    what: str,
+    score: Callable[[Path], D],
+) -> tuple[D, Path]:
+    """Score a checkpoint or GGUF file in any place, and write the scores to a file.
 
-    Yields:
-        the checkpoint's folder, and the file: `NAME-WHAT.json` next to the checkpoint by default.
+    Args:
+        out: the file; by default `NAME-WHAT.json` next to the checkpoint.
+        score: returns the scores of the checkpoint in a folder.
 
     Raises:
         ModelError: it is not a checkpoint.
@@ -146,7 +155,9 @@ def open_scores(
     check_output(file, overwrite=config.overwrite, sources=sources)
     folder = resolve(str(place))
     with lock_place(file):
-        yield folder, file
+        scores = score(folder)
+        write_document(file, scores, seal=True)
+    return scores, file
 
 
 def evaluate_checkpoint(
@@ -156,16 +167,17 @@ def evaluate_checkpoint(
 
     Args:
         config: options, whose ``model`` is the original.
-        out: the file for the scores, by default as `open_scores`.
+        out: the file for the scores, by default as `write_scores`.
 
     Returns:
         the scores, and the file that they were written to.
 
     Raises:
         InputError: they have different vocabularies.
-        ModelError, OutputExistsError: as `open_scores`.
+        ModelError, OutputExistsError: as `write_scores`.
     """
-    with open_scores(config, checkpoint, out, "evaluation") as (folder, file):
+
+    def compare(folder: Path) -> evaluations.EvaluationFile:
         session = Session(resolve_energy(config))
         cut = session.open_cut(folder)
         ours, theirs = (text_config(m.model).vocab_size for m in (session.loaded, cut))
@@ -176,20 +188,21 @@ def evaluate_checkpoint(
             )
         # GGUF files run in llama.cpp, so the speed in transformers is not relevant.
         packed = checkpoint.suffix.lower() == ".gguf"
-        found = before_and_after(
+        scores = before_and_after(
             session.loaded,
             cut,
             measuring.build_calibration(session).splits["report"],
             work=session.work(),
             skip_speed=config.skip_speed or packed,
         )
-        found.before.bytes = session.identity.weight_bytes
+        scores.before.bytes = session.identity.weight_bytes
         if packed:
-            found.after.bytes = checkpoint.stat().st_size
+            scores.after.bytes = checkpoint.stat().st_size
         else:
-            found.last = start_of(folder)
-        write_document(file, found, seal=True)
-    return found, file
+            scores.last = start_of(folder)
+        return scores
+
+    return write_scores(config, checkpoint, out, "evaluation", compare)
 
 
 def _unlike(session: Session, splits: Mapping[str, TokenSet]) -> dict[str, TokenSet]:
@@ -206,9 +219,9 @@ def _unlike(session: Session, splits: Mapping[str, TokenSet]) -> dict[str, Token
         seed=session.config.seed,
         model=language_model(loaded.model),
     )
-    found = built.splits["report"]
+    unlike = built.splits["report"]
     # The calibration may contain it, under any name; 2 % of n-grams are common by chance.
-    return {} if overlap(found, list(splits.values())) > 0.02 else {UNLIKE: found}
+    return {} if overlap(unlike, list(splits.values())) > 0.02 else {UNLIKE: unlike}
 
 
 def _further_scores(
@@ -229,27 +242,26 @@ def _further_scores(
     healed = checkpoint != model
     changed = patch is not None and patch.changed
     last = "healed" if healed else "patched" if changed else "cut"
-    found: dict[str, Any] = {"last": last}
+    scores: dict[str, Any] = {"last": last}
     if patch is not None and patch.unpatched:
-        found["unpatched"] = patch.unpatched
-    judges: dict[str, Callable[[TokenSet], dict[str, evaluations.FurtherPart]]] = {}
-    exact: dict[TokenSet, Measurement] = {}
+        scores["unpatched"] = patch.unpatched
+    judges: dict[str, Judge] = {}
+    sums: dict[TokenSet, Floats] = {}
     if last != "cut":
         state = states_of(len(session.replay), [record.removed])
         what = "perplexity and KL of the exact cut"
-        exact = {
-            text: measure(session.replay, text, state, session.work(), what)
-            for text in (tokens, *elsewhere.values())
-        }
-        judges["cut"] = lambda text: _score_exact_cut(exact[text], text)
+        for text in (tokens, *elsewhere.values()):
+            exact = measure(session.replay, text, state, session.work(), what)
+            sums[text] = np.stack(
+                [exact.original_nll_sums, exact.nll_sums[0], exact.kl_sums[0]]
+            )
+        judges["cut"] = lambda text: quality_of(sums[text], text)
     if healed and changed:
-        judges["patched"] = partial(_score_cut, session, session.open_cut(model))
-    found |= {
+        judges["patched"] = _judge(session, session.open_cut(model))
+    scores |= {
         name: _score_texts(judge, tokens, elsewhere) for name, judge in judges.items()
     }
-    return found, {
-        name: exact[text].kl_sums[0] for name, text in elsewhere.items() if exact
-    }
+    return scores, {name: sums[text][2] for name, text in elsewhere.items() if sums}
 
 
 def score_gguf(
@@ -270,47 +282,33 @@ def score_gguf(
         ".part", temporary_prefix(gguf), gguf.parent
     ) as aside:
         unpack_gguf(gguf, Path(aside), session.progress)
-        judge = partial(_score_cut, session, session.open_cut(Path(aside), removed))
-        scores = dict(_score_texts(judge, tokens, elsewhere))
-    return evaluations.PackedScores(**scores, bytes=gguf.stat().st_size)
+        judge = _judge(session, session.open_cut(Path(aside), removed))
+        scores = _score_texts(judge, tokens, elsewhere)
+    return evaluations.PackedScores(**dict(scores), bytes=gguf.stat().st_size)
+
+
+def _judge(session: Session, cut: LoadedModel) -> Judge:
+    """Return the function that compares the original and a cut on a text."""
+    original = session.loaded.runnable
+    return lambda text: quality(original, cut.runnable, text, session.work())
 
 
 def _score_texts(
-    judge: Callable[[TokenSet], dict[str, evaluations.FurtherPart]],
-    tokens: TokenSet,
-    elsewhere: Mapping[str, TokenSet],
+    judge: Judge, tokens: TokenSet, elsewhere: Mapping[str, TokenSet]
 ) -> evaluations.FurtherScores:
-    parts = judge(tokens)
+    """Score a cut on the report split, on each part of a mixture, and on further texts."""
+    scores = judge(tokens)
+    parts = {name: _further_part(part) for name, part in scores.parts.items()}
     return evaluations.FurtherScores(
-        **dict(parts.pop("")),
+        **dict(_further_part(scores)),
         **dict[str, Any]({"parts": parts} if parts else {}),
-        elsewhere={name: judge(text)[""] for name, text in elsewhere.items()},
+        elsewhere={
+            name: _further_part(judge(text)) for name, text in elsewhere.items()
+        },
     )
 
 
-def _score_cut(
-    session: Session, cut: LoadedModel, tokens: TokenSet
-) -> dict[str, evaluations.FurtherPart]:
-    """Score a cut on a text (key "") and on each part of a mixture."""
-    scores = quality(session.loaded.runnable, cut.runnable, tokens, session.work())
-    return {
-        name: evaluations.FurtherPart(**one.after.content(), kl=one.kl, kl_se=one.kl_se)
-        for name, one in {"": scores, **scores.parts}.items()
-    }
-
-
-def _score_exact_cut(
-    measured: Measurement, tokens: TokenSet
-) -> dict[str, evaluations.FurtherPart]:
-    """Return the scores of an exact cut, as `_score_cut`."""
-    losses = {"": measured.losses(0)}
-    losses |= {
-        k: measured.of_samples(rows).losses(0)
-        for k, rows in tokens.rows_by_part.items()
-    }
-    return {
-        name: evaluations.FurtherPart(
-            **{**dict(perplexity(of["nll"], of["nll_se"])), **of}
-        )
-        for name, of in losses.items()
-    }
+def _further_part(scores: evaluations.PairScores) -> evaluations.FurtherPart:
+    return evaluations.FurtherPart(
+        **scores.after.content(), kl=scores.kl, kl_se=scores.kl_se
+    )
