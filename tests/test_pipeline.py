@@ -65,7 +65,7 @@ def test_a_ranking_keeps_the_blocks_that_its_spectrum_was_solved_with(
 ):
     kept = load_json(run / "candidates.json").chosen.removed[0]
     works("solve", run, "--keep", kept, "--overwrite")
-    assert "is of an earlier energy or spectrum" in refusal("excise", run)
+    assert "is of an earlier energy, spectrum or budget" in refusal("excise", run)
     with refuses("solve and rank again", StageFileError):
         _ = isingcut.open_run(run).chosen
     assert f"keep: was none, now {kept}" in refusal("rank", run)
@@ -78,7 +78,7 @@ def test_a_ranking_keeps_the_blocks_that_its_spectrum_was_solved_with(
     config = isingcut.runs.folder.RunFolder.open(run).config
     isingcut.energy(config.replace(compare_energies="", effort="3", overwrite=True))
     capsys.readouterr()
-    assert "was solved for another energy or budget; solve again" in refusal(
+    assert "spectrum.json is of an earlier energy, spectrum or budget" in refusal(
         "rank", run, "--overwrite"
     )
 
