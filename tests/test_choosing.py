@@ -9,7 +9,6 @@ import isingcut
 from isingcut.evaluation.benchmark import choose_by_questions, contenders, draw_half
 from isingcut.evaluation.questions import prepare_task
 from isingcut.evaluation.scores import score_states
-from isingcut.files.results import read_json
 from isingcut.files.states import ByTasks, CandidatesFile, ChosenState
 from isingcut.options.config import RunConfig
 from isingcut.report.words import sentence
@@ -285,8 +284,7 @@ def test_a_streamed_model_gives_the_same_answers(by_questions, tmp_path):
     streamed = isingcut.run(**{**options, "out": tmp_path / "run", "stream": "on"})
     for kind, key in (("candidates", "by_tasks"), ("benchmarks", "rows")):
         one, other = (
-            read_json(target / f"{kind}.json", kind)[key]
-            for target in (streamed, whole)
+            load_json(target / f"{kind}.json")[key] for target in (streamed, whole)
         )
         assert one == other
 

@@ -1,6 +1,6 @@
 """A run's options, provenance, blocks and stages: `run.json`.
 
-Two more documents describe a whole run: `packing.json` and `report.json`.
+One more document describes a whole run: `packing.json`.
 """
 
 from __future__ import annotations
@@ -300,7 +300,3 @@ class RunFile(Document, kind="run"):
         ):
             raise ValueError(f"a stage removes a block outside 0 to {n - 1}")
         return self
-
-
-class ReportFile(Document, kind="report"):
-    """`report.json`, which isingcut never reads."""

@@ -27,7 +27,7 @@ from isingcut.errors import (
     OutputExistsError,
     StageFileError,
 )
-from isingcut.files import documents, ownership, results, runs, writing
+from isingcut.files import ownership, results, runs, writing
 from isingcut.files.inputs import user_path
 from isingcut.files.provenance import model_path, versions
 from isingcut.files.stages import find_outdated
@@ -215,7 +215,7 @@ class RunFolder:
         """
         self.check(file)
         found = read(file)
-        documents.check_blocks(file, found, len(self.run.blocks.blocks))
+        results.check_blocks(file, found, len(self.run.blocks.blocks))
         return found
 
     def find_record(self, file: Path) -> runs.StageRecord | None:
