@@ -20,7 +20,6 @@ from torch import Tensor
 
 from isingcut.console.printing import say
 from isingcut.console.progress import Progress
-from isingcut.data.calibration import Calibration
 from isingcut.data.healing_text import is_mixed, to_fit
 from isingcut.errors import ArchitectureError, InputError
 from isingcut.files import cuts, healings, ownership, results, writing
@@ -61,7 +60,7 @@ from isingcut.options.config import (
 )
 from isingcut.report.card import card_parts, model_card
 from isingcut.runs.folder import RunFolder, slug
-from isingcut.runs.measuring import calibration_options
+from isingcut.runs.measuring import calibration_options, read_calibration
 from isingcut.runs.prices import Prices
 from isingcut.runs.session import Session
 from isingcut.runs.solving import chosen_blocks, load_candidates, require
@@ -357,7 +356,7 @@ def _patch_job(
     session: Session, folder: RunFolder, removed: Sequence[int], cut: Path, work: Path
 ) -> tuple[Job, cuts.FittedText]:
     loaded = session.loaded
-    own = folder.load(folder.path / "calibration.safetensors", Calibration.load)
+    own = read_calibration(folder)
     config = session.config
     later = None
     if config.heal:
@@ -444,7 +443,7 @@ def _heal(session: Session, folder: RunFolder) -> Making:
             # It is replaced at the end; refuse now a file that is not a record of a healing.
             results.read_document(target / HEALING, healings.HealingFile)
         # Text outside all splits of the run.
-        used = folder.load(folder.path / "calibration.safetensors", Calibration.load)
+        used = read_calibration(folder)
         text = build_text(healing, session.loaded, used)
         job = Job(
             session.loaded, removed, start, text.train, path, healing, session.progress

@@ -71,9 +71,10 @@ def _evaluate(
 
     def make(path: Path) -> None:
         folder.check(checkpoint)
-        tokens = measuring.splits_of(folder)["report"]
+        splits = measuring.read_calibration(folder).splits
+        tokens = splits["report"]
         session.choose_tuning(folder)
-        elsewhere = _unlike(session, measuring.splits_of(folder))
+        elsewhere = _unlike(session, splits)
         further, exact = _further_scores(session, checkpoint, tokens, elsewhere)
         if packed:
             folder.check(gguf)

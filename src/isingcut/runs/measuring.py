@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -87,13 +86,13 @@ def build_calibration(session: Session) -> Calibration:
 
 def calibrate(session: Session, folder: RunFolder, built: Calibration | None) -> None:
     """Write the token splits to `calibration.safetensors`, and describe them in `run.json`."""
-    found = calibration(session, folder, built)
+    text = calibration(session, folder, built)
     folder.run.provenance.calibration = CalibrationText(
-        source=found.source,
-        sha256=found.sha256,
-        splits={k: _size(split) for k, split in found.splits.items()},
-        overlap=found.meta.get("overlap", {}),
-        repeats=found.meta.get("repeats", {}),
+        source=text.source,
+        sha256=text.sha256,
+        splits={k: _size(split) for k, split in text.splits.items()},
+        overlap=text.meta.get("overlap", {}),
+        repeats=text.meta.get("repeats", {}),
     )
     folder.save()
 
@@ -128,21 +127,21 @@ calibration = Stage("calibration", _calibration, Calibration.load)
 def _size(split: TokenSet) -> SplitSize:
     """Count samples and predictions of a split, and of each source of a mixture."""
     rows = split.rows_by_part
-    parts = {"parts": {name: _size(split.select(own)) for name, own in rows.items()}}
-    return SplitSize(
-        samples=split.samples, tokens=split.tokens, **(parts if rows else {})
-    )
+    size = SplitSize(samples=split.samples, tokens=split.tokens)
+    if rows:
+        size.parts = {name: _size(split.select(own)) for name, own in rows.items()}
+    return size
 
 
-def splits_of(folder: RunFolder) -> Mapping[str, TokenSet]:
+def read_calibration(folder: RunFolder) -> Calibration:
     """Read the token splits of a run."""
-    return folder.load(folder.path / "calibration.safetensors", Calibration.load).splits
+    return folder.load(folder.path / "calibration.safetensors", Calibration.load)
 
 
 def measure_energy(session: Session, folder: RunFolder) -> Hamiltonian:
     """Measure every energy of the options, and return the main one."""
-    found = [energy(session, folder, name) for name in session.config.energies]
-    return found[0]
+    energies = [energy(session, folder, name) for name in session.config.energies]
+    return energies[0]
 
 
 def energy_file(folder: RunFolder, config: RunConfig, name: str) -> Path:
@@ -170,7 +169,7 @@ def _energy(session: Session, folder: RunFolder, name: str) -> Making:
     file = energy_file(folder, config, name)
 
     def make(path: Path) -> None:
-        split = splits_of(folder)["energy"].select(range(samples))
+        split = read_calibration(folder).splits["energy"].select(range(samples))
         session.choose_tuning(folder)
         work = session.work(folder.path / f"{file.name}.journal")
         store = session.replay.store
@@ -226,9 +225,9 @@ def targets_of(blocks: BlockList, config: RunConfig) -> tuple[Target, ...]:
 
 def calibration_options(folder: RunFolder) -> dict[str, Any]:
     """Return the options that tie a stage's file to its calibration."""
-    calibration = folder.find_record(folder.path / "calibration.safetensors")
-    if calibration is None:
+    record = folder.find_record(folder.path / "calibration.safetensors")
+    if record is None:
         raise StageFileError(
             f"{folder.path} has no calibration yet; run: isingcut energy MODEL --out {folder.path}"
         )
-    return {"calibration": calibration.fingerprint}
+    return {"calibration": record.fingerprint}

@@ -130,7 +130,7 @@ def _measure(
 ) -> None:
     """Measure the types and cuts that may be the best, and store their KL in ``types``."""
     config = session.config
-    tokens = measuring.splits_of(folder)["rank"]
+    tokens = measuring.read_calibration(folder).splits["rank"]
     work = session.work()
     evaluator = Evaluator(session.replay, tokens, session.work(journal), config.seed)
     counts = tokens.predicted.sum(1).numpy().astype(np.int64)

@@ -70,7 +70,7 @@ def _rank(session: Session, folder: RunFolder) -> Making:
         options |= benchmarking.hashes_of(config)
 
     def make(path: Path) -> None:
-        split = measuring.splits_of(folder)["rank"]
+        split = measuring.read_calibration(folder).splits["rank"]
         problem = solving.problem_of(folder, config)
         session.choose_tuning(folder)
         more = found_states(spectrum, problem, config)
@@ -233,7 +233,7 @@ def _compare(session: Session, folder: RunFolder, name: str) -> Making:
     }
 
     def make(path: Path) -> None:
-        splits = measuring.splits_of(folder)
+        splits = measuring.read_calibration(folder).splits
         searched = splits["energy"].select(range(samples))
         session.choose_tuning(folder)
         work = session.work(target / f"{file.name}.journal")
