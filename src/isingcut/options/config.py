@@ -400,34 +400,24 @@ def heal_config(config: RunConfig) -> HealConfig:
         InputError: an option that the run itself sets, or an unknown one.
     """
     values = read_options(HealConfig, config.healing.values, "--healing")
-    set_by_run = {
-        "student",
-        "teacher",
-        "out",
-        "device",
-        "trust_remote_code",
-        "overwrite",
+    own: dict[str, Any] = {
+        "patch": "none" if config.patch == "none" else None,
+        "patch_tokens": config.patch_tokens,
+        "train": "" if config.heal == "all" else config.heal,
+        "device": config.device,
+        "trust_remote_code": config.trust_remote_code,
     }
-    set_by_run |= {"other_teacher", "patch", "patch_tokens", "train"}
-    if taken := sorted(set_by_run & values.keys()):
+    others = ("student", "teacher", "out", "overwrite", "other_teacher")
+    if taken := sorted({*own, *others} & values.keys()):
         raise InputError(
             f"--healing: the run itself sets {', '.join(taken)}; remove it here"
         )
-    base = {
-        "text": config.calibration,
-        "seed": config.seed,
-        "dtype": config.dtype,
-        **({"batch_tokens": config.batch_tokens} if config.batch_tokens else {}),
-    }
-    found = options_from(HealConfig, {**base, **values}, "--healing")
-    return found.replace(
-        patch="none" if config.patch == "none" else None,
-        patch_tokens=config.patch_tokens,
-        method=found.method if config.heal else "none",
-        train="" if config.heal == "all" else config.heal,
-        device=config.device,
-        trust_remote_code=config.trust_remote_code,
-    )
+    base = {"text": config.calibration, "seed": config.seed, "dtype": config.dtype}
+    if config.batch_tokens:
+        base["batch_tokens"] = config.batch_tokens
+    if not config.heal:
+        own["method"] = "none"
+    return options_from(HealConfig, base | values | own, "--healing")
 
 
 def distil_config(config: RunConfig) -> HealConfig:

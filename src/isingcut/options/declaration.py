@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar, get_args, get_type_hints
 
+import yaml
+
 from isingcut.errors import InputError, suggest
 from isingcut.files.inputs import find_surrogate, read_text
 from isingcut.options.parsed import Parsed
@@ -197,16 +199,17 @@ def read_options(
     options = options_from(kind, values, source)
     names = {str(k).replace("-", "_") for k in values}
     names |= {RENAMED.get(name, name) for name in names}
-    given = {
-        f: getattr(options, f.name) for f in dataclasses.fields(kind) if f.name in names
-    }
-    for f, value in given.items():
+    given = {}
+    for f in dataclasses.fields(kind):
+        if f.name not in names:
+            continue
+        value = given[f.name] = getattr(options, f.name)
         # A file may repeat the default, as run.json does.
         repeated = source and value == f.default
         if isinstance(value, str) and not value.strip(" ,") and not repeated:
             called = f"{source}: {f.name}" if source else flag(f)
             raise InputError(f"{called} is empty; give a value, or remove the option")
-    return {f.name: value for f, value in given.items()}
+    return given
 
 
 def from_yaml(kind: type[Options], path: Path) -> dict[str, Any]:
@@ -259,17 +262,39 @@ _PLAIN_VALUES = {
 """Pattern of a plain YAML value of each type; any other value is text."""
 
 
+_Safe: Any = yaml.SafeLoader
+
+
+class _Loader(_Safe):  # type: ignore[misc]
+    yaml_implicit_resolvers: dict[Any, Any] = {}  # noqa: RUF012
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError(
+                f"aliases (*{self.peek_event().anchor}) are not supported"
+            )
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        names = Counter(str(key.value) for key, _ in node.value)
+        if twice := [name for name, count in names.items() if count > 1]:
+            raise yaml.YAMLError(f"{twice[0]!r} appears twice")
+        return super().construct_mapping(node, deep)
+
+
+for _tag, _pattern in _PLAIN_VALUES.items():
+    _whole = re.compile(f"(?:{_pattern})$")
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", _whole, None)
+
+
 def parse_yaml(text: str) -> Any:
     """Parse one YAML document.
 
     Raises:
         ValueError: not valid YAML, an alias, a tag, a repeated name, or nested too deeply.
     """
-    # Imported here because `--help` does not need it.
-    import yaml
-
     try:
-        return yaml.load(text, _loader())
+        return yaml.load(text, _Loader)
     except yaml.YAMLError as e:
         raise ValueError(" ".join(str(e).split())) from e
     except RecursionError:
@@ -288,31 +313,3 @@ class Section(Parsed):
         if not isinstance(self.values, dict):
             words = "must be a section of the --config file, or typed as {name: value}"
             raise ValueError(f"{words}; got {shorten(text)}")
-
-
-@functools.cache
-def _loader() -> Any:
-    import yaml
-
-    safe: Any = yaml.SafeLoader
-
-    class Loader(safe):  # type: ignore[misc]
-        yaml_implicit_resolvers: dict[Any, Any] = {}  # noqa: RUF012
-
-        def compose_node(self, parent: Any, index: Any) -> Any:
-            if self.check_event(yaml.AliasEvent):
-                raise yaml.YAMLError(
-                    f"aliases (*{self.peek_event().anchor}) are not supported"
-                )
-            return super().compose_node(parent, index)
-
-        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-            names = Counter(str(key.value) for key, _ in node.value)
-            if twice := [name for name, count in names.items() if count > 1]:
-                raise yaml.YAMLError(f"{twice[0]!r} appears twice")
-            return super().construct_mapping(node, deep)
-
-    for tag, pattern in _PLAIN_VALUES.items():
-        whole = re.compile(f"(?:{pattern})$")
-        Loader.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", whole, None)
-    return Loader
