@@ -169,10 +169,6 @@ def inspection_data(found: Inspection) -> dict[str, Any]:
     }
 
 
-def _words_of_placement(placement: dict[str, tuple[int, int]]) -> list[str]:
-    return [f"blocks {a} to {b}: {device}" for device, (a, b) in placement.items()]
-
-
 def show_inspection(found: Inspection) -> None:
     """Print a model's blocks, their costs and the rules that states obey."""
     header, *rows = found.table()
@@ -186,7 +182,9 @@ def show_inspection(found: Inspection) -> None:
     elif len(found.stack) == 1:
         rules.append("its one block stays: none can be removed")
     rules = rules or ["any blocks may be removed, as long as one stays"]
-    show_lines(*rules, *_words_of_placement(found.placement))
+    for device, (first, last) in found.placement.items():
+        rules.append(f"blocks {first} to {last}: {device}")
+    show_lines(*rules)
 
 
 def open_finished(target: Path) -> RunFiles:

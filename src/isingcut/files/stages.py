@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 
-from isingcut.files.runs import RunFile, StageRecord
+from isingcut.files.runs import RunFile
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,8 @@ def find_outdated(run: RunFile, folder: Path, file: Path) -> str:
     for name in stage.reads:
         if name == "spectrum":
             solved = run.find_record(folder, file.with_name(STAGE_FILES["solve"].file))
-            if solved is not None and not _has_options(made, solved):
+            options = solved.options.content() if solved else {}
+            if any(read.get(key, value) != value for key, value in options.items()):
                 return name
             continue
         if name == "product":
@@ -143,10 +144,3 @@ def find_outdated(run: RunFile, folder: Path, file: Path) -> str:
         if now is not None and read.get(key) not in (None, now.fingerprint):
             return key
     return ""
-
-
-def _has_options(made: StageRecord, solved: StageRecord) -> bool:
-    """Whether a ranking has the options of a spectrum."""
-    read = made.options.content()
-    now = solved.options.content()
-    return all(read[key] == value for key, value in now.items() if key in read)

@@ -144,9 +144,7 @@ class Run:
             >>> isingcut.open_run("my-run").hamiltonian.unit
             'nats/token'
         """
-        return self._folder.load(
-            self._folder.path / "hamiltonian.safetensors", Hamiltonian.load
-        )
+        return solving.read_energy(self._folder)
 
     @cached_property
     def spectrum(self) -> Spectrum:

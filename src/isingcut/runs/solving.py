@@ -268,8 +268,12 @@ solve = Stage("solve", _solve, Spectrum.load)
 
 def problem_of(folder: RunFolder, config: RunConfig) -> Problem:
     """Make the constrained problem of one removal, with this folder's Hamiltonian."""
-    hamiltonian = folder.load(folder.path / "hamiltonian.safetensors", Hamiltonian.load)
-    return Problem(hamiltonian, removal_rows(folder.run.blocks, config))
+    return Problem(read_energy(folder), removal_rows(folder.run.blocks, config))
+
+
+def read_energy(folder: RunFolder) -> Hamiltonian:
+    """Read the main energy of a run."""
+    return folder.load(folder.path / "hamiltonian.safetensors", Hamiltonian.load)
 
 
 def solve_options(folder: RunFolder, config: RunConfig) -> dict[str, Any]:
