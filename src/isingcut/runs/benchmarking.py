@@ -31,11 +31,10 @@ def check_whole(session: Session, blocks: object = None) -> None:
     Raises:
         InputError: a task with generated answers.
     """
-    config = session.config
-    for name in split_names(config.tasks) if session.streaming else ():
-        if prepare_task(name, data_of(config), config.questions).generates:
+    for task in prepare_tasks(session.config) if session.streaming else ():
+        if task.generates:
             raise InputError(
-                f"{name} needs the whole model, which does not fit the memory limit; raise "
+                f"{task.name} needs the whole model, which does not fit the memory limit; raise "
                 "--memory-limit, or remove it from --tasks"
             )
 

@@ -7,7 +7,7 @@ candidates, so that both are comparable.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -73,7 +73,9 @@ def _rank(session: Session, folder: RunFolder) -> Making:
         split = measuring.read_calibration(folder).splits["rank"]
         problem = solving.problem_of(folder, config)
         session.choose_tuning(folder)
-        more = found_states(spectrum, problem, config)
+        search = problem.hamiltonian.meta.get("search", {})
+        mine = search.get("targets", {}).get(config.removal, {})
+        more = found_states(spectrum, problem, config, mine)
         best = list[list[int]]()
         count = len(spectrum.removed(0))
         if is_searched(config, count, problem.n, streamed=session.streaming):
@@ -84,7 +86,7 @@ def _rank(session: Session, folder: RunFolder) -> Making:
         considered = spectrum
         if len(more):
             # Further states do not affect the proof of the lowest.
-            searched = best or "search" in problem.hamiltonian.meta
+            searched = best or search
             considered = Spectrum.from_states(
                 problem,
                 np.concatenate([spectrum.states, more]),
@@ -94,16 +96,21 @@ def _rank(session: Session, folder: RunFolder) -> Making:
                 info=spectrum.info,
             )
         work = session.work(target / "candidates.journal")
-        found = candidates.rank(
+        ranked = candidates.rank(
             session.replay, split, problem, considered, others, config, work
         )
-        if quick := one_pass(found, problem.hamiltonian.meta.get("search", {})):
-            found.one_pass = quick
-        rows = found.candidates
-        position = found.chosen.position
-        reason: dict[str, Any] = {"why": found.chosen.why}
+        rows = ranked.candidates
+        if quick := one_pass(rows, mine.get("one_pass", [])):
+            ranked.one_pass = states.OnePass(
+                states=quick,
+                passes=search["one_pass_passes"],
+                search_passes=search["passes"],
+                searched_for=len(search["targets"]),
+            )
+        position = ranked.chosen.position
+        reason: dict[str, Any] = {"why": ranked.chosen.why}
         if config.choose == "tasks" and not folder.processes.rank:
-            position, found.by_tasks = benchmarking.choose_by_tasks(
+            position, ranked.by_tasks = benchmarking.choose_by_tasks(
                 session, rows, target / ".questions"
             )
             reason = {"why": "questions"}
@@ -111,17 +118,17 @@ def _rank(session: Session, folder: RunFolder) -> Making:
             journal = target / "patched.journal"
             trials = Trials(session, folder, split, journal, session.progress)
             deep = is_deep(count, problem.n)
-            near = choose_by_patch(found, deep, config, trials, best)
+            near = choose_by_patch(ranked, deep, config, trials, best)
             if len(near) > 1:
                 position = near[0]
                 compared = [
                     {"position": i, "patched_kl": rows[i].patched_kl} for i in near
                 ]
                 reason = {"why": "patch", "compared": compared, "deep": deep}
-        found.chosen = states.ChosenState(
+        ranked.chosen = states.ChosenState(
             **rows[position].content(), position=position, **reason
         )
-        write_document(path, found)
+        write_document(path, ranked)
 
     return folder, target / "candidates.json", options, make
 
@@ -162,46 +169,36 @@ rank = Stage(
 )
 
 
-def found_states(spectrum: Spectrum, problem: Problem, config: RunConfig) -> States:
+def found_states(
+    spectrum: Spectrum, problem: Problem, config: RunConfig, mine: Mapping[str, Any]
+) -> States:
     """Return the feasible states that a search found for this removal, those of one pass first.
 
     For a choice by questions, the state without the last blocks is added if it is feasible: a model
     with the worst loss may score best.
+
+    Args:
+        mine: the search's record of this removal; empty without a search.
     """
-    searched = problem.hamiltonian.meta.get("search", {}).get("targets", {})
-    mine = searched.get(config.removal, {})
-    found = [
-        row["removed"]
-        for row in (*mine.get("one_pass", []), *mine.get("finalists", []))
-    ]
+    rows = (*mine.get("one_pass", []), *mine.get("finalists", []))
+    removed = [row["removed"] for row in rows]
     if config.choose == "tasks":
-        found.append(benchmarking.last_blocks(problem.n, len(spectrum.removed(0))))
+        removed.append(benchmarking.last_blocks(problem.n, len(spectrum.removed(0))))
     # The spectrum may be solved with more constraints than the search had.
-    more = states_of(problem.n, found)
+    more = states_of(problem.n, removed)
     return more[problem.feasible(more)]
 
 
 def one_pass(
-    ranking: states.CandidatesFile, search: Mapping[str, Any]
-) -> states.OnePass | None:
-    """Return the measured choices of one-pass methods, with the costs of the pass and the search.
-
-    Args:
-        search: the search's record in the energy's metadata; empty for other energies.
-    """
-    rows = {tuple(row.removed): row.content() for row in ranking.candidates}
-    found = search.get("targets", {}).get(ranking.remove, {}).get("one_pass", [])
-    found = [s for s in found if tuple(s["removed"]) in rows]
-    if not found:
-        return None
-    return states.OnePass(
-        states=[
-            states.OnePassLoss(**{**rows[tuple(s["removed"])], **s}) for s in found
-        ],
-        passes=search["one_pass_passes"],
-        search_passes=search["passes"],
-        searched_for=len(search["targets"]),
-    )
+    rows: Sequence[states.MeasuredState], choices: Sequence[Mapping[str, Any]]
+) -> list[states.OnePassLoss]:
+    """Return the choices of one-pass methods that are among the measured candidates."""
+    measured = {tuple(row.removed): row.content() for row in rows}
+    return [
+        states.OnePassLoss(**{**measured[tuple(choice["removed"])], **choice})
+        for choice in choices
+        if tuple(choice["removed"]) in measured
+    ]
 
 
 def _compare(session: Session, folder: RunFolder, name: str) -> Making:
@@ -238,7 +235,7 @@ def _compare(session: Session, folder: RunFolder, name: str) -> Making:
         session.choose_tuning(folder)
         work = session.work(target / f"{file.name}.journal")
         outcome = part.choose(session.replay, searched, count, work, config.seed)
-        found = measure(
+        losses = measure(
             session.replay,
             splits["rank"],
             states_of(len(session.replay), [outcome.removed]),
@@ -249,12 +246,12 @@ def _compare(session: Session, folder: RunFolder, name: str) -> Making:
             baseline=name,
             options=dataclasses.asdict(part),
             removed=list(outcome.removed),
-            **found.losses(0),
+            **losses.losses(0),
             passes=outcome.passes,
             heads=outcome.heads,
             tokens_searched=searched.tokens,
-            tokens_judged=int(found.counts.sum()),
-            violated=[row.name for row in rows if not row.satisfied(found.states)[0]],
+            tokens_judged=int(losses.counts.sum()),
+            violated=[row.name for row in rows if not row.satisfied(losses.states)[0]],
             info=outcome.info,
         )
         write_document(path, content)

@@ -137,15 +137,14 @@ class Stage(Generic[P, T]):
                     folder.run.stages[key] = before
                 folder.save()
                 raise
-            seconds = round(time.monotonic() - began, 3)
+            begun.seconds = round(time.monotonic() - began, 3)
             if file.is_dir():
-                sha256 = ownership.folder_hash(file)
+                begun.sha256 = ownership.folder_hash(file)
             else:
-                sha256 = ownership.file_sha256(file, folder.progress)
-            done: dict[str, Any] = {"done": True, "seconds": seconds, "sha256": sha256}
+                begun.sha256 = ownership.file_sha256(file, folder.progress)
             if folder.session is not None and folder.session.streaming:
-                done["streamed"] = True
-            folder.run.stages[key] = begun.model_copy(update=done)
+                begun.streamed = True
+            begun.done = True
             folder.save()
             folder.share()
             self._forget(file)
@@ -174,12 +173,13 @@ class Stage(Generic[P, T]):
                 f"{file} was not written by this run and is not replaced; move it away"
             )
         made = before.options.content()
-        differs = any(
-            made.get(key) != options.get(key)
-            for key in {*made, *options} - {*self.additions}
+        others = {*made, *options} - {*self.additions}
+        only_added = (
+            before.fingerprint
+            and self.additions
+            and all(made.get(key) == options.get(key) for key in others)
         )
-        fits = before.fingerprint and self.additions and not differs
-        fits = fits or before.fingerprint == folder.fingerprint(options)
+        fits = only_added or before.fingerprint == folder.fingerprint(options)
         if not (fits or folder.overwrite):
             raise _changed_error(file, _list_changes(made, options))
         changed = ownership.find_change_since(file, before, folder.progress)
@@ -272,7 +272,6 @@ def _list_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str
 
 
 def _in_words(value: Any) -> str:
-    words = (
-        ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
-    )
-    return "none" if value is None else words or "none"
+    if isinstance(value, list | tuple):
+        value = ", ".join(map(str, value))
+    return "none" if value is None else str(value) or "none"
