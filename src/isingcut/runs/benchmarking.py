@@ -126,11 +126,9 @@ def _benchmarks(
     }
     work = checkpoint.with_name(".benchmarks")
 
-    def make(path: Path) -> None:
-        session.choose_tuning(folder)
-        write_document(path, _score_both(session, checkpoint, but=but, kept=work))
-
-    return folder, checkpoint.with_name("benchmarks.json"), options, make
+    path = yield folder, checkpoint.with_name("benchmarks.json"), options
+    session.choose_tuning(folder)
+    write_document(path, _score_both(session, checkpoint, but=but, kept=work))
 
 
 benchmarks = Stage(

@@ -241,20 +241,18 @@ def _cut_gguf(
     if packed is not None:
         options["type"] = packed.type
 
-    def make(path: Path) -> None:
-        header = read_gguf(source)
-        changed = gguf.changed_tensors(header, session.source, checkpoint, removed)
-        gguf.cut_gguf(
-            source,
-            removed,
-            path,
-            drop_mtp=config.drop_mtp,
-            changed=changed,
-            packed=options.get("type"),
-            progress=session.progress,
-        )
-
-    return folder, checkpoint.with_name("model.gguf"), options, make
+    path = yield folder, checkpoint.with_name("model.gguf"), options
+    header = read_gguf(source)
+    changed = gguf.changed_tensors(header, session.source, checkpoint, removed)
+    gguf.cut_gguf(
+        source,
+        removed,
+        path,
+        drop_mtp=config.drop_mtp,
+        changed=changed,
+        packed=options.get("type"),
+        progress=session.progress,
+    )
 
 
 cut_gguf = Stage("excise", _cut_gguf, Path)
@@ -282,11 +280,9 @@ def _make_model(
             how["healing"] = {key: getattr(healing, key) for key in keys}
         options["patch"] = {**how, **calibration_options(folder)}
 
-    def make(path: Path) -> None:
-        session.choose_tuning(folder)
-        write_model(session, folder, blocks, path, overwrite=True)
-
-    return folder, output_folder(folder, config, removed) / "model", options, make
+    path = yield folder, output_folder(folder, config, removed) / "model", options
+    session.choose_tuning(folder)
+    write_model(session, folder, blocks, path, overwrite=True)
 
 
 def _price_model(prices: Prices) -> list[Estimate]:
@@ -438,20 +434,18 @@ def _heal(session: Session, folder: RunFolder) -> Making:
         | {"model": made.fingerprint}
     )
 
-    def make(path: Path) -> None:
-        if (target / HEALING).exists():
-            # It is replaced at the end; refuse now a file that is not a record of a healing.
-            results.read_document(target / HEALING, healings.HealingFile)
-        # Text outside all splits of the run.
-        used = read_calibration(folder)
-        text = build_text(healing, session.loaded, used)
-        job = Job(
-            session.loaded, removed, start, text.train, path, healing, session.progress
-        )
-        heal_checkpoint(job, text, path)
-        shutil.copyfile(path / HEALING, target / HEALING)
-
-    return folder, target / HEALED, options, make
+    path = yield folder, target / HEALED, options
+    if (target / HEALING).exists():
+        # It is replaced at the end; refuse now a file that is not a record of a healing.
+        results.read_document(target / HEALING, healings.HealingFile)
+    # Text outside all splits of the run.
+    used = read_calibration(folder)
+    text = build_text(healing, session.loaded, used)
+    job = Job(
+        session.loaded, removed, start, text.train, path, healing, session.progress
+    )
+    heal_checkpoint(job, text, path)
+    shutil.copyfile(path / HEALING, target / HEALING)
 
 
 def _price_healing(prices: Prices) -> list[Estimate]:

@@ -69,50 +69,48 @@ def _evaluate(
     if skip:
         options["skip_speed"] = True
 
-    def make(path: Path) -> None:
-        folder.check(checkpoint)
-        splits = measuring.read_calibration(folder).splits
-        tokens = splits["report"]
-        session.choose_tuning(folder)
-        elsewhere = _unlike(session, splits)
-        further, exact = _further_scores(session, checkpoint, tokens, elsewhere)
-        if packed:
-            folder.check(gguf)
-            try:
-                blocks = packed.options.removed or []
-                further["gguf"] = score_gguf(session, gguf, blocks, tokens, elsewhere)
-            except ModelError as e:
-                further["gguf_unread"] = str(e)
-        cut = session.open_cut(checkpoint)
-        scores = before_and_after(
-            session.loaded,
-            cut,
-            tokens,
-            work=session.work(),
-            elsewhere=elsewhere,
-            exact=exact,
-            skip_speed=skip,
-        ).model_copy(update=further)
-        scores.before.bytes = session.identity.weight_bytes
-        if not cut.streamed and not skip:
-            del cut
-            if session.loaded.device.type != "cpu":
-                session.leave_device()
-            scores = with_memory(
-                scores,
-                {"before": session.source, "after": checkpoint},
-                length=int(tokens.input_ids.shape[1]),
-                trust_remote_code=config.trust_remote_code,
-                progress=session.progress,
-            )
-        card = checkpoint / "README.md"
-        if card.is_file():
-            written = mark_harm(card.read_text(encoding="utf-8"), scores)
-            with atomic_file(card) as temporary:
-                temporary.write_text(written, encoding="utf-8")
-        write_document(path, scores)
-
-    return folder, file, options, make
+    path = yield folder, file, options
+    folder.check(checkpoint)
+    splits = measuring.read_calibration(folder).splits
+    tokens = splits["report"]
+    session.choose_tuning(folder)
+    elsewhere = _unlike(session, splits)
+    further, exact = _further_scores(session, checkpoint, tokens, elsewhere)
+    if packed:
+        folder.check(gguf)
+        try:
+            blocks = packed.options.removed or []
+            further["gguf"] = score_gguf(session, gguf, blocks, tokens, elsewhere)
+        except ModelError as e:
+            further["gguf_unread"] = str(e)
+    cut = session.open_cut(checkpoint)
+    scores = before_and_after(
+        session.loaded,
+        cut,
+        tokens,
+        work=session.work(),
+        elsewhere=elsewhere,
+        exact=exact,
+        skip_speed=skip,
+    ).model_copy(update=further)
+    scores.before.bytes = session.identity.weight_bytes
+    if not cut.streamed and not skip:
+        del cut
+        if session.loaded.device.type != "cpu":
+            session.leave_device()
+        scores = with_memory(
+            scores,
+            {"before": session.source, "after": checkpoint},
+            length=int(tokens.input_ids.shape[1]),
+            trust_remote_code=config.trust_remote_code,
+            progress=session.progress,
+        )
+    card = checkpoint / "README.md"
+    if card.is_file():
+        written = mark_harm(card.read_text(encoding="utf-8"), scores)
+        with atomic_file(card) as temporary:
+            temporary.write_text(written, encoding="utf-8")
+    write_document(path, scores)
 
 
 def _price(prices: Prices) -> list[Estimate]:

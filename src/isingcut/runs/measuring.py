@@ -115,10 +115,8 @@ def _calibration(
         texts = {place: known[place] for place in places}
         options["texts"] = texts | text_hashes(config.calibration)
 
-    def make(path: Path) -> None:
-        (built or build_calibration(session)).save(path)
-
-    return folder, file, options, make
+    path = yield folder, file, options
+    (built or build_calibration(session)).save(path)
 
 
 calibration = Stage("calibration", _calibration, Calibration.load)
@@ -168,19 +166,17 @@ def _energy(session: Session, folder: RunFolder, name: str) -> Making:
     }
     file = energy_file(folder, config, name)
 
-    def make(path: Path) -> None:
-        split = read_calibration(folder).splits["energy"].select(range(samples))
-        session.choose_tuning(folder)
-        work = session.work(folder.path / f"{file.name}.journal")
-        store = session.replay.store
-        before = store.count_sweeps()
-        measured = part.measure(session.replay, split, work)
-        if sweeps := store.count_sweeps() - before:
-            # Assigned, so that pydantic takes the field as set.
-            folder.run.provenance.reading |= {name: WeightsRead(sweeps=sweeps)}
-        measured.save(path)
-
-    return folder, file, options, make
+    path = yield folder, file, options
+    split = read_calibration(folder).splits["energy"].select(range(samples))
+    session.choose_tuning(folder)
+    work = session.work(folder.path / f"{file.name}.journal")
+    store = session.replay.store
+    before = store.count_sweeps()
+    measured = part.measure(session.replay, split, work)
+    if sweeps := store.count_sweeps() - before:
+        # Assigned, so that pydantic takes the field as set.
+        folder.run.provenance.reading |= {name: WeightsRead(sweeps=sweeps)}
+    measured.save(path)
 
 
 def _check_removals(session: Session, blocks: BlockList) -> None:

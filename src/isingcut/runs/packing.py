@@ -93,16 +93,14 @@ def _pack(session: Session, folder: RunFolder) -> Making:
     options = measuring.calibration_options(folder) | typed_options("pack", config)
     options |= cutting.share_options(config)
 
-    def make(path: Path) -> None:
-        session.choose_tuning(folder)
-        packer, types = find_types(session, folder.run.blocks)
-        _measure(session, folder, packer, types, journal)
-        best = int(np.argmin([found.loss for found in types]))
-        write_document(
-            path, PackingFile(budget=str(config.budget), types=types, chosen=best)
-        )
-
-    return folder, file, options, make
+    path = yield folder, file, options
+    session.choose_tuning(folder)
+    packer, types = find_types(session, folder.run.blocks)
+    _measure(session, folder, packer, types, journal)
+    best = int(np.argmin([found.loss for found in types]))
+    write_document(
+        path, PackingFile(budget=str(config.budget), types=types, chosen=best)
+    )
 
 
 def _check_types(session: Session, blocks: BlockList) -> None:

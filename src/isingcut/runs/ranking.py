@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -69,68 +68,64 @@ def _rank(session: Session, folder: RunFolder) -> Making:
         }
         options |= benchmarking.hashes_of(config)
 
-    def make(path: Path) -> None:
-        split = measuring.read_calibration(folder).splits["rank"]
-        problem = solving.problem_of(folder, config)
-        session.choose_tuning(folder)
-        search = problem.hamiltonian.meta.get("search", {})
-        mine = search.get("targets", {}).get(config.removal, {})
-        more = found_states(spectrum, problem, config, mine)
-        best = list[list[int]]()
-        count = len(spectrum.removed(0))
-        if is_searched(config, count, problem.n, streamed=session.streaming):
-            start = np.concatenate([more, spectrum.states])
-            journal = target / "searched.journal"
-            best = search_patched(session, folder, problem, start, split, journal)
-            more = np.concatenate([more, states_of(problem.n, best)])
-        considered = spectrum
-        if len(more):
-            # Further states do not affect the proof of the lowest.
-            searched = best or search
-            considered = Spectrum.from_states(
-                problem,
-                np.concatenate([spectrum.states, more]),
-                proven=spectrum.proven,
-                solver=spectrum.solver + (" and search" if searched else ""),
-                seconds=spectrum.seconds,
-                info=spectrum.info,
-            )
-        work = session.work(target / "candidates.journal")
-        ranked = candidates.rank(
-            session.replay, split, problem, considered, others, config, work
+    path = yield folder, target / "candidates.json", options
+    split = measuring.read_calibration(folder).splits["rank"]
+    problem = solving.problem_of(folder, config)
+    session.choose_tuning(folder)
+    search = problem.hamiltonian.meta.get("search", {})
+    mine = search.get("targets", {}).get(config.removal, {})
+    more = found_states(spectrum, problem, config, mine)
+    best = list[list[int]]()
+    count = len(spectrum.removed(0))
+    if is_searched(config, count, problem.n, streamed=session.streaming):
+        start = np.concatenate([more, spectrum.states])
+        journal = target / "searched.journal"
+        best = search_patched(session, folder, problem, start, split, journal)
+        more = np.concatenate([more, states_of(problem.n, best)])
+    considered = spectrum
+    if len(more):
+        # Further states do not affect the proof of the lowest.
+        searched = best or search
+        considered = Spectrum.from_states(
+            problem,
+            np.concatenate([spectrum.states, more]),
+            proven=spectrum.proven,
+            solver=spectrum.solver + (" and search" if searched else ""),
+            seconds=spectrum.seconds,
+            info=spectrum.info,
         )
-        rows = ranked.candidates
-        if quick := one_pass(rows, mine.get("one_pass", [])):
-            ranked.one_pass = states.OnePass(
-                states=quick,
-                passes=search["one_pass_passes"],
-                search_passes=search["passes"],
-                searched_for=len(search["targets"]),
-            )
-        position = ranked.chosen.position
-        reason: dict[str, Any] = {"why": ranked.chosen.why}
-        if config.choose == "tasks" and not folder.processes.rank:
-            position, ranked.by_tasks = benchmarking.choose_by_tasks(
-                session, rows, target / ".questions"
-            )
-            reason = {"why": "questions"}
-        elif tokens:
-            journal = target / "patched.journal"
-            trials = Trials(session, folder, split, journal, session.progress)
-            deep = is_deep(count, problem.n)
-            near = choose_by_patch(ranked, deep, config, trials, best)
-            if len(near) > 1:
-                position = near[0]
-                compared = [
-                    {"position": i, "patched_kl": rows[i].patched_kl} for i in near
-                ]
-                reason = {"why": "patch", "compared": compared, "deep": deep}
-        ranked.chosen = states.ChosenState(
-            **rows[position].content(), position=position, **reason
+    work = session.work(target / "candidates.journal")
+    ranked = candidates.rank(
+        session.replay, split, problem, considered, others, config, work
+    )
+    rows = ranked.candidates
+    if quick := one_pass(rows, mine.get("one_pass", [])):
+        ranked.one_pass = states.OnePass(
+            states=quick,
+            passes=search["one_pass_passes"],
+            search_passes=search["passes"],
+            searched_for=len(search["targets"]),
         )
-        write_document(path, ranked)
-
-    return folder, target / "candidates.json", options, make
+    position = ranked.chosen.position
+    reason: dict[str, Any] = {"why": ranked.chosen.why}
+    if config.choose == "tasks" and not folder.processes.rank:
+        position, ranked.by_tasks = benchmarking.choose_by_tasks(
+            session, rows, target / ".questions"
+        )
+        reason = {"why": "questions"}
+    elif tokens:
+        journal = target / "patched.journal"
+        trials = Trials(session, folder, split, journal, session.progress)
+        deep = is_deep(count, problem.n)
+        near = choose_by_patch(ranked, deep, config, trials, best)
+        if len(near) > 1:
+            position = near[0]
+            compared = [{"position": i, "patched_kl": rows[i].patched_kl} for i in near]
+            reason = {"why": "patch", "compared": compared, "deep": deep}
+    ranked.chosen = states.ChosenState(
+        **rows[position].content(), position=position, **reason
+    )
+    write_document(path, ranked)
 
 
 def _price(prices: Prices) -> list[Estimate]:
@@ -229,35 +224,33 @@ def _compare(session: Session, folder: RunFolder, name: str) -> Making:
         "dtype": str(session.loaded.dtype),
     }
 
-    def make(path: Path) -> None:
-        splits = measuring.read_calibration(folder).splits
-        searched = splits["energy"].select(range(samples))
-        session.choose_tuning(folder)
-        work = session.work(target / f"{file.name}.journal")
-        outcome = part.choose(session.replay, searched, count, work, config.seed)
-        losses = measure(
-            session.replay,
-            splits["rank"],
-            states_of(len(session.replay), [outcome.removed]),
-            dataclasses.replace(work, journal=None),
-            "measuring the choice",
-        )
-        content = states.BaselineFile(
-            baseline=name,
-            options=dataclasses.asdict(part),
-            removed=list(outcome.removed),
-            **losses.losses(0),
-            passes=outcome.passes,
-            heads=outcome.heads,
-            tokens_searched=searched.tokens,
-            tokens_judged=int(losses.counts.sum()),
-            violated=[row.name for row in rows if not row.satisfied(losses.states)[0]],
-            info=outcome.info,
-        )
-        write_document(path, content)
-
     file = target / f"baseline-{name}.json"
-    return folder, file, options, make
+    path = yield folder, file, options
+    splits = measuring.read_calibration(folder).splits
+    searched = splits["energy"].select(range(samples))
+    session.choose_tuning(folder)
+    work = session.work(target / f"{file.name}.journal")
+    outcome = part.choose(session.replay, searched, count, work, config.seed)
+    losses = measure(
+        session.replay,
+        splits["rank"],
+        states_of(len(session.replay), [outcome.removed]),
+        dataclasses.replace(work, journal=None),
+        "measuring the choice",
+    )
+    content = states.BaselineFile(
+        baseline=name,
+        options=dataclasses.asdict(part),
+        removed=list(outcome.removed),
+        **losses.losses(0),
+        passes=outcome.passes,
+        heads=outcome.heads,
+        tokens_searched=searched.tokens,
+        tokens_judged=int(losses.counts.sum()),
+        violated=[row.name for row in rows if not row.satisfied(losses.states)[0]],
+        info=outcome.info,
+    )
+    write_document(path, content)
 
 
 compare = Stage(

@@ -249,18 +249,16 @@ def _solve(folder: RunFolder, config: RunConfig, progress: Progress = silent) ->
     problem = problem_of(folder, config)
     options = solve_options(folder, config)
 
-    def make(path: Path) -> None:
-        if imports(config.solver) and folder.typed_solver != config.solver:
-            raise InputError(
-                f"the options of {folder.path} have --solver {config.solver}, which imports "
-                f"third-party code; if you trust it, type --solver {config.solver} yourself"
-            )
-        with progress(f"solving for {config.removal}", 0) as bar:
-            spectrum = find(problem, config.solver, config.states, **own)
-            bar.advance(0, f"lowest energy {spectrum.energies[0]:.4g}")
-        spectrum.save(path)
-
-    return folder, folder.target(config.removal) / "spectrum.json", options, make
+    path = yield folder, folder.target(config.removal) / "spectrum.json", options
+    if imports(config.solver) and folder.typed_solver != config.solver:
+        raise InputError(
+            f"the options of {folder.path} have --solver {config.solver}, which imports "
+            f"third-party code; if you trust it, type --solver {config.solver} yourself"
+        )
+    with progress(f"solving for {config.removal}", 0) as bar:
+        spectrum = find(problem, config.solver, config.states, **own)
+        bar.advance(0, f"lowest energy {spectrum.energies[0]:.4g}")
+    spectrum.save(path)
 
 
 solve = Stage("solve", _solve, Spectrum.load)

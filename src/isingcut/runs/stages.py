@@ -11,7 +11,7 @@ import os
 import re
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, ParamSpec, TypeVar
@@ -38,9 +38,9 @@ class Estimate:
     impossible: str = ""
 
 
-Making = tuple[RunFolder, Path, dict[str, Any], Callable[[Path], None]]
-"""The run, the file or folder that a stage writes there, everything that the result depends on, and
-the function that makes it at a path."""
+Making = Generator[tuple[RunFolder, Path, dict[str, Any]], Path, None]
+"""Yields the run, the file or folder that a stage writes there, and everything that the result
+depends on; if the path to write to is sent back, makes the result there."""
 
 _JOURNAL = re.compile(r".+\.journal(\.\d+)?")
 _FINGERPRINT = re.compile("[0-9a-f]{16}|[0-9a-f]{64}")
@@ -52,7 +52,7 @@ class Stage(Generic[P, T]):
 
     Attributes:
         name: its name in `run.json`.
-        make: returns what it makes for its arguments, and how.
+        make: makes its result for its arguments.
         load: reads its file or folder.
         check: raises if it is impossible; gets the session and the model's blocks, before a run
             writes its first file.
@@ -82,12 +82,13 @@ class Stage(Generic[P, T]):
             BusyError: the stage must run, and another process writes to the folder.
             ModelError: the model's weights changed meanwhile.
         """
-        folder, file, options, make = self.make(*args, **kwargs)
+        making = self.make(*args, **kwargs)
+        folder, file, options = next(making)
         processes = folder.processes
         if processes.rank:
             if processes.decide(bool):
                 with tempfile.TemporaryDirectory() as aside:
-                    make(Path(aside) / file.name)
+                    _finish(making, Path(aside) / file.name)
             folder.share()
             return folder.load(file, self.load)
         ownership.refuse_source(file, folder.sources)
@@ -116,8 +117,9 @@ class Stage(Generic[P, T]):
             began = time.monotonic()
             processes.decide(lambda: self.together)
             try:
-                while not _is_done(make, file, folder):
-                    pass
+                while not _is_done(making, file, folder):
+                    making = self.make(*args, **kwargs)
+                    next(making)
                 try:
                     if folder.session is not None:
                         folder.session.check_model()
@@ -192,14 +194,19 @@ class Stage(Generic[P, T]):
             ownership.check_output(file, overwrite=True)
 
 
-def _is_done(make: Callable[[Path], None], file: Path, folder: RunFolder) -> bool:
+def _finish(making: Making, file: Path) -> None:
+    with contextlib.suppress(StopIteration):
+        making.send(file)
+
+
+def _is_done(making: Making, file: Path, folder: RunFolder) -> bool:
     """Make a stage's file; return False if memory ran out and some could be freed.
 
     Raises:
         MemoryExhaustedError: memory ran out, and none can be freed.
     """
     try:
-        make(file)
+        _finish(making, file)
         return True
     except Exception as error:
         if not is_memory_exhausted(error):
