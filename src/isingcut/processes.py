@@ -110,8 +110,8 @@ class Processes:
         if self.size == 1:
             return make()
         own = b"" if self.rank else json.dumps(make()).encode()
-        found: T = json.loads(self.gather(own)[0])
-        return found
+        value: T = json.loads(self.gather(own)[0])
+        return value
 
     def wait(self) -> None:
         """Wait for all processes."""

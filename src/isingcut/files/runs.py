@@ -250,8 +250,8 @@ class PackedLosses(Strict):
     @property
     def loss(self) -> float:
         """The measured KL of the model or state that meets the budget; infinite if unknown."""
-        found = self.kl if self.fits else self.measured
-        return float("inf") if found is None else found
+        kl = self.kl if self.fits else self.measured
+        return float("inf") if kl is None else kl
 
 
 class PackingFile(Document, kind="packing"):

@@ -180,17 +180,17 @@ def _read_budget(text: str) -> Budget:
         raise InputError(
             f"{what}: unknown quantity {_cut(name)}{suggest(name, QUANTITIES)}"
         )
-    found = QUANTITIES[name]
+    quantity = QUANTITIES[name]
     tokens = 0
-    if found.context:
+    if quantity.context:
         value, at, context = (part.strip() for part in value.partition("@"))
         match = re.fullmatch(r"([0-9]{1,9})\s*(k?)", context.lower())
         tokens = int(match[1]) * (1024 if match[2] else 1) if match else 0
-        if not tokens and (at or found.units is _BYTES):
+        if not tokens and (at or quantity.units is _BYTES):
             raise InputError(
                 f"{what}: expected a context in tokens behind @, as {name}={value}@8k"
             )
-    return Budget(name, *_measure(value, found.units, what), tokens)
+    return Budget(name, *_measure(value, quantity.units, what), tokens)
 
 
 class Memory(Parsed):
@@ -233,7 +233,7 @@ class BlockList(Parsed):
     """
 
     def __init__(self, text: str = "") -> None:
-        found: set[int] = set()
+        numbers = set[int]()
         parts = re.split(r"[\s,;]+", re.sub(r"\s*-\s*", "-", text.strip("[]() \t\n")))
         for part in dict.fromkeys(parts) if text else ():
             match = re.fullmatch(rf"{_WHOLE}(?:-{_WHOLE})?", part)
@@ -243,8 +243,8 @@ class BlockList(Parsed):
                 raise InputError(
                     f"cannot read {_cut(text)} as block numbers; write for example 0,1,5-8"
                 )
-            found.update(range(first, last + 1))
-        self.numbers = sorted(found)
+            numbers.update(range(first, last + 1))
+        self.numbers = sorted(numbers)
 
 
 class Training(Parsed):

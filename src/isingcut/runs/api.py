@@ -302,8 +302,8 @@ class Run:
             patched model also the exact ``cut``, for a healed one also ``patched``.
 
         Examples:
-            >>> found = isingcut.open_run("my-run").evaluate()
-            >>> found["after"]["blocks"], found["before"]["blocks"]
+            >>> scores = isingcut.open_run("my-run").evaluate()
+            >>> scores["after"]["blocks"], scores["before"]["blocks"]
             (7, 10)
         """
         self._product()

@@ -211,15 +211,15 @@ def make_gguf(
     Raises:
         ArchitectureError: ``source`` cannot be cut, or stores a changed tensor differently.
     """
-    found = source or find_gguf(session.config.model)
-    if found is None:
+    original = source or find_gguf(session.config.model)
+    if original is None:
         return None
     out = checkpoint.with_name("model.gguf")
     if source is None and folder.find_finished(out) and not folder.find_outdated(out):
         return out  # also if it was made from another GGUF file
-    ownership.refuse_source(out, [found])
+    ownership.refuse_source(out, [original])
     try:
-        return cut_gguf(session, folder, checkpoint, found)
+        return cut_gguf(session, folder, checkpoint, original)
     except ArchitectureError as e:
         if source is not None:
             raise

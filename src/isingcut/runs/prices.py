@@ -59,7 +59,7 @@ class Prices:
         self.memory = allowance(config.memory_limit, device)
         self.largest = 0
         if folder is None:
-            found = check_by_config(session.source, config, needed=False)
+            inspected = check_by_config(session.source, config, needed=False)
         if folder is not None and not self.streamed:
             session.choose_tuning(folder)
             replay = session.replay
@@ -100,9 +100,9 @@ class Prices:
             seconds = [
                 min(TIMED_TOKENS, longest or TIMED_TOKENS) * s for s in self.latency
             ]
-            size = found.other_bytes + sum(b.bytes for b in found.stack.blocks)
+            size = inspected.other_bytes + sum(b.bytes for b in inspected.stack.blocks)
             blocks = describe_blocks(
-                found.stack, found.rows, found.parameters, size, seconds
+                inspected.stack, inspected.rows, inspected.parameters, size, seconds
             )
         self.whole = blocks.total_bytes
         if config.removal:

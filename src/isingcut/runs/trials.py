@@ -190,7 +190,7 @@ def search_patched(
 
 
 def choose_by_patch(
-    found: states.CandidatesFile,
+    ranking: states.CandidatesFile,
     deep: bool,
     config: RunConfig,
     trials: Trials,
@@ -205,14 +205,14 @@ def choose_by_patch(
     lowest KL. `patched_kl` is set in the rows of the patched candidates.
 
     Args:
-        found: the ranked candidates.
+        ranking: the ranked candidates.
         deep: whether the cut is deep.
         searched: the result of `search_patched`; empty without such a search.
 
     Returns:
         the indices of the patched candidates, the chosen first; one index if no other is near.
     """
-    rows = found.candidates
+    rows = ranking.candidates
     lowest = min(row.kl for row in rows)
 
     def is_near(row: states.MeasuredState) -> bool:
@@ -223,7 +223,7 @@ def choose_by_patch(
     near = [i for i, row in enumerate(rows) if is_near(row)]
     near = sorted(near, key=lambda i: rows[i].kl)[: 1 if searched else TRIED]
     if deep:
-        quick = found.one_pass.states if found.one_pass else []
+        quick = ranking.one_pass.states if ranking.one_pass else []
         best = [min(quick, key=lambda row: row.kl).removed] if quick else []
         more = [*searched, *best]
         near += [
