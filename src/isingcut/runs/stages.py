@@ -92,9 +92,8 @@ class Stage(Generic[P, T]):
             folder.share()
             return folder.load(file, self.load)
         ownership.refuse_source(file, folder.sources)
-        with contextlib.ExitStack() as held:
-            if not folder.is_made(file, options):
-                held.enter_context(folder.lock())
+        made = folder.is_made(file, options)
+        with contextlib.nullcontext() if made else folder.lock():
             # Another process may have finished it meanwhile.
             if folder.is_made(file, options):
                 if writing.is_locked(folder.path):
