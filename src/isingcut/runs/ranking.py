@@ -35,10 +35,10 @@ from isingcut.runs.stages import Estimate, Making, Stage, typed_options
 from isingcut.runs.trials import (
     MORE,
     TOKENS,
-    Trials,
     choose_by_patch,
     is_deep,
     is_searched,
+    patched_losses,
     search_patched,
     trial_tokens,
 )
@@ -115,9 +115,9 @@ def _rank(session: Session, folder: RunFolder) -> Making:
         reason = {"why": "questions"}
     elif tokens:
         journal = target / "patched.journal"
-        trials = Trials(session, folder, split, journal, session.progress)
+        kl = patched_losses(session, folder, split, journal, session.progress)
         deep = is_deep(count, problem.n)
-        near = choose_by_patch(ranked, deep, config, trials, best)
+        near = choose_by_patch(ranked, deep, config, kl, best)
         if len(near) > 1:
             position = near[0]
             compared = [{"position": i, "patched_kl": rows[i].patched_kl} for i in near]
