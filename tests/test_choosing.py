@@ -12,7 +12,7 @@ from isingcut.evaluation.scores import score_states
 from isingcut.files.states import ByTasks, CandidatesFile, ChosenState
 from isingcut.options.config import RunConfig
 from isingcut.report.words import sentence
-from isingcut.runs import benchmarking, evaluating
+from isingcut.runs import evaluating
 from isingcut.runs.checks import check_run_tasks
 from shared import (
     OPTIONS,
@@ -210,7 +210,7 @@ def test_a_killed_choice_goes_on_from_what_was_scored(
     out = tmp_path / "run"
     tasks = f"{questions},{more}"
     options = {**chosen_by(llama, text), "tasks": tasks, "out": out}
-    whole = benchmarking.score_states
+    whole = evaluating.score_states
     compute = likelihoods._scores
     calls = []
     computed = []
@@ -229,7 +229,7 @@ def test_a_killed_choice_goes_on_from_what_was_scored(
         computed.append(calls[-1])
         return compute(*given)
 
-    monkeypatch.setattr(benchmarking, "score_states", counted)
+    monkeypatch.setattr(evaluating, "score_states", counted)
     monkeypatch.setattr(likelihoods, "_scores", noted)
     with pytest.raises(KeyboardInterrupt):
         isingcut.prune(**options)

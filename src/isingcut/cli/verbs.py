@@ -36,7 +36,6 @@ if TYPE_CHECKING:
     from isingcut.cli import show
     from isingcut.report import words
     from isingcut.runs import (
-        benchmarking,
         cutting,
         evaluating,
         pipeline,
@@ -55,8 +54,8 @@ else:
             return getattr(importlib.import_module(self.name), attribute)
 
     show, words = map(LazyModule, ("cli.show", "report.words"))
-    runs = ("benchmarking", "cutting", "evaluating", "pipeline", "ranking", "solving")
-    benchmarking, cutting, evaluating, pipeline, ranking, solving = (
+    runs = ("cutting", "evaluating", "pipeline", "ranking", "solving")
+    cutting, evaluating, pipeline, ranking, solving = (
         LazyModule(f"runs.{name}") for name in runs
     )
 
@@ -382,7 +381,7 @@ def evaluate(
                 lambda: show.show_evaluation(scores),
                 brief=f"{scores.kl:.4f}",
             )
-        rows, file = benchmarking.benchmark_checkpoint(config, directory, out)
+        rows, file = evaluating.benchmark_checkpoint(config, directory, out)
         return Output(
             {"benchmarks": {"file": str(file), **rows.content()}},
             lambda: show.show_benchmarks(rows, file),
@@ -414,7 +413,7 @@ def evaluate(
                 *words.patch_warnings(scores),
             ],
         )
-    rows = benchmarking.benchmarks(session, folder, removed)
+    rows = evaluating.benchmarks(session, folder, removed)
     file = target / "benchmarks.json"
     files = RunFiles(folder.path, target)
     before = {} if files.evaluation is None else output | files.evaluation.content()

@@ -1,4 +1,6 @@
-"""Stage `evaluate`: the original, the cut and the repaired model on unseen text."""
+"""Stages `evaluate` and `benchmarks`: score the original and the smaller model.
+
+The first is on unseen text, the second on tasks, whose questions may also choose the state."""
 
 from __future__ import annotations
 
@@ -6,21 +8,26 @@ import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
+from isingcut.console.progress import Part
 from isingcut.data.calibration import build
 from isingcut.data.corpora import UNLIKE
 from isingcut.data.tokens import TokenSet, overlap
 from isingcut.errors import InputError, ModelError
+from isingcut.evaluation import benchmark
 from isingcut.evaluation.quality import before_and_after, quality, quality_of
+from isingcut.evaluation.questions import Prepared, prepare_task, split_names
+from isingcut.evaluation.scores import score_states
 from isingcut.evaluation.speed import with_memory
-from isingcut.files import cuts, evaluations
+from isingcut.files import cuts, evaluations, states
 from isingcut.files.ownership import check_output
-from isingcut.files.results import read_document, write_document
+from isingcut.files.results import fingerprint, read_document, write_document
 from isingcut.files.schema import Document
 from isingcut.files.writing import atomic_file, lock_place, temporary_prefix
 from isingcut.formats.architectures.blocks import language_model, text_config
@@ -29,12 +36,13 @@ from isingcut.formats.sources import resolve
 from isingcut.healing.checks import start_of
 from isingcut.ising.states import Floats, states_of
 from isingcut.measure.losses import measure
+from isingcut.measure.work import Work
 from isingcut.models.load import LoadedModel
 from isingcut.models.sharing import fits
 from isingcut.options.config import RunConfig
 from isingcut.report.card import mark_harm
-from isingcut.runs import measuring
-from isingcut.runs.checks import resolve_energy
+from isingcut.runs import measuring, solving
+from isingcut.runs.checks import data_of, resolve_energy
 from isingcut.runs.cutting import product
 from isingcut.runs.folder import RunFolder
 from isingcut.runs.prices import Prices
@@ -311,3 +319,170 @@ def _further_part(scores: evaluations.PairScores) -> evaluations.FurtherPart:
     return evaluations.FurtherPart(
         **scores.after.content(), kl=scores.kl, kl_se=scores.kl_se
     )
+
+
+# Tasks ------------------------------------------------------------------------------------
+
+
+def check_whole(session: Session, blocks: object = None) -> None:
+    """Raise if a task needs the whole model in memory, but the model is streamed.
+
+    Raises:
+        InputError: a task with generated answers.
+    """
+    for task in prepare_tasks(session.config) if session.streaming else ():
+        if task.generates:
+            raise InputError(
+                f"{task.name} needs the whole model, which does not fit the memory limit; raise "
+                "--memory-limit, or remove it from --tasks"
+            )
+
+
+def prepare_tasks(config: RunConfig) -> list[Prepared]:
+    """Prepare the tasks of a run."""
+    names = split_names(config.tasks)
+    return [prepare_task(name, data_of(config), config.questions) for name in names]
+
+
+def hashes_of(config: RunConfig) -> dict[str, Any]:
+    """Return a stage option with the hash of each task's questions; empty if all are of the hub."""
+    names = split_names(config.tasks)
+    sources = (task.source for task in prepare_tasks(config))
+    pairs = zip(names, sources, strict=True)
+    hashes = {name: source for name, source in pairs if source != "hub"}
+    return {"files": hashes} if hashes else {}
+
+
+def last_blocks(size: int, count: int) -> list[int]:
+    """Return the last ``count`` blocks of a stack of ``size``."""
+    return list(range(size - count, size))
+
+
+def choose_by_tasks(
+    session: Session, rows: Sequence[states.MeasuredState], kept: Path
+) -> tuple[int, states.ByTasks]:
+    """Choose the best of a few candidates by half of the questions of the run's tasks.
+
+    Each candidate is the original with blocks skipped, so no checkpoint is written.
+
+    Args:
+        rows: the rows of `candidates.json`.
+        kept: folder for journals.
+
+    Returns:
+        the index of the chosen row, and the record of the choice.
+    """
+    config = session.config
+    model = session.loaded
+    tasks = prepare_tasks(config)
+    best = benchmark.contenders(
+        rows, last_blocks(len(session.stack), len(rows[0].removed))
+    )
+    removed = [rows[i].removed for i in best]
+    drawn = benchmark.draw_half({task.name: task.pool() for task in tasks}, config.seed)
+    count = sum(map(len, drawn.values()))
+    scores = []
+    with session.progress(
+        f"scoring {len(best)} candidates on {count} questions", count
+    ) as bar:
+        for task in tasks:
+            keys = drawn[task.name]
+            journal = benchmark.journal_of(kept, task, model, [*removed, *keys])
+            part = Part(bar, len(keys))
+            work = Work(session.batch_tokens, part, journal)
+            wanted = frozenset(keys).__contains__
+            scores.append(score_states(model, task, removed, work, wanted=wanted))
+            part.finish(task.name)
+    position, by_tasks = benchmark.choose_by_questions(removed, drawn, scores)
+    return best[position], by_tasks
+
+
+def _benchmarks(
+    session: Session, folder: RunFolder, removed: Sequence[int] | None = None
+) -> Making:
+    """Score both models on the options' tasks.
+
+    Args:
+        removed: the blocks of another state than the chosen one.
+    """
+    config = session.config
+    checkpoint = product(folder, config, removed)
+    made = folder.record(checkpoint)
+    ranked = folder.target(config.removal) / "candidates.json"
+    chosen = (
+        folder.find_finished(ranked)
+        and folder.load(ranked, solving.load_candidates).by_tasks
+    )
+    # Questions that were used for the choice must not be used to score it.
+    but = chosen.questions if chosen else []
+    options = {
+        "model": made.fingerprint,
+        "tasks": split_names(config.tasks),
+        "questions": config.questions,
+        "data": bool(config.data),
+        **({"left_out": fingerprint(but)} if but else {}),
+        **hashes_of(config),
+    }
+    work = checkpoint.with_name(".benchmarks")
+
+    path = yield folder, checkpoint.with_name("benchmarks.json"), options
+    session.choose_tuning(folder)
+    write_document(path, _score_both(session, checkpoint, but=but, kept=work))
+
+
+benchmarks = Stage(
+    "benchmarks",
+    _benchmarks,
+    partial(read_document, model=evaluations.BenchmarksFile),
+    check=check_whole,
+    journals=(".benchmarks/*.journal",),
+)
+
+
+def benchmark_checkpoint(
+    config: RunConfig, checkpoint: Path, out: Path | None = None
+) -> tuple[evaluations.BenchmarksFile, Path]:
+    """Score a checkpoint in any folder, or a GGUF file, and its original on the options' tasks.
+
+    Args:
+        config: options, whose ``model`` is the original.
+        out: the file for the scores, by default as `write_scores`.
+
+    Returns:
+        the scores, and the file that they were written to.
+
+    Raises:
+        InputError: a task with generated answers, but the model is streamed.
+        ModelError, OutputExistsError: as `write_scores`.
+    """
+    score = partial(_score_both, Session(config))
+    return write_scores(config, checkpoint, out, "benchmarks", score)
+
+
+def _score_both(
+    session: Session,
+    checkpoint: Path,
+    *,
+    but: Sequence[str] = (),
+    kept: Path | None = None,
+) -> evaluations.BenchmarksFile:
+    """Score the session's model and a checkpoint cut from it, for `benchmarks.json`.
+
+    Args:
+        but: keys of questions to leave out.
+        kept: folder for journals; None keeps nothing.
+    """
+    check_whole(session)
+    config = session.config
+    work = session.work()
+    cut = session.open_cut(checkpoint)
+    models = {"original": session.loaded, "cut": cut}
+    if not cut.streamed:
+        cut.replay.attention = session.replay.attention
+    rows = benchmark.benchmark(models, prepare_tasks(config), work, but=but, kept=kept)
+    scores = evaluations.BenchmarksFile(
+        rows=rows, engine=f"lm_eval {version('lm_eval')}"
+    )
+    if but:
+        scores.left_out = len(but)
+    return scores

@@ -31,7 +31,6 @@ from isingcut.options.config import RunConfig
 from isingcut.processes import ALONE, Processes
 from isingcut.report.write import check_report
 from isingcut.runs import (
-    benchmarking,
     cutting,
     evaluating,
     measuring,
@@ -53,7 +52,7 @@ CUTTING: Stages = (
     cutting.heal,
     cutting.cut_gguf,
     evaluating.evaluate,
-    benchmarking.benchmarks,
+    evaluating.benchmarks,
 )
 """All stages, in the order of a run: those of `energy`; those of each removal; and those of the
 chosen state, which a range of removals lacks. A run skips some."""
@@ -111,7 +110,7 @@ def run(
                 cutting.make_gguf(session, folder, cut_and_heal(session, folder))
                 evaluating.evaluate(session, folder)
                 if wanted.tasks:
-                    benchmarking.benchmarks(session, folder)
+                    evaluating.benchmarks(session, folder)
             for one in several:
                 solving.report(folder, folder.target(one.removal))
             if target == folder.path:

@@ -25,7 +25,7 @@ from isingcut.ising.spectrum import Spectrum
 from isingcut.ising.states import States, states_of
 from isingcut.measure.losses import measure
 from isingcut.options.config import RunConfig
-from isingcut.runs import benchmarking, measuring, solving
+from isingcut.runs import evaluating, measuring, solving
 from isingcut.runs.checks import check_run_tasks
 from isingcut.runs.cutting import share_options
 from isingcut.runs.folder import RunFolder
@@ -61,12 +61,12 @@ def _rank(session: Session, folder: RunFolder) -> Making:
             **share_options(config),
         }
     check_run_tasks(config)
-    benchmarking.check_whole(session)
+    evaluating.check_whole(session)
     if config.choose == "tasks":
         options |= {
             name: getattr(config, name) for name in ("tasks", "data", "questions")
         }
-        options |= benchmarking.hashes_of(config)
+        options |= evaluating.hashes_of(config)
 
     path = yield folder, target / "candidates.json", options
     split = measuring.read_calibration(folder).splits["rank"]
@@ -109,7 +109,7 @@ def _rank(session: Session, folder: RunFolder) -> Making:
     position = ranked.chosen.position
     reason: dict[str, Any] = {"why": ranked.chosen.why}
     if config.choose == "tasks" and not folder.processes.rank:
-        position, ranked.by_tasks = benchmarking.choose_by_tasks(
+        position, ranked.by_tasks = evaluating.choose_by_tasks(
             session, rows, target / ".questions"
         )
         reason = {"why": "questions"}
@@ -178,7 +178,7 @@ def found_states(
     rows = (*mine.get("one_pass", []), *mine.get("finalists", []))
     removed = [row["removed"] for row in rows]
     if config.choose == "tasks":
-        removed.append(benchmarking.last_blocks(problem.n, len(spectrum.removed(0))))
+        removed.append(evaluating.last_blocks(problem.n, len(spectrum.removed(0))))
     # The spectrum may be solved with more constraints than the search had.
     more = states_of(problem.n, removed)
     return more[problem.feasible(more)]
