@@ -10,8 +10,17 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import ConfigDict, Field, model_validator
 
-from isingcut.files.schema import Document, Strict
-from isingcut.files.values import Blocks, Count, Index, Number, Positive, Scalar, Some
+from isingcut.files.schema import (
+    Blocks,
+    Count,
+    Document,
+    Index,
+    Number,
+    Positive,
+    Scalar,
+    Some,
+    Strict,
+)
 
 _MOST_BLOCKS = 4096
 """Limit above the blocks of any model. The size of a run's plots grows with their square."""
