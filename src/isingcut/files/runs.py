@@ -110,7 +110,6 @@ class Config(Strict):
     energy: str
     seed: int
     budget: str = ""
-    linear: bool = False
     quick: bool = False
 
 

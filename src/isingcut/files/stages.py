@@ -123,11 +123,6 @@ def find_outdated(run: RunFile, folder: Path, file: Path) -> str:
     if stage is None or made is None:
         return ""
     read = made.options.content()
-    places = {
-        "calibration": ("calibration", folder / STAGE_FILES["calibration"].file),
-        "energy": ("energy", folder / STAGE_FILES["energy"].main),
-        "model": ("model", file.with_name(STAGE_FILES["cut"].file)),
-    }
     for name in stage.reads:
         if name == "spectrum":
             solved = run.find_record(folder, file.with_name(STAGE_FILES["solve"].file))
@@ -136,10 +131,12 @@ def find_outdated(run: RunFile, folder: Path, file: Path) -> str:
                 return name
             continue
         if name == "product":
-            key = "model"
             source = find_product(run, folder, file.parent)
+        elif name == "model":
+            source = file.with_name(STAGE_FILES["cut"].file)
         else:
-            key, source = places[name]
+            source = folder / STAGE_FILES[name].main
+        key = "model" if name == "product" else name
         now = run.find_record(folder, source)
         if now is not None and read.get(key) not in (None, now.fingerprint):
             return key

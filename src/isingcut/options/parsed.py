@@ -266,26 +266,33 @@ class Training(Parsed):
             )
 
 
-class Device(Parsed):
-    """The torch name of a device, or of several devices, separated by commas."""
+class Named(Parsed):
+    """One of a few forms of a name.
 
-    def __init__(self, text: str = "auto") -> None:
-        if not re.fullmatch(
-            rf"auto|({_DEVICES})(:[0-9]{{1,3}}(,\1:[0-9]{{1,3}})*)?", text
-        ):
-            raise InputError(
-                f"must be auto, cpu, cuda, cuda:N or cuda:N,cuda:M; got {_cut(text)}"
-            )
+    Attributes:
+        pattern: pattern of these forms; ``forms`` describes them.
+    """
 
-
-class Method(Parsed):
-    """What a healing trains: all weights, low-rank matrices or nothing."""
+    pattern: str
+    forms: str
 
     def __init__(self, text: str) -> None:
-        if not re.fullmatch(r"full|none|lora(:[1-9][0-9]{0,4})?", text):
-            raise InputError(
-                f"must be one of full, lora or lora:RANK, none; got {text!r}"
-            )
+        if not re.fullmatch(self.pattern, text):
+            raise InputError(f"must be {self.forms}; got {_cut(text)}")
+
+
+class Device(Named):
+    """The torch name of a device, or of several devices, separated by commas."""
+
+    pattern = rf"auto|({_DEVICES})(:[0-9]{{1,3}}(,\1:[0-9]{{1,3}})*)?"
+    forms = "auto, cpu, cuda, cuda:N or cuda:N,cuda:M"
+
+
+class Method(Named):
+    """What a healing trains: all weights, low-rank matrices or nothing."""
+
+    pattern = r"full|none|lora(:[1-9][0-9]{0,4})?"
+    forms = "one of full, lora or lora:RANK, none"
 
 
 def _read_limit(text: str, counted: str) -> tuple[float | None, float | None]:

@@ -115,9 +115,9 @@ def product(
         InputError: no checkpoint without these blocks was cut.
         StageFileError: there is no `model/` yet; the message has the next command.
     """
-    target = folder.target(config.removal)
+    place = target = folder.target(config.removal)
     if removed is None:
-        place = require(folder, config, "model").parent
+        require(folder, config, "model")
     else:
         place = _place_without(folder, config, removed)
     if place == target and config.heal and not folder.find_finished(target / HEALED):

@@ -273,9 +273,8 @@ class RunFolder:
 
     def share(self) -> None:
         """Send rank 0's content of run.json to all processes."""
-        self.run = runs.RunFile.model_validate(
-            self.processes.decide(lambda: self.run.content())
-        )
+        content = self.processes.decide(self.run.content)
+        self.run = runs.RunFile.model_validate(content)
 
 
 def each_removal(config: RunConfig) -> list[RunConfig]:

@@ -99,7 +99,7 @@ class Stage(Generic[P, T]):
                 if writing.is_locked(folder.path):
                     # Left by a kill right after the record was written.
                     self._forget(file)
-                processes.decide(lambda: False)
+                processes.decide(bool)
                 folder.share()
                 return folder.load(file, self.load)
             before = folder.find_record(file)
