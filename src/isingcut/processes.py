@@ -15,7 +15,7 @@ import json
 import os
 import socket
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -59,7 +59,6 @@ class Processes:
     rank: int = 0
     size: int = 1
     group: Any = None
-    local_rank: int = field(default_factory=local_rank)
 
     @classmethod
     def join(cls) -> Processes:

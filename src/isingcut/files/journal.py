@@ -72,10 +72,6 @@ class Journal:
         """Return the row stored under ``key``, or None."""
         return self._rows.get(key)
 
-    def keys(self) -> list[str]:
-        """Return the keys of all rows, in the order in which they were stored."""
-        return list(self._rows)
-
     def put(self, rows: Mapping[str, Values]) -> None:
         """Store rows under their keys and sync them to disk."""
         new = {

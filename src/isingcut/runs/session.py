@@ -46,7 +46,7 @@ from isingcut.models.sharing import open_cut
 from isingcut.models.streaming.replay import load_streamed
 from isingcut.models.streaming.store import Buffers
 from isingcut.options.config import BATCH_TOKENS, RunConfig
-from isingcut.processes import ALONE, Processes
+from isingcut.processes import ALONE, Processes, local_rank
 from isingcut.runs.folder import RunFolder, each_removal
 from isingcut.runs.solving import (
     TIMED_TOKENS,
@@ -272,7 +272,7 @@ def join_processes(session: Session, processes: Processes) -> None:
     # Rank 0 chooses, because processes must not differ by free memory or by the speed of bfloat16.
     # The model is resolved first, so that each machine downloads or converts it once.
     chosen = processes.decide(lambda: _choices(session, processes.size))
-    if processes.local_rank == 0:
+    if local_rank() == 0:
         _ = session.identity
     processes.wait()
     if session.identity.sha256 != chosen.pop("sha256"):
