@@ -87,14 +87,6 @@ STAGE_FILES = {
 """The stages, in the order of a run."""
 
 
-def find_stage(file: Path) -> StageFile | None:
-    """Return the stage that writes a file or folder, by its name; None for other files."""
-    return next(
-        (stage for stage in STAGE_FILES.values() if fnmatch(file.name, stage.file)),
-        None,
-    )
-
-
 def find_product(run: RunFile, folder: Path, target: Path) -> Path:
     """Return the final checkpoint of a removal: the healed one of the current cut, else `model/`.
 
@@ -118,12 +110,12 @@ def find_outdated(run: RunFile, folder: Path, file: Path) -> str:
     Returns:
         ``"calibration"``, ``"energy"``, ``"spectrum"`` or ``"model"``; empty if it is up to date.
     """
-    stage = find_stage(file)
     made = run.find_record(folder, file)
-    if stage is None or made is None:
+    if made is None:
         return ""
     read = made.options.content()
-    for name in stage.reads:
+    stages = [s for s in STAGE_FILES.values() if fnmatch(file.name, s.file)]
+    for name in stages[0].reads if stages else ():
         if name == "spectrum":
             solved = run.find_record(folder, file.with_name(STAGE_FILES["solve"].file))
             options = solved.options.content() if solved else {}
