@@ -310,7 +310,7 @@ def reopen(
     config = config.replace(**typed).validate()
     if not config.removal:
         raise InputError(f"{directory} was made without --remove; add --remove M")
-    if not several and len(config.remove.counts) > 1:
+    if not several and config.remove.is_range:
         raise InputError(
             f"expected one removal, got {config.remove}; choose one with --remove M"
         )

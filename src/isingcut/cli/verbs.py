@@ -71,7 +71,7 @@ def run(progress: Any, config: ConfigFile = None, **options: Any) -> Output:
     wanted = collect(RunConfig, config, options)
     _check_early(wanted, "isingcut.run")
     target = pipeline.run(wanted, progress=progress)
-    if len(wanted.remove.counts) < 2:
+    if not wanted.remove.is_range:
         return _make_output(target)
 
     data = {"folder": str(target), "curve": show.curve_data(target)}

@@ -142,6 +142,11 @@ class Removal(Parsed):
         if self.counts[:1] == range(1) or not (self.counts or any(self.kinds.values())):
             raise InputError(f"{_cut(text)} removes nothing; remove at least 1 block")
 
+    @property
+    def is_range(self) -> bool:
+        """Whether it stands for several removals."""
+        return len(self.counts) > 1
+
 
 class Budgets(Parsed):
     """The least removal: a share ``"params=25%"``, or amounts ``"bytes=1.5GB,kv=3kB"``.

@@ -118,7 +118,7 @@ def check_healing_options(config: RunConfig) -> None:
             f"healing needs further text, but {pipes[0]} is a pipe and can be read only once; save "
             "it to a file, or name another text with --healing '{text: SOURCE}'"
         )
-    if len(config.remove.counts) > 1:
+    if config.remove.is_range:
         raise InputError(
             "a run over a range of removals cuts no checkpoint, so --heal has none; give one "
             "number with --remove"
@@ -138,7 +138,7 @@ def check_run_tasks(config: RunConfig) -> None:
     """
     if not config.tasks:
         return
-    if config.choose != "tasks" and len(config.remove.counts) > 1:
+    if config.choose != "tasks" and config.remove.is_range:
         raise InputError(
             "--tasks needs a checkpoint, but a range of removals cuts none; omit it"
         )

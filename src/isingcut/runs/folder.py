@@ -279,8 +279,9 @@ class RunFolder:
 
 def each_removal(config: RunConfig) -> list[RunConfig]:
     """Return the options of each removal: one per number of a range such as `4..15`."""
-    counts = config.remove.counts
-    return [config] if len(counts) < 2 else [config.replace(remove=m) for m in counts]
+    if not config.remove.is_range:
+        return [config]
+    return [config.replace(remove=m) for m in config.remove.counts]
 
 
 def read_by(config: RunConfig) -> list[Path]:

@@ -94,8 +94,8 @@ def run(
     processes = Processes.join()
     shown = as_progress(progress)
     with open_session(wanted, shown, processes, need_removal=True) as (session, folder):
-        several = each_removal(wanted)
-        target = folder.path if len(several) > 1 else folder.target(wanted.removal)
+        is_range = wanted.remove.is_range
+        target = folder.path if is_range else folder.target(wanted.removal)
         if target == folder.path:
             folder.run.complete = False
         whole = bool(
@@ -106,12 +106,12 @@ def run(
             measure_and_rank(session, folder)
         if not processes.rank:
             # For a range, the user chooses one to cut.
-            if len(several) == 1 and not whole:
+            if not (is_range or whole):
                 cutting.make_gguf(session, folder, cut_and_heal(session, folder))
                 evaluating.evaluate(session, folder)
                 if wanted.tasks:
                     evaluating.benchmarks(session, folder)
-            for one in several:
+            for one in each_removal(wanted):
                 solving.report(folder, folder.target(one.removal))
             if target == folder.path:
                 folder.run.complete = True
@@ -312,8 +312,7 @@ def session_of(
 
 def price_stages(prices: Prices) -> list[Estimate]:
     """Estimate the stages of a run after the energy, each in a line with its name or more."""
-    counts = prices.config.remove.counts
-    stages = RANKING if len(counts) > 1 else RANKING + CUTTING
+    stages = RANKING if prices.config.remove.is_range else RANKING + CUTTING
     return [
         dataclasses.replace(line, name=line.name or stage.name)
         for stage in stages

@@ -345,7 +345,7 @@ def check_by_config(folder: Path, config: RunConfig, *, needed: bool) -> Inspect
         say(f"isingcut: warning: {models.explain_unused(model.unused)}")
     if needed or config.removal:
         blocks = describe_blocks(model.stack, model.rows, model.parameters, 0)
-        if len(config.remove.counts) > 1:
+        if config.remove.is_range:
             # Check the end of a range first: thousands of impossible removals take long to build.
             last = config.replace(remove=config.remove.counts[-1])
             removal_rows(blocks, last, early=True)

@@ -10,6 +10,7 @@ import inspect
 import math
 import shlex
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,7 +58,7 @@ def removal_rows(
         InfeasibleError: the constraints conflict; the message has them and the nearest possible
             number of blocks or the largest budgets.
     """
-    if len(config.remove.counts) > 1:
+    if config.remove.is_range:
         raise InputError(
             f"--remove {config.remove} is a range, which only `run` and the search accept; "
             "give one number here (in Python: Run.at)"
@@ -326,9 +327,8 @@ def _outdated_error(folder: RunFolder, file: Path) -> StageFileError:
     )
 
 
-def load_candidates(path: Path) -> CandidatesFile:
-    """Read the ranking in a `candidates.json`."""
-    return read_document(path, CandidatesFile)
+load_candidates = partial(read_document, model=CandidatesFile)
+"""Reads the ranking in a `candidates.json`."""
 
 
 def read_ranking(folder: RunFolder, config: RunConfig) -> CandidatesFile:
