@@ -111,7 +111,7 @@ def test_a_budget_decides_how_many_blocks_go(run):
     blocks = folder.run.blocks
     costs = np.array([b.parameters for b in blocks.blocks])
     assert (spectrum.states @ costs >= 0.3 * blocks.total_parameters).all()
-    assert folder.target(config.removal) == run / "remove-params-30_"
+    assert folder.target(config) == run / "remove-params-30_"
 
 
 def test_solving_far_from_where_an_energy_was_corrected_warns(

@@ -165,7 +165,7 @@ def solve(
         folder, combined = reopen(directory, options | one, several=True)
         for config in each_removal(combined):
             spectrum = solving.solve(folder, config, progress)
-            file = folder.target(config.removal) / "spectrum.json"
+            file = folder.target(config) / "spectrum.json"
             solved.append((config.removal, spectrum, file))
 
     def show_all() -> None:
@@ -208,7 +208,7 @@ def rank(directory: Folder, progress: Any, **options: Any) -> Output:
         )
     session = pipeline.session_of(folder, config, progress, Processes.join())
     ranked = ranking.rank(session, folder)
-    file = folder.target(config.removal) / "candidates.json"
+    file = folder.target(config) / "candidates.json"
     return Output(
         {"file": str(file), **show.CUT_ON_RANKING, **ranked.content()},
         lambda: show.show_ranking(ranked),
@@ -241,7 +241,7 @@ def baseline(
     folder, config = reopen(directory, options)
     session = pipeline.session_of(folder, config, progress, Processes.join())
     choice = ranking.compare(session, folder, name)
-    file = folder.target(config.removal) / f"baseline-{name}.json"
+    file = folder.target(config) / f"baseline-{name}.json"
     return Output(
         {"file": str(file), **show.CUT_ON_RANKING, **choice.content()},
         lambda: show.show_baseline(choice, file),

@@ -124,7 +124,7 @@ class Run:
             >>> isingcut.open_run("my-run").path.name
             'my-run'
         """
-        return self._folder.target(self.config.removal)
+        return self._folder.target(self.config)
 
     @property
     def blocks(self) -> int:

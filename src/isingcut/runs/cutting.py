@@ -87,7 +87,7 @@ def output_folder(
     Args:
         removed: the blocks given by `--blocks`; None is the chosen state.
     """
-    target = folder.target(config.removal)
+    target = folder.target(config)
     if removed is None or folder.overwrite:
         return target
     cut = [folder.find_record(target / name) for name in _OF_STATE]
@@ -115,7 +115,7 @@ def product(
         InputError: no checkpoint without these blocks was cut.
         StageFileError: there is no `model/` yet; the message has the next command.
     """
-    place = target = folder.target(config.removal)
+    place = target = folder.target(config)
     if removed is None:
         require(folder, config, "model")
     else:
@@ -131,7 +131,7 @@ def _place_without(
     """Find the checkpoint without these blocks, first in the folder for their number."""
     keys = [key for key in folder.run.stages if key.endswith("model")]
     others = ((folder.path / key).parent for key in keys)
-    for place in (folder.target(config.removal), *others):
+    for place in (folder.target(config), *others):
         made = folder.find_record(place / "model")
         if made and made.done and sorted(made.options.removed or ()) == sorted(removed):
             return place
@@ -155,7 +155,7 @@ def _write_exact(
     trust = config.trust_remote_code
     original = load_config(session.source, trust_remote_code=trust)
     loads_with = find_auto_class(original).__name__
-    parts = card_parts(folder.path, folder.target(config.removal), blocks, loads_with)
+    parts = card_parts(folder.path, folder.target(config), blocks, loads_with)
     unused = find_unused(Checkpoint.read(session.source), session.loaded.model)
     write_cut(session.source, blocks, out, drop_mtp=config.drop_mtp, unused=unused)
     proof = verify(
@@ -424,7 +424,7 @@ def _heal(session: Session, folder: RunFolder) -> Making:
     config = session.config
     # The stage has checked the old output.
     healing = distil_config(config).replace(overwrite=True)
-    target = folder.target(config.removal)
+    target = folder.target(config)
     start = target / "model"
     made = folder.record(start)
     removed = tuple(made.options.removed or ())

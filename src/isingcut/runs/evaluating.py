@@ -408,7 +408,7 @@ def _benchmarks(
     config = session.config
     checkpoint = product(folder, config, removed)
     made = folder.record(checkpoint)
-    ranked = folder.target(config.removal) / "candidates.json"
+    ranked = folder.target(config) / "candidates.json"
     chosen = (
         folder.find_finished(ranked)
         and folder.load(ranked, solving.load_candidates).by_tasks

@@ -196,11 +196,11 @@ class RunFolder:
         if not self.processes.rank:
             results.write_document(self.path / MANIFEST, self.run)
 
-    def target(self, remove: str) -> Path:
+    def target(self, config: RunConfig) -> Path:
         """Return the folder for the files of one removal: the run's own, or a sub-folder."""
-        if remove == self.config.removal:
+        if config.removal == self.config.removal:
             return self.path
-        return self.path / f"remove-{slug(remove)}"
+        return self.path / f"remove-{slug(config.removal)}"
 
     def check(self, file: Path) -> None:
         """Raise if a file or folder of a stage differs from what the run wrote.

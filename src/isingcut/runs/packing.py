@@ -88,7 +88,7 @@ def choose_type(session: Session, folder: RunFolder) -> PackingFile:
 
 def _pack(session: Session, folder: RunFolder) -> Making:
     config = session.config
-    file = folder.target(session.config.removal) / "packing.json"
+    file = folder.target(session.config) / "packing.json"
     journal = file.with_name("packing.journal")
     options = measuring.calibration_options(folder) | typed_options("pack", config)
     options |= cutting.share_options(config)

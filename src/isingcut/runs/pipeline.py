@@ -95,7 +95,7 @@ def run(
     shown = as_progress(progress)
     with open_session(wanted, shown, processes, need_removal=True) as (session, folder):
         is_range = wanted.remove.is_range
-        target = folder.path if is_range else folder.target(wanted.removal)
+        target = folder.path if is_range else folder.target(wanted)
         if target == folder.path:
             folder.run.complete = False
         whole = bool(
@@ -112,7 +112,7 @@ def run(
                 if wanted.tasks:
                     evaluating.benchmarks(session, folder)
             for one in each_removal(wanted):
-                solving.report(folder, folder.target(one.removal))
+                solving.report(folder, folder.target(one))
             if target == folder.path:
                 folder.run.complete = True
                 folder.save()
@@ -236,7 +236,7 @@ def open_session(
         check_by_config(session.source, config, needed=need_removal)
         if need_removal:
             for one in each_removal(config):
-                check_report(out if before is None else before.target(one.removal))
+                check_report(out if before is None else before.target(one))
         join_processes(session, processes)
         blocks = session.describe_blocks()
         for stage in (*MEASURING, *(RANKING + CUTTING if need_removal else ())):

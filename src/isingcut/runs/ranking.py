@@ -46,7 +46,7 @@ from isingcut.runs.trials import (
 
 def _rank(session: Session, folder: RunFolder) -> Making:
     config = solving.with_solved(folder, session.config)
-    target = folder.target(config.removal)
+    target = folder.target(config)
     spectrum = folder.load(target / "spectrum.json", Spectrum.load)
     others = {
         name: folder.load(measuring.energy_file(folder, config, name), Hamiltonian.load)
@@ -207,7 +207,7 @@ def _compare(session: Session, folder: RunFolder, name: str) -> Making:
     """
     config = session.config
     part = registry.get(name)()
-    target = folder.target(config.removal)
+    target = folder.target(config)
     if folder.find_finished(target / "spectrum.json"):
         config = solving.with_solved(folder, config)
     counts = config.remove.counts

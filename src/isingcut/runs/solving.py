@@ -250,7 +250,7 @@ def _solve(folder: RunFolder, config: RunConfig, progress: Progress = silent) ->
     problem = problem_of(folder, config)
     options = solve_options(folder, config)
 
-    path = yield folder, folder.target(config.removal) / "spectrum.json", options
+    path = yield folder, folder.target(config) / "spectrum.json", options
     if imports(config.solver) and folder.typed_solver != config.solver:
         raise InputError(
             f"the options of {folder.path} have --solver {config.solver}, which imports "
@@ -301,7 +301,7 @@ def require(folder: RunFolder, config: RunConfig, name: str) -> Path:
         StageFileError: it is of an earlier energy or spectrum, or does not exist; the message names
             the first stage that is missing.
     """
-    target = folder.target(config.removal)
+    target = folder.target(config)
     path = target / name
     if not path.exists():
         which = (

@@ -237,7 +237,7 @@ def refuse_changes(folder: RunFolder, config: RunConfig, *, ranks: bool) -> None
     ranks &= max(config.remove.counts, default=0) < len(folder.run.blocks.blocks)
     for one in each_removal(config) if ranks else [config]:
         for name, stage in STAGE_FILES.items():
-            place = folder.path if stage.of_run else folder.target(one.removal)
+            place = folder.path if stage.of_run else folder.target(one)
             record = folder.find_finished(file := place / stage.main)
             if record is None or not (ranks or stage.of_run):
                 continue
