@@ -17,8 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar, get_args, get_type_hints
 
-import yaml
-
 from isingcut.errors import InputError, suggest
 from isingcut.files.inputs import find_surrogate, read_text
 from isingcut.options.parsed import Parsed
@@ -262,39 +260,17 @@ _PLAIN_VALUES = {
 """Pattern of a plain YAML value of each type; any other value is text."""
 
 
-_Safe: Any = yaml.SafeLoader
-
-
-class _Loader(_Safe):  # type: ignore[misc]
-    yaml_implicit_resolvers: dict[Any, Any] = {}  # noqa: RUF012
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError(
-                f"aliases (*{self.peek_event().anchor}) are not supported"
-            )
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-        names = Counter(str(key.value) for key, _ in node.value)
-        if twice := [name for name, count in names.items() if count > 1]:
-            raise yaml.YAMLError(f"{twice[0]!r} appears twice")
-        return super().construct_mapping(node, deep)
-
-
-for _tag, _pattern in _PLAIN_VALUES.items():
-    _whole = re.compile(f"(?:{_pattern})$")
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", _whole, None)
-
-
 def parse_yaml(text: str) -> Any:
     """Parse one YAML document.
 
     Raises:
         ValueError: not valid YAML, an alias, a tag, a repeated name, or nested too deeply.
     """
+    # Imported here because `--help` does not need it.
+    import yaml
+
     try:
-        return yaml.load(text, _Loader)
+        return yaml.load(text, _loader())
     except yaml.YAMLError as e:
         raise ValueError(" ".join(str(e).split())) from e
     except RecursionError:
@@ -313,3 +289,31 @@ class Section(Parsed):
         if not isinstance(self.values, dict):
             words = "must be a section of the --config file, or typed as {name: value}"
             raise ValueError(f"{words}; got {shorten(text)}")
+
+
+@functools.cache
+def _loader() -> Any:
+    import yaml
+
+    safe: Any = yaml.SafeLoader
+
+    class Loader(safe):  # type: ignore[misc]
+        yaml_implicit_resolvers: dict[Any, Any] = {}  # noqa: RUF012
+
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            if self.check_event(yaml.AliasEvent):
+                raise yaml.YAMLError(
+                    f"aliases (*{self.peek_event().anchor}) are not supported"
+                )
+            return super().compose_node(parent, index)
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            names = Counter(str(key.value) for key, _ in node.value)
+            if twice := [name for name, count in names.items() if count > 1]:
+                raise yaml.YAMLError(f"{twice[0]!r} appears twice")
+            return super().construct_mapping(node, deep)
+
+    for tag, pattern in _PLAIN_VALUES.items():
+        whole = re.compile(f"(?:{pattern})$")
+        Loader.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", whole, None)
+    return Loader
