@@ -54,6 +54,7 @@ CUTTING: Stages = (
     evaluating.evaluate,
     evaluating.benchmarks,
 )
+STAGES = MEASURING + RANKING + CUTTING
 """All stages, in the order of a run: those of `energy`; those of each removal; and those of the
 chosen state, which a range of removals lacks. A run skips some."""
 
@@ -239,7 +240,7 @@ def open_session(
                 check_report(out if before is None else before.target(one))
         join_processes(session, processes)
         blocks = session.describe_blocks()
-        for stage in (*MEASURING, *(RANKING + CUTTING if need_removal else ())):
+        for stage in STAGES if need_removal else MEASURING:
             stage.check(session, blocks)
         calibration = measuring.build_calibration(session) if before is None else None
         folder = RunFolder.create_or_open(config, session.identity, blocks)
