@@ -266,10 +266,15 @@ def show_plan(plan: dict[str, Any]) -> None:
         ("energies", "energy", "energies, each with its default number of samples"),
         ("stages", "stage", f"later stages, {plan['remove']} blocks removed"),
     ):
-        rows = []
-        for e in plan[key]:
-            figures = [e["impossible"] or duration(e["seconds"]), decimal(e["memory"])]
-            rows.append([e["name"], str(e["samples"] or ""), *figures])
+        rows = [
+            [
+                line["name"],
+                str(line["samples"] or ""),
+                line["impossible"] or duration(line["seconds"]),
+                decimal(line["memory"]),
+            ]
+            for line in plan[key]
+        ]
         _show_table(title, (name, "samples", "time", "memory"), rows, [name])
     show_lines(
         f"times are right within a factor of 2; the checkpoint has {decimal(plan['checkpoint'])}",

@@ -48,11 +48,8 @@ def _samples(config: RunConfig) -> int:
     return max(samples_of(config, name) for name in config.energies)
 
 
-def _check_streaming(session: Session) -> None:
+def _check_streaming(config: RunConfig) -> None:
     """Raise early if an option needs the whole model in memory."""
-    config = session.config
-    if not session.streaming:
-        return
     for name in config.energies:
         if not getattr(energy_part(config, name), "streams", True):
             raise InputError(
@@ -70,7 +67,8 @@ def _check_streaming(session: Session) -> None:
 def build_calibration(session: Session) -> Calibration:
     """Build the token splits of a run, without writing them."""
     config = session.config
-    _check_streaming(session)
+    if session.streaming:
+        _check_streaming(config)
     return build(
         config.calibration,
         session.loaded.tokenizer,

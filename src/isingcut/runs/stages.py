@@ -88,7 +88,7 @@ class Stage(Generic[P, T]):
         if processes.rank:
             if processes.decide(bool):
                 with tempfile.TemporaryDirectory() as aside:
-                    _finish(making, Path(aside) / file.name)
+                    _is_done(making, Path(aside) / file.name, folder)
             folder.share()
             return folder.load(file, self.load)
         ownership.refuse_source(file, folder.sources)
@@ -193,11 +193,6 @@ class Stage(Generic[P, T]):
             ownership.check_output(file, overwrite=True)
 
 
-def _finish(making: Making, file: Path) -> None:
-    with contextlib.suppress(StopIteration):
-        making.send(file)
-
-
 def _is_done(making: Making, file: Path, folder: RunFolder) -> bool:
     """Make a stage's file; return False if memory ran out and some could be freed.
 
@@ -205,7 +200,8 @@ def _is_done(making: Making, file: Path, folder: RunFolder) -> bool:
         MemoryExhaustedError: memory ran out, and none can be freed.
     """
     try:
-        _finish(making, file)
+        with contextlib.suppress(StopIteration):
+            making.send(file)
         return True
     except Exception as error:
         if not is_memory_exhausted(error):
