@@ -64,7 +64,7 @@ def _die_at(moment):
             nonlocal count
             count += 1
             if count == moment:
-                if isinstance(what, Journal) and what._path is not None and what.keys():
+                if isinstance(what, Journal) and what._path is not None and what._rows:
                     # The journal's end is cut off, as after a power failure.
                     os.truncate(what._path, os.path.getsize(what._path) - 7)
                 os.kill(os.getpid(), signal.SIGKILL)
