@@ -51,8 +51,7 @@ from isingcut.data.tokens import (
 )
 from isingcut.errors import CalibrationError, InputError
 from isingcut.files import documents
-from isingcut.files.results import read_tensors, tensor_header
-from isingcut.files.writing import atomic_file
+from isingcut.files.results import read_tensors, write_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -94,23 +93,14 @@ class Calibration:
 
     def save(self, path: Path) -> None:
         """Write a safetensors file, atomically."""
-        from safetensors.torch import save
-
-        tensors = {}
-        for name, tokens in self.splits.items():
-            for key in ("input_ids", "mask", "counted"):
-                if (values := getattr(tokens, key)) is not None:
-                    tensors[f"{name}.{key}"] = values.contiguous()
-        header = {
-            "format": "isingcut-calibration",
-            "version": 1,
-            "source": self.source,
-            "sha256": self.sha256,
-            "meta": dict(self.meta),
+        arrays = {
+            f"{name}.{key}": values.numpy()
+            for name, tokens in self.splits.items()
+            for key in ("input_ids", "mask", "counted")
+            if (values := getattr(tokens, key)) is not None
         }
-        with atomic_file(path) as temporary:
-            # Not by `save_file` of safetensors, which hides errors of the operating system.
-            temporary.write_bytes(save(tensors, tensor_header(header)))
+        content = {"source": self.source, "sha256": self.sha256, "meta": self.meta}
+        write_tensors(path, "calibration", arrays, **content)
 
     @classmethod
     def load(cls, path: Path) -> Calibration:
@@ -120,17 +110,16 @@ class Calibration:
             StageFileError: the file is missing, damaged, of another kind, or of a newer version.
         """
         header, arrays = read_tensors(path, "calibration", _list_arrays)
+        tensors = {key: torch.from_numpy(array) for key, array in arrays.items()}
         splits = {}
         for name in SPLITS:
-            ids = arrays[f"{name}.input_ids"]
-            mask = arrays[f"{name}.mask"]
-            counted = arrays.get(f"{name}.counted")
+            ids = tensors[f"{name}.input_ids"]
             splits[name] = TokenSet(
-                torch.from_numpy(ids),
-                torch.from_numpy(mask),
+                ids,
+                tensors[f"{name}.mask"],
                 torch.arange(len(ids)),
                 _part_names(path, header["meta"], name, len(ids)),
-                None if counted is None else torch.from_numpy(counted),
+                tensors.get(f"{name}.counted"),
             )
         loaded = cls(splits, header["source"], header["meta"])
         if loaded.sha256 != header["sha256"]:
@@ -144,9 +133,9 @@ def _part_names(path: Path, meta: Any, split: str, samples: int) -> tuple[str, .
         return ()
     with contextlib.suppress(LookupError, TypeError):
         names = [str(part["name"]) for part in meta["parts"]]
-        found = meta["part_of_sample"][split]
-        if len(found) == samples and all(type(i) is int and i >= 0 for i in found):
-            return tuple(names[i] for i in found)
+        parts = meta["part_of_sample"][split]
+        if len(parts) == samples and all(type(i) is int and i >= 0 for i in parts):
+            return tuple(names[i] for i in parts)
     raise documents.damaged_error(
         path, f"some samples of {split} have no source in the mixture"
     )

@@ -144,18 +144,26 @@ Shape = tuple[int, ...]
 Wanted = Callable[[Mapping[str, Shape]], Mapping[str, tuple[str, Shape]]]
 
 
-def tensor_header(content: dict[str, Any]) -> dict[str, str]:
-    """Make the metadata of a safetensors file: one key, because the library does not sort keys.
+def write_tensors(
+    path: Path, kind: str, arrays: Mapping[str, npt.NDArray[Any]], **content: Any
+) -> None:
+    """Write a safetensors file of arrays with a header of the given kind and content."""
+    import numpy as np
+    from safetensors.numpy import save
 
-    Two files of the same content then have the same bytes.
-    """
-    return {"isingcut": json.dumps(content, sort_keys=True, allow_nan=False)}
+    document = {"format": f"isingcut-{kind}", "version": _VERSION, **content}
+    # One key, because the library does not sort keys: equal contents have equal bytes.
+    header = {"isingcut": json.dumps(document, sort_keys=True, allow_nan=False)}
+    packed = {key: np.ascontiguousarray(array) for key, array in arrays.items()}
+    with atomic_file(path) as temporary:
+        # Not by `save_file` of safetensors, which hides errors of the operating system.
+        temporary.write_bytes(save(packed, header))
 
 
 def read_tensors(
     path: Path, kind: str, wanted: Wanted
 ) -> tuple[dict[str, Any], dict[str, npt.NDArray[Any]]]:
-    """Read the header and the arrays of a file with a `tensor_header`.
+    """Read the header and the arrays of a file of `write_tensors`.
 
     Args:
         kind: the kind of the header's document.

@@ -19,8 +19,7 @@ from numpy.typing import ArrayLike
 
 from isingcut.errors import InputError
 from isingcut.files import documents
-from isingcut.files.results import read_tensors, tensor_header
-from isingcut.files.writing import atomic_file
+from isingcut.files.results import read_tensors, write_tensors
 from isingcut.ising.states import Floats
 
 if TYPE_CHECKING:
@@ -175,24 +174,11 @@ class Hamiltonian:
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write tensors and metadata to one safetensors file, atomically."""
-        from safetensors.numpy import save
-
         tensors = {"h": self.h, "J": self.J, "c": np.array([self.c])}
         errors = {"h_error": self.h_error, "J_error": self.J_error}
         tensors |= {name: error for name, error in errors.items() if error is not None}
-        header = {
-            "format": "isingcut-hamiltonian",
-            "version": 1,
-            "unit": self.unit,
-            "meta": self.meta,
-        }
         target = Path(path)
-        content = save(
-            {k: np.ascontiguousarray(v) for k, v in tensors.items()},
-            tensor_header(header),
-        )
-        with atomic_file(target) as temporary:
-            temporary.write_bytes(content)
+        write_tensors(target, "hamiltonian", tensors, unit=self.unit, meta=self.meta)
         return target
 
     @classmethod

@@ -161,11 +161,6 @@ class RunFiles:
             found[name] = self.read(path, Hamiltonian.load)
         return {name: energy for name, energy in found.items() if energy is not None}
 
-    @property
-    def comparable(self) -> bool:
-        """Whether the main energy has the unit of the measured KL, nats per token."""
-        return self.hamiltonian is not None and self.hamiltonian.unit == "nats/token"
-
     @cached_property
     def removals(self) -> list[RunFiles]:
         """All solved or ranked removals of the run folder, fewest removed blocks first."""
