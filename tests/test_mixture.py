@@ -1,5 +1,6 @@
 """A mixture of texts has its shares of tokens, and all properties of a single text."""
 
+import itertools
 import re
 from pathlib import Path
 
@@ -16,9 +17,9 @@ from calibrating import (
     write_texts,
 )
 from isingcut.data import corpora, healing_text
-from isingcut.data.calibration import Calibration, build
+from isingcut.data.calibration import Calibration, OpenText, build, draw_split
 from isingcut.data.healing_text import to_fit
-from isingcut.data.mixture import Part, Turns, parts_of
+from isingcut.data.mixture import Part, parts_of
 from isingcut.errors import CalibrationError, StageFileError
 from isingcut.evaluation.quality import quality
 from isingcut.files.cuts import CutRecord, PatchedCut, PatchRecord
@@ -102,11 +103,10 @@ def test_what_is_no_mixture_either_names_the_part(source, words):
 
 def test_every_beginning_has_the_shares_and_the_order_no_period():
     parts = [Part("a", "a", 0.75), Part("b", "b", 0.25)]
-    turns = Turns(parts, 16, "0")
-    found = []
-    for _ in range(400):
-        found.append(turns.next())
-        turns.took(found[-1], 16)
+    rows = itertools.repeat([1] * 16)
+    texts = [OpenText(part, {}, [rows]) for part in parts]
+    drawn, _ = draw_split(texts, 0, 16, 0, "energy", 400)
+    found = [i for i, _ in drawn]
     for end in range(8, 400):
         assert abs(sum(found[:end]) - end / 4) <= 1.5
     for first in range(4):

@@ -68,14 +68,13 @@ def build(
     Raises:
         CalibrationError: the text is unreadable or too short.
     """
-    parts = parts_of(source)
     encode = Encoder(tokenizer, model)
-    texts = open_parts(parts, encode, length, seed, 2, used=used)
-    report, _ = draw_split(parts, texts, 0, length, seed, "report", report_samples)
-    train, _ = draw_split(parts, texts, 1, length, seed, "train", samples, least=1)
-    say_left_out(parts, texts, length)
+    texts = open_parts(parts_of(source), encode, length, seed, 2, used=used)
+    report, _ = draw_split(texts, 0, length, seed, "report", report_samples)
+    train, _ = draw_split(texts, 1, length, seed, "train", samples, least=1)
+    say_left_out(texts, length)
     to_report, to_train = (
-        tokens_of(drawn, parts, encode.pad) for drawn in (report, train)
+        tokens_of(drawn, texts, encode.pad) for drawn in (report, train)
     )
     return HealingText(to_train, to_report, overlap(to_report, [to_train]))
 
@@ -131,19 +130,18 @@ def to_fit(
         # Opened together, so that the default text repeats no document of the calibration.
         both = (*parts, *others) if missing or mixed else ()
         texts = open_parts(both, encode, length, seed, splits, used=used)
+        own_texts = texts[: len(parts)]
         if parts and missing:
             if healing is not None:
                 unseen = healing.report_samples
-                draw_split(parts, texts, 0, length, seed, "report", unseen)
+                draw_split(own_texts, 0, length, seed, "report", unseen)
             drawn, ended = draw_split(
-                parts, texts, -1, length, seed, turns, None, most=missing
+                own_texts, -1, length, seed, turns, None, most=missing
             )
             rows += [row for _, row in drawn]
             short = "the source has no more" if ended else ""
-        texts = texts[len(parts) :]
-        drawn, _ = draw_split(
-            others, texts, -1, length, seed, "mixed", None, most=mixed
-        )
+        mixed_texts = texts[len(parts) :]
+        drawn, _ = draw_split(mixed_texts, -1, length, seed, "mixed", None, most=mixed)
         general = [row for _, row in drawn]
     except IsingcutError:
         # A moved file, or texts passed in Python. The error may name a private folder.
