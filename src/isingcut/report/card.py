@@ -45,7 +45,6 @@ def card_parts(
     base = hub_id(files.model)
     ranking = files.candidates
     place = provenance.model_path
-    name = Path(files.model if place is None else place.absolute).name
     rows = [
         [
             "original weights and config, SHA-256 of headers and edges",
@@ -70,13 +69,11 @@ def card_parts(
     return CardParts(
         base_model=base,
         # A local path is useless to others, and may contain private names.
-        name=base or name,
+        name=base or Path(place.absolute if place else files.model).name,
         removed=list(removed),
         total=len(files.blocks),
         how=sentence("summary", files, removed),
-        measured=sentence("measured_cut", ranking, removed)
-        if ranking is not None
-        else "",
+        measured=sentence("measured_cut", ranking, removed) if ranking else "",
         from_gguf=provenance.model.gguf_sha256 is not None,
         loads_with=loads_with,
         isingcut=provenance.isingcut,
@@ -94,21 +91,12 @@ def model_card(
         healing: record of the healing, if the checkpoint is healed.
         measured: scores of the GGUF file, from `gguf_card`.
     """
-    healed = "" if healing is None else render("healed.md.j2", healing=healing)
+    healed = render("healed.md.j2", healing=healing) if healing else ""
     patch = parts.patch
-    if (
-        patch is not None
-        and not patch.cuts
-        and not (patch.tuning and patch.tuning.layers)
-    ):
+    if patch and not (patch.cuts or (patch.tuning and patch.tuning.layers)):
         patch = None
-    given = {
-        "card": parts,
-        "patch": patch,
-        "healed": healed,
-        "scores": None,
-        **measured,
-    }
+    given = {"card": parts, "patch": patch, "healed": healed, "scores": None}
+    given |= measured
     metadata = ModelCardData(
         base_model=parts.base_model,
         # The hub has adapter, merge, quantized and finetune. A cut has all its weights, in a
@@ -124,17 +112,12 @@ def model_card(
 def gguf_card(files: RunFiles) -> str:
     """Render the card of `model.gguf` with its scores; empty if it was not measured."""
     found = files.evaluation
-    if (
-        files.removal is None
-        or files.removal.card is None
-        or found is None
-        or not found.gguf
-    ):
+    parts = files.removal and files.removal.card
+    if not (parts and found and found.gguf):
         return ""
     healing = files.healing if files.healed else None
     scores = [row for row in files.scores if not row.part and "gguf" in row.values]
-    packed = files.run.blocks.packed if files.packing else None
-    parts = files.removal.card
+    packed = files.packing and files.run.blocks.packed
     card = model_card(parts, healing, evaluation=found, scores=scores, packed=packed)
     return mark_harm(card, found)
 
@@ -156,17 +139,16 @@ def hub_results(files: RunFiles) -> list[EvalResult]:
     `.eval_results/` is not suitable: on the hub it is for whole registered benchmarks, not for
     samples of them or for other text.
     """
-    source = (
-        "" if files.calibration is None else describe_source(files.calibration.source)
-    )
+    text = files.calibration
+    source = describe_source(text.source) if text else ""
     rows = [row for row in files.scores if row.key.endswith(("perplexity", "kl"))]
-    if files.benchmarks is not None:
+    if files.benchmarks:
         rows += benchmark_rows(files.benchmarks, last=files.last)
     return [
         EvalResult(
             task_type="text-generation",
-            dataset_type=(text := row.label if row.notes else row.part or source),
-            dataset_name=text,
+            dataset_type=(on := row.label if row.notes else row.part or source),
+            dataset_name=on,
             metric_type=row.notes[0] if row.notes else row.key.rpartition(": ")[2],
             # The hub sorts by the value, which cannot hold an error, so the name has it.
             metric_name=f"{', '.join(row.notes) or row.label} ({model}): {row.text(model)}",

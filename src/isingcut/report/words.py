@@ -87,7 +87,7 @@ def _environment(**more: Any) -> jinja2.Environment:
         lstrip_blocks=True,
         **more,
     )
-    filters = (cell, cells, fence_text, join_blocks, numbers, shlex.quote)
+    filters = (cell, cells, fence_text, join_blocks, numbers, shlex.quote, state_map)
     environment.filters |= {function.__name__: function for function in filters}
     environment.filters["kl"] = lambda row: rows.kl_of(row).text()
     functions = (
@@ -102,7 +102,6 @@ def _environment(**more: Any) -> jinja2.Environment:
         rows.kl_of,
         rows.plus_minus,
         sentence,
-        spectrum_rows,
         table,
         was_tuned,
     )
@@ -121,11 +120,13 @@ def _sentences() -> TemplateModule:
 
 
 def known_rows(
-    found: states.CandidatesFile, removed: Sequence[int]
+    ranking: states.CandidatesFile | None, removed: Sequence[int]
 ) -> list[tuple[states.MeasuredState, int]]:
     """Return the first ranking row of a state and its number of tokens, or an empty list."""
-    known = [(row, found.tokens) for row in found.candidates]
-    known += [(row, found.random_tokens) for row in found.random]
+    if ranking is None:
+        return []
+    known = [(row, ranking.tokens) for row in ranking.candidates]
+    known += [(row, ranking.random_tokens) for row in ranking.random]
     return [(row, n) for row, n in known if sorted(row.removed) == sorted(removed)][:1]
 
 
@@ -147,34 +148,9 @@ def was_tuned(patch: cuts.PatchRecord) -> bool:
     return bool(held_out) and min(held_out) < held_out[0]
 
 
-# The spectrum ----------------------------------------------------------------------------
-
-
 def state_map(removed: Sequence[int], n: int) -> str:
     """Return a state with one character per block: # is kept, · is removed."""
     return "".join("·" if i in removed else "#" for i in range(n))
-
-
-def spectrum_rows(
-    spectrum: states.SpectrumFile,
-    candidates: states.CandidatesFile | None,
-    removed: Sequence[int] | None,
-) -> list[tuple[str, ...]]:
-    """Return the table of states, with headings: rank (* marks ``removed``), energy, KL, blocks."""
-    lines: list[tuple[str, ...]] = [("rank", "energy", "KL", "blocks", "removed")]
-    for state in spectrum.states:
-        mark = "*" * (removed is not None and sorted(state.removed) == sorted(removed))
-        known = known_rows(candidates, state.removed) if candidates else []
-        lines.append(
-            (
-                f"{mark}{state.rank}",
-                f"{state.energy:.4g}",
-                "".join(rows.kl_of(row).text() for row, _ in known),
-                f"`{state_map(state.removed, spectrum.n)}`",
-                join_blocks(state.removed),
-            )
-        )
-    return lines
 
 
 # Pages --------------------------------------------------------------------------------
