@@ -82,7 +82,7 @@ MODULES = {
     ),
     "an import of what is not there": (
         "import nowhere",
-        "cannot import 'bad' .*'nowhere'",
+        "importing 'bad' failed: .*'nowhere'",
     ),
     "no Python": ("def (", "importing 'bad' failed: SyntaxError"),
     "no class": ("def Bad(): raise SystemExit", r"bad\.Bad is not a dimod sampler"),
@@ -108,8 +108,8 @@ MODULES = {
 }
 NAMES = {
     "dimod:os.system": r"os\.system is not a dimod sampler",
-    "dimod:dimod.Nothing": "'dimod' has no class .Nothing.",
-    "dimod:nowhere.Class": "cannot import 'nowhere'",
+    "dimod:dimod.Nothing": "importing 'dimod' failed: .*no attribute 'Nothing'",
+    "dimod:nowhere.Class": "importing 'nowhere' failed: .*'nowhere'",
     "dimod:Class": "write dimod:package.Class",
     "dimod": "as a sampler; write dimod:package.Class",
     "os.system": "unknown solver 'os.system'",

@@ -168,7 +168,7 @@ def scatter_figure(files: RunFiles, name: str, states: Sequence[ReportState]) ->
         )
     title = f"{name} against measured loss"
     words = sentence("ranks_words", files.judged[name].kl)
-    return Figure(f"scatter-{name}", title, words, plot, list(legend.items()))
+    return Figure(f"scatter-{name}", title, words, plot, legend)
 
 
 def healing_figure(healing: HealingFile) -> Figure:
@@ -258,31 +258,29 @@ def trade_off_figure(axis: Axis, groups: Sequence[Group], absent: str) -> Figure
     points = []
     for group in groups:
         for files in group.removals:
-            best = files.best
-            if isinstance(best, MeasuredState):
-                at = axis.place(files)
-                points += [] if at is None else [(group, files, at, best)]
+            at = axis.place(files)
+            if at is not None and isinstance(files.best, MeasuredState):
+                points.append((group, files, at, kl_of(files.best)))
     if not points:
         return Figure(axis.key, axis.title, absent)
     plot = Plot(
         x_span([axis.whole, *(at for *_, at, _ in points)]),
-        y_span([0.0, *(kl_of(best).high for *_, best in points)], zero=True),
+        y_span([0.0, *(kl.high for *_, kl in points)], zero=True),
         axis.label,
         f"KL ({CUT_RANKING}), nats/token",
     )
     plot.mark(axis.whole, 0.0, "the original", "original")
     legend = {"original": "original"}
     for group in groups:
-        own = [(at, best.kl) for of, _, at, best in points if of is group]
+        own = [(at, kl.figure) for of, _, at, kl in points if of is group]
         if group.joined and own:
             plot.line(sorted([*own, (axis.whole, 0.0)]), group.kind)
-    for group, files, at, best in points:
-        kl = kl_of(best)
+    for group, files, at, kl in points:
         tip = (
             f"{group.name}: remove {files.name}\n{axis.label}: {at:.4g}\n"
-            f"KL {kl.text()} nats/token\nwithout blocks {join_blocks(best.removed)}"
+            f"KL {kl.text()} nats/token\nwithout blocks {join_blocks(files.removed or ())}"
         )
         plot.mark(at, kl.figure, tip, group.kind, error=kl.error)
         legend[group.kind] = group.name
     words = f"The original and {len(points)} measured removal{'s'[: len(points) > 1]}."
-    return Figure(axis.key, axis.title, words, plot, list(legend.items()))
+    return Figure(axis.key, axis.title, words, plot, legend)

@@ -10,7 +10,7 @@ page; these charts take a few kB and need no dependency.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -180,14 +180,14 @@ class Figure:
         title: heading.
         words: description in a sentence or two.
         plot: the chart, or None without data; ``words`` is then the reason.
-        legend: pairs of a CSS class and its meaning.
+        legend: meanings of CSS classes.
     """
 
     key: str
     title: str
     words: str
     plot: Plot | None = None
-    legend: Sequence[tuple[str, str]] = ()
+    legend: Mapping[str, str] = field(default_factory=dict)
 
 
 def meter(row: Row, model: str, models: Sequence[str]) -> str:

@@ -38,6 +38,8 @@ __all__ = ["Exact"]
 # Most nodes of one enumeration, tuned on the families of benchmarks/solvers.py.
 ROOT_BUDGET = 1_000_000
 NODE_BUDGET = 60_000
+ENUMERABLE = 3 * 10**10
+"""Most states of a subproblem below the root for an enumeration, which seldom ends for more."""
 
 
 @dataclass(frozen=True)
@@ -177,8 +179,6 @@ class _BranchAndBound:
             memory_mb * 1e6 / (4.0 * (reduced.n + 1) ** 2 + 40 * 1500 + 2000)
         )
         self._serial = 0
-        # Share of enumerations that finished within their budget, by 4 log2 of the state count.
-        self._luck: dict[int, float] = {}
 
     def warm_start(self, r: Reduced, problem: Problem, seed: int) -> None:
         """Fill the pool by tabu search of ``problem``, and open one root per number of ones."""
@@ -309,45 +309,21 @@ class _BranchAndBound:
         """Enumerate a subproblem unless this often fails at its size; return whether it is done."""
         n = part.free.size
         left = part.left
-        difficulty = round(4 * math.log2(math.comb(n, left)))
-        luck = self._luck.get(difficulty, 1.0)
-        if not root and luck < 0.15:
-            self._luck[difficulty] = luck + 0.002
+        if not root and math.comb(n, left) > ENUMERABLE:
             return False
-        h = part.h
-        J = part.J
-        base = part.base
         # Costly blocks come first: states with them are ruled out early, and few others remain.
-        order = np.argsort(-(h + J.sum(axis=1) * (left / n) / 2))
-        A = part.A[:, order]
-        low = part.low
-        high = part.high
-        h = h[order]
-        J = J[np.ix_(order, order)]
-        flip = 2 * left > n
-        if flip:
-            # Substitute 1 - x for x, so that there are fewer ones to place.
-            base += float(h.sum() + J.sum() / 2)
-            h = -(h + J.sum(axis=1))
-            total = A.sum(axis=1)
-            A = -A
-            low = low - total
-            high = high - total
-            order = order[::-1]
-            h = h[::-1]
-            J = J[::-1, ::-1]
-            A = A[:, ::-1]
-            left = n - left
+        cost = part.h + part.J.sum(axis=1) * (left / n) / 2
+        order = np.argsort(-cost)
         energies = np.full(self.k, np.inf)
         best = np.zeros((self.k, n), dtype=np.uint8)
         complete, visited = enumerate_below(
-            np.ascontiguousarray(h),
-            np.ascontiguousarray(J),
-            np.ascontiguousarray(A),
-            low,
-            high,
+            part.h[order],
+            part.J[np.ix_(order, order)],
+            np.ascontiguousarray(part.A[:, order]),
+            part.low,
+            part.high,
             left,
-            base,
+            part.base,
             self.pool.threshold,
             self.stop,
             ROOT_BUDGET if root else NODE_BUDGET,
@@ -355,11 +331,9 @@ class _BranchAndBound:
             best,
         )
         self.visited += int(visited)
-        if not root:
-            self._luck[difficulty] = luck + 0.1 * (float(complete) - luck)
         below = np.isfinite(energies)
         if below.any():
             states = np.tile((part.fixed == 1).astype(np.uint8), (int(below.sum()), 1))
-            states[:, part.free[order]] = 1 - best[below] if flip else best[below]
+            states[:, part.free[order]] = best[below]
             self.pool.add(energies[below], states)
         return bool(complete)
