@@ -436,8 +436,8 @@ def python() -> Iterator[str]:
     """Yield the beginnings of Python's standard library files: code without a download."""
     folder = Path(sysconfig.get_path("stdlib"))
     tops = [top for top in folder.iterdir() if top.name not in _NO_CODE]
-    found = [*folder.glob("*.py"), *(p for top in tops for p in top.rglob("*.py"))]
-    files = [p for p in found if not _NO_CODE & {*p.relative_to(folder).parts}]
+    modules = [*folder.glob("*.py"), *(p for top in tops for p in top.rglob("*.py"))]
+    files = [p for p in modules if not _NO_CODE & {*p.relative_to(folder).parts}]
     if not files:
         raise CalibrationError(
             f"the source 'python' needs the standard library's source files, and {folder} has none"

@@ -214,7 +214,7 @@ def _is_source(key: str, value: Any) -> bool:
 
 
 def _parse_weights(source: str) -> list[tuple[str, float]]:
-    found = []
+    weights = []
     for piece in source.split(","):
         name, _, number = (word.strip() for word in piece.rpartition("="))
         weight = 0.0
@@ -226,8 +226,8 @@ def _parse_weights(source: str) -> list[tuple[str, float]]:
                 "SOURCE=WEIGHT with a positive number; write for example "
                 "wiki=0.7,my-code.jsonl=0.3"
             )
-        found.append((name, weight))
-    return found
+        weights.append((name, weight))
+    return weights
 
 
 def _without_folder(source: str) -> str:

@@ -10,6 +10,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -57,12 +58,10 @@ class TokenSet:
         cls, rows: Sequence[Sequence[int]], pad: int = 0, parts: Sequence[str] = ()
     ) -> TokenSet:
         """Make a set of samples (`Row`) of unequal lengths, padded with the token ``pad``."""
-        width = max((len(r) for r in rows), default=0)
-        ids = torch.full((len(rows), width), pad, dtype=torch.int64)
-        mask = torch.zeros((len(rows), width), dtype=torch.bool)
-        for i, row in enumerate(rows):
-            ids[i, : len(row)] = torch.tensor(row, dtype=torch.int64)
-            mask[i, : len(row)] = True
+        lengths = torch.tensor([len(row) for row in rows], dtype=torch.int64)
+        mask = torch.arange(max(map(len, rows), default=0)) < lengths[:, None]
+        ids = torch.full(mask.shape, pad, dtype=torch.int64)
+        ids[mask] = torch.tensor([*chain.from_iterable(rows)], dtype=torch.int64)
         context = ids < 0
         counted = mask & ~context if bool(context.any()) else None
         ids = torch.where(context, ~ids, ids)

@@ -21,6 +21,8 @@ from isingcut.ising.problem import Problem
 from isingcut.ising.states import Floats, States, blocks_of, states_of
 
 KIND = "spectrum"
+PLAIN = ("unit", "solver", "seconds", "proven", "lower_bound")
+"""Attributes of a spectrum that its file holds as they are."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,11 +138,7 @@ class Spectrum:
         """Return the JSON-able content, with states as lists of removed blocks."""
         return {
             "n": int(self.states.shape[1]),
-            "unit": self.unit,
-            "solver": self.solver,
-            "seconds": self.seconds,
-            "proven": self.proven,
-            "lower_bound": self.lower_bound,
+            **{name: getattr(self, name) for name in PLAIN},
             "relative_gap": self.relative_gap,
             "info": dict(self.info),
             "states": [
@@ -166,10 +164,6 @@ class Spectrum:
         return cls(
             states_of(data["n"], (entry["removed"] for entry in data["states"])),
             np.array([entry["energy"] for entry in data["states"]], dtype=np.float64),
-            data["proven"],
-            data["lower_bound"],
-            data["solver"],
-            data["seconds"],
-            data["unit"],
-            data["info"],
+            info=data["info"],
+            **{name: data[name] for name in PLAIN},
         )

@@ -45,24 +45,20 @@ def card_parts(
     base = hub_id(files.model)
     ranking = files.candidates
     place = provenance.model_path
-    rows = [
-        [
-            "original weights and config, SHA-256 of headers and edges",
-            provenance.model.sha256,
-        ],
-        ["energy", files.energy],
-        ["seed", str(files.run.config.seed)],
-    ]
-    if size := provenance.model.weight_bytes:
-        file = " (a GGUF file)" if provenance.model.gguf_sha256 else ""
-        rows.insert(1, ["original weights on disk", f"{size / 1e6:.1f} MB{file}"])
-    if (text := provenance.calibration) is not None:
-        rows.append(["calibration", describe_source(text.source)])
-        rows.append(["calibration tokens, SHA-256", text.sha256])
-    if files.packing is not None:
+    model = provenance.model
+    facts = {"original weights and config, SHA-256 of headers and edges": model.sha256}
+    if size := model.weight_bytes:
+        file = " (a GGUF file)" if model.gguf_sha256 else ""
+        facts["original weights on disk"] = f"{size / 1e6:.1f} MB{file}"
+    facts["energy"] = files.energy
+    facts["seed"] = str(files.run.config.seed)
+    if text := provenance.calibration:
+        facts["calibration"] = describe_source(text.source)
+        facts["calibration tokens, SHA-256"] = text.sha256
+    if files.packing:
         command = sentence("packing_command", files, "path/to/this/folder")
-        rows.append(["cut for", f"{files.packing.budget}. {command}"])
-    versions = f"{provenance.torch}, {provenance.transformers}"
+        facts["cut for"] = f"{files.packing.budget}. {command}"
+    facts["torch, transformers"] = f"{provenance.torch}, {provenance.transformers}"
     energy = f"The energy used here, `{files.energy}`, is not that paper's."
     if files.energy == PAPER_ENERGY:
         energy = "The energy used here is that paper's empirical-Fisher estimate."
@@ -74,11 +70,11 @@ def card_parts(
         total=len(files.blocks),
         how=sentence("summary", files, removed),
         measured=sentence("measured_cut", ranking, removed) if ranking else "",
-        from_gguf=provenance.model.gguf_sha256 is not None,
+        from_gguf=model.gguf_sha256 is not None,
         loads_with=loads_with,
         isingcut=provenance.isingcut,
         energy=energy,
-        rows=[*rows, ["torch, transformers", versions]],
+        rows=[list(fact) for fact in facts.items()],
     )
 
 
@@ -111,15 +107,15 @@ def model_card(
 
 def gguf_card(files: RunFiles) -> str:
     """Render the card of `model.gguf` with its scores; empty if it was not measured."""
-    found = files.evaluation
+    scored = files.evaluation
     parts = files.removal and files.removal.card
-    if not (parts and found and found.gguf):
+    if not (parts and scored and scored.gguf):
         return ""
     healing = files.healing if files.healed else None
     scores = [row for row in files.scores if not row.part and "gguf" in row.values]
     packed = files.packing and files.run.blocks.packed
-    card = model_card(parts, healing, evaluation=found, scores=scores, packed=packed)
-    return mark_harm(card, found)
+    card = model_card(parts, healing, evaluation=scored, scores=scores, packed=packed)
+    return mark_harm(card, scored)
 
 
 def mark_harm(card: str, evaluation: EvaluationFile) -> str:
@@ -130,7 +126,7 @@ def mark_harm(card: str, evaluation: EvaluationFile) -> str:
     words = sentence("harm_words", evaluation)
     marked = f"{_HARM}{markdown(words)}\n\n" if words else ""
     begin = re.compile(rf"^(# .*\n\n)({re.escape(_HARM)}.*\n\n)?", re.MULTILINE)
-    return begin.sub(lambda found: found[1] + marked, card, count=1)
+    return begin.sub(lambda match: match[1] + marked, card, count=1)
 
 
 def hub_results(files: RunFiles) -> list[EvalResult]:

@@ -201,15 +201,15 @@ def evaluation_rows(evaluation: evaluations.EvaluationFile) -> list[Row]:
 
 
 def _collect(
-    found: evaluations.PairScores,
+    scores: evaluations.PairScores,
     others: Mapping[str, evaluations.Perplexity],
     last: str,
 ) -> dict[str, Figures]:
     """Return the figures of the original, of the models before the last, of it and of the GGUF."""
     known: dict[str, Figures] = {name: dict(model) for name, model in others.items()}
     # The scores hold the KL of the last model.
-    known[last] = dict(found.after) | dict(found)
-    known["original"] = dict(found.before) | {"kl": 0.0}
+    known[last] = dict(scores.after) | dict(scores)
+    known["original"] = dict(scores.before) | {"kl": 0.0}
     order = ("original", "cut", "patched", last, "gguf")
     return {name: known[name] for name in dict.fromkeys(order) if name in known}
 
@@ -269,9 +269,9 @@ def _row(
     """Make a row, with the change from the model ``first`` to the final one if it is known."""
     final = _final(models, key)
     values = {
-        name: _value(found, key, scale)
-        for name, found in models.items()
-        if name != "gguf" or key in found
+        name: _value(figures, key, scale)
+        for name, figures in models.items()
+        if name != "gguf" or key in figures
     }
     a = values[first]
     b = values[final]
@@ -302,9 +302,9 @@ def _row(
     return replace(row, change=f"{change} %", ratio=Value(ratio, spread))
 
 
-def _value(found: Figures, key: str, scale: float) -> Value | None:
-    figure = found.get(key)
-    error = found.get(f"{key}_se")
+def _value(figures: Figures, key: str, scale: float) -> Value | None:
+    figure = figures.get(key)
+    error = figures.get(f"{key}_se")
     if figure is None:
         return None
     return Value(figure / scale, error and error / scale)
@@ -316,7 +316,7 @@ def kl_of(row: states.MeasuredLoss) -> Value:
 
 
 def benchmark_rows(
-    found: evaluations.BenchmarksFile, *, last: str = "cut"
+    benchmarks: evaluations.BenchmarksFile, *, last: str = "cut"
 ) -> list[Row]:
     """Return the scores of both models on benchmark tasks.
 
@@ -326,7 +326,7 @@ def benchmark_rows(
         last: name of the second model: ``cut``, ``patched`` or ``healed``.
     """
     rows = []
-    for r in found.rows:
+    for r in benchmarks.rows:
         values = {
             "original": Value(r.original, r.original_se),
             last: Value(r.cut, r.cut_se),

@@ -25,7 +25,7 @@ from isingcut.report import figures
 from isingcut.report.card import gguf_card
 from isingcut.report.run_files import RunFiles
 from isingcut.report.states import ReportState, list_rivals, number_states
-from isingcut.report.words import paragraphs, render, render_page, sentence
+from isingcut.report.words import paragraphs, render, sentence
 
 
 def write_report(folder: Path, target: Path | None = None) -> None:
@@ -44,7 +44,7 @@ def write_report(folder: Path, target: Path | None = None) -> None:
     view = report_view(files)
     data = _facts(files)
     markdown = render("report.md.j2", **view)
-    page = render_page("report.html.j2", **view, **_drawings(view))
+    page = render("report.html.j2", **view, **_drawings(view))
     texts = check_report(files.target)
     write_json(texts["json"], "report", data, seal=True)
     write_sealed(texts["md"], markdown)
@@ -200,8 +200,8 @@ class Side:
     def sizes(self) -> list[RunFiles]:
         """The removals to list: all with a choice in the run folder, or the one that was named."""
         whole = self.files.removals if self.files.target == self.files.folder else []
-        found = [self.files, *(f for f in whole if f.target != self.files.target)]
-        return [f for f in found if f.removed is not None] or [self.files]
+        sizes = [self.files, *(f for f in whole if f.target != self.files.target)]
+        return [f for f in sizes if f.removed is not None] or [self.files]
 
 
 def write_comparison(
@@ -228,7 +228,7 @@ def write_comparison(
         figures.Group(f"tone-{run.tone}", run.name, run.files.removals, joined=True)
         for run in runs
     ]
-    page = render_page(
+    page = render(
         "compare.html.j2",
         title=f"{len(runs)} runs compared",
         runs=runs,
@@ -245,11 +245,11 @@ def write_comparison(
     return warnings
 
 
-def _sides(found: Sequence[RunFiles]) -> list[Side]:
-    places = [files.target.resolve() for files in found]
+def _sides(runs: Sequence[RunFiles]) -> list[Side]:
+    places = [files.target.resolve() for files in runs]
     often = Counter(place.name for place in places)
     sides = []
-    for k, (files, place) in enumerate(zip(found, places, strict=True)):
+    for k, (files, place) in enumerate(zip(runs, places, strict=True)):
         parent = f"{place.parent.name}/" * (often[place.name] > 1)
         sides.append(Side(files, parent + place.name, k % 6))
     return sides

@@ -245,7 +245,7 @@ class Search:
         """Run one beam over sizes for all targets that differ only in size, up to the largest."""
         groups: dict[tuple[bytes, ...], list[Target]] = {}
         for goal in self.goals:
-            counted = [row.coefficients for row in goal.target.rows]
+            counted = (row.coefficients for row in goal.target.rows)
             key = tuple(row.tobytes() for row in counted if row.min() >= 0)
             groups.setdefault(key, []).append(goal.target)
         for group in groups.values():

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,7 +37,6 @@ class Solution:
     info: Mapping[str, Any] = field(default_factory=dict)
 
 
-@runtime_checkable
 class Solver(Protocol):
     """The interface of a solver."""
 

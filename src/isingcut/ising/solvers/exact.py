@@ -10,6 +10,7 @@ search starts from the K states of a tabu search, which give a good first thresh
 from __future__ import annotations
 
 import heapq
+import itertools
 import math
 import os
 import threading
@@ -152,10 +153,10 @@ class _Node:
     """A subproblem: ``fixed`` (V,) is 0, 1 or -1 (free), with ``m`` ones in total."""
 
     bound: float
-    serial: int
     fixed: NDArray[np.int8] = field(compare=False)
     m: int = field(compare=False)
     dual: Dual | None = field(compare=False, default=None)
+    serial: int = field(default_factory=itertools.count().__next__)
 
 
 class _BranchAndBound:
@@ -178,7 +179,6 @@ class _BranchAndBound:
         self._most_stored = int(
             memory_mb * 1e6 / (4.0 * (reduced.n + 1) ** 2 + 40 * 1500 + 2000)
         )
-        self._serial = 0
 
     def warm_start(self, r: Reduced, problem: Problem, seed: int) -> None:
         """Fill the pool by tabu search of ``problem``, and open one root per number of ones."""
@@ -189,7 +189,7 @@ class _BranchAndBound:
         self.pool.add(self.energies(states), states)
         for m in range(r.m_low, r.m_high + 1):
             free = np.full(r.n, -1, dtype=np.int8)
-            self._push(_Node(self._simple_bound(m), 0, free, m))
+            self._push(_Node(self._simple_bound(m), free, m))
 
     def energies(self, states: NDArray[np.uint8]) -> Floats:
         """Return the scaled energies (S,) of reduced states (S, V)."""
@@ -207,8 +207,6 @@ class _BranchAndBound:
         return float(np.sort(self.reduced.h + half)[:m].sum())
 
     def _push(self, node: _Node) -> None:
-        self._serial += 1
-        node.serial = self._serial
         if len(self.open) >= self._most_stored:
             node.dual = None
         heapq.heappush(self.open, node)
@@ -302,7 +300,7 @@ class _BranchAndBound:
                 child = fixed.copy()
                 child[free[pick]] = value
                 lower = max(bound, float(estimate))
-                children.append(_Node(lower, 0, child, node.m, dual.restrict(child)))
+                children.append(_Node(lower, child, node.m, dual.restrict(child)))
             return children
 
     def _enumerate(self, part: Subproblem, root: bool) -> bool:
