@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -128,8 +128,7 @@ class TokenSet:
     def select(self, indices: Sequence[int] | torch.Tensor) -> TokenSet:
         """Return the given rows as a set, trimmed to the length of its longest sample."""
         rows = torch.as_tensor(indices, dtype=torch.int64)
-        chosen = self._trim(rows)
-        return replace(chosen, index=torch.arange(len(rows)))
+        return self._trim(rows, torch.arange(len(rows)))
 
     def first(self, tokens: int, least: int = 1) -> TokenSet:
         """Return the first samples, about ``tokens`` tokens and at least ``least`` samples."""
@@ -155,23 +154,25 @@ class TokenSet:
             rows = order[: max(1, max_tokens // longest)]
             alike = int((8 * lengths[rows] >= 7 * longest).sum())
             rows = rows[: max(alike, -(-_FAST_TOKENS // longest))]
-            batches.append(self._trim(rows))
+            batches.append(self._trim(rows, rows))
             order = order[len(rows) :]
         return batches
 
     def halves(self) -> tuple[TokenSet, TokenSet]:
         """Return the first and second half of the samples, each trimmed, with their `index`."""
         first, second = torch.arange(self.samples).chunk(2)
-        halved = [replace(self._trim(r), index=self.index[r]) for r in (first, second)]
-        return halved[0], halved[1]
+        return (
+            self._trim(first, self.index[first]),
+            self._trim(second, self.index[second]),
+        )
 
-    def _trim(self, rows: torch.Tensor) -> TokenSet:
+    def _trim(self, rows: torch.Tensor, index: torch.Tensor) -> TokenSet:
         mask = self.mask[rows]
         width = int(mask.sum(dim=1).max()) if len(rows) else 0
         parts = tuple(self.parts[row] for row in rows.tolist()) if self.parts else ()
         counted = None if self.counted is None else self.counted[rows, :width]
         return TokenSet(
-            self.input_ids[rows, :width], mask[:, :width], rows, parts, counted
+            self.input_ids[rows, :width], mask[:, :width], index, parts, counted
         )
 
 

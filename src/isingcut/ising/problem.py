@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -154,14 +154,13 @@ class Problem:
             label = (
                 row.name if row.name not in cqm.constraints else f"{row.name} #{place}"
             )
-            terms: list[tuple[int, float]] = [
-                (int(i), float(row.coefficients[i]))
-                for i in np.flatnonzero(row.coefficients)
-            ]
+            terms = [(i, a) for i, a in enumerate(row.coefficients.tolist()) if a]
             cqm.add_constraint_from_iterable(terms, row.sense, rhs=row.rhs, label=label)
         return cqm
 
-    def to_bqm(self, penalty: float | None = None, slack_bits: int = 8) -> Penalised:
+    def to_bqm(
+        self, penalty: float | None = None, slack_bits: int = 8
+    ) -> tuple[dimod.BinaryQuadraticModel, float]:
         """Return the penalty form: the energy plus squared violations, with slack variables.
 
         Args:
@@ -201,14 +200,7 @@ class Problem:
                     place, rhs - float(values[values < 0].sum()), whole, slack_bits
                 )
             bqm.add_linear_equality_constraint(terms, penalty, -rhs)
-        return Penalised(bqm, penalty)
-
-
-class Penalised(NamedTuple):
-    """A dimod BQM in penalty form and its penalty weight."""
-
-    bqm: dimod.BinaryQuadraticModel
-    penalty: float
+        return bqm, penalty
 
 
 def _slack(place: int, reach: float, whole: bool, bits: int) -> list[tuple[Any, float]]:

@@ -128,7 +128,9 @@ class RunFiles:
     @cached_property
     def spectrum(self) -> states.SpectrumFile | None:
         """Content of `spectrum.json`, with the further states that a search found."""
-        return self._solved and add_searched_states(self._solved, self.candidates)
+        if self._solved and self.candidates:
+            return add_searched_states(self._solved, self.candidates.candidates)
+        return self._solved
 
     @cached_property
     def baselines(self) -> list[states.BaselineFile]:
@@ -279,23 +281,21 @@ class RunFiles:
     @property
     def winners(self) -> list[states.BaselineFile]:
         """Baselines that keep all constraints and have a lower KL than the chosen state."""
-        if self.candidates is None:
+        ranking = self.candidates
+        if not ranking:
             return []
         # Candidates that were patched for the choice count too: patched, they were no better.
-        known = (self.candidates.chosen, *self.candidates.candidates)
-        mine = min(
-            row.kl for row in known if row is known[0] or row.patched_kl is not None
-        )
+        patched = [row.kl for row in ranking.candidates if row.patched_kl is not None]
+        mine = min([ranking.chosen.kl, *patched])
         return [b for b in self.baselines if b.kl < mine and not b.violated]
 
     @property
     def title(self) -> str:
         """Name of the model, with its number of blocks and of removed blocks."""
-        total = len(self.blocks)
-        removed = self.removed
-        if removed is None:
-            return f"{self.model}: {total} blocks"
-        return f"{self.model} without {len(removed)} of its {total} blocks"
+        total = f"{len(self.blocks)} blocks"
+        if self.removed is None:
+            return f"{self.model}: {total}"
+        return f"{self.model} without {len(self.removed)} of its {total}"
 
     @property
     def arguments(self) -> str:
@@ -328,14 +328,13 @@ class RunFiles:
 
 
 def add_searched_states(
-    spectrum: states.SpectrumFile, candidates: states.CandidatesFile | None
+    spectrum: states.SpectrumFile, rows: list[states.MeasuredState]
 ) -> states.SpectrumFile:
     """Add the candidates that a search found beyond a spectrum, and rank all by energy.
 
     A spectrum with a state that was not ranked (solved again since) is returned unchanged.
     """
     own = {tuple(s.removed) for s in spectrum.states}
-    rows = () if candidates is None else candidates.candidates
     if not own <= {tuple(r.removed) for r in rows}:
         return spectrum
     more = [r for r in rows if tuple(r.removed) not in own]

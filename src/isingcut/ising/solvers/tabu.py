@@ -236,6 +236,9 @@ class Tabu:
         keys = rng.integers(1, 2**63, size=max(n, 1), dtype=np.uint64)
         keys = np.append(keys[:n], np.uint64(0))
         size = np.abs(reduced.A).max(axis=1, initial=0.0)
+        # The search sees one more block, which stands for "no block".
+        h = np.append(reduced.h, 0.0)
+        J = np.pad(reduced.J, (0, 1))
         A = np.pad(reduced.A / size[:, None], ((0, 0), (0, 1)))
         low = reduced.low / size
         high = reduced.high / size
@@ -254,8 +257,8 @@ class Tabu:
                 m = int(rng.integers(reduced.m_low, reduced.m_high + 1))
                 x[rng.permutation(n)[:m]] = 1
             tabu_walk(
-                np.append(reduced.h, 0.0),
-                np.pad(reduced.J, (0, 1)),
+                h,
+                J,
                 A,
                 low,
                 high,
