@@ -1,6 +1,5 @@
 """A mixture of texts has its shares of tokens, and all properties of a single text."""
 
-import itertools
 import re
 from pathlib import Path
 
@@ -103,10 +102,8 @@ def test_what_is_no_mixture_either_names_the_part(source, words):
 
 def test_every_beginning_has_the_shares_and_the_order_no_period():
     parts = [Part("a", "a", 0.75), Part("b", "b", 0.25)]
-    rows = itertools.repeat([1] * 16)
-    texts = [OpenText(part, {}, [rows]) for part in parts]
-    drawn, _ = draw_split(texts, 0, 16, 0, "energy", 400)
-    found = [i for i, _ in drawn]
+    texts = [OpenText(part, {}, [iter([[1] * 16] * 400)]) for part in parts]
+    found = [i for i, _ in draw_split(texts, 0, 16, 0, "energy", 400)[0]]
     for end in range(8, 400):
         assert abs(sum(found[:end]) - end / 4) <= 1.5
     for first in range(4):
