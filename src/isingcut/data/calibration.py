@@ -51,8 +51,8 @@ from isingcut.data.tokens import (
     overlap,
 )
 from isingcut.errors import CalibrationError, InputError
-from isingcut.files import documents
-from isingcut.files.results import read_tensors, write_tensors
+from isingcut.files.results import damaged_error, read_tensors, write_tensors
+from isingcut.files.states import CalibrationHeader
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -101,7 +101,7 @@ class Calibration:
             if (values := getattr(tokens, key)) is not None
         }
         content = {"source": self.source, "sha256": self.sha256, "meta": self.meta}
-        write_tensors(path, "calibration", arrays, **content)
+        write_tensors(path, CalibrationHeader.kind, arrays, **content)
 
     @classmethod
     def load(cls, path: Path) -> Calibration:
@@ -110,7 +110,7 @@ class Calibration:
         Raises:
             StageFileError: the file is missing, damaged, of another kind, or of a newer version.
         """
-        header, arrays = read_tensors(path, "calibration", _list_arrays)
+        header, arrays = read_tensors(path, CalibrationHeader, _list_arrays)
         tensors = {key: torch.from_numpy(array) for key, array in arrays.items()}
         splits = {}
         for name in SPLITS:
@@ -124,7 +124,7 @@ class Calibration:
             )
         loaded = cls(splits, header["source"], header["meta"])
         if loaded.sha256 != header["sha256"]:
-            raise documents.damaged_error(path, "its tokens do not match its hash")
+            raise damaged_error(path, "its tokens do not match its hash")
         return loaded
 
 
@@ -137,9 +137,7 @@ def _part_names(path: Path, meta: Any, split: str, samples: int) -> tuple[str, .
         parts = meta["part_of_sample"][split]
         if len(parts) == samples and all(type(i) is int and i >= 0 for i in parts):
             return tuple(names[i] for i in parts)
-    raise documents.damaged_error(
-        path, f"some samples of {split} have no source in the mixture"
-    )
+    raise damaged_error(path, f"some samples of {split} have no source in the mixture")
 
 
 def _list_arrays(

@@ -18,8 +18,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from isingcut.errors import InputError
-from isingcut.files import documents
-from isingcut.files.results import read_tensors, write_tensors
+from isingcut.files.results import damaged_error, read_tensors, write_tensors
+from isingcut.files.states import HamiltonianHeader
 from isingcut.ising.states import Floats
 
 if TYPE_CHECKING:
@@ -178,7 +178,8 @@ class Hamiltonian:
         errors = {"h_error": self.h_error, "J_error": self.J_error}
         tensors |= {name: error for name, error in errors.items() if error is not None}
         target = Path(path)
-        write_tensors(target, "hamiltonian", tensors, unit=self.unit, meta=self.meta)
+        kind = HamiltonianHeader.kind
+        write_tensors(target, kind, tensors, unit=self.unit, meta=self.meta)
         return target
 
     @classmethod
@@ -189,12 +190,12 @@ class Hamiltonian:
             StageFileError: the file is missing, damaged, of a later version, or of another program.
         """
         source = Path(path)
-        header, tensors = read_tensors(source, "hamiltonian", _list_arrays)
+        header, tensors = read_tensors(source, HamiltonianHeader, _list_arrays)
         try:
             c = float(tensors.pop("c")[0])
             return cls(c=c, unit=header["unit"], meta=header["meta"], **tensors)
         except InputError as e:
-            raise documents.damaged_error(source, str(e)) from e
+            raise damaged_error(source, str(e)) from e
 
 
 def _list_arrays(
