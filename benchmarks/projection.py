@@ -232,7 +232,7 @@ def count(n: int, removed: int) -> Counts:
         sweeps=replay.store.count_sweeps() - before,
         together=RUN.length * sum(calls) / (len(calls) * SHORT),
         host=time.process_time() - began - sum(inside),
-        removed=found.best(removed),
+        removed=found.goals[0].removed,
     )
 
 

@@ -147,7 +147,10 @@ def _search(s: Setting, removals: Sequence[int]) -> dict[int, Outcome]:
     work = s.working("search-" + "-".join(map(str, removals)))
     found = Search(s.replay, s.wide, work, targets, seed=s.seed).run()
     paid = found.evaluator.ledger
-    return {m: s.priced(found.best(m), paid.passes, paid.heads) for m in removals}
+    return {
+        goal.target.low: s.priced(goal.removed, paid.passes, paid.heads)
+        for goal in found.goals
+    }
 
 
 def _evolution(s: Setting, remove: int) -> Outcome:

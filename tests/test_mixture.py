@@ -16,8 +16,9 @@ from calibrating import (
     write_texts,
 )
 from isingcut.data import corpora, healing_text
+from isingcut.data.calibration import OpenText, draw_split
 from isingcut.data.healing_text import to_fit
-from isingcut.data.mixture import Part, Turns, parts_of
+from isingcut.data.mixture import Part, parts_of
 from isingcut.evaluation.quality import quality
 from isingcut.files.cuts import CutRecord, PatchedCut, PatchRecord
 from isingcut.files.evaluations import EvaluationFile, PartScores
@@ -111,11 +112,9 @@ def test_what_is_no_mixture_either_names_the_part(source, words):
 
 
 def test_every_beginning_has_the_shares_and_the_order_no_period():
-    turns = Turns([Part("a", "a", 0.75), Part("b", "b", 0.25)], 16, "0")
-    found = []
-    for _ in range(400):
-        found.append(turns.next())
-        turns.took(found[-1], 16)
+    parts = [Part("a", "a", 0.75), Part("b", "b", 0.25)]
+    texts = [OpenText(part, {}, [iter([[1] * 16] * 400)]) for part in parts]
+    found = [i for i, _ in draw_split(texts, 0, 16, 0, "energy", 400)[0]]
     for end in range(8, 400):
         assert abs(sum(found[:end]) - end / 4) <= 1.5
     for first in range(4):

@@ -410,8 +410,8 @@ def test_bounds_are_bounds():
     relaxation = Relaxation(
         reduced, np.array([lowest + 0.1]), np.zeros(1, dtype=np.int64)
     )
-    part = Subproblem(ham.h, ham.J, np.full(n, -1, dtype=np.int8), m)
-    bound, splits, dual = relaxation.bound(part, m, relaxation.start(None, part, m))
+    part = Subproblem(reduced, np.full(n, -1, dtype=np.int8), m)
+    bound, splits, dual = relaxation.bound(part, None)
     assert lowest - 0.05 * abs(lowest) < bound <= lowest + 1e-9
     assert np.isfinite(splits).all()
     for i in range(n):
@@ -422,9 +422,10 @@ def test_bounds_are_bounds():
         fixed = np.full(n, -1, dtype=np.int8)
         fixed[i] = value
         child = dual.restrict(fixed)
-        a = s[x[:, i] == value][:, np.delete(np.arange(n + 1), i + 1)][:, child.cuts]
+        W = s[x[:, i] == value]
+        a = W[:, np.delete(np.arange(n + 1), i + 1)][:, child.cuts[:, :3]]
         pairs = a[..., [0, 0, 1]] * a[..., [1, 2, 2]]
-        assert (1 + (pairs * SIGNS[child.kinds]).sum(axis=-1) >= 0).all()
+        assert (1 + (pairs * SIGNS[child.cuts[:, 3]]).sum(axis=-1) >= 0).all()
         # On binaries the diagonal terms are constants: nothing may be lost or gained.
         assert child.x[:n].sum() == pytest.approx(dual.x[: n + 1].sum())
         assert len(child.cuts)

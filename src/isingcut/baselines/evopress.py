@@ -108,10 +108,10 @@ def _children(rng: np.random.Generator, parent: Bools, count: int) -> States:
     """Make up to ``count`` distinct children, each one to three exchanges from the parent."""
     gone = np.flatnonzero(parent)
     here = np.flatnonzero(~parent)
-    found: dict[str, Bools] = {}
+    children: dict[str, Bools] = {}
     # Small stacks have fewer children than ``count``: stop drawing then.
     for _ in range(10 * count):
-        if len(found) == count:
+        if len(children) == count:
             break
         swaps = min(
             int(rng.integers(1, 4)), int(rng.integers(1, 4)), len(gone), len(here)
@@ -119,5 +119,5 @@ def _children(rng: np.random.Generator, parent: Bools, count: int) -> States:
         child = parent.copy()
         child[rng.choice(gone, swaps, replace=False)] = False
         child[rng.choice(here, swaps, replace=False)] = True
-        found[key_of(child)] = child
-    return np.array(list(found.values()))
+        children[key_of(child)] = child
+    return np.array([*children.values()])

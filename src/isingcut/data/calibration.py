@@ -13,6 +13,8 @@ import contextlib
 import hashlib
 import itertools
 import math
+import random
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +36,6 @@ from isingcut.data.corpora import (
 from isingcut.data.generation import sample_from_model
 from isingcut.data.mixture import (
     Part,
-    Turns,
     is_same_text,
     name_part,
     parts_of,
@@ -93,19 +94,14 @@ class Calibration:
 
     def save(self, path: Path) -> None:
         """Write a safetensors file, atomically."""
-        tensors = {}
-        for name, tokens in self.splits.items():
-            for key in ("input_ids", "mask", "counted"):
-                if (values := getattr(tokens, key)) is not None:
-                    tensors[f"{name}.{key}"] = values.numpy()
-        write_tensors(
-            path,
-            CalibrationHeader.kind,
-            tensors,
-            source=self.source,
-            sha256=self.sha256,
-            meta=dict(self.meta),
-        )
+        arrays = {
+            f"{name}.{key}": values.numpy()
+            for name, tokens in self.splits.items()
+            for key in ("input_ids", "mask", "counted")
+            if (values := getattr(tokens, key)) is not None
+        }
+        content = {"source": self.source, "sha256": self.sha256, "meta": self.meta}
+        write_tensors(path, CalibrationHeader.kind, arrays, **content)
 
     @classmethod
     def load(cls, path: Path) -> Calibration:
@@ -115,17 +111,16 @@ class Calibration:
             StageFileError: the file is missing, damaged, of another kind, or of a newer version.
         """
         header, arrays = read_tensors(path, CalibrationHeader, _list_arrays)
+        tensors = {key: torch.from_numpy(array) for key, array in arrays.items()}
         splits = {}
         for name in SPLITS:
-            ids = arrays[f"{name}.input_ids"]
-            mask = arrays[f"{name}.mask"]
-            counted = arrays.get(f"{name}.counted")
+            ids = tensors[f"{name}.input_ids"]
             splits[name] = TokenSet(
-                torch.from_numpy(ids),
-                torch.from_numpy(mask),
+                ids,
+                tensors[f"{name}.mask"],
                 torch.arange(len(ids)),
                 _part_names(path, header["meta"], name, len(ids)),
-                None if counted is None else torch.from_numpy(counted),
+                tensors.get(f"{name}.counted"),
             )
         loaded = cls(splits, header["source"], header["meta"])
         if loaded.sha256 != header["sha256"]:
@@ -139,9 +134,9 @@ def _part_names(path: Path, meta: Any, split: str, samples: int) -> tuple[str, .
         return ()
     with contextlib.suppress(LookupError, TypeError):
         names = [str(part["name"]) for part in meta["parts"]]
-        found = meta["part_of_sample"][split]
-        if len(found) == samples and all(type(i) is int and i >= 0 for i in found):
-            return tuple(names[i] for i in found)
+        parts = meta["part_of_sample"][split]
+        if len(parts) == samples and all(type(i) is int and i >= 0 for i in parts):
+            return tuple(names[i] for i in parts)
     raise damaged_error(path, f"some samples of {split} have no source in the mixture")
 
 
@@ -228,9 +223,9 @@ def build(
     )
     drawn: dict[str, Drawn] = {}
     for number, (name, count) in enumerate(counts.items()):
-        drawn[name], _ = draw_split(parts, texts, number, length, seed, name, count)
-    say_left_out(parts, texts, length)
-    splits = {name: tokens_of(drawn[name], parts, encode.pad) for name in SPLITS}
+        drawn[name], _ = draw_split(texts, number, length, seed, name, count)
+    say_left_out(texts, length)
+    splits = {name: tokens_of(drawn[name], texts, encode.pad) for name in SPLITS}
     energy, rank, report = splits.values()
     earlier = {"rank": (rank, [energy]), "report": (report, [energy, rank])}
     shared = {name: overlap(*splits) for name, splits in earlier.items()}
@@ -247,13 +242,13 @@ def build(
     if len(parts) == 1:
         meta |= texts[0].facts
     else:
-        tokens = [0] * len(parts)
+        tokens = Counter[int]()
         for i, row in itertools.chain.from_iterable(drawn.values()):
             tokens[i] += len(row)
         meta["kind"] = "mixture"
         meta["parts"] = [
-            {**vars(part), **text.facts, "tokens": count}
-            for part, text, count in zip(parts, texts, tokens, strict=True)
+            {**vars(text.part), **text.facts, "tokens": tokens[i]}
+            for i, text in enumerate(texts)
         ]
         meta["part_of_sample"] = {
             name: [i for i, _ in each] for name, each in drawn.items()
@@ -270,11 +265,13 @@ class OpenText:
     """One text of a mixture, read lazily.
 
     Attributes:
+        part: its source and its share.
         facts: JSON-able facts: ``kind``, the number of ``documents`` read so far, and that of the
             conversations ``left_out``, which have no answer within the length of a sample.
         readers: one reader of samples per split.
     """
 
+    part: Part
     facts: dict[str, Any]
     readers: Sequence[Iterator[Row]]
 
@@ -308,7 +305,7 @@ def open_parts(
     seen: set[int] = set()
     corpora: list[Corpus] = []
     for part in parts:
-        with name_part(part, parts):
+        with name_part(part):
             if used is not None:
                 refuse_changed(used.meta.get("texts", {}), part.source)
             if part.source == "self":
@@ -332,7 +329,7 @@ def open_parts(
     opened = []
     for part, text in zip(parts, corpora, strict=True):
         facts: dict[str, Any] = {"kind": text.kind}
-        with name_part(part, parts):
+        with name_part(part):
             if text.kind == "generated":
                 rows = text.documents
             elif text.kind == "chat":
@@ -351,15 +348,14 @@ def open_parts(
                         pack(_join(documents, between), encode, length)
                         for _ in range(splits)
                     ]
-                    opened.append(OpenText(facts, each))
+                    opened.append(OpenText(part, facts, each))
                     continue
                 rows = pack(documents, encode, length)
-        opened.append(OpenText(facts, [rows] * splits))
+        opened.append(OpenText(part, facts, [rows] * splits))
     return opened
 
 
 def draw_split(
-    parts: Sequence[Part],
     texts: Sequence[OpenText],
     split: int,
     length: int,
@@ -370,12 +366,16 @@ def draw_split(
     least: int = 0,
     most: float = math.inf,
 ) -> tuple[Drawn, bool]:
-    """Draw the samples of one split, from all sources in turn.
+    """Draw the samples of one split, so that the sources always have their shares of tokens.
+
+    The next source is the one with the fewest tokens relative to its share. A random fraction of a
+    sample is added to the tokens of each source, so that the order has no period. With ``count``,
+    every source gets a sample if there are enough.
 
     Args:
         split: index of the split's readers.
         length: tokens of a full sample.
-        seed, name: seed of the turns.
+        seed, name: seed of the random fractions.
         count: number of samples; None draws until a source ends.
         least: number of samples that must be there without ``count``.
         most: number of tokens after which to stop.
@@ -386,13 +386,21 @@ def draw_split(
     Raises:
         CalibrationError: a source has too few samples.
     """
-    turns = Turns(parts, length, f"{seed} {name}")
+    fraction = random.Random(f"{seed} {name}").random
+    ahead = [fraction() for _ in texts]
+    had = [0] * len(texts)
     tokens = 0
     drawn: Drawn = []
+
+    def due(i: int) -> float:
+        return (had[i] + ahead[i] * length) / texts[i].part.share
+
     while (count is None or len(drawn) < count) and tokens < most:
-        i = turns.next(None if count is None else count - len(drawn))
-        part = parts[i]
-        with name_part(part, parts):
+        new = [i for i in range(len(texts)) if not had[i]]
+        scarce = count is not None and count - len(drawn) <= len(new)
+        i = min(new if scarce else range(len(texts)), key=due)
+        part = texts[i].part
+        with name_part(part):
             row = next(texts[i].readers[split], None)
             if row is None:
                 if count is None and len(drawn) >= least:
@@ -408,15 +416,16 @@ def draw_split(
                     f"samples of {length} tokens{share} are needed, found "
                     f"{sum(k == i for k, _ in drawn)}; {left_out(texts[i], length) or lower}"
                 )
-        turns.took(i, sum(token >= 0 for token in row))
+        had[i] += sum(token >= 0 for token in row)
+        ahead[i] = fraction()
         drawn.append((i, row))
         tokens += len(row)
     return drawn, False
 
 
-def tokens_of(drawn: Drawn, parts: Sequence[Part], pad: int) -> TokenSet:
+def tokens_of(drawn: Drawn, texts: Sequence[OpenText], pad: int) -> TokenSet:
     """Make a token set of samples, padded with the token ``pad``."""
-    names = [parts[i].name for i, _ in drawn] if len(parts) > 1 else []
+    names = [texts[i].part.name for i, _ in drawn] if len(texts) > 1 else []
     return TokenSet.from_rows([row for _, row in drawn], pad, names)
 
 
@@ -493,8 +502,8 @@ def left_out(text: OpenText, length: int) -> str:
     return words if count else ""
 
 
-def say_left_out(parts: Sequence[Part], texts: Sequence[OpenText], length: int) -> None:
+def say_left_out(texts: Sequence[OpenText], length: int) -> None:
     """Print a line for each source of which conversations are left out."""
-    for part, text in zip(parts, texts, strict=True):
+    for text in texts:
         if words := left_out(text, length):
-            say(f"isingcut: {part.name}: {words} to use them")
+            say(f"isingcut: {text.part.name}: {words} to use them")

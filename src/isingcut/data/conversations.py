@@ -152,13 +152,13 @@ def row_of(encode: Encoder, text: str, most: int) -> Row:
 def _tokens_before(encode: Encoder, text: str, ids: Sequence[int], place: int) -> int:
     """Count the tokens that end at or before a position of a text."""
     begin = encode(text[:place])
-    found = _count_common(begin, ids)
-    if len(begin) - found > _CHANGED:
+    common = _count_common(begin, ids)
+    if len(begin) - common > _CHANGED:
         raise CalibrationError(
             "the model's tokenizer splits a truncated conversation differently, so the "
             "assistant's tokens cannot be found; give the source without 'answers:'"
         )
-    return found
+    return common
 
 
 def _count_common(one: Sequence[Any], other: Sequence[Any]) -> int:

@@ -86,7 +86,7 @@ def read(source: str, tokenizer: PreTrainedTokenizerBase, seed: int) -> Corpus:
         records: Iterator[Any] = (
             (f"text {i} of the list", {"text": text}) for i, text in enumerate(texts)
         )
-    elif place == "-" or (place not in HUB and _is_file(path)):
+    elif place == "-" or (place not in NAMED and _is_file(path)):
         records = read_text(path, name)
         if next(records) == ".txt":
             if place != source:
@@ -116,16 +116,14 @@ def check(source: str) -> None:
         CalibrationError: the source does not exist, is a folder without data files, or is not text;
             a file is empty, or its first record has no text.
     """
-    parts = parts_of(source)
-    for part in parts:
-        with name_part(part, parts):
+    for part in parts_of(source):
+        with name_part(part):
             place = place_of(part.source)
             _check_one(place)
             answers = place != part.source
-            named = place in (*PACKAGED, *HUB, "self", "-")
             if answers and (place in (*PACKAGED, "self") or is_object_name(place)):
                 raise _no_answers(place)
-            if not named and user_path(place).is_file():
+            if place not in NAMED and user_path(place).is_file():
                 _check_beginning(place, answers=answers)
 
 
@@ -147,20 +145,18 @@ def text_hashes(source: str) -> dict[str, str]:
 
     The hash of a folder is that of its data files' names, sizes and first and last MiB.
     """
-    found = {}
-    for place in places_in(source):
+    hashes = {}
+    for place in filter(lambda place: place not in NAMED, places_in(source)):
         path = user_path(place)
-        if place in (*PACKAGED, *HUB, "self", "-"):
-            continue
         with clear_errors(place):
             if path.is_file():
-                found[place] = file_sha256(path)
+                hashes[place] = file_sha256(path)
             elif path.is_dir():
                 files = {
                     str(p.relative_to(path)): edges_sha256(p) for p in _data_files(path)
                 }
-                found[place] = hashlib.sha256(json.dumps(files).encode()).hexdigest()
-    return found
+                hashes[place] = hashlib.sha256(json.dumps(files).encode()).hexdigest()
+    return hashes
 
 
 def refuse_changed(hashes: Mapping[str, str], source: str) -> None:
@@ -172,8 +168,8 @@ def refuse_changed(hashes: Mapping[str, str], source: str) -> None:
     Raises:
         CalibrationError: a file has changed; the message names it.
     """
-    for place, found in text_hashes(source).items():
-        if hashes.get(place, found) != found:
+    for place, sha256 in text_hashes(source).items():
+        if hashes.get(place, sha256) != sha256:
             raise CalibrationError(
                 f"{place} was changed since it was measured on; restore the old text, or measure "
                 "the new one with another --out or with --overwrite"
@@ -189,7 +185,7 @@ def _check_one(source: str) -> None:
         raise CalibrationError(f"the calibration source is empty; {_SOURCES}")
     if source == "wiki":
         _wiki_file()
-    if source in (*PACKAGED, *HUB, "self") or find_object(source) is not None:
+    if source in NAMED - {"-"} or find_object(source) is not None:
         return
     path = user_path(source)
     if source == "-" or _is_file(path):
@@ -337,9 +333,9 @@ def _dataset(source: str, seed: int) -> Iterator[Record]:
         )
     name = HUB.get(source, source)
     split = None
-    if not Path(name).expanduser().is_dir() and ":" in name:
+    if ":" in name and not user_path(name).is_dir():
         name, split = name.rsplit(":", 1)
-    folder = Path(name).expanduser()
+    folder = user_path(name)
     parts = name.split("/")
     path = "/".join(parts[:2])
     config = "/".join(parts[2:]) or None
@@ -440,8 +436,8 @@ def python() -> Iterator[str]:
     """Yield the beginnings of Python's standard library files: code without a download."""
     folder = Path(sysconfig.get_path("stdlib"))
     tops = [top for top in folder.iterdir() if top.name not in _NO_CODE]
-    found = [*folder.glob("*.py"), *(p for top in tops for p in top.rglob("*.py"))]
-    files = [p for p in found if not _NO_CODE & {*p.relative_to(folder).parts}]
+    modules = [*folder.glob("*.py"), *(p for top in tops for p in top.rglob("*.py"))]
+    files = [p for p in modules if not _NO_CODE & {*p.relative_to(folder).parts}]
     if not files:
         raise CalibrationError(
             f"the source 'python' needs the standard library's source files, and {folder} has none"
@@ -474,3 +470,5 @@ HUB = {
     "maths": "HuggingFaceTB/finemath/finemath-4plus",
 }
 """Data sets on the hub, in the form of `_dataset`; `instruct` has conversations."""
+NAMED = {*PACKAGED, *HUB, "self", "-"}
+"""Sources that are no path, even where a file has the name."""

@@ -64,7 +64,7 @@ def _generate(
     factory: Any = GenerationConfig
     generative.generation_config = factory(use_cache=True, **settings)
     try:
-        found: torch.Tensor = generative.generate(
+        generated: torch.Tensor = generative.generate(
             prompt,
             attention_mask=torch.ones_like(prompt),
             max_new_tokens=new_tokens,
@@ -72,7 +72,7 @@ def _generate(
         )
     finally:
         generative.generation_config = own
-    return found
+    return generated
 
 
 def generate_text(
@@ -137,7 +137,7 @@ def sample_from_model(
         )
     Encoder(tokenizer, model).check_ids([start])
     batches = -(-needed // _ROWS)
-    found = 0
+    number = 0
     prompt = torch.full((_ROWS, 1), start, dtype=torch.int64, device=model.device)
     devices = [model.device] if model.device.type == "cuda" else []
     sampling = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
@@ -159,9 +159,9 @@ def sample_from_model(
                 yield from out.tolist()
                 bar.advance(1)
 
-        for found, row in enumerate(distinct(sample_rows()), 1):  # noqa: B007
+        for number, row in enumerate(distinct(sample_rows()), 1):  # noqa: B007
             yield row
     raise CalibrationError(
-        f"the model repeats itself: sampling gave {found} different samples of {length} tokens, "
+        f"the model repeats itself: sampling gave {number} different samples of {length} tokens, "
         f"but {needed} are needed; raise --length or choose another --calibration"
     )

@@ -68,14 +68,13 @@ def build(
     Raises:
         CalibrationError: the text is unreadable or too short.
     """
-    parts = parts_of(source)
     encode = Encoder(tokenizer, model)
-    texts = open_parts(parts, encode, length, seed, 2, used=used)
-    report, _ = draw_split(parts, texts, 0, length, seed, "report", report_samples)
-    train, _ = draw_split(parts, texts, 1, length, seed, "train", samples, least=1)
-    say_left_out(parts, texts, length)
+    texts = open_parts(parts_of(source), encode, length, seed, 2, used=used)
+    report, _ = draw_split(texts, 0, length, seed, "report", report_samples)
+    train, _ = draw_split(texts, 1, length, seed, "train", samples, least=1)
+    say_left_out(texts, length)
     to_report, to_train = (
-        tokens_of(drawn, parts, encode.pad) for drawn in (report, train)
+        tokens_of(drawn, texts, encode.pad) for drawn in (report, train)
     )
     return HealingText(to_train, to_report, overlap(to_report, [to_train]))
 
@@ -108,14 +107,13 @@ def to_fit(
         source = healing.text
         length = healing.length
         seed = healing.seed
-    split = used.splits["energy"]
     encode = Encoder(tokenizer, model)
     mixed = round(share * most) if is_mixed(used.source, source) else 0
     unmixed = NO_WIKI if mixed and not has_wiki() else ""
     mixed = 0 if unmixed else mixed
-    own = split.first(most - mixed)
+    own = used.splits["energy"].first(most - mixed)
     rows = own.rows
-    general = list[Row]()
+    general: list[Row] = []
     missing = max(0, most - mixed - int(own.mask.sum()))
     places = places_in(source)
     unread = ""
@@ -131,34 +129,33 @@ def to_fit(
         # Opened together, so that the default text repeats no document of the calibration.
         both = (*parts, *others) if missing or mixed else ()
         texts = open_parts(both, encode, length, seed, splits, used=used)
-        if parts and missing:
+        further = texts[: len(parts)]
+        if further and missing:
             if healing is not None:
                 unseen = healing.report_samples
-                draw_split(parts, texts, 0, length, seed, "report", unseen)
+                draw_split(further, 0, length, seed, "report", unseen)
             drawn, ended = draw_split(
-                parts, texts, -1, length, seed, turns, None, most=missing
+                further, -1, length, seed, turns, None, most=missing
             )
             rows += [row for _, row in drawn]
             short = "the source has no more" if ended else ""
-        texts = texts[len(parts) :]
-        drawn, _ = draw_split(
-            others, texts, -1, length, seed, "mixed", None, most=mixed
-        )
+        mixable = texts[len(parts) :]
+        drawn, _ = draw_split(mixable, -1, length, seed, "mixed", None, most=mixed)
         general = [row for _, row in drawn]
     except IsingcutError:
         # A moved file, or texts passed in Python. The error may name a private folder.
         short = "the source was changed or cannot be read; restore the old text to fit on more"
         # Without the source, its documents cannot be left out of the default text.
         unmixed = short if mixed else unmixed
-    found = TokenSet.from_rows(rows + general, encode.pad)
-    named = [used.source, source, *([TEXT] if general else [])]
-    return found, FittedText(
+    tokens = TokenSet.from_rows(rows + general, encode.pad)
+    named = [used.source, source] + [TEXT] * bool(general)
+    return tokens, FittedText(
         source=" + ".join(dict.fromkeys(map(describe_source, named))),
-        samples=found.samples,
+        samples=tokens.samples,
         searched=own.samples,
         mixed=sum(map(len, general)),
         unmixed=unmixed,
-        tokens=int(found.mask.sum()),
+        tokens=int(tokens.mask.sum()),
         requested=most,
         short=short,
     )

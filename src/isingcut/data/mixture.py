@@ -12,7 +12,6 @@ import hashlib
 import importlib.metadata
 import math
 import os
-import random
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -215,7 +214,7 @@ def _is_source(key: str, value: Any) -> bool:
 
 
 def _parse_weights(source: str) -> list[tuple[str, float]]:
-    found = []
+    weights = []
     for piece in source.split(","):
         name, _, number = (word.strip() for word in piece.rpartition("="))
         weight = 0.0
@@ -227,8 +226,8 @@ def _parse_weights(source: str) -> list[tuple[str, float]]:
                 "SOURCE=WEIGHT with a positive number; write for example "
                 "wiki=0.7,my-code.jsonl=0.3"
             )
-        found.append((name, weight))
-    return found
+        weights.append((name, weight))
+    return weights
 
 
 def _without_folder(source: str) -> str:
@@ -245,51 +244,11 @@ def _exists(source: str) -> bool:
 
 
 @contextlib.contextmanager
-def name_part(part: Part, parts: Sequence[Part]) -> Iterator[None]:
-    """Add the name of the mixture's part to errors within the context."""
+def name_part(part: Part) -> Iterator[None]:
+    """Add the name of a part of a mixture to errors within the context."""
     try:
         yield
     except IsingcutError as e:
-        if len(parts) > 1:
+        if part.share < 1:
             e.args = (f"part {part.name!r} of the mixture: {e}",)
         raise
-
-
-class Turns:
-    """Chooses the part of the next sample, so that the parts always have their shares of tokens.
-
-    The next part is the one with the fewest tokens relative to its share. A random fraction of a
-    sample is added to the tokens of each part, so that the order has no period.
-
-    Args:
-        parts: the parts with their shares.
-        length: tokens of a full sample.
-        seed: seed of the random fractions.
-    """
-
-    def __init__(self, parts: Sequence[Part], length: int, seed: str) -> None:
-        self._shares = [part.share for part in parts]
-        self._length = length
-        self._random = random.Random(seed)
-        self._had = [0] * len(parts)
-        self._ahead = [self._random.random() for _ in parts]
-
-    def next(self, left: int | None = None) -> int:
-        """Return the index of the next part.
-
-        Args:
-            left: number of remaining samples; if there are enough, every part gets one.
-        """
-        new = [i for i, had in enumerate(self._had) if not had]
-        among = (
-            new if left is not None and 0 < left <= len(new) else range(len(self._had))
-        )
-        return min(among, key=self._due)
-
-    def took(self, part: int, tokens: int) -> None:
-        """Count a sample of ``part``."""
-        self._had[part] += tokens
-        self._ahead[part] = self._random.random()
-
-    def _due(self, part: int) -> float:
-        return (self._had[part] + self._ahead[part] * self._length) / self._shares[part]

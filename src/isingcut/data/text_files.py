@@ -39,8 +39,8 @@ _LAST_SPACE = re.compile(r"\s(?=\S*\Z)")
 def cut(text: str) -> int:
     """Return where to split a partial text: at the last white space near its end, or at its end."""
     tail = max(1, len(text) - _NEAR)
-    found = _LAST_SPACE.search(text, tail)
-    return found.start() if found else len(text)
+    space = _LAST_SPACE.search(text, tail)
+    return space.start() if space else len(text)
 
 
 def read_text(path: Path, name: str) -> Generator[Any, None, None]:

@@ -6,9 +6,11 @@ space, where word tokenizers split anyway.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -56,12 +58,10 @@ class TokenSet:
         cls, rows: Sequence[Sequence[int]], pad: int = 0, parts: Sequence[str] = ()
     ) -> TokenSet:
         """Make a set of samples (`Row`) of unequal lengths, padded with the token ``pad``."""
-        width = max((len(r) for r in rows), default=0)
-        ids = torch.full((len(rows), width), pad, dtype=torch.int64)
-        mask = torch.zeros((len(rows), width), dtype=torch.bool)
-        for i, row in enumerate(rows):
-            ids[i, : len(row)] = torch.tensor(row, dtype=torch.int64)
-            mask[i, : len(row)] = True
+        lengths = torch.tensor([len(row) for row in rows], dtype=torch.int64)
+        mask = torch.arange(max(map(len, rows), default=0)) < lengths[:, None]
+        ids = torch.full(mask.shape, pad, dtype=torch.int64)
+        ids[mask] = torch.tensor([*chain.from_iterable(rows)], dtype=torch.int64)
         context = ids < 0
         counted = mask & ~context if bool(context.any()) else None
         ids = torch.where(context, ~ids, ids)
@@ -120,18 +120,15 @@ class TokenSet:
     @property
     def rows_by_part(self) -> dict[str, list[int]]:
         """The rows of each source of a mixture, sorted by name; empty for one text."""
-        names = sorted(set(self.parts))
-        rows = {
-            name: [i for i, part in enumerate(self.parts) if part == name]
-            for name in names
-        }
-        return rows if len(names) > 1 else {}
+        rows: dict[str, list[int]] = {name: [] for name in sorted({*self.parts})}
+        for i, name in enumerate(self.parts):
+            rows[name].append(i)
+        return rows if len(rows) > 1 else {}
 
     def select(self, indices: Sequence[int] | torch.Tensor) -> TokenSet:
         """Return the given rows as a set, trimmed to the length of its longest sample."""
         rows = torch.as_tensor(indices, dtype=torch.int64)
-        chosen = self._trim(rows)
-        return replace(chosen, index=torch.arange(len(rows)))
+        return self._trim(rows, torch.arange(len(rows)))
 
     def first(self, tokens: int, least: int = 1) -> TokenSet:
         """Return the first samples, about ``tokens`` tokens and at least ``least`` samples."""
@@ -151,30 +148,31 @@ class TokenSet:
         """
         lengths = self.mask.sum(dim=1)
         order = torch.argsort(lengths, descending=True, stable=True)
-        found = []
-        start = 0
-        while start < len(order):
-            longest = max(1, int(lengths[order[start]]))
-            rows = order[start : start + max(1, max_tokens // longest)]
+        batches = []
+        while len(order):
+            longest = max(1, int(lengths[order[0]]))
+            rows = order[: max(1, max_tokens // longest)]
             alike = int((8 * lengths[rows] >= 7 * longest).sum())
             rows = rows[: max(alike, -(-_FAST_TOKENS // longest))]
-            found.append(self._trim(rows))
-            start += len(rows)
-        return found
+            batches.append(self._trim(rows, rows))
+            order = order[len(rows) :]
+        return batches
 
     def halves(self) -> tuple[TokenSet, TokenSet]:
         """Return the first and second half of the samples, each trimmed, with their `index`."""
         first, second = torch.arange(self.samples).chunk(2)
-        halved = [replace(self._trim(r), index=self.index[r]) for r in (first, second)]
-        return halved[0], halved[1]
+        return (
+            self._trim(first, self.index[first]),
+            self._trim(second, self.index[second]),
+        )
 
-    def _trim(self, rows: torch.Tensor) -> TokenSet:
+    def _trim(self, rows: torch.Tensor, index: torch.Tensor) -> TokenSet:
         mask = self.mask[rows]
         width = int(mask.sum(dim=1).max()) if len(rows) else 0
         parts = tuple(self.parts[row] for row in rows.tolist()) if self.parts else ()
         counted = None if self.counted is None else self.counted[rows, :width]
         return TokenSet(
-            self.input_ids[rows, :width], mask[:, :width], rows, parts, counted
+            self.input_ids[rows, :width], mask[:, :width], index, parts, counted
         )
 
 
@@ -191,17 +189,17 @@ def pieces(tokens: TokenSet, length: int) -> TokenSet:
     shared = len(whole) > 1 and bool((ids[:, 0] == ids[0, 0]).all())
     size = length - 1
     rows = []
-    names = []
+    names: list[str] = []
     for i, row in enumerate(whole):
         starts = range(1, len(row), size)
-        found = [
+        cuts = [
             row[0 if shared else at - 1 :][:1] + row[at : at + size] for at in starts
         ]
-        found = [piece for piece in found if has_prediction(piece)]
+        cuts = [piece for piece in cuts if has_prediction(piece)]
         # Drop short last pieces, which add little to a training.
-        found = [piece for piece in found if 8 * len(piece) >= length] or found[:1]
-        rows += found
-        names += [tokens.parts[i]] * len(found) if tokens.parts else []
+        cuts = [piece for piece in cuts if 8 * len(piece) >= length] or cuts[:1]
+        rows += cuts
+        names += tokens.parts[i : i + 1] * len(cuts)
     return TokenSet.from_rows(rows, parts=names)
 
 
@@ -247,10 +245,10 @@ class Encoder:
     ) -> None:
         self.tokenizer = tokenizer
         embedding: Any = None if model is None else model.get_input_embeddings()
-        self._rows: int | None = None
+        self._rows = math.inf
         if embedding is not None:
             # Its weights may not be loaded yet.
-            self._rows = int(
+            self._rows = (
                 getattr(embedding, "num_embeddings", 0) or embedding.weight.shape[0]
             )
 
@@ -277,7 +275,7 @@ class Encoder:
             CalibrationError: a row is missing; the message names the token.
         """
         largest = max(ids, default=0)
-        if self._rows is not None and largest >= self._rows:
+        if largest >= self._rows:
             token = self.tokenizer.convert_ids_to_tokens(largest)
             raise CalibrationError(
                 f"the tokenizer produces the token {token!r} with id {largest}, but the "
@@ -291,21 +289,16 @@ class Encoder:
     def start(self) -> list[int]:
         """``[BOS]`` if the tokenizer starts every text with it, else empty."""
         bos = self.tokenizer.bos_token_id
-        begins = bos is not None and _ids(self.tokenizer, "a", special=True)[:1] == [
-            bos
-        ]
-        return self.check_ids([bos]) if begins else []
+        if bos is None or _ids(self.tokenizer, "a", special=True)[:1] != [bos]:
+            return []
+        return self.check_ids([bos])
 
     @property
     def pad(self) -> int:
         """The padding token; no result depends on it."""
         pad = self.tokenizer.pad_token_id
         # Fine-tunes often add a padding token without a row in the embedding.
-        return (
-            0
-            if pad is None or (self._rows is not None and pad >= self._rows)
-            else int(pad)
-        )
+        return 0 if pad is None or pad >= self._rows else int(pad)
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool) -> list[int]:
@@ -350,10 +343,10 @@ def overlap(
     longest = int(tokens.mask.sum(1).max())
     size = next((n for n in sizes if n <= longest // 2), 0)
     own = Counter(_ngrams(tokens, size)) if size else Counter[bytes]()
-    found = {
-        n for other in others for n in (_ngrams(other, size) if own else ()) if n in own
-    }
-    return sum(own[n] for n in found) / own.total() if own else 0.0
+    if not own:
+        return 0.0
+    shared = {n for other in others for n in _ngrams(other, size) if n in own}
+    return sum(own[n] for n in shared) / own.total()
 
 
 def _ngrams(tokens: TokenSet, size: int) -> Iterator[bytes]:

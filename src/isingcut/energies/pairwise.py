@@ -45,16 +45,15 @@ class Pairwise:
         """
         n = len(replay)
         states = list_removals(n)
-        found = measure(
-            replay, tokens, states, work, f"measuring {len(states)} removals"
-        )
-        own = found.kl_sums[:n]  # (N, m)
+        title = f"measuring {len(states)} removals"
+        losses = measure(replay, tokens, states, work, title)
+        own = losses.kl_sums[:n]  # (N, m)
         i, j = np.triu_indices(n, 1)
         coupled = np.zeros((tokens.samples, n, n))
-        coupled[:, i, j] = coupled[:, j, i] = (found.kl_sums[n:] - own[i] - own[j]).T
+        coupled[:, i, j] = coupled[:, j, i] = (losses.kl_sums[n:] - own[i] - own[j]).T
         meta = describe_energy("pairwise", "KL(original || cut)", tokens)
-        meta["blocks_run"] = found.blocks_run
-        return join_samples(own.T, coupled, found.counts, meta)
+        meta["blocks_run"] = losses.blocks_run
+        return join_samples(own.T, coupled, losses.counts, meta)
 
     def price(self, n: int, sizes: Sequence[int]) -> Price:
         """Return what the energy of ``n`` blocks computes."""

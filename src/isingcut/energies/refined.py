@@ -101,7 +101,7 @@ def summary(search: Search) -> dict[str, Any]:
     """Return the JSON-able results of a search: the cost, and each target's finalists and trace."""
     targets: dict[str, Any] = {}
     for goal in search.goals:
-        known = search.estimates(goal.target)
+        known = search.estimates(goal.target.feasible)
         assert known is not None
         quick = one_pass_states(search.evaluator, goal.target, search.one_pass)
         # States with the most samples come first, because their losses are the most certain.
@@ -120,7 +120,7 @@ def summary(search: Search) -> dict[str, Any]:
             ],
             "states": len(known.states),
             "all_states": goal.exhausted,
-            "trace": [t for t in search.trace if t["remove"] == goal.target.label],
+            "trace": goal.trace,
         }
     paid = search.evaluator.ledger
     counts = paid.counts

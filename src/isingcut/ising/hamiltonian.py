@@ -192,15 +192,8 @@ class Hamiltonian:
         source = Path(path)
         header, tensors = read_tensors(source, HamiltonianHeader, _list_arrays)
         try:
-            return cls(
-                tensors["h"],
-                tensors["J"],
-                float(tensors["c"][0]),
-                header["unit"],
-                header["meta"],
-                tensors.get("h_error"),
-                tensors.get("J_error"),
-            )
+            c = float(tensors.pop("c")[0])
+            return cls(c=c, unit=header["unit"], meta=header["meta"], **tensors)
         except InputError as e:
             raise damaged_error(source, str(e)) from e
 
@@ -210,6 +203,9 @@ def _list_arrays(
 ) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Return the expected dtype and shape of each tensor of a file, given the length of its h."""
     n = shapes.get("h", (0,))[:1] or (0,)
-    needed = {"h": n, "J": 2 * n, "c": (1,)}
-    errors = {k: s for k, s in (("h_error", n), ("J_error", 2 * n)) if k in shapes}
-    return {k: ("F64", s) for k, s in (needed | errors).items()}
+    wanted = {"h": n, "J": 2 * n, "c": (1,), "h_error": n, "J_error": 2 * n}
+    return {
+        name: ("F64", shape)
+        for name, shape in wanted.items()
+        if name in shapes or not name.endswith("_error")
+    }

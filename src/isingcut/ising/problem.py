@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -65,15 +65,22 @@ class Problem:
         """The number of blocks N."""
         return self.hamiltonian.n
 
+    @cached_property
+    def rows(self) -> tuple[Floats, Floats, Floats]:
+        """The constraints as low <= A x <= high: A (R, N), low (R,) and high (R,)."""
+        matrix = np.array([row.coefficients for row in self.constraints])
+        interval = np.array([row.interval() for row in self.constraints])
+        low, high = interval.reshape(-1, 2).T
+        return matrix.reshape(-1, self.n), low, high
+
     def feasible(self, states: ArrayLike) -> Bools:
         """Return (S,) whether each state of (S, N) satisfies every constraint."""
-        x = np.asarray(states)
+        x = np.asarray(states, dtype=np.float64)
         if x.ndim != 2 or x.shape[1] != self.n:
             raise InputError(f"states must have shape (S, {self.n}), got {x.shape}")
-        result = np.ones(x.shape[0], dtype=np.bool_)
-        for row in self.constraints:
-            result &= row.satisfied(x)
-        return result
+        matrix, low, high = self.rows
+        sums = x @ matrix.T
+        return np.asarray(((sums >= low) & (sums <= high)).all(axis=1))
 
     def violations(self, state: ArrayLike) -> list[str]:
         """Return the constraints that one state (N,) violates, in words."""
@@ -147,14 +154,13 @@ class Problem:
             label = (
                 row.name if row.name not in cqm.constraints else f"{row.name} #{place}"
             )
-            terms: list[tuple[int, float]] = [
-                (int(i), float(row.coefficients[i]))
-                for i in np.flatnonzero(row.coefficients)
-            ]
+            terms = [(i, a) for i, a in enumerate(row.coefficients.tolist()) if a]
             cqm.add_constraint_from_iterable(terms, row.sense, rhs=row.rhs, label=label)
         return cqm
 
-    def to_bqm(self, penalty: float | None = None, slack_bits: int = 8) -> Penalised:
+    def to_bqm(
+        self, penalty: float | None = None, slack_bits: int = 8
+    ) -> tuple[dimod.BinaryQuadraticModel, float]:
         """Return the penalty form: the energy plus squared violations, with slack variables.
 
         Args:
@@ -194,14 +200,7 @@ class Problem:
                     place, rhs - float(values[values < 0].sum()), whole, slack_bits
                 )
             bqm.add_linear_equality_constraint(terms, penalty, -rhs)
-        return Penalised(bqm, penalty)
-
-
-class Penalised(NamedTuple):
-    """A dimod BQM in penalty form and its penalty weight."""
-
-    bqm: dimod.BinaryQuadraticModel
-    penalty: float
+        return bqm, penalty
 
 
 def _slack(place: int, reach: float, whole: bool, bits: int) -> list[tuple[Any, float]]:
@@ -241,15 +240,14 @@ def _extreme(problem: Problem, objective: Floats) -> Bools | None:
     from scipy.optimize import Bounds, milp
     from scipy.optimize import LinearConstraint as Row
 
-    matrix = np.array([row.coefficients for row in problem.constraints])
+    matrix, low, high = problem.rows
     # Scale each row to a largest coefficient of 1: HiGHS tests feasibility with an absolute
     # tolerance of 1e-7, which is far too strict for a budget in bytes, too loose for gigabytes.
     size = np.maximum(np.abs(matrix).max(axis=1), 1e-300)
-    interval = np.array([row.interval() for row in problem.constraints]) / size[:, None]
     result = milp(
         objective,
         integrality=np.ones(n),
         bounds=Bounds(0, 1),
-        constraints=Row(matrix / size[:, None], interval[:, 0], interval[:, 1]),
+        constraints=Row(matrix / size[:, None], low / size, high / size),
     )
     return None if result.x is None else result.x > 0.5

@@ -22,6 +22,8 @@ from isingcut.ising.problem import Problem
 from isingcut.ising.states import Floats, States, blocks_of, states_of
 
 KIND = "spectrum"
+PLAIN = ("unit", "solver", "seconds", "proven", "lower_bound")
+"""Attributes of a spectrum that its file holds as they are."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,11 +139,7 @@ class Spectrum:
         """Return the JSON-able content, with states as lists of removed blocks."""
         return {
             "n": int(self.states.shape[1]),
-            "unit": self.unit,
-            "solver": self.solver,
-            "seconds": self.seconds,
-            "proven": self.proven,
-            "lower_bound": self.lower_bound,
+            **{name: getattr(self, name) for name in PLAIN},
             "relative_gap": self.relative_gap,
             "info": dict(self.info),
             "states": [
@@ -167,10 +165,6 @@ class Spectrum:
         return cls(
             states_of(file.n, (state.removed for state in file.states)),
             np.array([state.energy for state in file.states], dtype=np.float64),
-            file.proven,
-            file.lower_bound,
-            file.solver,
-            file.seconds,
-            file.unit,
-            file.info,
+            info=file.info,
+            **{name: getattr(file, name) for name in PLAIN},
         )

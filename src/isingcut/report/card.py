@@ -45,43 +45,36 @@ def card_parts(
     base = hub_id(files.model)
     ranking = files.candidates
     place = provenance.model_path
-    name = Path(files.model if place is None else place.absolute).name
-    rows = [
-        [
-            "original weights and config, SHA-256 of headers and edges",
-            provenance.model.sha256,
-        ],
-        ["energy", files.energy],
-        ["seed", str(files.run.config.seed)],
-    ]
-    if size := provenance.model.weight_bytes:
-        file = " (a GGUF file)" if provenance.model.gguf_sha256 else ""
-        rows.insert(1, ["original weights on disk", f"{size / 1e6:.1f} MB{file}"])
-    if (text := provenance.calibration) is not None:
-        rows.append(["calibration", describe_source(text.source)])
-        rows.append(["calibration tokens, SHA-256", text.sha256])
-    if files.packing is not None:
+    model = provenance.model
+    facts = {"original weights and config, SHA-256 of headers and edges": model.sha256}
+    if size := model.weight_bytes:
+        file = " (a GGUF file)" if model.gguf_sha256 else ""
+        facts["original weights on disk"] = f"{size / 1e6:.1f} MB{file}"
+    facts["energy"] = files.energy
+    facts["seed"] = str(files.run.config.seed)
+    if text := provenance.calibration:
+        facts["calibration"] = describe_source(text.source)
+        facts["calibration tokens, SHA-256"] = text.sha256
+    if files.packing:
         command = sentence("packing_command", files, "path/to/this/folder")
-        rows.append(["cut for", f"{files.packing.budget}. {command}"])
-    versions = f"{provenance.torch}, {provenance.transformers}"
+        facts["cut for"] = f"{files.packing.budget}. {command}"
+    facts["torch, transformers"] = f"{provenance.torch}, {provenance.transformers}"
     energy = f"The energy used here, `{files.energy}`, is not that paper's."
     if files.energy == PAPER_ENERGY:
         energy = "The energy used here is that paper's empirical-Fisher estimate."
     return CardParts(
         base_model=base,
         # A local path is useless to others, and may contain private names.
-        name=base or name,
+        name=base or Path(place.absolute if place else files.model).name,
         removed=list(removed),
         total=len(files.blocks),
         how=sentence("summary", files, removed),
-        measured=sentence("measured_cut", ranking, removed)
-        if ranking is not None
-        else "",
-        from_gguf=provenance.model.gguf_sha256 is not None,
+        measured=sentence("measured_cut", ranking, removed) if ranking else "",
+        from_gguf=model.gguf_sha256 is not None,
         loads_with=loads_with,
         isingcut=provenance.isingcut,
         energy=energy,
-        rows=[*rows, ["torch, transformers", versions]],
+        rows=[list(fact) for fact in facts.items()],
     )
 
 
@@ -94,21 +87,12 @@ def model_card(
         healing: record of the healing, if the checkpoint is healed.
         measured: scores of the GGUF file, from `gguf_card`.
     """
-    healed = "" if healing is None else render("healed.md.j2", healing=healing)
+    healed = render("healed.md.j2", healing=healing) if healing else ""
     patch = parts.patch
-    if (
-        patch is not None
-        and not patch.cuts
-        and not (patch.tuning and patch.tuning.layers)
-    ):
+    if patch and not (patch.cuts or (patch.tuning and patch.tuning.layers)):
         patch = None
-    given = {
-        "card": parts,
-        "patch": patch,
-        "healed": healed,
-        "scores": None,
-        **measured,
-    }
+    given = {"card": parts, "patch": patch, "healed": healed, "scores": None}
+    given |= measured
     metadata = ModelCardData(
         base_model=parts.base_model,
         # The hub has adapter, merge, quantized and finetune. A cut has all its weights, in a
@@ -123,20 +107,15 @@ def model_card(
 
 def gguf_card(files: RunFiles) -> str:
     """Render the card of `model.gguf` with its scores; empty if it was not measured."""
-    found = files.evaluation
-    if (
-        files.removal is None
-        or files.removal.card is None
-        or found is None
-        or not found.gguf
-    ):
+    scored = files.evaluation
+    parts = files.removal and files.removal.card
+    if not (parts and scored and scored.gguf):
         return ""
     healing = files.healing if files.healed else None
     scores = [row for row in files.scores if not row.part and "gguf" in row.values]
-    packed = files.run.blocks.packed if files.packing else None
-    parts = files.removal.card
-    card = model_card(parts, healing, evaluation=found, scores=scores, packed=packed)
-    return mark_harm(card, found)
+    packed = files.packing and files.run.blocks.packed
+    card = model_card(parts, healing, evaluation=scored, scores=scores, packed=packed)
+    return mark_harm(card, scored)
 
 
 def mark_harm(card: str, evaluation: EvaluationFile) -> str:
@@ -147,7 +126,7 @@ def mark_harm(card: str, evaluation: EvaluationFile) -> str:
     words = sentence("harm_words", evaluation)
     marked = f"{_HARM}{markdown(words)}\n\n" if words else ""
     begin = re.compile(rf"^(# .*\n\n)({re.escape(_HARM)}.*\n\n)?", re.MULTILINE)
-    return begin.sub(lambda found: found[1] + marked, card, count=1)
+    return begin.sub(lambda match: match[1] + marked, card, count=1)
 
 
 def hub_results(files: RunFiles) -> list[EvalResult]:
@@ -156,17 +135,16 @@ def hub_results(files: RunFiles) -> list[EvalResult]:
     `.eval_results/` is not suitable: on the hub it is for whole registered benchmarks, not for
     samples of them or for other text.
     """
-    source = (
-        "" if files.calibration is None else describe_source(files.calibration.source)
-    )
+    text = files.calibration
+    source = describe_source(text.source) if text else ""
     rows = [row for row in files.scores if row.key.endswith(("perplexity", "kl"))]
-    if files.benchmarks is not None:
+    if files.benchmarks:
         rows += benchmark_rows(files.benchmarks, last=files.last)
     return [
         EvalResult(
             task_type="text-generation",
-            dataset_type=(text := row.label if row.notes else row.part or source),
-            dataset_name=text,
+            dataset_type=(on := row.label if row.notes else row.part or source),
+            dataset_name=on,
             metric_type=row.notes[0] if row.notes else row.key.rpartition(": ")[2],
             # The hub sorts by the value, which cannot hold an error, so the name has it.
             metric_name=f"{', '.join(row.notes) or row.label} ({model}): {row.text(model)}",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -53,8 +54,7 @@ def draw_fields(energy: Hamiltonian, kinds: Sequence[str]) -> dict[str, Any]:
         ``words``, a description; ``rows`` of block, kind and figure with its error.
     """
     h = energy.h.tolist()
-    scale = span(h, 96.0, 6.0, log=True)
-    scale = scale if scale.log else span(h, 96.0, 6.0, zero=True)
+    scale = span(h, 96.0, 6.0, log=True, zero=True)
     base = 98.0 if scale.log else scale(0.0)
     ends = [sorted((scale(value), base)) for value in h]
     bars = [(top, max(foot - top, 0.6)) for top, foot in ends]
@@ -64,11 +64,9 @@ def draw_fields(energy: Hamiltonian, kinds: Sequence[str]) -> dict[str, Any]:
         f"Costliest alone: {', '.join(named[:-4:-1])}; cheapest: {', '.join(named[:3])} "
         f"({energy.unit})."
     )
-    errors = [None] * energy.n if energy.h_error is None else energy.h_error.tolist()
-    rows = [
-        (i, kind, plus_minus(value, error, ".4g"))
-        for i, (kind, value, error) in enumerate(zip(kinds, h, errors, strict=True))
-    ]
+    errors = [None] * energy.n if energy.h_error is None else energy.h_error
+    texts = map(partial(plus_minus, form=".4g"), h, errors)
+    rows = list(zip(range(energy.n), kinds, texts, strict=True))
     ticks = [(f"{t:.3g}", scale(t)) for t in scale.ticks(4)]
     return {
         "bars": bars,
@@ -96,10 +94,9 @@ def draw_couplings(energy: Hamiltonian) -> dict[str, Any]:
         the measured pairs of largest |J|, at most 200, as (i, j, text); ``words``, a description.
     """
     coupling = energy.J
-    errors = energy.J_error
     unknown = unmeasured(energy)
-    rows, columns = np.nonzero(np.triu(~unknown, 1))
-    values = coupling[rows, columns]
+    pairs = np.argwhere(np.triu(~unknown, 1))
+    values = coupling[tuple(pairs.T)]
     full = float(np.quantile(np.abs(values), SATURATION)) if len(values) else 0.0
     full = full or float(np.abs(values).max(initial=0.0)) or 1.0
     kinds = np.where(coupling > 0, "p", "n")
@@ -107,16 +104,14 @@ def draw_couplings(energy: Hamiltonian) -> dict[str, Any]:
     np.fill_diagonal(kinds, "d")
     shades = np.minimum(1.0, (np.abs(coupling) / full) ** ROOT).tolist()
     strongest = []
-    for k in np.argsort(-np.abs(values), kind="stable")[:200]:
-        i = int(rows[k])
-        j = int(columns[k])
-        error = None if errors is None else float(errors[i, j])
-        strongest.append((i, j, plus_minus(float(values[k]), error, ".3g")))
+    for i, j in pairs[np.argsort(-np.abs(values), kind="stable")[:200]].tolist():
+        error = None if energy.J_error is None else energy.J_error[i, j]
+        strongest.append((i, j, plus_minus(coupling[i, j], error, ".3g")))
     words = (
-        f"{int((values < 0).sum())} of {len(values)} pairs cost less together than apart (J below "
-        f"0), {int((values > 0).sum())} cost more."
+        f"{(values < 0).sum()} of {len(values)} pairs cost less together than apart (J below "
+        f"0), {(values > 0).sum()} cost more."
     )
-    if missing := int(unknown.sum()) // 2:
+    if missing := unknown.sum() // 2:
         words += f" {missing} other pairs were never removed together: not measured."
     return {
         "cells": [
@@ -173,7 +168,7 @@ def scatter_figure(files: RunFiles, name: str, states: Sequence[ReportState]) ->
         )
     title = f"{name} against measured loss"
     words = sentence("ranks_words", files.judged[name].kl)
-    return Figure(f"scatter-{name}", title, words, plot, list(legend.items()))
+    return Figure(f"scatter-{name}", title, words, plot, legend)
 
 
 def healing_figure(healing: HealingFile) -> Figure:
@@ -221,17 +216,13 @@ class Axis:
             return files.run.blocks.total_parameters
         return float(sum(getattr(b, self.cost) for b in files.blocks))
 
-    def place(self, files: RunFiles, removed: Sequence[int]) -> float | None:
+    def place(self, files: RunFiles) -> float | None:
         """Return the position of a removal on the axis, or None if it was not measured."""
         if self.cost:
-            gone = sum(getattr(files.blocks[i], self.cost) for i in removed)
-            return 100 * (1 - gone / self.total(files)) if self.total(files) else None
-        found = files.evaluation
-        speeds = [] if found is None else [found.before, found.after]
-        rates = [side.decode_tokens_per_second for side in speeds]
-        return (
-            rates[1] / rates[0] if len(rates) == 2 and rates[0] and rates[1] else None
-        )
+            total = self.total(files)
+            return 100 * (1 - files.gone(self.cost) / total) if total else None
+        speeds = (r.ratio for r in files.scores if r.key == "decode_tokens_per_second")
+        return next((speed.figure for speed in speeds if speed), None)
 
 
 AXES = (
@@ -267,31 +258,29 @@ def trade_off_figure(axis: Axis, groups: Sequence[Group], absent: str) -> Figure
     points = []
     for group in groups:
         for files in group.removals:
-            best = files.best
-            if isinstance(best, MeasuredState):
-                at = axis.place(files, best.removed)
-                points += [] if at is None else [(group, files, at, best)]
+            at = axis.place(files)
+            if at is not None and isinstance(files.best, MeasuredState):
+                points.append((group, files, at, kl_of(files.best)))
     if not points:
         return Figure(axis.key, axis.title, absent)
     plot = Plot(
         x_span([axis.whole, *(at for *_, at, _ in points)]),
-        y_span([0.0, *(kl_of(best).high for *_, best in points)], zero=True),
+        y_span([0.0, *(kl.high for *_, kl in points)], zero=True),
         axis.label,
         f"KL ({CUT_RANKING}), nats/token",
     )
     plot.mark(axis.whole, 0.0, "the original", "original")
     legend = {"original": "original"}
     for group in groups:
-        own = [(at, best.kl) for of, _, at, best in points if of is group]
+        own = [(at, kl.figure) for of, _, at, kl in points if of is group]
         if group.joined and own:
             plot.line(sorted([*own, (axis.whole, 0.0)]), group.kind)
-    for group, files, at, best in points:
-        kl = kl_of(best)
+    for group, files, at, kl in points:
         tip = (
             f"{group.name}: remove {files.name}\n{axis.label}: {at:.4g}\n"
-            f"KL {kl.text()} nats/token\nwithout blocks {join_blocks(best.removed)}"
+            f"KL {kl.text()} nats/token\nwithout blocks {join_blocks(files.removed or ())}"
         )
         plot.mark(at, kl.figure, tip, group.kind, error=kl.error)
         legend[group.kind] = group.name
     words = f"The original and {len(points)} measured removal{'s'[: len(points) > 1]}."
-    return Figure(axis.key, axis.title, words, plot, list(legend.items()))
+    return Figure(axis.key, axis.title, words, plot, legend)

@@ -10,8 +10,9 @@ page; these charts take a few kB and need no dependency.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -64,8 +65,8 @@ class Scale:
             m * power for m in (1, 2, 2.5, 5, 10) if m * power >= rough * (1 - 1e-9)
         )
         first = math.ceil(self.low / step - 1e-9)
-        last = math.floor(self.high / step + 1e-9)
-        return [k * step for k in range(first, last + 1)]
+        steps = np.arange(first, self.high / step + 1e-9)
+        return [k * step for k in steps.tolist()]
 
 
 def span(
@@ -96,15 +97,16 @@ def span(
         high = max(high, 0.0)
     if high - low <= 1e-12 * max(abs(high), abs(low), 1e-300):
         around = abs(high) / 2 or 1.0
-        low = low - around
-        high = high + around
+        low -= around
+        high += around
     air = 0.06 * (high - low)
-    return Scale(
-        low if zero and low == 0 else low - air,
-        high if zero and high == 0 else high + air,
-        start,
-        end,
-    )
+    low -= air * (low != 0 or not zero)
+    high += air * (high != 0 or not zero)
+    return Scale(low, high, start, end)
+
+
+x_span = partial(span, start=LEFT, end=WIDTH - RIGHT)
+y_span = partial(span, start=HEIGHT - BOTTOM, end=TOP)
 
 
 def tick_text(tick: float) -> str:
@@ -178,14 +180,14 @@ class Figure:
         title: heading.
         words: description in a sentence or two.
         plot: the chart, or None without data; ``words`` is then the reason.
-        legend: pairs of a CSS class and its meaning.
+        legend: meanings of CSS classes.
     """
 
     key: str
     title: str
     words: str
     plot: Plot | None = None
-    legend: Sequence[tuple[str, str]] = ()
+    legend: Mapping[str, str] = field(default_factory=dict)
 
 
 def meter(row: Row, model: str, models: Sequence[str]) -> str:
@@ -202,13 +204,3 @@ def meter(row: Row, model: str, models: Sequence[str]) -> str:
         return length
     low = scale(value.low)
     return f"{length};--a:{low}%;--w:{round(scale(value.high) - low, 2)}%"
-
-
-def x_span(values: Iterable[float], *, zero: bool = False, log: bool = False) -> Scale:
-    """Make the horizontal scale of a chart."""
-    return span(values, LEFT, WIDTH - RIGHT, zero=zero, log=log)
-
-
-def y_span(values: Iterable[float], *, zero: bool = False, log: bool = False) -> Scale:
-    """Make the vertical scale of a chart."""
-    return span(values, HEIGHT - BOTTOM, TOP, zero=zero, log=log)

@@ -75,30 +75,6 @@ class Value:
 
 
 @dataclass(frozen=True)
-class Difference:
-    """The change of a figure from one model to another.
-
-    Attributes:
-        figure: change in percent of the first model's figure, or in the row's own unit.
-        percent: whether ``figure`` is in percent.
-        error: standard error, if the models were compared sample by sample, or timed repeatedly.
-        low, high: ends of the 95 % interval, if the models were compared in pairs.
-    """
-
-    figure: float
-    percent: bool = False
-    error: float | None = None
-    low: float | None = None
-    high: float | None = None
-
-    def __str__(self) -> str:
-        if self.percent:
-            return f"{plus_minus(self.figure, self.error, '+.1f')} %"
-        interval = "" if self.low is None else f" ({self.low:+.3f} to {self.high:+.3f})"
-        return plus_minus(self.figure, self.error, "+.4f") + interval
-
-
-@dataclass(frozen=True)
 class Row:
     """One quantity of several models.
 
@@ -111,7 +87,10 @@ class Row:
             the final one as a GGUF file), in the order of the columns; None if a model was not
             measured. A model between the first and the last without an entry has the figure of
             the last.
-        difference: change from the first compared model to the final one, or None.
+        change: difference between the first compared model and the final one as text, in percent or
+            in the row's unit; with its standard error if the models were compared sample by sample
+            or timed repeatedly. Empty for none.
+        ratio: figure of the final model divided by that of the first, for a change in percent.
         notes: details of the measurement.
         whole: figure of a bar of full length; 0 for the largest figure shown.
         part: name of the measured part of a mixture, or other text; empty for the whole text.
@@ -122,7 +101,8 @@ class Row:
     unit: str
     form: str
     values: Mapping[str, Value | None]
-    difference: Difference | None = None
+    change: str = ""
+    ratio: Value | None = None
     notes: Sequence[str] = ()
     whole: float = 0.0
     part: str = ""
@@ -131,11 +111,6 @@ class Row:
     def name(self) -> str:
         """Label and unit."""
         return f"{self.label}, {self.unit}" if self.unit else self.label
-
-    @property
-    def change(self) -> str:
-        """The difference as text; empty for none."""
-        return "" if self.difference is None else str(self.difference)
 
     @property
     def way(self) -> str:
@@ -197,19 +172,19 @@ def evaluation_rows(evaluation: evaluations.EvaluationFile) -> list[Row]:
     """
     last = evaluation.last or "GGUF"
     others = {
-        name: found
+        name: model
         for name in ("cut", "patched", "gguf")
-        if (found := getattr(evaluation, name, None))
+        if (model := getattr(evaluation, name))
     }
     rows = _quality_rows(_collect(evaluation, others, last))
     for of, suffix in (("parts", ""), ("elsewhere", " (not calibrated on)")):
-        for name, scores in getattr(evaluation, of).items():
+        for part, scores in getattr(evaluation, of).items():
             same = {
-                model: getattr(found, of)[name]
-                for model, found in others.items()
-                if name in getattr(found, of)
+                name: getattr(model, of)[part]
+                for name, model in others.items()
+                if part in getattr(model, of)
             }
-            rows += _rows_of_part(f"{name}{suffix}", _collect(scores, same, last))
+            rows += _quality_rows(_collect(scores, same, last), part=part + suffix)
     sizes: dict[str, Figures] = {
         "original": dict(evaluation.before),
         last: dict(evaluation.after),
@@ -226,19 +201,15 @@ def evaluation_rows(evaluation: evaluations.EvaluationFile) -> list[Row]:
 
 
 def _collect(
-    found: evaluations.PairScores,
+    scores: evaluations.PairScores,
     others: Mapping[str, evaluations.Perplexity],
     last: str,
 ) -> dict[str, Figures]:
     """Return the figures of the original, of the models before the last, of it and of the GGUF."""
-    final = {
-        **dict(found.after),
-        "kl": found.kl,
-        "kl_se": found.kl_se,
-        "nll_change_se": found.nll_change_se,
-    }
     known: dict[str, Figures] = {name: dict(model) for name, model in others.items()}
-    known |= {"original": {**dict(found.before), "kl": 0.0}, last: final}
+    # The scores hold the KL of the last model.
+    known[last] = dict(scores.after) | dict(scores)
+    known["original"] = dict(scores.before) | {"kl": 0.0}
     order = ("original", "cut", "patched", last, "gguf")
     return {name: known[name] for name in dict.fromkeys(order) if name in known}
 
@@ -255,23 +226,16 @@ def healing_rows(healing: healings.HealingFile) -> list[Row]:
         models["patched"] = healing.patch.scores
     models["healed"] = healing.after
     rows = _quality_rows(_collect_healed(models), start)
-    for name in healing.after.parts:
-        of_part = {
-            key: found.parts[name]
-            for key, found in models.items()
-            if name in found.parts
-        }
-        rows += _rows_of_part(name, _collect_healed(of_part), start)
+    for part in healing.after.parts:
+        same = {n: m.parts[part] for n, m in models.items() if part in m.parts}
+        rows += _quality_rows(_collect_healed(same), start, part)
     return rows
 
 
-def _collect_healed(models: Mapping[str, Any]) -> dict[str, Figures]:
+def _collect_healed(models: Mapping[str, Any]) -> Mapping[str, Figures]:
     perplexity = next(iter(models.values())).original_perplexity
     original = {"perplexity": perplexity, "nll": math.log(perplexity or 1.0), "kl": 0.0}
-    return {
-        "original": original,
-        **{name: dict(found) for name, found in models.items()},
-    }
+    return {"original": original} | {name: dict(m) for name, m in models.items()}
 
 
 def healing_start(healing: healings.HealingFile) -> str:
@@ -279,17 +243,16 @@ def healing_start(healing: healings.HealingFile) -> str:
     return "patched" if healing.start == "patched" else "cut"
 
 
-def _quality_rows(models: Mapping[str, Figures], first: str = "original") -> list[Row]:
-    return [_row(*quantity, models, first=first) for quantity in _QUALITY]
-
-
-def _rows_of_part(
-    name: str, models: Mapping[str, Figures], first: str = "original"
+def _quality_rows(
+    models: Mapping[str, Figures], first: str = "original", part: str = ""
 ) -> list[Row]:
-    """Return the quality on one part of a mixture, without the NLL (perplexity is equivalent)."""
+    """Return the quality; on one part of a mixture without the NLL (perplexity is equivalent)."""
+    rows = [_row(*quantity, models, first) for quantity in _QUALITY]
+    if not part:
+        return rows
     return [
-        replace(row, key=f"{name}: {row.key}", label=f"{name}: {row.label}", part=name)
-        for row in _quality_rows(models, first)
+        replace(row, key=f"{part}: {row.key}", label=f"{part}: {row.label}", part=part)
+        for row in rows
         if row.key != "nll"
     ]
 
@@ -301,51 +264,50 @@ def _row(
     form: str,
     scale: float,
     models: Mapping[str, Figures],
-    *,
     first: str = "original",
 ) -> Row:
-    """Make a row, with the difference from the model ``first`` to the final one if it is known."""
+    """Make a row, with the change from the model ``first`` to the final one if it is known."""
     final = _final(models, key)
     values = {
-        name: _value(found, key, scale)
-        for name, found in models.items()
-        if name != "gguf" or key in found
+        name: _value(figures, key, scale)
+        for name, figures in models.items()
+        if name != "gguf" or key in figures
     }
     a = values[first]
     b = values[final]
     if a is None or b is None:
         return Row(key, label, unit, form, dict.fromkeys(values))
-    difference = None
-    notes = list[str]()
+    row = Row(key, label, unit, form, values)
     error = models[final].get("kl_change_se" if key == "kl" else "nll_change_se")
     if first != "original":
         if error is None:
-            return Row(key, label, unit, form, values)
+            return row
         natural = (
             math.log(b.figure / a.figure)
             if key == "perplexity"
             else b.figure - a.figure
         )
-        notes = ["within the noise"] * (abs(natural) <= 2 * error)
-    if key in ("nll", "kl") and a.figure:
-        difference = Difference(b.figure - a.figure, error=error)
-    elif a.figure:
-        ratio = b.figure / a.figure
-        spread = error if key == "perplexity" else None
-        if key.endswith("_per_second") and a.error is not None and b.error is not None:
-            # The models were timed one after the other, with independent errors.
-            spread = math.hypot(a.error / a.figure, b.error / b.figure)
-        error = None if spread is None else 100 * ratio * spread
-        difference = Difference(100 * (ratio - 1), percent=True, error=error)
-    return Row(key, label, unit, form, values, difference, notes)
+        row = replace(row, notes=["within the noise"] * (abs(natural) <= 2 * error))
+    if not a.figure:
+        return row
+    if key in ("nll", "kl"):
+        return replace(row, change=plus_minus(b.figure - a.figure, error, "+.4f"))
+    spread = error if key == "perplexity" else None
+    if key.endswith("_per_second") and a.error is not None and b.error is not None:
+        # The models were timed one after the other, with independent errors.
+        spread = math.hypot(a.error / a.figure, b.error / b.figure)
+    ratio = b.figure / a.figure
+    spread = spread and ratio * spread
+    change = plus_minus(100 * (ratio - 1), spread and 100 * spread, "+.1f")
+    return replace(row, change=f"{change} %", ratio=Value(ratio, spread))
 
 
-def _value(found: Figures, key: str, scale: float) -> Value | None:
-    figure = found.get(key)
-    error = found.get(f"{key}_se")
+def _value(figures: Figures, key: str, scale: float) -> Value | None:
+    figure = figures.get(key)
+    error = figures.get(f"{key}_se")
     if figure is None:
         return None
-    return Value(figure / scale, None if error is None else error / scale)
+    return Value(figure / scale, error and error / scale)
 
 
 def kl_of(row: states.MeasuredLoss) -> Value:
@@ -354,7 +316,7 @@ def kl_of(row: states.MeasuredLoss) -> Value:
 
 
 def benchmark_rows(
-    found: evaluations.BenchmarksFile, *, last: str = "cut"
+    benchmarks: evaluations.BenchmarksFile, *, last: str = "cut"
 ) -> list[Row]:
     """Return the scores of both models on benchmark tasks.
 
@@ -364,19 +326,17 @@ def benchmark_rows(
         last: name of the second model: ``cut``, ``patched`` or ``healed``.
     """
     rows = []
-    for r in found.rows:
+    for r in benchmarks.rows:
         values = {
             "original": Value(r.original, r.original_se),
             last: Value(r.cut, r.cut_se),
         }
-        notes = [r.metric, f"n = {r.n}", *([f"{r.shots} shots"] if r.shots else [])]
-        notes += [
-            f"p = {r.p_value:.3g}",
-            *([] if r.more_than_noise else ["within the noise"]),
-        ]
-        difference = Difference(
-            r.difference, low=r.difference_low, high=r.difference_high
-        )
-        whole = max(1.0, *(v.figure for v in values.values()))
-        rows.append(Row(r.task, r.task, "", ".4f", values, difference, notes, whole))
+        notes = [r.metric, f"n = {r.n}"]
+        notes += [f"{r.shots} shots"] * bool(r.shots)
+        notes += [f"p = {r.p_value:.3g}"]
+        notes += ["within the noise"] * (not r.more_than_noise)
+        interval = f"({r.difference_low:+.3f} to {r.difference_high:+.3f})"
+        change = f"{r.difference:+.4f} {interval}"
+        whole = max(1.0, r.original, r.cut)
+        rows.append(Row(r.task, r.task, "", ".4f", values, change, None, notes, whole))
     return rows

@@ -79,9 +79,9 @@ class RunFiles:
         self.energy = self.run.config.energy
         self.model = origin.model.name
         self.calibration = origin.calibration
-        found = stages.find_product(self.run, self.folder, self.target)
+        product = stages.find_product(self.run, self.folder, self.target)
         # If it is of this cut, the evaluation is of the healed checkpoint.
-        self.healed = found.name == "healed" and found.is_dir()
+        self.healed = product.name == "healed" and product.is_dir()
         packed = self.target / "model.gguf"
         self.gguf = (
             packed if packed.is_file() and not self.is_outdated(packed) else None
@@ -89,8 +89,8 @@ class RunFiles:
 
     def record(self, path: Path) -> runs.StageRecord | None:
         """Return the record in `run.json` of a finished stage's file or folder, or None."""
-        found = self.run.find_record(self.folder, path)
-        return found if found is not None and found.done else None
+        record = self.run.find_record(self.folder, path)
+        return record if record and record.done else None
 
     def is_outdated(self, path: Path) -> bool:
         """Whether a file was made from an earlier text, energy or checkpoint than the current."""
@@ -112,9 +112,9 @@ class RunFiles:
             return None
         if not made_with:
             check_recorded(begun, path)
-        found = read(path)
-        check_blocks(path, found, len(self.blocks))
-        return found
+        content = read(path)
+        check_blocks(path, content, len(self.blocks))
+        return content
 
     candidates = _document("candidates.json", states.CandidatesFile)
     evaluation = _document("evaluation.json", evaluations.EvaluationFile)
@@ -127,7 +127,9 @@ class RunFiles:
     @cached_property
     def spectrum(self) -> states.SpectrumFile | None:
         """Content of `spectrum.json`, with the further states that a search found."""
-        return self._solved and add_searched_states(self._solved, self.candidates)
+        if self._solved and self.candidates:
+            return add_searched_states(self._solved, self.candidates.candidates)
+        return self._solved
 
     @cached_property
     def baselines(self) -> list[states.BaselineFile]:
@@ -135,16 +137,13 @@ class RunFiles:
 
         After `run --overwrite` with another removal, the folder has those of the earlier one, too.
         """
+        read = partial(read_document, model=states.BaselineFile)
         files = sorted(self.target.glob("baseline-*.json"))
-        found = [
-            self.read(file, partial(read_document, model=states.BaselineFile))
-            for file in files
-        ]
-        chosen = (
-            None if self.candidates is None else len(self.candidates.chosen.removed)
-        )
-        own = [b for b in found if b is not None and chosen in (None, len(b.removed))]
-        return sorted(own, key=lambda b: b.kl)
+        own = filter(None, (self.read(file, read) for file in files))
+        if self.candidates:
+            size = len(self.candidates.chosen.removed)
+            own = filter(lambda baseline: len(baseline.removed) == size, own)
+        return sorted(own, key=lambda baseline: baseline.kl)
 
     @cached_property
     def hamiltonian(self) -> Hamiltonian | None:
@@ -154,34 +153,27 @@ class RunFiles:
     @cached_property
     def energies(self) -> dict[str, Hamiltonian]:
         """All measured Hamiltonians by the name of their energy, the main energy first."""
-        found = {self.energy: self.hamiltonian}
+        energies = {self.energy: self.hamiltonian}
         for path in sorted(self.folder.glob("hamiltonian.*.safetensors")):
             name = path.name.removeprefix("hamiltonian.").removesuffix(".safetensors")
-            found[name] = self.read(path, Hamiltonian.load)
-        return {name: energy for name, energy in found.items() if energy is not None}
-
-    @property
-    def comparable(self) -> bool:
-        """Whether the main energy has the unit of the measured KL, nats per token."""
-        return self.hamiltonian is not None and self.hamiltonian.unit == "nats/token"
+            energies[name] = self.read(path, Hamiltonian.load)
+        return {name: energy for name, energy in energies.items() if energy}
 
     @cached_property
     def removals(self) -> list[RunFiles]:
         """All solved or ranked removals of the run folder, fewest removed blocks first."""
         below = sorted(p for p in self.folder.glob("remove-*") if p.is_dir())
-        all_of_them = [
+        removals = [
             RunFiles(self.folder, place, self.run) for place in (self.folder, *below)
         ]
-        found = [
-            r for r in all_of_them if r.spectrum is not None or r.candidates is not None
-        ]
-        return sorted(found, key=lambda r: 0 if r.best is None else len(r.best.removed))
+        known = [r for r in removals if r.spectrum or r.candidates]
+        return sorted(known, key=lambda r: len(r.best.removed) if r.best else 0)
 
     @property
     def solved(self) -> runs.StageOptions | None:
         """The options that this removal was solved with; None for blocks named by hand."""
-        found = self.record(self.target / "spectrum.json")
-        return None if found is None else found.options
+        record = self.record(self.target / "spectrum.json")
+        return record.options if record else None
 
     @property
     def name(self) -> str:
@@ -201,7 +193,7 @@ class RunFiles:
         if (ranking := self.candidates) is not None:
             rows = (ranking.chosen, *ranking.candidates, *ranking.random)
             return next((r for r in rows if sorted(r.removed) == self.removed), None)
-        return None if self.spectrum is None else self.spectrum.states[0]
+        return self.spectrum.states[0] if self.spectrum else None
 
     def gone(self, cost: str) -> int:
         """Return the sum of a cost over the removed blocks; 0 before a choice."""
@@ -210,27 +202,22 @@ class RunFiles:
     @property
     def meta(self) -> states.EnergyMeta:
         """Provenance of the main energy; empty before it is measured."""
-        found = {} if self.hamiltonian is None else dict(self.hamiltonian.meta)
-        return states.EnergyMeta.model_validate(found)
+        meta = self.hamiltonian.meta if self.hamiltonian else {}
+        return states.EnergyMeta.model_validate(dict(meta))
 
     @property
     def removed(self) -> list[int] | None:
         """Blocks removed from the checkpoint, or the ranking's chosen blocks before a cut."""
         made = self.record(self.target / "model")
-        if self.removal is not None and made is not None:
+        if self.removal and made:
             return sorted(made.options.removed or [])
-        return (
-            None if self.candidates is None else sorted(self.candidates.chosen.removed)
-        )
+        return sorted(self.candidates.chosen.removed) if self.candidates else None
 
     @property
     def summary(self) -> str:
         """Paragraph on the removed blocks and how they were chosen; empty before a choice."""
-        return (
-            ""
-            if self.removed is None
-            else words.sentence("summary", self, self.removed)
-        )
+        removed = self.removed
+        return "" if removed is None else words.sentence("summary", self, removed)
 
     @property
     def verdict(self) -> str:
@@ -242,76 +229,72 @@ class RunFiles:
         """Sentences on quality, size, speed, budget and the next step; none before a choice."""
         if self.removed is not None:
             return words.paragraphs("verdict", self)
-        return [] if self.packing is None else words.paragraphs("packing_words", self)
+        return words.paragraphs("packing_words", self) if self.packing else []
 
     @property
     def last(self) -> str:
         """Name of the final model: `cut`, `patched` or `healed`."""
         if self.healed:
             return "healed"
-        return "patched" if self.patch is not None and self.patch.changed else "cut"
+        return "patched" if self.patch and self.patch.changed else "cut"
 
     @property
     def patch(self) -> cuts.PatchRecord | None:
         """Record of the checkpoint's patch; None before a cut or if no patch was requested."""
-        return None if self.removal is None else self.removal.patch
+        return self.removal.patch if self.removal else None
 
     @cached_property
     def scores(self) -> list[Row]:
         """Rows of the evaluation of the original and the cut models; empty without one."""
-        return [] if self.evaluation is None else evaluation_rows(self.evaluation)
+        return evaluation_rows(self.evaluation) if self.evaluation else []
 
     @property
     def judged(self) -> dict[str, states.Judged]:
         """Agreement of each energy's ranking with the measured losses, by the energy's name."""
-        if self.candidates is None:
+        ranking = self.candidates
+        if not ranking:
             return {}
-        return {
-            self.energy: self.candidates.fidelity,
-            **self.candidates.fidelity_of_others,
-        }
+        return {self.energy: ranking.fidelity, **ranking.fidelity_of_others}
 
     @property
     def warnings(self) -> list[str]:
         """Warnings about the energy, the choice, the cut, its repair and its figures."""
-        found: list[str] = []
-        if self.hamiltonian is not None and self.spectrum is not None:
-            found += words.search_warnings(self.hamiltonian.meta, [self.name])
-        if self.candidates is not None:
-            found += words.ranking_warnings(self.energy, self.candidates)
-        if self.removal is not None:
-            found += self.removal.proof.remarks if self.removal.proof else []
-            found += words.patch_warnings(self.removal)
-        if self.evaluation is not None:
-            found += words.patch_warnings(self.evaluation)
-            found += words.paragraphs("part_warnings", self.evaluation)
-        if self.calibration is not None:
-            found += words.overlap_warnings(self.calibration.overlap)
-            found += words.repeat_warnings(self.calibration)
-        if self.healing is not None:
-            found += words.healing_warnings(self.healing)
-        return list(dict.fromkeys(found))
+        lines: list[str] = []
+        if self.hamiltonian and self.spectrum:
+            lines += words.search_warnings(self.hamiltonian.meta, [self.name])
+        if self.candidates:
+            lines += words.ranking_warnings(self.energy, self.candidates)
+        if self.removal:
+            lines += self.removal.proof.remarks if self.removal.proof else []
+            lines += words.patch_warnings(self.removal)
+        if self.evaluation:
+            lines += words.patch_warnings(self.evaluation)
+            lines += words.paragraphs("part_warnings", self.evaluation)
+        if self.calibration:
+            lines += words.overlap_warnings(self.calibration.overlap)
+            lines += words.repeat_warnings(self.calibration)
+        if self.healing:
+            lines += words.healing_warnings(self.healing)
+        return list(dict.fromkeys(lines))
 
     @property
     def winners(self) -> list[states.BaselineFile]:
         """Baselines that keep all constraints and have a lower KL than the chosen state."""
-        if self.candidates is None:
+        ranking = self.candidates
+        if not ranking:
             return []
         # Candidates that were patched for the choice count too: patched, they were no better.
-        known = (self.candidates.chosen, *self.candidates.candidates)
-        mine = min(
-            row.kl for row in known if row is known[0] or row.patched_kl is not None
-        )
+        patched = [row.kl for row in ranking.candidates if row.patched_kl is not None]
+        mine = min([ranking.chosen.kl, *patched])
         return [b for b in self.baselines if b.kl < mine and not b.violated]
 
     @property
     def title(self) -> str:
         """Name of the model, with its number of blocks and of removed blocks."""
-        total = len(self.blocks)
-        removed = self.removed
-        if removed is None:
-            return f"{self.model}: {total} blocks"
-        return f"{self.model} without {len(removed)} of its {total} blocks"
+        total = f"{len(self.blocks)} blocks"
+        if self.removed is None:
+            return f"{self.model}: {total}"
+        return f"{self.model} without {len(self.removed)} of its {total}"
 
     @property
     def arguments(self) -> str:
@@ -327,8 +310,8 @@ class RunFiles:
     @property
     def loads_with(self) -> str:
         """Name of the transformers class that loads the checkpoint."""
-        card = None if self.removal is None else self.removal.card
-        return PLAIN_CLASS if card is None else card.loads_with
+        card = self.removal and self.removal.card
+        return card.loads_with if card else PLAIN_CLASS
 
     @property
     def product(self) -> Path:
@@ -344,14 +327,13 @@ class RunFiles:
 
 
 def add_searched_states(
-    spectrum: states.SpectrumFile, candidates: states.CandidatesFile | None
+    spectrum: states.SpectrumFile, rows: list[states.MeasuredState]
 ) -> states.SpectrumFile:
     """Add the candidates that a search found beyond a spectrum, and rank all by energy.
 
     A spectrum with a state that was not ranked (solved again since) is returned unchanged.
     """
     own = {tuple(s.removed) for s in spectrum.states}
-    rows = () if candidates is None else candidates.candidates
     if not own <= {tuple(r.removed) for r in rows}:
         return spectrum
     more = [r for r in rows if tuple(r.removed) not in own]

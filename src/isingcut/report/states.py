@@ -56,40 +56,37 @@ class ReportState:
 def number_states(files: RunFiles) -> list[ReportState]:
     """Collect and number the states of a removal: candidates by energy, random ones, the choices
     of baselines, and one named by hand."""
-    chosen = None if files.removed is None else tuple(files.removed)
-    main = files.hamiltonian
-    result: list[ReportState] = []
-
-    def add(
-        name: str,
-        kind: str,
-        removed: Sequence[int],
-        measured: MeasuredState | BaselineFile | None,
-    ) -> None:
-        gone = tuple(sorted(removed))
-        energy = (
-            None if main is None else float(main.energies(states_of(main.n, [gone]))[0])
-        )
-        result.append(
-            ReportState(len(result), name, kind, gone, energy, measured, gone == chosen)
-        )
-
     ranking = files.candidates
-    rows = (
-        {}
-        if ranking is None
-        else {tuple(sorted(r.removed)): r for r in ranking.candidates}
-    )
-    low = rows if files.spectrum is None else [s.removed for s in files.spectrum.states]
-    for rank, removed in enumerate(low):
-        add(f"state {rank}", "candidate", removed, rows.get(tuple(sorted(removed))))
-    for k, row in enumerate(() if ranking is None else ranking.random):
-        add(f"random state {k}", "random", row.removed, row)
-    for baseline in files.baselines:
-        add(f"choice of {baseline.baseline}", "baseline", baseline.removed, baseline)
-    if chosen is not None and not any(state.chosen for state in result):
-        add("state named by hand", "named", chosen, None)
-    return result
+    candidates = ranking.candidates if ranking else []
+    measured = {tuple(sorted(row.removed)): row for row in candidates}
+    low = files.spectrum.states if files.spectrum else candidates
+    listed: list[tuple[str, str, Sequence[int], MeasuredState | BaselineFile | None]]
+    listed = [
+        (
+            f"state {rank}",
+            "candidate",
+            s.removed,
+            measured.get(tuple(sorted(s.removed))),
+        )
+        for rank, s in enumerate(low)
+    ]
+    for k, row in enumerate(ranking.random if ranking else []):
+        listed.append((f"random state {k}", "random", row.removed, row))
+    for b in files.baselines:
+        listed.append((f"choice of {b.baseline}", "baseline", b.removed, b))
+    chosen = files.removed
+    if chosen is not None and chosen not in [sorted(state[2]) for state in listed]:
+        listed.append(("state named by hand", "named", chosen, None))
+    numbered = []
+    main = files.hamiltonian
+    for number, (name, kind, removed, loss) in enumerate(listed):
+        gone = sorted(removed)
+        energy = main.energy(states_of(main.n, [gone])[0]) if main else None
+        state = ReportState(
+            number, name, kind, tuple(gone), energy, loss, gone == chosen
+        )
+        numbered.append(state)
+    return numbered
 
 
 def list_rivals(files: RunFiles, states: Sequence[ReportState]) -> list[dict[str, Any]]:
@@ -102,7 +99,7 @@ def list_rivals(files: RunFiles, states: Sequence[ReportState]) -> list[dict[str
         that finding it took, None if they were not counted.
     """
     chosen_by = [s for s in states if s.kind == "baseline"]
-    found: list[dict[str, Any]] = [
+    rivals: list[dict[str, Any]] = [
         {
             "name": b.baseline,
             "state": state,
@@ -111,13 +108,12 @@ def list_rivals(files: RunFiles, states: Sequence[ReportState]) -> list[dict[str
         }
         for state, b in zip(chosen_by, files.baselines, strict=True)
     ]
-    own = (s for s in states if s.chosen and isinstance(s.measured, MeasuredState))
-    chosen = next(own, None)
-    if found and chosen is not None:
+    own = [s for s in states if s.chosen and isinstance(s.measured, MeasuredState)]
+    if rivals and own:
         meta = files.meta
         passes = meta.passes
         if passes is None and meta.blocks_run is not None:
             passes = meta.blocks_run / len(files.blocks)
         costs = {"passes": passes, "tokens": meta.tokens}
-        found.append({"name": files.energy, "state": chosen, **costs})
-    return sorted(found, key=lambda rival: rival["state"].measured.kl)
+        rivals.append({"name": files.energy, "state": own[0], **costs})
+    return sorted(rivals, key=lambda rival: rival["state"].measured.kl)

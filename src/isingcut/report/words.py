@@ -12,9 +12,8 @@ import re
 import shlex
 from collections.abc import Iterable, Sequence
 from functools import cache, partial
-from importlib.resources import files as resources
 from importlib.util import find_spec
-from itertools import pairwise, zip_longest
+from itertools import zip_longest
 from typing import Any
 
 import jinja2
@@ -29,13 +28,10 @@ from isingcut.report import plots, rows
 
 def numbers(blocks: Sequence[int]) -> str:
     """Return block numbers as words: "2, 5 and 9", or "3 to 6" for three or more in a row."""
-    whole = len(blocks) > 2 and blocks[-1] - blocks[0] == len(blocks) - 1
-    if whole and all(b > a for a, b in pairwise(blocks)):
+    if len(blocks) > 2 and [*blocks] == [*range(blocks[0], blocks[-1] + 1)]:
         return f"{blocks[0]} to {blocks[-1]}"
-    listed = [str(b) for b in blocks]
-    return (
-        listed[0] if len(listed) == 1 else f"{', '.join(listed[:-1])} and {listed[-1]}"
-    )
+    *most, last = map(str, blocks)
+    return f"{', '.join(most)} and {last}" if most else last
 
 
 def join_blocks(removed: Sequence[int]) -> str:
@@ -72,10 +68,10 @@ repeat_warnings = partial(paragraphs, "repeat_warnings")
 patch_warnings = partial(paragraphs, "patch_warnings")
 
 
-def healing_warnings(found: healings.HealingFile) -> list[str]:
+def healing_warnings(healing: healings.HealingFile) -> list[str]:
     """Return the warnings about a healing: its patch, its text, its training and its results."""
-    lines = paragraphs("healing_warnings", found)
-    return [*patch_warnings(found), *overlap_warnings(found.overlap), *lines]
+    lines = paragraphs("healing_warnings", healing)
+    return [*patch_warnings(healing), *overlap_warnings(healing.overlap), *lines]
 
 
 def _environment(**more: Any) -> jinja2.Environment:
@@ -87,7 +83,16 @@ def _environment(**more: Any) -> jinja2.Environment:
         lstrip_blocks=True,
         **more,
     )
-    filters = (cell, cells, fence_text, join_blocks, numbers, shlex.quote)
+    filters = (
+        cell,
+        cells,
+        fence_text,
+        join_blocks,
+        numbers,
+        policy_hash,
+        shlex.quote,
+        state_map,
+    )
     environment.filters |= {function.__name__: function for function in filters}
     environment.filters["kl"] = lambda row: rows.kl_of(row).text()
     functions = (
@@ -102,13 +107,13 @@ def _environment(**more: Any) -> jinja2.Environment:
         rows.kl_of,
         rows.plus_minus,
         sentence,
-        spectrum_rows,
         table,
         was_tuned,
     )
     environment.globals |= {function.__name__: function for function in functions}
     environment.globals["find_spec"] = find_spec
     environment.globals["CUT_RANKING"] = rows.CUT_RANKING
+    environment.globals["version"] = __version__
     return environment
 
 
@@ -121,24 +126,24 @@ def _sentences() -> TemplateModule:
 
 
 def known_rows(
-    found: states.CandidatesFile, removed: Sequence[int]
+    ranking: states.CandidatesFile | None, removed: Sequence[int]
 ) -> list[tuple[states.MeasuredState, int]]:
     """Return the first ranking row of a state and its number of tokens, or an empty list."""
-    known = [(row, found.tokens) for row in found.candidates]
-    known += [(row, found.random_tokens) for row in found.random]
+    if ranking is None:
+        return []
+    known = [(row, ranking.tokens) for row in ranking.candidates]
+    known += [(row, ranking.random_tokens) for row in ranking.random]
     return [(row, n) for row, n in known if sorted(row.removed) == sorted(removed)][:1]
 
 
-def correlation_text(found: states.Correlations) -> str:
+def correlation_text(ranks: states.Correlations) -> str:
     """Format a rank correlation with its 95 % interval."""
-    value = found.spearman
-    low = found.spearman_low
-    high = found.spearman_high
-    if value is None:
-        return "undefined" if found.n else "not measured"
-    return f"{value:.2f}" + (
-        "" if None in (low, high) else f" ({low:.2f} to {high:.2f})"
-    )
+    low = ranks.spearman_low
+    high = ranks.spearman_high
+    if ranks.spearman is None:
+        return "undefined" if ranks.n else "not measured"
+    interval = "" if None in (low, high) else f" ({low:.2f} to {high:.2f})"
+    return f"{ranks.spearman:.2f}{interval}"
 
 
 def was_tuned(patch: cuts.PatchRecord) -> bool:
@@ -147,34 +152,9 @@ def was_tuned(patch: cuts.PatchRecord) -> bool:
     return bool(held_out) and min(held_out) < held_out[0]
 
 
-# The spectrum ----------------------------------------------------------------------------
-
-
 def state_map(removed: Sequence[int], n: int) -> str:
     """Return a state with one character per block: # is kept, · is removed."""
     return "".join("·" if i in removed else "#" for i in range(n))
-
-
-def spectrum_rows(
-    spectrum: states.SpectrumFile,
-    candidates: states.CandidatesFile | None,
-    removed: Sequence[int] | None,
-) -> list[tuple[str, ...]]:
-    """Return the table of states, with headings: rank (* marks ``removed``), energy, KL, blocks."""
-    lines: list[tuple[str, ...]] = [("rank", "energy", "KL", "blocks", "removed")]
-    for state in spectrum.states:
-        mark = "*" * (removed is not None and sorted(state.removed) == sorted(removed))
-        known = known_rows(candidates, state.removed) if candidates else []
-        lines.append(
-            (
-                f"{mark}{state.rank}",
-                f"{state.energy:.4g}",
-                "".join(rows.kl_of(row).text() for row, _ in known),
-                f"`{state_map(state.removed, spectrum.n)}`",
-                join_blocks(state.removed),
-            )
-        )
-    return lines
 
 
 # Pages --------------------------------------------------------------------------------
@@ -186,29 +166,6 @@ def render(template: str, **values: Any) -> str:
     return printable(pages.get_template(template).render(**values).strip() + "\n")
 
 
-def render_page(template: str, **values: Any) -> str:
-    """Render an HTML template with the styles, the script, and its hash for the page's policy."""
-    script = _packaged("report.js")
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    return render(
-        template,
-        **values,
-        css=Markup(_packaged("report.css")),
-        script=Markup(script),
-        script_hash=f"sha256-{digest}",
-        version=__version__,
-    )
-
-
-@cache
-def _packaged(name: str) -> str:
-    return (
-        resources("isingcut.report")
-        .joinpath("templates", name)
-        .read_text(encoding="utf-8")
-    )
-
-
 @cache
 def _pages(html: bool) -> jinja2.Environment:
     """Make the environment of one form, in which each value is escaped unless it is `Markup`."""
@@ -218,6 +175,12 @@ def _pages(html: bool) -> jinja2.Environment:
         keep_trailing_newline=True,
         finalize=lambda value: escaped(value) if type(value) is str else value,
     )
+
+
+def policy_hash(script: str) -> str:
+    """Return the source by which a content security policy allows one script."""
+    digest = hashlib.sha256(script.encode()).digest()
+    return f"sha256-{base64.b64encode(digest).decode()}"
 
 
 def code(text: str) -> Markup:

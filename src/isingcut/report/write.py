@@ -9,6 +9,7 @@ the page to fetch anything, and allows only the page's own script to run.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ from isingcut.report import figures
 from isingcut.report.card import gguf_card
 from isingcut.report.run_files import RunFiles
 from isingcut.report.states import ReportState, list_rivals, number_states
-from isingcut.report.words import paragraphs, render, render_page, sentence
+from isingcut.report.words import paragraphs, render, sentence
 
 
 def write_report(folder: Path, target: Path | None = None) -> None:
@@ -43,7 +44,7 @@ def write_report(folder: Path, target: Path | None = None) -> None:
     view = report_view(files)
     data = _facts(files)
     markdown = render("report.md.j2", **view)
-    page = render_page("report.html.j2", **view, **_drawings(view))
+    page = render("report.html.j2", **view, **_drawings(view))
     texts = check_report(files.target)
     write_json(texts["json"], "report", data, seal=True)
     write_sealed(texts["md"], markdown)
@@ -82,25 +83,27 @@ def _facts(files: RunFiles) -> dict[str, Any]:
     """Return the content of `report.json`."""
     run = files.run.content()
     energy = files.hamiltonian
-    made = (energy, files.spectrum, files.candidates, files.removal, files.evaluation)
-    stages = zip(("energy", "solve", "rank", "excise", "evaluate"), made, strict=True)
-    names = ("spectrum", "candidates", "evaluation", "patch", "healing")
-    documents = {name: getattr(files, name) for name in (*names, "benchmarks")}
-    documents |= {"packing": files.packing} if files.packing else {}
+    stages = {
+        "energy": energy,
+        "solve": files.spectrum,
+        "rank": files.candidates,
+        "excise": files.removal,
+        "evaluate": files.evaluation,
+    }
+    names = ["spectrum", "candidates", "evaluation", "patch", "healing", "benchmarks"]
+    names += ["packing"] * (files.packing is not None)
+    documents = {name: getattr(files, name) for name in names}
     return {
         "model": run["provenance"]["model"],
         "blocks": len(files.blocks),
         "removed": files.removed,
-        "checkpoint": None if files.removal is None else files.product.name,
-        "not_run": [stage for stage, file in stages if file is None],
-        "energy": {
-            "name": files.energy,
-            "meta": None if energy is None else dict(energy.meta),
-        },
-        "fidelity": {name: found.content() for name, found in files.judged.items()},
+        "checkpoint": files.removal and files.product.name,
+        "not_run": [stage for stage, file in stages.items() if file is None],
+        "energy": {"name": files.energy, "meta": energy and dict(energy.meta)},
+        "fidelity": {name: judged.content() for name, judged in files.judged.items()},
         "warnings": files.warnings,
-        "baselines": [found.content() for found in files.baselines],
-        **{name: found and found.content() for name, found in documents.items()},
+        "baselines": [baseline.content() for baseline in files.baselines],
+        **{name: file and file.content() for name, file in documents.items()},
         **{name: run[name] for name in ("config", "provenance", "stages")},
     }
 
@@ -122,8 +125,8 @@ def _drawings(view: dict[str, Any]) -> dict[str, Any]:
         "n": n,
         "rows": figures.map_rows(states),
         "ticks": figures.block_ticks(n),
-        "fields": None if energy is None else figures.draw_fields(energy, kinds),
-        "couplings": None if energy is None else figures.draw_couplings(energy),
+        "fields": energy and figures.draw_fields(energy, kinds),
+        "couplings": energy and figures.draw_couplings(energy),
         "scatters": [
             figures.scatter_figure(files, name, states)
             for name in files.judged
@@ -133,42 +136,37 @@ def _drawings(view: dict[str, Any]) -> dict[str, Any]:
             figures.trade_off_figure(axis, groups, sentence("no_points", files, axis))
             for axis in figures.AXES
         ],
-        "curve": None
-        if files.healing is None
-        else figures.healing_figure(files.healing),
-        "data": _page_data(files, states),
+        "curve": files.healing and figures.healing_figure(files.healing),
+        "data": {
+            "n": n,
+            "kinds": kinds,
+            **(_terms(energy) if energy else {}),
+            "states": [
+                {"name": s.name, "removed": list(s.removed), "chosen": s.chosen}
+                for s in states
+            ],
+        },
     }
 
 
-def _page_data(files: RunFiles, states: list[ReportState]) -> dict[str, Any]:
-    """Return the data of the page's script: the blocks, the energy's terms and the states."""
-    return {
-        "n": len(files.blocks),
-        "kinds": [b.kind for b in files.blocks],
-        **_terms(files.hamiltonian),
-        "states": [
-            {"name": s.name, "removed": list(s.removed), "chosen": s.chosen}
-            for s in states
-        ],
-    }
-
-
-def _terms(energy: Hamiltonian | None) -> dict[str, Any]:
-    if energy is None:
-        return {"unit": "", **dict.fromkeys(("h", "hError", "J", "JError"))}
-    errors = {"hError": _short(energy.h_error, 2), "JError": _short(energy.J_error, 2)}
-    terms = {"h": _short(energy.h), "J": _short(energy.J)}
+def _terms(energy: Hamiltonian) -> dict[str, Any]:
+    """Return the energy's terms for the page's script, in few digits."""
+    J = _short(energy.J, 4)
     for i, j in np.argwhere(figures.unmeasured(energy)).tolist():
-        terms["J"][i][j] = None
-    return {"unit": energy.unit, **terms, **errors}
+        J[i][j] = None
+    return {
+        "unit": energy.unit,
+        "h": _short(energy.h, 4),
+        "hError": _short(energy.h_error, 2),
+        "J": J,
+        "JError": _short(energy.J_error, 2),
+    }
 
 
-def _short(values: Floats | None, digits: int = 4) -> Any:
+def _short(values: Floats | None, digits: int) -> Any:
     if values is None:
         return None
-    return np.vectorize(lambda v: float(f"{v:.{digits}g}"), otypes=[float])(
-        values
-    ).tolist()
+    return np.vectorize(lambda v: float(f"{v:.{digits}g}"))(values).tolist()
 
 
 # Comparison -----------------------------------------------------------------------------
@@ -202,8 +200,8 @@ class Side:
     def sizes(self) -> list[RunFiles]:
         """The removals to list: all with a choice in the run folder, or the one that was named."""
         whole = self.files.removals if self.files.target == self.files.folder else []
-        found = [self.files, *(f for f in whole if f.target != self.files.target)]
-        return [f for f in found if f.removed is not None] or [self.files]
+        sizes = [self.files, *(f for f in whole if f.target != self.files.target)]
+        return [f for f in sizes if f.removed is not None] or [self.files]
 
 
 def write_comparison(
@@ -230,7 +228,7 @@ def write_comparison(
         figures.Group(f"tone-{run.tone}", run.name, run.files.removals, joined=True)
         for run in runs
     ]
-    page = render_page(
+    page = render(
         "compare.html.j2",
         title=f"{len(runs)} runs compared",
         runs=runs,
@@ -247,40 +245,29 @@ def write_comparison(
     return warnings
 
 
-def _sides(found: Sequence[RunFiles]) -> list[Side]:
-    places = [f.target.resolve() for f in found]
-    short = [p.name for p in places]
-    names = [
-        p.name if short.count(p.name) == 1 else f"{p.parent.name}/{p.name}"
-        for p in places
-    ]
-    return [
-        Side(f, n, k % 6) for k, (f, n) in enumerate(zip(found, names, strict=True))
-    ]
+def _sides(runs: Sequence[RunFiles]) -> list[Side]:
+    places = [files.target.resolve() for files in runs]
+    often = Counter(place.name for place in places)
+    sides = []
+    for k, (files, place) in enumerate(zip(runs, places, strict=True)):
+        parent = f"{place.parent.name}/" * (often[place.name] > 1)
+        sides.append(Side(files, parent + place.name, k % 6))
+    return sides
 
 
 def differences(runs: Sequence[Side]) -> list[tuple[str, list[str]]]:
     """List what differs between the runs: model, text or option, with the value in each run."""
     facts = []
     for run in runs:
-        content = run.files.run.config.content()
-        text = run.files.calibration
-        facts.append(
-            {
-                "model": f"{run.files.model} (SHA-256 {run.sha[:8]})",
-                "calibration text": "not there"
-                if text is None
-                else f"{text.source} (SHA-256 {text.sha256[:8]})",
-                **{
-                    k: v
-                    for k, v in content.items()
-                    if k not in ("model", "calibration")
-                },
-            }
-        )
-    found = []
+        fact = {"model": "", "calibration text": "not there"}
+        fact |= run.files.run.config.content()
+        fact["model"] = f"{run.files.model} (SHA-256 {run.sha[:8]})"
+        if (text := run.files.calibration) is not None:
+            fact["calibration text"] = f"{text.source} (SHA-256 {text.sha256[:8]})"
+        facts.append(fact)
+    different = []
     for key in dict.fromkeys(key for fact in facts for key in fact):
         values = [str(fact.get(key, "")) for fact in facts]
-        if len(set(values)) > 1:
-            found.append((key.replace("_", " "), values))
-    return found
+        if key != "calibration" and len(set(values)) > 1:
+            different.append((key.replace("_", " "), values))
+    return different

@@ -139,20 +139,14 @@ class Evaluator:
             ]
             measured = self.ledger.sums(wanted, title)
             for (group, have, n), sums in zip(call, measured, strict=True):
-                self._take(group, have, n, sums)
-
-    def _take(self, group: dict[str, Bools], have: int, n: int, sums: Floats) -> None:
-        """Store the losses of states on the samples from ``have`` to ``n``."""
-        if n > self._referenced:
-            new = self.ledger.share(range(self._referenced, n))
-            self.ledger.pay(f"original:{n}", self.blocks * new, new)
-            self._referenced = n
-        for (key, state), row in zip(group.items(), sums, strict=True):
-            entry = self.known.setdefault(
-                key, StateLosses(state.copy(), np.full(self.m, np.nan))
-            )
-            entry.sums[have:n] = row
-            entry.n = n
+                new = self.ledger.share(range(self._referenced, n))
+                self.ledger.pay(f"original:{n}", self.blocks * new, new)
+                self._referenced = max(self._referenced, n)
+                for (key, state), row in zip(group.items(), sums, strict=True):
+                    unknown = StateLosses(state.copy(), np.full(self.m, np.nan))
+                    entry = self.known.setdefault(key, unknown)
+                    entry.sums[have:n] = row
+                    entry.n = n
 
     def slopes(self, state: Bools, n: int) -> Floats:
         """Return (N,) slopes of the KL, see `gate_slopes`, at ``state`` on the first n samples."""
@@ -173,8 +167,8 @@ class Evaluator:
 
         def make() -> Floats:
             few = self._tokens.select(range(n))
-            found = one_pass(self._replay, few, Work(self._batch_tokens))
-            return np.concatenate([part.ravel() for part in found])
+            measured = one_pass(self._replay, few, Work(self._batch_tokens))
+            return np.concatenate([part.ravel() for part in measured])
 
         runs = self.blocks * self.ledger.share(range(n))
         length = self.blocks + boundaries**2
@@ -186,11 +180,7 @@ class Evaluator:
 
         Includes the original model's pass over samples on which no state was measured yet.
         """
-        own = (
-            self.ledger.share(range(self._referenced, n))
-            if n > self._referenced
-            else 0.0
-        )
+        own = self.ledger.share(range(self._referenced, n))
         nodes = tree_nodes(np.asarray(states, dtype=bool))
         return own + nodes * self.ledger.share(range(n)) / self.blocks
 

@@ -38,9 +38,11 @@ class Target:
     """
 
     def __init__(self, label: str, rows: Sequence[LinearConstraint]) -> None:
+        n = len(rows[0].coefficients)
+        self._problem = Problem(Hamiltonian(np.zeros(n), np.zeros((n, n))), rows)
         self.label = label
-        self.rows = tuple(rows)
-        self.low, self.high = _blank(rows).cardinality
+        self.rows = self._problem.constraints
+        self.low, self.high = self._problem.cardinality
         enough = [
             math.ceil((row.rhs - row.tolerance) / row.coefficients.mean())
             for row in rows
@@ -68,7 +70,7 @@ class Target:
 
     def feasible(self, states: States) -> Bools:
         """Return (S,) bool: whether each state of (S, N) satisfies every row."""
-        return _blank(self.rows).feasible(states)
+        return self._problem.feasible(states)
 
     def extendable(self, states: States) -> Bools:
         """Return (S,) bool: whether a state exceeds no upper limit, so that it may be extended."""
@@ -83,11 +85,6 @@ class Target:
         size = states.sum(1)
         most = min(self.high, self.size + 2)
         return np.asarray((size >= self.low - distance) & (size <= most + distance))
-
-
-def _blank(rows: Sequence[LinearConstraint]) -> Problem:
-    n = len(rows[0].coefficients)
-    return Problem(Hamiltonian(np.zeros(n), np.zeros((n, n))), rows)
 
 
 BEAM = 3
@@ -117,12 +114,20 @@ def list_states(target: Target, n: int) -> States | None:
     return states[target.feasible(states)]
 
 
+def list_windows(n: int, target: Target, most: int) -> States:
+    """List the target's runs of at most ``most`` of ``n`` consecutive blocks, shortest first."""
+    spans = (
+        range(first, first + size)
+        for size in range(max(1, target.low), most + 1)
+        for first in range(n + 1 - size)
+    )
+    states = states_of(n, spans)
+    return states[target.feasible(states)]
+
+
 def find_windows(hamiltonian: Hamiltonian, target: Target, count: int) -> States:
     """Return the ``count`` feasible runs of consecutive blocks with the lowest energy."""
-    n = hamiltonian.n
-    size = target.low
-    states = states_of(n, (range(start, start + size) for start in range(n - size + 1)))
-    states = states[target.feasible(states)]
+    states = list_windows(hamiltonian.n, target, target.low)
     return states[np.argsort(hamiltonian.energies(states), kind="stable")[:count]]
 
 
@@ -132,16 +137,10 @@ def angular_window(angles: Floats, target: Target) -> States:
     Args:
         angles: (N + 1, N + 1) angles between the hidden states at any two block boundaries.
     """
-    n = len(angles) - 1
-    spans = [
-        (i, i + m)
-        for m in range(max(1, target.low), target.high + 1)
-        for i in range(n + 1 - m)
-    ]
-    states = states_of(n, (range(*span) for span in spans))
-    turns = np.array([angles[span] for span in spans])
-    fits = np.flatnonzero(target.feasible(states))
-    return states[fits[np.argsort(turns[fits], kind="stable")[:1]]]
+    states = list_windows(len(angles) - 1, target, target.high)
+    first = states.argmax(1)
+    turns = angles[first, first + states.sum(1)]
+    return states[np.argsort(turns, kind="stable")[:1]]
 
 
 def draw_minima(
@@ -173,7 +172,7 @@ BOUND_SPREAD = 0.02
 
 
 def fit_bounded(
-    prior: Hamiltonian, found: Estimates, targets: Sequence[Target]
+    prior: Hamiltonian, known: Estimates, targets: Sequence[Target]
 ) -> Surrogate:
     """Fit a posterior in which low states cost at least as much as measured subsets of them.
 
@@ -182,14 +181,14 @@ def fit_bounded(
     with its bound, see `bound_below`. If its energy is lower, the state is added as a measurement
     with this bound as its loss, and the posterior is fitted again.
     """
-    states = found.states
-    losses = found.loss
-    noise = found.sd
+    states = known.states
+    losses = known.loss
+    noise = known.sd
     measured = {key_of(state) for state in states}
     for _ in range(REFITS):
         fitted = Surrogate(prior, states, losses, noise)
         low = np.concatenate([find_lowest(fitted.mean, t, LOW, 0) for t in targets])
-        bound = bound_below(low, found)
+        bound = bound_below(low, known)
         below = fitted.mean.energies(low) < bound
         below &= [key_of(state) not in measured for state in low]
         if not below.any():
@@ -201,10 +200,10 @@ def fit_bounded(
     return Surrogate(prior, states, losses, noise)
 
 
-def bound_below(states: States, found: Estimates) -> Floats:
+def bound_below(states: States, known: Estimates) -> Floats:
     """Return (S,) the largest loss of any measured subset of each state's removed blocks, or 0."""
-    outside = found.states.astype(float) @ (~states).T.astype(float)
-    return np.asarray(np.where(outside.T == 0, found.loss, 0.0).max(1))
+    outside = known.states.astype(float) @ (~states).T.astype(float)
+    return np.asarray(np.where(outside.T == 0, known.loss, 0.0).max(1))
 
 
 def list_exchanges(state: Bools, target: Target) -> States:
@@ -213,8 +212,8 @@ def list_exchanges(state: Bools, target: Target) -> States:
     gone = np.flatnonzero(state)
     here = np.flatnonzero(~state)
     pairs = (single[gone][:, None] | single[here][None]).reshape(-1, len(state))
-    found = np.concatenate([state ^ pairs, flip_each(state)])
-    return found[target.feasible(found)]
+    near = np.concatenate([state ^ pairs, flip_each(state)])
+    return near[target.feasible(near)]
 
 
 def flip_each(state: Bools) -> States:
@@ -246,10 +245,8 @@ def by_bound(surrogate: Surrogate, states: States) -> States:
 
 def grow(states: Iterable[Bools], target: Target) -> States:
     """Return all states with one more removed block that exceed no upper limit of the target."""
-    found = [flip_each(state)[~state] for state in states]
-    if not found:
-        return np.zeros((0, 0), dtype=bool)
-    children = np.unique(np.concatenate(found), axis=0)
+    children = np.concatenate([flip_each(state)[~state] for state in states])
+    children = np.unique(children, axis=0)
     return children[target.extendable(children)]
 
 
@@ -303,11 +300,11 @@ def one_pass_states(
     """
     influence, angles = evaluator.one_pass(samples)
     fields = Hamiltonian(influence, np.zeros((evaluator.blocks, evaluator.blocks)))
-    found = {
+    chosen = {
         "angular-window": angular_window(angles, target),
         "block-influence": find_lowest(fields, target, 1, 0),
     }
-    return {method: states[0] for method, states in found.items() if len(states)}
+    return {method: states[0] for method, states in chosen.items() if len(states)}
 
 
 def beam_over_sizes(
@@ -327,8 +324,7 @@ def beam_over_sizes(
     beam = [np.zeros(evaluator.blocks, dtype=bool)]
     for size in range(1, target.high + 1):
         unfinished = [s for s in beam if not target.feasible(s[None])[0]]
-        children = grow(unfinished, target)
-        if not len(children):
+        if not unfinished or not len(children := grow(unfinished, target)):
             return
         predicted = _predict(evaluator, energy, children, unfinished)
         picked = children[np.argsort(predicted, kind="stable")[:CHILDREN]]

@@ -13,7 +13,7 @@ SmolLM2-135M (docs/experiments.md).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
 
@@ -127,13 +127,20 @@ class Goal:
     Attributes:
         best: best state so far, or None.
         rounds: number of rounds so far.
+        trace: best state after each round, with the cost so far.
         exhausted: whether every state of the target was measured on all samples.
     """
 
     target: Target
     best: Bools | None = None
     rounds: int = 0
+    trace: list[dict[str, Any]] = field(default_factory=list)
     exhausted: bool = False
+
+    @property
+    def removed(self) -> tuple[int, ...]:
+        """The removed blocks of the best state, ascending; empty without one."""
+        return () if self.best is None else tuple(blocks_of(self.best))
 
 
 class Search:
@@ -153,10 +160,9 @@ class Search:
         one_pass: number of samples for the pass of the original.
         rungs: numbers of samples that a state is measured on, ascending.
         evaluator: measurements and their cost.
-        trace: best state of a target after each of its rounds, with the cost so far.
 
     Raises:
-        InputError: no target, or fewer than two samples.
+        InputError: fewer than two samples.
     """
 
     def __init__(
@@ -168,10 +174,6 @@ class Search:
         passes: float | Callable[[], float] | None = None,
         seed: int = 0,
     ) -> None:
-        if not targets:
-            raise InputError(
-                "a search needs a target; give a number of blocks to remove"
-            )
         if tokens.samples < 2:
             raise InputError(
                 "a search needs at least 2 calibration samples; raise --samples"
@@ -179,18 +181,14 @@ class Search:
         self.evaluator = Evaluator(replay, tokens, work, seed)
         if callable(passes):
             timed = passes
-            ledger = self.evaluator.ledger
-            passes = float(
-                ledger.measure_once("budget", 1, 0.0, 0.0, lambda: np.array([timed()]))[
-                    0
-                ]
-            )
+            once = self.evaluator.ledger.measure_once
+            row = once("budget", 1, 0.0, 0.0, lambda: np.array([timed()]))
+            passes = float(row[0])
         self.budget = passes or default_passes(len(replay), targets)
         self.evaluator.budget = self.budget
         self.goals = [Goal(target) for target in targets]
         self.rungs = rungs(tokens.samples, int(tokens.compared.sum()))
         self.one_pass = one_pass_samples(self.budget, tokens.samples)
-        self.trace: list[dict[str, Any]] = []
         self._rng = np.random.default_rng([seed, 0x5EA2C4])
         self._origins: dict[str, str] = {}
         influence, _ = self.evaluator.one_pass(self.one_pass)
@@ -208,43 +206,27 @@ class Search:
             self._finish(goal)
         return self
 
-    def best(self, label: int | str) -> tuple[int, ...]:
-        """Return the removed blocks of a target's best state, ascending.
-
-        Raises:
-            InputError: the search has no such target.
-        """
-        for goal in self.goals:
-            if goal.target.label == str(label):
-                assert goal.best is not None
-                return tuple(blocks_of(goal.best))
-        known = ", ".join(g.target.label for g in self.goals)
-        raise InputError(f"the search has no target {label!r}; known: {known}")
-
-    def estimates(self, target: Target) -> Estimates | None:
-        """Return estimates of the measured states of a target; None if there are none."""
-        return self._estimates(target.feasible)
-
     def energy(self) -> Hamiltonian:
         """Return the posterior energy over all targets; without measurements, the pair energy."""
         surrogate = self._surrogate([g.target for g in self.goals])
         return self._prior if surrogate is None else surrogate.mean
 
-    def _estimates(self, fits: Callable[[States], Bools]) -> Estimates | None:
+    def estimates(self, fits: Callable[[States], Bools]) -> Estimates | None:
+        """Return estimates of the measured states that fit; None if there are none."""
         known = [k for k in self.evaluator.known.values() if k.n >= self.rungs[0]]
         states = np.array([k.state for k in known], dtype=bool)
-        chosen = fits(states.reshape(-1, self.evaluator.blocks))
-        found = [k for k, ok in zip(known, chosen, strict=True) if ok]
-        return Estimates(self.evaluator, found, self.rungs) if found else None
+        fitting = fits(states.reshape(-1, self.evaluator.blocks))
+        chosen = [k for k, fit in zip(known, fitting, strict=True) if fit]
+        return Estimates(self.evaluator, chosen, self.rungs) if chosen else None
 
     def _surrogate(self, targets: Sequence[Target]) -> Surrogate | None:
         """Return the posterior energy near some targets, or None if too few states are measured."""
-        found = self._estimates(
+        near = self.estimates(
             lambda states: np.any([t.near(states, 1) for t in targets], axis=0)
         )
-        if found is None or len(found.states) < 4:
+        if near is None or len(near.states) < 4:
             return None
-        return proposals.fit_bounded(self._prior, found, targets)
+        return proposals.fit_bounded(self._prior, near, targets)
 
     # first states -------------------------------------------------------------------------
 
@@ -263,7 +245,7 @@ class Search:
         """Run one beam over sizes for all targets that differ only in size, up to the largest."""
         groups: dict[tuple[bytes, ...], list[Target]] = {}
         for goal in self.goals:
-            counted = [row.coefficients for row in goal.target.rows]
+            counted = (row.coefficients for row in goal.target.rows)
             key = tuple(row.tobytes() for row in counted if row.min() >= 0)
             groups.setdefault(key, []).append(goal.target)
         for group in groups.values():
@@ -321,7 +303,7 @@ class Search:
             states = proposals.find_lowest(self._prior, target, 2 * FIRST, seed)
             take(states, FIRST - len(picked), "pair energy")
             return list(picked.values())
-        own = self.estimates(target)
+        own = self.estimates(target.feasible)
         surrogate = self._surrogate([target])
         if own is None or surrogate is None or goal.best is None:
             return []
@@ -350,15 +332,15 @@ class Search:
         For a streamed model, only states of earlier rounds, in the same sweep as the new states.
         """
         for level, rung in enumerate(self.rungs[1:]):
-            found = self.estimates(goal.target)
-            if found is None:
+            known = self.estimates(goal.target.feasible)
+            if known is None:
                 return
-            best = found.loss[found.best()]
+            best = known.loss[known.best()]
             here = np.flatnonzero(
-                (found.rung == level) & (found.loss - found.sd < best)
+                (known.rung == level) & (known.loss - known.sd < best)
             )
-            order = here[np.argsort(found.loss[here], kind="stable")]
-            states = found.states[order[: max(1, PROMOTED - level)]]
+            order = here[np.argsort(known.loss[here], kind="stable")]
+            states = known.states[order[: max(1, PROMOTED - level)]]
             if len(states) and self._afford(states, rung):
                 self.evaluator.measure(
                     states, rung, f"remove {goal.target.label}: more samples"
@@ -370,15 +352,14 @@ class Search:
         Only very small budgets do not allow all samples. A target without any measurement gets one
         state on the first rung, even beyond the budget.
         """
-        found = self.estimates(goal.target)
-        if found is None:
+        known = self.estimates(goal.target.feasible)
+        if known is None:
             states = proposals.find_lowest(self._prior, goal.target, 1, 0)
             self.evaluator.measure(
                 states, self.rungs[0], "the pair energy's ground state"
             )
-            found = self.estimates(goal.target)
-            assert found is not None
-        states = found.states[np.argsort(found.loss, kind="stable")[:FINALISTS]]
+        else:
+            states = known.states[np.argsort(known.loss, kind="stable")[:FINALISTS]]
         # At least two finalists, if there are two, because one alone cannot be compared.
         counts = range(len(states), min(2, len(states)) - 1, -1)
         for rung, count in product(reversed(self.rungs), counts):
@@ -407,19 +388,19 @@ class Search:
         return self.evaluator.price(states, n) <= left
 
     def _note(self, goal: Goal) -> None:
-        found = self.estimates(goal.target)
-        if found is None:
+        known = self.estimates(goal.target.feasible)
+        if known is None:
             return
-        best = found.best()
-        goal.best = state = found.states[best]
-        self.trace.append(
+        best = known.best()
+        goal.best = state = known.states[best]
+        goal.trace.append(
             {
                 "passes": self.evaluator.ledger.passes,
                 "heads": self.evaluator.ledger.heads,
                 "remove": goal.target.label,
                 "removed": blocks_of(state),
-                "kl": float(found.loss[best]),
-                "samples": self.rungs[int(found.rung[best])],
+                "kl": float(known.loss[best]),
+                "samples": self.rungs[int(known.rung[best])],
                 "origin": self._origins.get(key_of(state), "beam"),
             }
         )

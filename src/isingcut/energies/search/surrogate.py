@@ -14,7 +14,7 @@ arXiv 1806.08838; the informed prior and the noise that grows with the loss are 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.linalg import cho_factor, cho_solve
@@ -99,21 +99,16 @@ class Surrogate:
         return self._scale**2 * (1.0 + spread.own**2 * inner + spread.pair**2 * pairs)
 
     def _hamiltonian(
-        self, y: Floats, extra: tuple[float, Floats, Floats, float] | None = None
+        self, y: Floats, a: Any = 0.0, u: Any = 0.0, v: Any = 0.0, slope: Any = 0.0
     ) -> Hamiltonian:
-        """Return the Hamiltonian of the posterior mean given residuals ``y``, plus ``extra``."""
+        """Return the posterior mean given residuals ``y``, plus the other terms."""
         alpha = cho_solve(self._factor, y)
         s = self.spread
         scale = self._scale
-        slope = (SLOPE * self._b) ** 2 * float(self._centred @ alpha)
-        u = (scale * s.own) ** 2 * (self._x.T @ alpha)
-        v = (scale * s.pair) ** 2 * (self._x.T * alpha) @ self._x
-        a = scale**2 * float(alpha.sum())
-        if extra is not None:
-            a = a + extra[0]
-            u = u + extra[1]
-            v = v + extra[2]
-            slope = slope + extra[3]
+        slope = (SLOPE * self._b) ** 2 * float(self._centred @ alpha) + slope
+        u = (scale * s.own) ** 2 * (self._x.T @ alpha) + u
+        v = (scale * s.pair) ** 2 * (self._x.T * alpha) @ self._x + v
+        a = scale**2 * float(alpha.sum()) + a
         np.fill_diagonal(v, 0.0)
         v = (v + v.T) / 2
         b = self._b + slope
@@ -141,7 +136,7 @@ class Surrogate:
             + slope * self._centred
         )
         noise = self._sd * rng.standard_normal(len(at))
-        return self._hamiltonian(self._y - at - noise, (a, u, v, slope))
+        return self._hamiltonian(self._y - at - noise, a, u, v, slope)
 
     def deviation(self, states: States) -> Floats:
         """Return (S,) posterior standard deviations of the energies of ``states``."""

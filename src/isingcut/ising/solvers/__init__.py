@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -32,9 +32,7 @@ class Solvers(Registry):
         """
         if not imports(name):
             return super().get(name)
-        sampler = ("sampler", str, name.removeprefix("dimod:"))
-        bases = (super().get("dimod"),)
-        return dataclasses.make_dataclass("Dimod", [sampler], bases=bases, frozen=True)
+        return partial(super().get("dimod"), sampler=name.removeprefix("dimod:"))
 
     def check(self, name: str) -> None:
         """Check in advance that the solver ``name`` can be used.
@@ -100,13 +98,12 @@ def solve(
     part = make(solver, **options)
     began = time.perf_counter()
     solution = part.solve(problem, k)
-    states = np.asarray(solution.states) if isinstance(solution, Solution) else None
-    if states is None or states.ndim != 2 or states.shape[1] != problem.n:
-        got = (
-            type(solution).__name__
-            if states is None
-            else f"states of shape {states.shape}"
-        )
+    got = type(solution).__name__
+    shape: tuple[int, ...] = ()
+    if isinstance(solution, Solution):
+        shape = np.shape(solution.states)
+        got = f"states of shape {shape}"
+    if len(shape) != 2 or shape[1] != problem.n:
         raise InputError(
             f"solver {solver!r} returned {got}; expected a Solution with states (S, {problem.n})"
         )

@@ -101,10 +101,9 @@ def reach(A):  # type: ignore[no-untyped-def]
     rows, n = A.shape
     least = np.zeros((rows, n + 1))
     most = np.zeros((rows, n + 1))
-    for q in range(rows):
-        for i in range(n - 1, -1, -1):
-            least[q, i] = least[q, i + 1] + min(A[q, i], 0.0)
-            most[q, i] = most[q, i + 1] + max(A[q, i], 0.0)
+    for i in range(n - 1, -1, -1):
+        least[:, i] = least[:, i + 1] + np.minimum(A[:, i], 0.0)
+        most[:, i] = most[:, i + 1] + np.maximum(A[:, i], 0.0)
     return least, most
 
 

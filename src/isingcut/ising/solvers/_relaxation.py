@@ -43,20 +43,21 @@ LEAST_VIOLATION = 0.01
 
 
 @compiled
-def _triangle(X, i, j, k, kind):  # type: ignore[no-untyped-def]
+def _triangle(X, triangle):  # type: ignore[no-untyped-def]
+    i, j, k, kind = triangle
     signs = SIGNS[kind]
     return signs[0] * X[i, j] + signs[1] * X[i, k] + signs[2] * X[j, k]
 
 
 @compiled
-def _slack_matrix(C, ineq, x, cuts, kinds):  # type: ignore[no-untyped-def]
+def _slack_matrix(C, ineq, x, cuts):  # type: ignore[no-untyped-def]
     """Return Z = C - Diag(y) - B*(z) - G*(mu) for x = (y, z, mu)."""
     size = C.shape[0]
     count = cuts.shape[0]
     Z = C - np.diag(x[:size])
     for t in range(count):
-        i, j, k = cuts[t]
-        signs = 0.5 * x[size + t] * SIGNS[kinds[t]]
+        i, j, k, kind = cuts[t]
+        signs = 0.5 * x[size + t] * SIGNS[kind]
         Z[i, j] -= signs[0]
         Z[j, i] -= signs[0]
         Z[i, k] -= signs[1]
@@ -79,18 +80,18 @@ def _project(Z, Q):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def _evaluate(C, Q, ineq, x, cuts, kinds, sigma, centre, X, g):  # type: ignore[no-untyped-def]
+def _evaluate(C, Q, ineq, x, cuts, sigma, centre, X, g):  # type: ignore[no-untyped-def]
     """Return minus the augmented dual function; fill its gradient g and the primal matrix X."""
     size = C.shape[0]
     count = cuts.shape[0]
-    Z = _slack_matrix(C, ineq, x, cuts, kinds) - sigma * centre
+    Z = _slack_matrix(C, ineq, x, cuts) - sigma * centre
     lam, U = np.linalg.eigh(_project(Z, Q))
     negative = np.searchsorted(lam, 0.0)
     W = U[:, :negative] * np.sqrt(-lam[:negative] / sigma)
     X[:, :] = W @ W.T
     g[:size] = np.diag(X) - 1.0
     for t in range(count):
-        g[size + t] = 1.0 + _triangle(X, cuts[t, 0], cuts[t, 1], cuts[t, 2], kinds[t])
+        g[size + t] = 1.0 + _triangle(X, cuts[t])
     for q in range(ineq.shape[0]):
         g[size + count + q] = (ineq[q] * X[0]).sum()
     norm = (lam[:negative] ** 2).sum()
@@ -99,34 +100,19 @@ def _evaluate(C, Q, ineq, x, cuts, kinds, sigma, centre, X, g):  # type: ignore[
 
 @compiled
 def _find_violated(X):  # type: ignore[no-untyped-def]
-    """Return the triangles (T, 4) that X violates, as i < j < k and kind, and violations (T,)."""
+    """Return the triangles that X violates, as flat indices (T,), and by how much."""
     size = X.shape[0]
-    triangles = np.zeros((0, 4), dtype=np.int64)
-    amount = np.zeros(0)
-    for fill in (False, True):
-        count = 0
-        for i in range(size):
-            for j in range(i + 1, size):
-                for k in range(j + 1, size):
-                    for kind in range(4):
-                        violation = -1.0 - _triangle(X, i, j, k, kind)
-                        if violation > LEAST_VIOLATION:
-                            if fill:
-                                triangles[count] = (i, j, k, kind)
-                                amount[count] = violation
-                            count += 1
-        if not fill:
-            triangles = np.zeros((count, 4), dtype=np.int64)
-            amount = np.zeros(count)
-    return triangles, amount
-
-
-def _names(
-    cuts: NDArray[np.int64], kinds: NDArray[np.int64], size: int
-) -> NDArray[np.int64]:
-    """Return a unique number for each triangle."""
-    i, j, k = cuts.T
-    return np.asarray(((i * size + j) * size + k) * 4 + kinds)
+    violated = []
+    amounts = []
+    for i in range(size):
+        for j in range(i + 1, size):
+            for k in range(j + 1, size):
+                for kind in range(4):
+                    amount = -1.0 - _triangle(X, (i, j, k, kind))
+                    if amount > LEAST_VIOLATION:
+                        violated.append(((i * size + j) * size + k) * 4 + kind)
+                        amounts.append(amount)
+    return np.array(violated), np.array(amounts)
 
 
 @dataclass(eq=False)
@@ -135,14 +121,13 @@ class Dual:
 
     Attributes:
         x: y (N,), z (T,) and mu (G,) in one vector.
-        cuts: (T, 3) spins of the triangles, ascending; ``kinds`` (T,) their rows of `SIGNS`.
+        cuts: (T, 4) triangles: three spins, ascending, and the row of `SIGNS`.
         centre: (N, N) proximal centre: the primal matrix of the last step.
     """
 
     free: NDArray[np.int64]
     x: Floats
     cuts: NDArray[np.int64]
-    kinds: NDArray[np.int64]
     centre: NDArray[np.float32]
 
     def restrict(self, fixed: NDArray[np.int8]) -> Dual:
@@ -157,21 +142,21 @@ class Dual:
         y, z, mu = np.split(self.x, [size, size + len(self.cuts)])
         place = np.append(0, np.cumsum(stays) * stays)
         sign = np.append(1, np.where(stays, 1, 2 * values.astype(np.int64) - 1))
-        new = place[self.cuts]
-        s = sign[self.cuts]
+        new = place[self.cuts[:, :3]]
+        s = sign[self.cuts[:, :3]]
         alive = (np.diff(np.sort(new, axis=1), axis=1) > 0).all(axis=1) & (z > 0)
         new = new[alive]
         s = s[alive]
         # Pairs (ij, ik, jk) omit the spins k, j and i; flipping a spin flips its two pairs.
-        pairs = SIGNS[self.kinds[alive]] * s[:, [0, 0, 1]] * s[:, [1, 2, 2]]
+        pairs = SIGNS[self.cuts[alive, 3]] * s[:, [0, 0, 1]] * s[:, [1, 2, 2]]
         order = np.argsort(new, axis=1)
         pairs = np.take_along_axis(pairs[:, ::-1], order, axis=1)[:, ::-1]
+        kind = 2 * (pairs[:, 0] < 0) + (pairs[:, 1] < 0)
         kept = np.flatnonzero(np.append(True, stays))
         return Dual(
             self.free[stays],
             np.concatenate([np.bincount(place, y, len(kept)), z[alive], mu]),
-            np.take_along_axis(new, order, axis=1),
-            2 * (pairs[:, 0] < 0) + (pairs[:, 1] < 0),
+            np.column_stack([np.take_along_axis(new, order, axis=1), kind]),
             self.centre[np.ix_(kept, kept)],
         )
 
@@ -180,15 +165,22 @@ class Subproblem:
     """The rest of a node: base + h.x + sum J x x over the ``free`` variables, with ``left`` ones.
 
     Args:
-        h, J: coefficients of all variables.
+        reduced: problem over all variables; the rows are low <= A x <= high, as there.
         fixed: (V,) values 0, 1 or -1 (free).
         m: total number of ones.
     """
 
-    def __init__(self, h: Floats, J: Floats, fixed: NDArray[np.int8], m: int) -> None:
+    def __init__(self, reduced: Reduced, fixed: NDArray[np.int8], m: int) -> None:
         free = np.flatnonzero(fixed < 0)
         ones = fixed == 1
+        h = reduced.h
+        J = reduced.J
+        settled = reduced.A @ ones
+        self.A: Floats = reduced.A[:, free]
+        self.low: Floats = reduced.low - settled
+        self.high: Floats = reduced.high - settled
         self.fixed = fixed
+        self.m = m
         self.free = free
         self.h: Floats = h[free] + J[np.ix_(free, ones)].sum(axis=1)
         self.J: Floats = J[np.ix_(free, free)]
@@ -211,7 +203,7 @@ class Relaxation:
     """Lower bounds for the subproblems of one reduced problem, shared by all threads.
 
     Args:
-        rows: reduced problem, for its rows.
+        rows: reduced problem, to tell its equality rows.
         threshold: (1,) read in every round; a bound is not improved beyond it.
         stop: (1,) shared flag.
     """
@@ -219,7 +211,6 @@ class Relaxation:
     def __init__(
         self, rows: Reduced, threshold: Floats, stop: NDArray[np.int64]
     ) -> None:
-        self.rows = rows
         self.threshold = threshold
         self.stop = stop
         self.evaluations = 0
@@ -227,23 +218,20 @@ class Relaxation:
         self._equal = rows.high - rows.low <= 4e-9 * np.maximum(1.0, size)
         self._roots: dict[int, Dual] = {}
 
-    def start(self, dual: Dual | None, part: Subproblem, m: int) -> Dual:
+    def _start(self, dual: Dual | None, part: Subproblem) -> Dual:
         """Return the initial multipliers: the parent's, else the root's, else zeros."""
-        dual = dual or self._roots.get(m)
+        dual = dual or self._roots.get(part.m)
         if dual is None:
             size = part.free.size + 1
-            none = np.zeros(0, dtype=np.int64)
-            x = np.zeros(size + 2 * self.rows.A.shape[0])
+            x = np.zeros(size + 2 * len(part.A))
             centre = np.zeros((size, size), dtype=np.float32)
-            return Dual(part.free, x, none.reshape(0, 3), none, centre)
+            return Dual(part.free, x, np.zeros((0, 4), dtype=np.int64), centre)
         return dual if dual.free.size == part.free.size else dual.restrict(part.fixed)
 
-    def spin_rows(self, part: Subproblem) -> tuple[Floats, Floats]:
+    def _spin_rows(self, part: Subproblem) -> tuple[Floats, Floats]:
         """Return an orthonormal basis Q (N, R) of the equality rows, and rows g.s >= 0 (2 A, N),
         for s = (1, spins)."""
-        r = self.rows
-        shift = r.A @ (part.fixed == 1)
-        A = r.A[:, part.free]
+        A = part.A
 
         def spin(coefficients: Floats, rhs: Floats) -> Floats:
             # a.x = a.(s + 1) / 2, so a.x - rhs is (a.s + sum(a) - 2 rhs) / 2.
@@ -252,30 +240,31 @@ class Relaxation:
                 rows / np.maximum(np.abs(rows).max(axis=1), 1e-300)[:, None]
             )
 
-        middle = (r.low + r.high)[self._equal] / 2
+        middle = (part.low + part.high)[self._equal] / 2
         ones = spin(np.ones((1, part.free.size)), np.array([float(part.left)]))
-        equal = np.vstack([ones, spin(A[self._equal], middle - shift[self._equal])])
-        low = np.where(np.isfinite(r.low), r.low, shift + np.minimum(A, 0).sum(axis=1))
-        high = np.where(
-            np.isfinite(r.high), r.high, shift + np.maximum(A, 0).sum(axis=1)
-        )
-        ineq = np.vstack([spin(A, low - shift), -spin(A, high - shift)])
+        equal = np.vstack([ones, spin(A[self._equal], middle)])
+        # An open end is the sum that no state exceeds.
+        low = np.maximum(part.low, np.minimum(A, 0).sum(axis=1))
+        high = np.minimum(part.high, np.maximum(A, 0).sum(axis=1))
+        ineq = np.vstack([spin(A, low), -spin(A, high)])
         # Always in the same memory order: numba compiles again for another, for ten seconds.
         return np.ascontiguousarray(orth(equal.T, rcond=1e-6)), np.ascontiguousarray(
             ineq
         )
 
-    def bound(self, part: Subproblem, m: int, dual: Dual) -> tuple[float, Floats, Dual]:
+    def bound(
+        self, part: Subproblem, parent: Dual | None
+    ) -> tuple[float, Floats, Dual]:
         """Return a bound, bounds (2, V) for each value of each variable, and the multipliers.
 
         The bound is improved until it reaches the threshold or stalls.
         """
+        dual = self._start(parent, part)
         size = part.free.size + 1
         C = spin_matrix(part.h, part.J, part.base)
-        Q, ineq = self.spin_rows(part)
+        Q, ineq = self._spin_rows(part)
         x = dual.x
         cuts = dual.cuts
-        kinds = dual.kinds
         centre = dual.centre.astype(np.float64)
         X = np.zeros((size, size))
 
@@ -285,13 +274,13 @@ class Relaxation:
             # With this scaling, second derivatives are near 1.
             self.evaluations += 1
             g = np.zeros(scaled.size)
-            f = _evaluate(C, Q, ineq, sigma * scaled, cuts, kinds, sigma, centre, X, g)
+            f = _evaluate(C, Q, ineq, sigma * scaled, cuts, sigma, centre, X, g)
             return f / sigma, g
 
         best = -np.inf
         splits = np.full((2, size - 1), -np.inf)
         for turn in range(ROUNDS):
-            found = minimize(
+            maximum = minimize(
                 value,
                 x / sigma,
                 jac=True,
@@ -299,10 +288,10 @@ class Relaxation:
                 bounds=Bounds(np.where(np.arange(x.size) < size, -np.inf, 0.0), np.inf),
                 options={"maxiter": ITERATIONS, "maxcor": 12, "ftol": 0.0, "gtol": 0.0},
             )
-            x = sigma * found.x
+            x = sigma * maximum.x
             centre = X.copy()
             z = x[size : size + len(cuts)]
-            Z = _project(_slack_matrix(C, ineq, x, cuts, kinds), Q)
+            Z = _project(_slack_matrix(C, ineq, x, cuts), Q)
             # The large multiple of Q Q^T sorts the directions of the equality rows last.
             lam, U = np.linalg.eigh(Z + np.abs(Z).sum() * Q @ Q.T)
             lam = lam[: size - Q.shape[1]]
@@ -318,24 +307,21 @@ class Relaxation:
                 splits = _split_bounds(dual_sum, lam, U)
                 break
             kept = z > 0
-            triangles, amount = _find_violated(X)
             cuts = cuts[kept]
-            kinds = kinds[kept]
-            known = _names(cuts, kinds, size)
-            new = ~np.isin(_names(triangles[:, :3], triangles[:, 3], size), known)
-            triangles = triangles[new]
-            amount = amount[new]
-            picked = triangles[np.argsort(-amount, kind="stable")[:CUTS_PER_ROUND]]
+            violated, amounts = _find_violated(X)
+            shape = (size, size, size, 4)
+            new = ~np.isin(violated, np.ravel_multi_index(tuple(cuts.T), shape))
+            worst = np.argsort(-amounts[new], kind="stable")[:CUTS_PER_ROUND]
+            picked = np.unravel_index(violated[new][worst], shape)
             x = np.concatenate(
-                [x[:size], z[kept], np.zeros(len(picked)), x[size + z.size :]]
+                [x[:size], z[kept], np.zeros(len(worst)), x[size + z.size :]]
             )
-            cuts = np.vstack([cuts, picked[:, :3]])
-            kinds = np.append(kinds, picked[:, 3])
-            if not len(picked):
+            cuts = np.vstack([cuts, np.column_stack(picked)])
+            if not len(worst):
                 splits = _split_bounds(dual_sum, lam, U)
                 break
-        new_dual = Dual(part.free, x, cuts, kinds, centre.astype(np.float32))
-        self._roots.setdefault(m, new_dual)
+        new_dual = Dual(part.free, x, cuts, centre.astype(np.float32))
+        self._roots.setdefault(part.m, new_dual)
         return best, splits, new_dual
 
 

@@ -37,17 +37,15 @@ class Auto:
         likely = reduced.n <= LIKELY_BLOCKS or reduced.count_states() <= LIKELY_STATES
         chosen = "exact"
         if self.seconds is None or likely:
-            found = Exact(seconds=self.seconds, seed=self.seed).solve(problem, k)
+            solution = Exact(seconds=self.seconds, seed=self.seed).solve(problem, k)
         else:
             compile_search()
             heuristic = Tabu(seed=self.seed, seconds=self.seconds / 4).solve(problem, k)
-            found = Exact(seconds=self.seconds / 2, nodes=8, seed=self.seed).solve(
-                problem, k
-            )
-            if not found.proven:
+            few = Exact(seconds=self.seconds / 2, nodes=8, seed=self.seed)
+            solution = few.solve(problem, k)
+            if not solution.proven:
                 chosen = "tabu"
-                states = np.concatenate([heuristic.states, found.states])
-                found = replace(
-                    found, states=states, info={**found.info, **heuristic.info}
-                )
-        return replace(found, info={**found.info, "chosen": chosen})
+                states = np.concatenate([heuristic.states, solution.states])
+                info = {**solution.info, **heuristic.info}
+                solution = replace(solution, states=states, info=info)
+        return replace(solution, info={**solution.info, "chosen": chosen})

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,7 +37,6 @@ class Solution:
     info: Mapping[str, Any] = field(default_factory=dict)
 
 
-@runtime_checkable
 class Solver(Protocol):
     """The interface of a solver."""
 
@@ -80,10 +79,6 @@ class Reduced:
         x = self.base[None] + np.asarray(y, dtype=np.int8) @ self.lift
         return x.astype(np.bool_)
 
-    def shrink(self, states: States) -> NDArray[np.uint8]:
-        """Convert feasible states (S, N) to reduced states (S, V)."""
-        return np.asarray(states)[:, np.argmax(self.lift, axis=1)].astype(np.uint8)
-
     def as_problem(self) -> Problem:
         """Return a `Problem` over the V variables (without c)."""
         rows = _as_rows(self.A, self.low, self.high)
@@ -106,26 +101,22 @@ def reduce(problem: Problem) -> Reduced:
     from scipy.sparse.csgraph import connected_components
 
     problem.check()
-    n = problem.n
-    tied = [row for row in problem.constraints if _is_tie(row)]
-    kept = [row for row in problem.constraints if not _is_tie(row)]
-    graph = np.zeros((n, n), dtype=np.bool_)
-    for row in tied:
-        graph[tuple(np.flatnonzero(row.coefficients))] = True
-    classes, group = connected_components(graph, directed=False)
+    matrix, low, high = problem.rows
+    tied = np.array([_is_tie(row) for row in problem.constraints], dtype=np.bool_)
+    pairs = np.abs(matrix[tied])
+    classes, group = connected_components(pairs.T @ pairs, directed=False)
     lift = (np.arange(classes)[:, None] == group).astype(np.int8)
     wide = lift.astype(np.float64)
-    matrix = np.array([row.coefficients for row in kept]).reshape(len(kept), n) @ wide.T
-    interval: Floats = np.array([row.interval() for row in kept]).reshape(len(kept), 2)
+    matrix = matrix[~tied] @ wide.T
     fixed = np.full(classes, -1, dtype=np.int8)
-    propagate(matrix, interval[:, 0], interval[:, 1], fixed)
+    propagate(matrix, low[~tied], high[~tied], fixed)
     free = fixed < 0
     ones = (fixed == 1).astype(np.int8)
     base = ones @ lift
     lift = lift[free]
     shift = matrix @ ones
-    low = interval[:, 0] - shift
-    high = interval[:, 1] - shift
+    low = low[~tied] - shift
+    high = high[~tied] - shift
     matrix = matrix[:, free]
     useful = (np.minimum(matrix, 0).sum(axis=1) < low) | (
         np.maximum(matrix, 0).sum(axis=1) > high
@@ -144,15 +135,15 @@ def reduce(problem: Problem) -> Reduced:
     m_high = v
     rows: list[int] = []
     for r in np.flatnonzero(useful):
-        values = matrix[r]
         centre = (low[r] + high[r]) / 2
-        if v and np.isfinite(centre):
-            m = read_count(LinearConstraint("", values, "==", centre))
-            if m is not None:
-                m_low = max(m_low, m)
-                m_high = min(m_high, m)
-                continue
-        rows.append(int(r))
+        m = None
+        if np.isfinite(centre):
+            m = read_count(LinearConstraint("", matrix[r], "==", centre))
+        if m is None:
+            rows.append(int(r))
+        else:
+            m_low = max(m_low, m)
+            m_high = min(m_high, m)
     if rows and m_low < m_high:
         blank = Hamiltonian(np.zeros(v), np.zeros((v, v)))
         m_low, m_high = Problem(

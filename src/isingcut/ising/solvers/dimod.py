@@ -53,11 +53,11 @@ class Dimod:
         if not reduced.n:
             return Solution(reduced.expand(np.zeros((1, 0))))
         sampler = self.sampler
-        name = self.sampler
         if isinstance(sampler, str):
             sampler = sampler_class(sampler)
-        else:
-            name = (sampler if isinstance(sampler, type) else type(sampler)).__name__
+        name = self.sampler
+        if not isinstance(name, str):
+            name = getattr(sampler, "__name__", type(sampler).__name__)
         small = reduced.as_problem()
         try:
             # On stdout, the sampler's output would look like a result.
@@ -115,36 +115,27 @@ def sampler_class(name: str) -> Any:
             "dimod:dwave.samplers.TabuSampler"
         )
     try:
-        found = getattr(importlib.import_module(module), attribute)
-    except ModuleNotFoundError as error:
-        if module.startswith("dwave.samplers"):
-            raise MissingExtraError(
-                "dwave-samplers", "solvers", f"the solver {name}"
-            ) from None
-        raise InputError(
-            f"cannot import {module!r} for the solver dimod:{name}: {error}"
-        ) from None
-    except AttributeError as error:
-        if error.name != attribute:
-            raise _make_error(f"importing {module!r}", error) from error
-        raise InputError(
-            f"{module!r} has no class {attribute!r}; check the name"
-        ) from None
+        sampler = getattr(importlib.import_module(module), attribute)
     except KeyboardInterrupt:
         raise
     except BaseException as error:
+        absent = isinstance(error, ModuleNotFoundError)
+        if absent and module.startswith("dwave.samplers"):
+            raise MissingExtraError(
+                "dwave-samplers", "solvers", f"the solver {name}"
+            ) from None
         raise _make_error(f"importing {module!r}", error) from error
-    if not isinstance(found, type) or not (
-        issubclass(found, Sampler) or callable(getattr(found, "sample_cqm", None))
+    if not isinstance(sampler, type) or not (
+        issubclass(sampler, Sampler) or callable(getattr(sampler, "sample_cqm", None))
     ):
         raise InputError(
             f"{name} is not a dimod sampler; expected a subclass of dimod.Sampler, or a class with "
             "the method sample_cqm"
         )
-    return found
+    return sampler
 
 
-def _states(found: Any, n: int, name: str) -> States:
+def _states(samples: Any, n: int, name: str) -> States:
     """Return the distinct states (S, n) of a sample set.
 
     Raises:
@@ -157,23 +148,22 @@ def _states(found: Any, n: int, name: str) -> States:
             f"the sampler {name} returned {what}; choose another --solver"
         )
 
-    if not isinstance(found, dimod.SampleSet):
-        raise wrong(f"{type(found).__name__}, expected a dimod.SampleSet")
-    if missing := [i for i in range(n) if i not in found.variables]:
+    if not isinstance(samples, dimod.SampleSet):
+        raise wrong(f"{type(samples).__name__}, expected a dimod.SampleSet")
+    if missing := [i for i in range(n) if i not in samples.variables]:
         raise wrong(f"samples without the variables {', '.join(map(str, missing[:5]))}")
-    samples = np.asarray(found.record.sample)[
-        :, [found.variables.index(i) for i in range(n)]
-    ]
-    if not samples.shape[0]:
+    if not len(samples):
         raise wrong("no samples")
-    values = np.unique(samples)
+    columns = [samples.variables.index(i) for i in range(n)]
+    states = np.asarray(samples.record.sample)[:, columns]
+    values = np.unique(states)
     if not (np.isin(values, (0, 1)).all() or np.isin(values, (-1, 1)).all()):
         odd = values[~np.isin(values, (-1, 0, 1))]
         shown = odd[0] if odd.size else "-1, 0 and 1 together"
         raise wrong(f"values that are not binary ({shown})")
-    if not np.isfinite(np.asarray(found.record.energy, dtype=np.float64)).all():
+    if not np.isfinite(np.asarray(samples.record.energy, dtype=np.float64)).all():
         raise wrong("energies that are not finite")
-    return np.unique(samples > 0, axis=0)
+    return np.unique(states > 0, axis=0)
 
 
 def _make_error(what: str, error: BaseException) -> InputError:

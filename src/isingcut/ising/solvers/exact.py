@@ -10,12 +10,13 @@ search starts from the K states of a tabu search, which give a good first thresh
 from __future__ import annotations
 
 import heapq
+import itertools
 import math
 import os
 import threading
 import time
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from operator import itemgetter
 
@@ -38,6 +39,8 @@ __all__ = ["Exact"]
 # Most nodes of one enumeration, tuned on the families of benchmarks/solvers.py.
 ROOT_BUDGET = 1_000_000
 NODE_BUDGET = 60_000
+ENUMERABLE = 3 * 10**10
+"""Most states of a subproblem below the root for an enumeration, which seldom ends for more."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,7 @@ class Exact:
         search = _BranchAndBound(
             reduced, min(k, reduced.count_states()), self.memory_mb
         )
-        search.warm_start(problem, self.seed)
+        search.warm_start(reduced, problem, self.seed)
         # The search threads use all cores; additional BLAS threads would only wait.
         with threadpool_limits(limits=1, user_api="blas"):
             search.run(threads, deadline, self.nodes)
@@ -94,7 +97,7 @@ class Exact:
             "threads": threads,
         }
         bound = min(frontier, energies.min(initial=np.inf))
-        lower = None if np.isneginf(bound) else bound * search.scale + reduced.c
+        lower = bound * search.scale + reduced.c
         return Solution(reduced.expand(states), lower, search.stopped is None, info)
 
 
@@ -102,10 +105,11 @@ class Exact:
 def compile_search() -> None:
     """Run every compiled function once, so that no time limit counts numba's first compilation."""
     problem = Problem(Hamiltonian(np.zeros(4), 1 - np.eye(4)), [count(4, 2)])
-    search = _BranchAndBound(reduce(problem), 1, 1.0)
-    part = Subproblem(search.h, search.J, np.full(4, -1, dtype=np.int8), 2)
-    search.relaxation.bound(part, 2, search.relaxation.start(None, part, 2))
-    search.warm_start(problem, 0)
+    reduced = reduce(problem)
+    search = _BranchAndBound(reduced, 1, 1.0)
+    part = Subproblem(search.reduced, np.full(4, -1, dtype=np.int8), 2)
+    search.relaxation.bound(part, None)
+    search.warm_start(reduced, problem, 0)
     search._enumerate(part, True)
 
 
@@ -149,24 +153,23 @@ class _Node:
     """A subproblem: ``fixed`` (V,) is 0, 1 or -1 (free), with ``m`` ones in total."""
 
     bound: float
-    serial: int
     fixed: NDArray[np.int8] = field(compare=False)
     m: int = field(compare=False)
     dual: Dual | None = field(compare=False, default=None)
+    serial: int = field(default_factory=itertools.count().__next__)
 
 
 class _BranchAndBound:
     """The state shared by all threads; energies are without ``reduced.c``, divided by ``scale``."""
 
     def __init__(self, reduced: Reduced, k: int, memory_mb: float) -> None:
-        self.reduced = reduced
         self.k = k
-        n = reduced.n
         C = spin_matrix(reduced.h, reduced.J, 0.0)
         self.scale = float(np.abs(np.linalg.eigvalsh(C)).max()) or 1.0
-        self.h = reduced.h / self.scale
-        self.J = reduced.J / self.scale
-        size = float(np.abs(self.h).sum() + np.abs(self.J).sum() / 2)
+        h = reduced.h / self.scale
+        J = reduced.J / self.scale
+        self.reduced = replace(reduced, h=h, J=J)
+        size = float(np.abs(h).sum() + np.abs(J).sum() / 2)
         self.pool = _Pool(k, 1e-12 * size)
         self.stop = np.zeros(1, dtype=np.int64)
         self.stopped: str | None = None
@@ -174,15 +177,11 @@ class _BranchAndBound:
         self.relaxation = Relaxation(reduced, self.pool.threshold, self.stop)
         self.open: list[_Node] = []
         self._most_stored = int(
-            memory_mb * 1e6 / (4.0 * (n + 1) ** 2 + 40 * 1500 + 2000)
+            memory_mb * 1e6 / (4.0 * (reduced.n + 1) ** 2 + 40 * 1500 + 2000)
         )
-        self._serial = 0
-        # Share of enumerations that finished within their budget, by 4 log2 of the state count.
-        self._luck: dict[int, float] = {}
 
-    def warm_start(self, problem: Problem, seed: int) -> None:
-        """Fill the pool by tabu search and open one root per number of ones."""
-        r = self.reduced
+    def warm_start(self, r: Reduced, problem: Problem, seed: int) -> None:
+        """Fill the pool by tabu search of ``problem``, and open one root per number of ones."""
         restarts = 20 if r.count_states() > 1_000_000 else 2
         # At most 1000 states, because tabu search compares with each; the enumeration adds others.
         heuristic = Tabu(restarts=restarts, seed=seed)
@@ -190,24 +189,24 @@ class _BranchAndBound:
         self.pool.add(self.energies(states), states)
         for m in range(r.m_low, r.m_high + 1):
             free = np.full(r.n, -1, dtype=np.int8)
-            self._push(_Node(self._simple_bound(m), 0, free, m))
+            self._push(_Node(self._simple_bound(m), free, m))
 
     def energies(self, states: NDArray[np.uint8]) -> Floats:
         """Return the scaled energies (S,) of reduced states (S, V)."""
         x = states.astype(np.float64)
-        result: Floats = x @ self.h + 0.5 * ((x @ self.J) * x).sum(axis=1)
+        r = self.reduced
+        result: Floats = x @ r.h + 0.5 * ((x @ r.J) * x).sum(axis=1)
         return result
 
     def _simple_bound(self, m: int) -> float:
         if m == 0:
             return 0.0
-        rest = self.J + np.diag(np.full(len(self.J), np.inf))
+        rest = self.reduced.J.copy()
+        np.fill_diagonal(rest, np.inf)
         half = 0.5 * np.sort(rest, axis=1)[:, : m - 1].sum(axis=1)
-        return float(np.sort(self.h + half)[:m].sum())
+        return float(np.sort(self.reduced.h + half)[:m].sum())
 
     def _push(self, node: _Node) -> None:
-        self._serial += 1
-        node.serial = self._serial
         if len(self.open) >= self._most_stored:
             node.dual = None
         heapq.heappush(self.open, node)
@@ -264,7 +263,7 @@ class _BranchAndBound:
         while True:
             if not propagate(matrix, low, high, fixed):
                 return []
-            part = Subproblem(self.h, self.J, fixed, node.m)
+            part = Subproblem(r, fixed, node.m)
             free = part.free
             if not free.size:
                 states = fixed[None].astype(np.uint8)
@@ -274,8 +273,7 @@ class _BranchAndBound:
                 return []
             if self.stop[0]:
                 return None
-            dual = self.relaxation.start(dual, part, node.m)
-            lower, splits, dual = self.relaxation.bound(part, node.m, dual)
+            lower, splits, dual = self.relaxation.bound(part, dual)
             node.bound = bound = max(bound, lower)
             if self.stop[0]:
                 return None
@@ -302,54 +300,28 @@ class _BranchAndBound:
                 child = fixed.copy()
                 child[free[pick]] = value
                 lower = max(bound, float(estimate))
-                children.append(_Node(lower, 0, child, node.m, dual.restrict(child)))
+                children.append(_Node(lower, child, node.m, dual.restrict(child)))
             return children
 
     def _enumerate(self, part: Subproblem, root: bool) -> bool:
         """Enumerate a subproblem unless this often fails at its size; return whether it is done."""
         n = part.free.size
         left = part.left
-        difficulty = round(4 * math.log2(math.comb(n, left)))
-        luck = self._luck.get(difficulty, 1.0)
-        if not root and luck < 0.15:
-            self._luck[difficulty] = luck + 0.002
+        if not root and math.comb(n, left) > ENUMERABLE:
             return False
-        r = self.reduced
-        h = part.h
-        J = part.J
-        base = part.base
         # Costly blocks come first: states with them are ruled out early, and few others remain.
-        order = np.argsort(-(h + J.sum(axis=1) * (left / n) / 2))
-        A = r.A[:, part.free[order]]
-        shift = r.A @ (part.fixed == 1)
-        low = r.low - shift
-        high = r.high - shift
-        h = h[order]
-        J = J[np.ix_(order, order)]
-        flip = 2 * left > n
-        if flip:
-            # Substitute 1 - x for x, so that there are fewer ones to place.
-            base += float(h.sum() + J.sum() / 2)
-            h = -(h + J.sum(axis=1))
-            total = A.sum(axis=1)
-            A = -A
-            low = low - total
-            high = high - total
-            order = order[::-1]
-            h = h[::-1]
-            J = J[::-1, ::-1]
-            A = A[:, ::-1]
-            left = n - left
+        cost = part.h + part.J.sum(axis=1) * (left / n) / 2
+        order = np.argsort(-cost)
         energies = np.full(self.k, np.inf)
         best = np.zeros((self.k, n), dtype=np.uint8)
         complete, visited = enumerate_below(
-            np.ascontiguousarray(h),
-            np.ascontiguousarray(J),
-            np.ascontiguousarray(A),
-            low,
-            high,
+            part.h[order],
+            part.J[np.ix_(order, order)],
+            np.ascontiguousarray(part.A[:, order]),
+            part.low,
+            part.high,
             left,
-            base,
+            part.base,
             self.pool.threshold,
             self.stop,
             ROOT_BUDGET if root else NODE_BUDGET,
@@ -357,11 +329,9 @@ class _BranchAndBound:
             best,
         )
         self.visited += int(visited)
-        if not root:
-            self._luck[difficulty] = luck + 0.1 * (float(complete) - luck)
-        found = np.isfinite(energies)
-        if found.any():
-            states = np.tile((part.fixed == 1).astype(np.uint8), (int(found.sum()), 1))
-            states[:, part.free[order]] = 1 - best[found] if flip else best[found]
-            self.pool.add(energies[found], states)
+        below = np.isfinite(energies)
+        if below.any():
+            states = np.tile((part.fixed == 1).astype(np.uint8), (int(below.sum()), 1))
+            states[:, part.free[order]] = best[below]
+            self.pool.add(energies[below], states)
         return bool(complete)

@@ -62,8 +62,11 @@ def _violation(sums, low, high):  # type: ignore[no-untyped-def]
 def tabu_walk(  # type: ignore[no-untyped-def]
     h, J, A, low, high, m_low, m_high, x, steps, seed, keys, pool_energies, pool, hashes
 ):
-    """Run one tabu search from ``x`` (changed in place), and add good states to the pool."""
-    n = h.shape[0]
+    """Run one tabu search from ``x`` (changed in place), and add good states to the pool.
+
+    The last block stands for "no block": h, J, A and keys are 0 there; a swap with it is a flip.
+    """
+    n = h.shape[0] - 1
     rows = A.shape[0]
     random = np.uint64(2 * seed + 1)
     local = h.copy()
@@ -89,15 +92,15 @@ def tabu_walk(  # type: ignore[no-untyped-def]
             weight = max(weight, abs(local[i]))
     first_weight = weight
     # Blocks with equal columns: swapping them changes no row.
-    kind = np.arange(n)
-    for i in range(n):
+    kind = np.arange(n + 1)
+    for i in range(n + 1):
         for j in range(i):
             if (A[:, i] == A[:, j]).all():
                 kind[i] = kind[j]
                 break
-    tabu_until = np.zeros(n, dtype=np.int64)
-    ones = np.zeros(n, dtype=np.int64)
-    zeros = np.zeros(n, dtype=np.int64)
+    tabu_until = np.zeros(n + 1, dtype=np.int64)
+    ones = np.zeros(n + 1, dtype=np.int64)
+    zeros = np.zeros(n + 1, dtype=np.int64)
     trial = np.zeros(rows)
     neighbour = x.copy()
     best_seen = np.inf
@@ -106,7 +109,9 @@ def tabu_walk(  # type: ignore[no-untyped-def]
         if violation == 0.0:
             expand = _insert(x, energy, key, pool_energies, pool, hashes)
             best_seen = min(best_seen, energy)
-        n1 = n0 = 0
+        ones[0] = zeros[0] = n
+        n1 = np.int64(m < m_high)
+        n0 = np.int64(m > m_low)
         for i in range(n):
             if x[i]:
                 ones[n1] = i
@@ -115,57 +120,37 @@ def tabu_walk(  # type: ignore[no-untyped-def]
                 zeros[n0] = i
                 n0 += 1
         best = np.inf
-        best_out = -1
-        best_in = -1
+        best_out = n
+        best_in = n
         ties = 0
-        # a = -1 or b = -1 means "no block": then the move is a single flip.
-        first_out = -1 if m < m_high else 0
-        first_in = -1 if m > m_low else 0
-        for a in range(first_out, n1):
-            out = ones[a] if a >= 0 else -1
-            base = -local[out] if a >= 0 else 0.0
-            for b in range(first_in, n0):
-                if a < 0 and b < 0:
+        for a in range(n1):
+            out = ones[a]
+            for b in range(n0):
+                into = zeros[b]
+                if out == into:
                     continue
-                into = zeros[b] if b >= 0 else -1
-                delta = base
-                if b >= 0:
-                    delta += local[into]
-                    if a >= 0:
-                        delta -= J[out, into]
+                delta = local[into] - local[out] - J[out, into]
                 # No move can reduce the violation below 0.
                 if not expand and delta - weight * violation > best:
                     continue
                 change = violation
-                if rows and (a < 0 or b < 0 or kind[out] != kind[into]):
+                if rows and kind[out] != kind[into]:
                     for r in range(rows):
-                        trial[r] = sums[r]
-                        if a >= 0:
-                            trial[r] -= A[r, out]
-                        if b >= 0:
-                            trial[r] += A[r, into]
+                        trial[r] = sums[r] - A[r, out] + A[r, into]
                     change = _violation(trial, low, high)
                 if expand and change == 0.0 and energy + delta < pool_energies[0]:
-                    other = key
-                    if a >= 0:
-                        neighbour[out] = 0
-                        other ^= keys[out]
-                    if b >= 0:
-                        neighbour[into] = 1
-                        other ^= keys[into]
+                    neighbour[out] = 0
+                    neighbour[into] = 1
+                    other = key ^ keys[out] ^ keys[into]
                     _insert(
                         neighbour, energy + delta, other, pool_energies, pool, hashes
                     )
-                    if a >= 0:
-                        neighbour[out] = 1
-                    if b >= 0:
-                        neighbour[into] = 0
+                    neighbour[out] = 1
+                    neighbour[into] = 0
                 score = delta + weight * (change - violation)
                 if score > best:
                     continue
-                banned = (a >= 0 and tabu_until[out] >= step) or (
-                    b >= 0 and tabu_until[into] >= step
-                )
+                banned = max(tabu_until[out], tabu_until[into]) >= step
                 if banned and not (
                     change == 0.0 and energy + delta < best_seen - 1e-12
                 ):
@@ -185,10 +170,10 @@ def tabu_walk(  # type: ignore[no-untyped-def]
             continue
         tenure = min(n // 4, 8)
         for block, sign, least, most in (
-            (best_out, -1, tenure, n0 // 2),
-            (best_in, 1, tenure // 2, n1 // 2),
+            (best_out, -1, tenure, (n - m) // 2),
+            (best_in, 1, tenure // 2, m // 2),
         ):
-            if block < 0:
+            if block == n:
                 continue
             energy += sign * local[block]
             x[block] = neighbour[block] = sign > 0
@@ -245,34 +230,35 @@ class Tabu:
         """Return the best reduced states (S, V) of all searches, and the number of searches."""
         n = reduced.n
         pool_energies = np.full(k, np.inf)
-        pool = np.zeros((k, n), dtype=np.uint8)
+        pool = np.zeros((k, n + 1), dtype=np.uint8)
         hashes = np.zeros(k, dtype=np.uint64)
         rng = np.random.default_rng(self.seed)
         keys = rng.integers(1, 2**63, size=max(n, 1), dtype=np.uint64)
-        start = (
-            reduced.shrink(problem.a_state()[None])[0] if reduced.A.shape[0] else None
-        )
+        keys = np.append(keys[:n], np.uint64(0))
         size = np.abs(reduced.A).max(axis=1, initial=0.0)
-        A = reduced.A / size[:, None]
+        # The search sees one more block, which stands for "no block".
+        h = np.append(reduced.h, 0.0)
+        J = np.pad(reduced.J, (0, 1))
+        A = np.pad(reduced.A / size[:, None], ((0, 0), (0, 1)))
         low = reduced.low / size
         high = reduced.high / size
         steps = self.steps or 20 * n + 500
         restarts = self.restarts or 8 + 1600 // max(n, 1)
         began = time.perf_counter()
         for restart in range(restarts):
-            x = np.zeros(n, dtype=np.uint8)
+            x = np.zeros(n + 1, dtype=np.uint8)
             best = int(np.argmin(pool_energies))
-            if start is not None and restart == 0:
-                x[:] = start
+            if len(A) and restart == 0:
+                x[:n] = problem.a_state()[np.argmax(reduced.lift, axis=1)]
             elif restart % 4 and np.isfinite(pool_energies[best]):
                 x[:] = pool[best]
-                _perturb(x, rng)
+                _perturb(x[:n], rng)
             else:
                 m = int(rng.integers(reduced.m_low, reduced.m_high + 1))
                 x[rng.permutation(n)[:m]] = 1
             tabu_walk(
-                reduced.h,
-                reduced.J,
+                h,
+                J,
                 A,
                 low,
                 high,
@@ -288,7 +274,7 @@ class Tabu:
             )
             if self.seconds is not None and time.perf_counter() - began > self.seconds:
                 break
-        return pool[np.isfinite(pool_energies)], restart + 1
+        return pool[np.isfinite(pool_energies), :n], restart + 1
 
 
 def _perturb(x: NDArray[np.uint8], rng: np.random.Generator) -> None:
