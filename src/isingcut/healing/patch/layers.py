@@ -17,8 +17,8 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import partial
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -47,30 +47,33 @@ class Write:
         path: name of the layer inside the block, for example ``"mlp.down_proj"``.
         module: the layer.
         scale: factor of the layer's output before the residual addition (Granite's multiplier).
+        gains: for a layer that does not write directly, the gain (D,) of each channel, float64; 0
+            for channels without effect.
 
     Attributes:
         transposed: whether the layer is GPT-2's `Conv1D`, which stores its weight as (F, D).
-        weight: the weight as (D, F).
-        bias: the bias (D,); None for a layer without one.
+        whole: the weight as (D, F), and the bias, if any, as one more column.
         reads: whether a patch maps the layer's input (true) or its output (false).
     """
 
-    def __init__(self, path: str, module: Any, scale: float) -> None:
+    def __init__(
+        self, path: str, module: Any, scale: float = 1.0, gains: Tensor | None = None
+    ) -> None:
         self.path = path
         self.module = module
         self.scale = scale
+        self.gains = gains
         self.reads = True
+        self.biased = module.bias is not None
         self.transposed = not isinstance(module, nn.Linear)
-        weight = module.weight.detach().clone()
-        bias = module.bias
-        self.weight: Tensor = weight.T if self.transposed else weight
-        self.bias: Tensor | None = None if bias is None else bias.detach().clone()
+        weight = module.weight.T if self.transposed else module.weight
+        columns = [weight, module.bias] if self.biased else [weight]
+        self.whole: Tensor = torch.column_stack(columns).detach()
 
     @property
     def mapped(self) -> int:
         """The number of input features of a map."""
-        width, size = self.weight.shape
-        return int(size) + (self.bias is not None) if self.reads else int(width)
+        return int(self.whole.shape[self.reads])
 
     def features(self, read: Tensor) -> Tensor:
         """Return the input features (B, T, F') of a map: the layer's input (and 1) or output.
@@ -78,27 +81,20 @@ class Write:
         Args:
             read: the layer's input (B, T, F).
         """
-        if not self.reads:
-            return functional.linear(read, self.weight, self.bias)
-        if self.bias is None:
-            return read
-        return torch.cat([read, torch.ones_like(read[..., :1])], dim=-1)
+        if self.biased:
+            read = torch.cat([read, torch.ones_like(read[..., :1])], dim=-1)
+        return read if self.reads else functional.linear(read, self.whole)
 
     def fold(self, change: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return the layer's weight and bias with a map (D, F') folded in.
 
         The map times the features is the change of the residual stream.
         """
-        change = change.cpu()
-        weight = self.weight.cpu().double()
-        bias = None if self.bias is None else self.bias.cpu().double()
-        if not self.reads:
-            # The layer's output v becomes v + map v / s.
-            weight = weight + change @ weight / self.scale
-            bias = None if bias is None else bias + change @ bias / self.scale
-        else:
-            weight = weight + change[:, : weight.shape[1]] / self.scale
-            bias = None if bias is None else bias + change[:, -1] / self.scale
+        whole = self.whole.cpu().double()
+        change = change.cpu() if self.reads else change.cpu() @ whole
+        # For a map of the output: v becomes v + map v / s.
+        whole = whole + change / self.scale
+        weight, bias = (whole[:, :-1], whole[:, -1]) if self.biased else (whole, None)
         return (weight.T if self.transposed else weight).contiguous(), bias
 
 
@@ -141,12 +137,12 @@ def list_linear_layers(
     }
     seen, plain = _run(recording, i, hidden, candidates)
     tokens = hidden.shape[:-1].numel()
-    found = [
+    layers = [
         (path, candidates[path], calls[0][1])
         for path, calls in seen.items()
         if len(calls) == 1 and calls[0][1].shape[:-1].numel() == tokens
     ]
-    return found, plain
+    return layers, plain
 
 
 def _run(
@@ -217,30 +213,13 @@ def _response(
     return scale if error <= _TOLERANCE.get(plain.dtype, _HALF_TOLERANCE) else None
 
 
-@dataclass(frozen=True, eq=False)
-class ScaledWrite:
-    """A layer that writes to the stream with a gain.
-
-    Attributes:
-        write: the layer.
-        channels: the gain (D,) of each channel, float64; 0 for channels without effect.
-        unexplained: share of the response that gains do not explain, 0 to 1.
-    """
-
-    write: Write
-    channels: Tensor
-    unexplained: float
-
-
-def find_scaled_writes(
-    recording: Recording, i: int, hidden: Tensor
-) -> list[ScaledWrite]:
+def find_scaled_writes(recording: Recording, i: int, hidden: Tensor) -> list[Write]:
     """Find the layers of block ``i`` that write to the stream with a gain, most linear first.
 
     Args:
         hidden: the hidden states (B, T, D) before the block.
     """
-    found = []
+    writes = list[tuple[float, Write]]()
     for path, module, written in list_linear_layers(recording, i, hidden)[0]:
         if written.shape[-1] != hidden.shape[-1]:
             continue
@@ -252,18 +231,17 @@ def find_scaled_writes(
         if bool(size.any()):
             unexplained = float((missed / size)[size > 0].median())
             if unexplained <= _UNEXPLAINED:
-                found.append(
-                    ScaledWrite(Write(path, module, 1.0), channels, unexplained)
-                )
-    return sorted(found, key=lambda gained: gained.unexplained)
+                writes.append((unexplained, Write(path, module, gains=channels)))
+    return [write for _, write in sorted(writes, key=itemgetter(0))]
 
 
 def token_gains(
-    recording: Recording, i: int, hidden: Tensor, gained: ScaledWrite, written: Tensor
+    recording: Recording, i: int, hidden: Tensor, write: Write, written: Tensor
 ) -> Tensor:
     """Return the gain (B, T) of each token, float64."""
-    responses = _responses(recording, i, hidden, gained.write.module, written)
-    return _of_tokens(responses, gained.channels)
+    assert write.gains is not None
+    responses = _responses(recording, i, hidden, write.module, written)
+    return _of_tokens(responses, write.gains)
 
 
 def _responses(
