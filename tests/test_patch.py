@@ -129,7 +129,8 @@ def test_one_cut_solves_its_least_squares_problem(reads):
     before = {k: v.clone() for k, v in model.state_dict().items()}
     (patch,) = fitted(model, [2, 3], text, reads=reads)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
-    assert (patch.block, patch.path, patch.bias) == (1, "mlp.down_proj", None)
+    assert (patch.block, patch.path) == (1, "mlp.down_proj")
+    assert patch.parameters.keys() == {"weight"}
     assert patch.record.tokens == int(text.mask.sum())
     assert_stationary(model, text, patch, reads=reads)
 
@@ -149,7 +150,7 @@ def assert_stationary(model, text, patch, removed=(), patches=(), *, reads=True)
     weights = 1 / target.square().mean(-1)
     layer = model.model.layers[patch.block].get_submodule(patch.path)
     weight = layer.weight.double()
-    change = patch.weight - weight
+    change = patch.parameters["weight"] - weight
     if not reads:
         # W' = (1 + T) W, and W has full row rank.
         change = change @ torch.linalg.pinv(weight)
@@ -243,7 +244,7 @@ def test_the_original_runs_once_for_the_patches_of_several_states(family, spy):
         again = fit_patches(replay, tokens(), removed, Work(96), None, kept).patches
         for one, other in zip(alone, again, strict=True):
             assert one.record == other.record
-            assert torch.equal(one.weight, other.weight)
+            assert torch.equal(one.parameters["weight"], other.parameters["weight"])
     # Only the original runs a removed block.
     assert 2 not in ran
 

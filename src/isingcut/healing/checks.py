@@ -22,6 +22,7 @@ from isingcut.files.healings import HealingFile
 from isingcut.files.inputs import load_json, user_path
 from isingcut.files.ownership import find_change, folder_hash
 from isingcut.files.results import fingerprint, read_document
+from isingcut.files.stages import is_made
 from isingcut.formats.sources import check_name, model_identity, resolve
 from isingcut.healing import CUT, RECORD
 from isingcut.healing.repairs import registry
@@ -90,17 +91,13 @@ def is_finished(config: HealConfig) -> bool:
         config.overwrite
         or not (out / RECORD).is_file()
         or find_change(out, folder_hash(out) or "")
+        or any(map(is_read_once, places_in(config.text)))
     ):
         return False
-    if any(map(is_read_once, places_in(config.text))):
-        return False
     made = read_document(out / RECORD, HealingFile).provenance
-    trust = config.trust_remote_code
-    return made.get("request") == request_of(
-        config,
-        user_path(config.student),
-        resolve(config.teacher, trust_remote_code=trust),
-    )
+    teacher = resolve(config.teacher, trust_remote_code=config.trust_remote_code)
+    now = request_of(config, user_path(config.student), teacher)
+    return is_made(out, made.get("request", ""), now)
 
 
 def request_of(config: HealConfig, student: Path, teacher: Path) -> str:

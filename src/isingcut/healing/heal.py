@@ -67,6 +67,9 @@ from isingcut.healing.removed import check_pair, removal_by_weights
 from isingcut.healing.repairs import registry
 from isingcut.healing.repairs.base import CANNOT, patch_checkpoint, record_unpatched
 from isingcut.healing.work_folder import (
+    BEFORE,
+    DONE,
+    PATCHED,
     check_places,
     claim_work,
     describe_options,
@@ -298,14 +301,13 @@ def _train(job: Job, text: HealingText) -> tuple[Path, HealingFile | None]:
         the healed checkpoint, and its `healing.json` in the process of rank 0.
     """
     config = job.config
-    work = job.work
     student = job.start
     main = job.leads
     start = start_of(student)
     patches = config.patch != "none" and start == "cut"
     began = time.monotonic()
     record: dict[str, Any] = {}
-    file = work / "before.json"
+    file = job.work / BEFORE.file
     known = file.exists()
     if main:
         record["before"] = keep_result(
@@ -315,7 +317,7 @@ def _train(job: Job, text: HealingText) -> tuple[Path, HealingFile | None]:
     if main and not known:
         _check_train(job, text.report, judging, patches=patches)
     if patches:
-        patched = work / "patched"
+        patched = job.work / PATCHED.main
 
         def make() -> PatchScores:
             shutil.rmtree(patched, ignore_errors=True)
@@ -330,12 +332,12 @@ def _train(job: Job, text: HealingText) -> tuple[Path, HealingFile | None]:
             return found
 
         if main:
-            found = keep_result(work / "patched.json", PatchScores, make)
+            found = keep_result(patched.with_suffix(".json"), PatchScores, make)
             record |= {"patch": found} if found.cuts else {"unpatched": found.unpatched}
         job.processes.wait()
         if patched.is_dir():
             job = dataclasses.replace(job, start=patched)
-    done = work / "done"
+    done = job.work / DONE.file
     if main:
         shutil.rmtree(done, ignore_errors=True)
     if config.method != "none":

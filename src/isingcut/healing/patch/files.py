@@ -136,7 +136,7 @@ def write_patched(
         if tensors["weight"].dtype in _FLOAT8:
             modules.append(tensors["weight"].name.removesuffix(".weight"))
             patch.record.stored = "bfloat16, not quantised"  # type: ignore[attr-defined]
-        written.append(replace(patch, weight=own["weight"], bias=own.get("bias")))
+        written.append(replace(patch, parameters=own))
     dropped = {f"{module}.{scale}" for module in modules for scale in _SCALES}
     files = [file.name for file in weight_files(stored.folder)]
     skip = shutil.ignore_patterns(*files, INDEX)
@@ -190,7 +190,7 @@ def apply_patches(
     with contextlib.ExitStack() as undo:
         for patch in patches:
             layer = blocks[patch.block].get_submodule(patch.path)
-            enter, leave = _swaps(patch.parameters)
+            enter, leave = _swaps(dict(patch.parameters))
             if resident:
                 enter(layer, ())
                 undo.callback(leave, layer, (), None)
@@ -227,28 +227,15 @@ class Patch:
     Attributes:
         block: number of the kept block in the original.
         path: name of the layer inside the block.
-        weight: new weight (D, F), or (F, D) for a transposed layer. On the CPU, in float64 if
-            fitted, float32 if tuned, or in the stored dtype.
-        bias: new bias (D,); None for a layer without one.
+        parameters: new ``weight`` (D, F), or (F, D) for a transposed layer, and ``bias`` (D,) if it
+            has one. On the CPU, in float64 if fitted, float32 if tuned, or in the stored dtype.
         record: the record of the fit.
     """
 
     block: int
     path: str
-    weight: Tensor
-    bias: Tensor | None
+    parameters: dict[str, Tensor]
     record: PatchedCut
-
-    @property
-    def parameters(self) -> dict[str, Tensor]:
-        """The weight and the bias, if any, by the name of the parameter."""
-        return parameters_of(self)
-
-
-def parameters_of(layer: Any) -> dict[str, Tensor]:
-    """Return the weight of a layer, and its bias if it has one, by their names."""
-    both = {"weight": layer.weight, "bias": layer.bias}
-    return {name: value for name, value in both.items() if value is not None}
 
 
 def runs(removed: Sequence[int]) -> list[tuple[int, int]]:
@@ -284,7 +271,7 @@ def find_obstacle(
         return f"its {path} is shared with another part of the model ({owners[-1]})"
     if stored is not None:
         try:
-            stored.layer(block, path, parameters_of(module))
+            stored.layer(block, path, dict(module.named_parameters(recurse=False)))
         except ArchitectureError as refusal:
             return str(refusal)
     return ""

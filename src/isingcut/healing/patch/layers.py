@@ -85,7 +85,7 @@ class Write:
             read = torch.cat([read, torch.ones_like(read[..., :1])], dim=-1)
         return read if self.reads else functional.linear(read, self.whole)
 
-    def fold(self, change: Tensor) -> tuple[Tensor, Tensor | None]:
+    def fold(self, change: Tensor) -> dict[str, Tensor]:
         """Return the layer's weight and bias with a map (D, F') folded in.
 
         The map times the features is the change of the residual stream.
@@ -94,8 +94,12 @@ class Write:
         change = change.cpu() if self.reads else change.cpu() @ whole
         # For a map of the output: v becomes v + map v / s.
         whole = whole + change / self.scale
-        weight, bias = (whole[:, :-1], whole[:, -1]) if self.biased else (whole, None)
-        return (weight.T if self.transposed else weight).contiguous(), bias
+        weight = whole[:, :-1] if self.biased else whole
+        bias = {"bias": whole[:, -1]} if self.biased else {}
+        return {
+            "weight": (weight.T if self.transposed else weight).contiguous(),
+            **bias,
+        }
 
 
 def find_write(recording: Recording, i: int, hidden: Tensor, kind: str) -> Write | None:

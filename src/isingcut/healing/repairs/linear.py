@@ -112,8 +112,7 @@ def fit_patches(
 ) -> Repaired:
     """Fit patches for the cuts of a state, in two forward passes over the tokens, without heads.
 
-    A streamed model is read once, up to the last cut; a block that can be patched only
-    approximately is read twice.
+    A streamed model is read once, up to the last cut; the block before each cut is read twice.
 
     Args:
         replay: the original model.
@@ -229,7 +228,7 @@ class _Fitting:
         """
         reasons = list[str]()
         usable = list[Write]()
-        best: tuple[RidgeFit, Write] | None = None
+        patches = list[Patch]()
         kind = self._kinds[p]
         direct = find_write(self._recordings[0], p, entered[0], kind)
         if direct is not None and not self._obstacle(p, direct):
@@ -243,14 +242,11 @@ class _Fitting:
         tried = usable[:_CANDIDATES]
         for write in tried:
             try:
-                fit = self._solve(p, entered, write)
+                patches += self._fit_write(p, last, entered, write)
             except FitError as e:
                 reasons.append(str(e))
-                continue
-            if fit is not None and (best is None or fit.held_out < best[0].held_out):
-                best = fit, write
-        if best is not None:
-            return self._patch(p, last, *best)
+        if patches:
+            return min(patches, key=lambda patch: patch.record.held_out_error_left or 0)
         if usable and not reasons:
             paths = " or ".join(write.path for write in tried)
             return (
@@ -266,22 +262,28 @@ class _Fitting:
     def _obstacle(self, p: int, write: Write) -> str:
         return find_obstacle(self.replay, self.stored, p, write.path, write.module)
 
-    def _solve(
-        self, p: int, entered: Sequence[Tensor], write: Write
-    ) -> RidgeFit | None:
-        """Return the map of one layer; with a gain, the one whose block output has the least
-        validation error."""
+    def _fit_write(
+        self, p: int, last: int, entered: Sequence[Tensor], write: Write
+    ) -> list[Patch]:
+        """Return the patch of one layer, if a map of it is better than none; for a layer with a
+        gain, the one whose block output has the least validation error."""
+        record = PatchedCut(
+            removed=[p + 1, last],
+            block=p,
+            layer=write.path,
+            exact=write.gains is None,
+            tokens=self._tokens,
+        )
         left: Callable[[Tensor], float] | None = None
         gains = write.gains
         if gains is not None:
             before = self._error(p, entered, None)
             if not before:
                 # The removed blocks change nothing.
-                return None
-            unused = PatchedCut(block=p, layer=write.path)
+                return []
 
             def left(change: Tensor) -> float:
-                patch = Patch(p, write.path, *write.fold(change), unused)
+                patch = Patch(p, write.path, write.fold(change), record)
                 return self._error(p, entered, patch) / before
 
         def add(moments: Sequence[Moments]) -> None:
@@ -297,7 +299,13 @@ class _Fitting:
                 for side, rows in zip(moments, self._sides(b), strict=True):
                     side.add(x[rows], target[rows], weights[rows])
 
-        return self._fit(write, add, left)
+        fit = self._fit(write, add, left)
+        if fit is None:
+            return []
+        record.ridge = fit.strength
+        record.held_out_error_left = fit.held_out
+        record.reads = write.reads
+        return [Patch(p, write.path, write.fold(fit.map), record)]
 
     def _error(self, p: int, entered: Sequence[Tensor], patch: Patch | None) -> float:
         """Return the weighted squared error on the validation rows, with block p patched."""
@@ -313,19 +321,6 @@ class _Fitting:
                 )
                 total += float((squares * _weights(self._original[b]))[rows].sum())
         return total
-
-    def _patch(self, p: int, last: int, fit: RidgeFit, write: Write) -> Patch:
-        record = PatchedCut(
-            removed=[p + 1, last],
-            block=p,
-            layer=write.path,
-            ridge=fit.strength,
-            held_out_error_left=fit.held_out,
-            exact=write.gains is None,
-            reads=write.reads,
-            tokens=self._tokens,
-        )
-        return Patch(p, write.path, *write.fold(fit.map), record)
 
     def _fit(
         self,

@@ -82,6 +82,9 @@ class Tuned:
         kept: Kept | None = None,
     ) -> Repaired:
         """Fit as `linear` and tune; where that is impossible, the record of the fit says why."""
+        limit = job.teacher.replay.limit
+        why = f"{limit.device} is out of memory for tuning the patch"
+        shares: tuple[float, ...] = SHARES
         try:
             if job.teacher.streamed:
                 raise FitError(
@@ -89,34 +92,36 @@ class Tuned:
                 )
             tokens, held_out = split_samples(tokens)
         except FitError as e:
-            found = Linear().patch(job, tokens, layers, kept)
-            found.record.tuning = PatchTuning(left_out=str(e))
-            return found
-        found = Linear().patch(job, tokens, layers, kept)
-        limit = job.teacher.replay.limit
+            why = str(e)
+            shares = ()
+        linear = Linear().patch(job, tokens, layers, kept)
         longest = int(tokens.mask.sum(1).max())
+        for share in shares:
 
-        def tune_with(share: float, count: int) -> Repaired:
-            given = (job, tokens, held_out, found.patches, layers)
-            patches, found.record.tuning = tune(*given, at_a_time=count, share=share)
-            return Repaired(patches, found.record)
-
-        why = f"{limit.device} is out of memory for tuning the patch"
-        fewer = partial(fewer_tokens_to_fit, limit)
-        for share in SHARES:
-            tuning = partial(tune_with, share)
-            try:
-                made: Repaired | None = attempt(
-                    partial(fewer, STEP_TOKENS, longest, tuning), True
+            def tune_with(count: int, share: float = share) -> Repaired:
+                patches, tuning = tune(
+                    job,
+                    tokens,
+                    held_out,
+                    linear.patches,
+                    layers,
+                    at_a_time=count,
+                    share=share,
                 )
+                record = linear.record.model_copy(update={"tuning": tuning})
+                return Repaired(patches, record)
+
+            fewer = partial(fewer_tokens_to_fit, limit, STEP_TOKENS, longest, tune_with)
+            try:
+                made: Repaired | None = attempt(fewer, True)
             except FitError as e:
                 why = str(e)
                 break
             if made is not None:
                 return made
             limit.release()
-        found.record.tuning = PatchTuning(left_out=why)
-        return found
+        linear.record.tuning = PatchTuning(left_out=why)
+        return linear
 
 
 def split_samples(tokens: TokenSet) -> tuple[TokenSet, TokenSet]:
@@ -191,25 +196,35 @@ def tune(
     # Not inference mode, because the recording takes part in the backward pass.
     batches = len(train.batches) + len(validation.batches)
     with torch.no_grad(), job.progress("reading the text of the patch", batches) as bar:
-        found = train.read(replay, adjacent, removed, bar)
+        linear = train.read(replay, adjacent, removed, bar)
         validation.read(replay, adjacent, removed, bar)
     fitted = {(p.block, p.path): p for p in patches}
     # A tuned float8 layer would be stored as bfloat16, so tune it only if it is patched already.
-    found = [
+    usable = [
         one
-        for one in found
-        if one[:2] in fitted or stored is None or not stored.float8(one[0], one[1])
+        for one in linear
+        if (one[:2] in fitted or stored is None or not stored.float8(*one[:2]))
+        and not find_obstacle(replay, stored, *one[:3])
     ]
-    found = [one for one in found if not find_obstacle(replay, stored, *one[:3])]
-    layers = choose_layers(found, max(at_a_time, longest) * each, share)
+    layers = choose_layers(usable, max(at_a_time, longest) * each, share)
     tuned = {
         (b, path): _Layer(module, fitted.get((b, path))) for b, path, module in layers
     }
     suffix = [i for i in range(adjacent[0], len(replay)) if i not in set(removed)]
     steps = min(len(train.groups), max(1, round(train.predictions / STEP_TOKENS)))
-    rates = [{"params": [layer.weight], "size": layer.size} for layer in tuned.values()]
     rate = RATE * min(1.0, WIDTH / train.entered[0].shape[-1])
-    optimiser = torch.optim.AdamW(rates, lr=rate, betas=(0.9, 0.99), weight_decay=0.0)
+    groups = [
+        {"params": [layer.weight], "lr": rate * layer.size} for layer in tuned.values()
+    ]
+    optimiser = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.99), weight_decay=0.0)
+
+    def factor(taken: int) -> float:
+        """Return the share of the learning rate: four warm-up steps, and a cosine."""
+        return min(1.0, (taken + 1) / 4) * (
+            0.5 + 0.5 * math.cos(math.pi * taken / steps)
+        )
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, factor)
     used = [layer.patch(key, layer.used) for key, layer in tuned.items()]
     with (
         apply_patches(replay.blocks, used),
@@ -217,15 +232,10 @@ def tune(
     ):
         kl = [validation.divergence(suffix)]
         for taken in range(steps):
-            # Four warm-up steps, and a cosine.
-            share = min(1.0, (taken + 1) / 4) * (
-                0.5 + 0.5 * math.cos(math.pi * taken / steps)
-            )
-            for group in optimiser.param_groups:
-                group["lr"] = rate * group["size"] * share
             for batch in train.part(taken, steps):
                 train.backward(batch, suffix)
             optimiser.step()
+            schedule.step()
             for layer in tuned.values():
                 layer.place()
             optimiser.zero_grad()
@@ -235,7 +245,7 @@ def tune(
         tuned = {}
     record = PatchTuning(
         layers=[TunedLayer(block=block, layer=path) for block, path in tuned],
-        of=len(found) if len(layers) < len(found) else 0,
+        of=len(usable) if len(layers) < len(usable) else 0,
         steps=steps,
         predictions=train.predictions,
         held_out_predictions=validation.predictions,
@@ -268,17 +278,13 @@ def choose_layers(
     homes = {module.weight.device for _, _, module, _ in layers}
     room = {home: share * allowance("", home).left - beside for home in homes}
     room[host] = share * allowance("", host).left
-    chosen = set[int]()
-    for i, (_, _, module, _) in sorted(
-        enumerate(layers), key=lambda one: not one[1][3]
-    ):
-        needed = {
-            module.weight.device: module.weight.nbytes,
-            host: BYTES * module.weight.numel(),
-        }
+    chosen = list[tuple[int, str, Any, bool]]()
+    for layer in sorted(layers, key=lambda one: not one[3]):
+        weight = layer[2].weight
+        needed = {weight.device: weight.nbytes, host: BYTES * weight.numel()}
         short = [place for place, size in needed.items() if size > room[place]]
         if not short:
-            chosen.add(i)
+            chosen.append(layer)
             for place, size in needed.items():
                 room[place] -= size
     if not chosen:
@@ -287,11 +293,7 @@ def choose_layers(
             f"tuning a layer needs {needed[place] / 1e9:.1f} GB of "
             f"{'host memory' if place == host else place}, but {room[place] / 1e9:.1f} GB are free"
         )
-    return [
-        (block, path, module)
-        for i, (block, path, module, _) in enumerate(layers)
-        if i in chosen
-    ]
+    return [layer[:3] for layer in layers if layer in chosen]
 
 
 class _Layer:
@@ -299,20 +301,21 @@ class _Layer:
 
     Attributes:
         weight: the weight that the optimiser updates.
+        bias: the bias, if any, by its name.
         used: copy of the weight in the layer's dtype and on its device; may share its memory.
     """
 
     def __init__(self, module: Any, fitted: Patch | None) -> None:
         self.fitted = fitted
-        own: Tensor = module.weight
-        start = own if fitted is None else fitted.weight
-        self.weight = nn.Parameter(start.detach().cpu().float().clone())
-        self.used = nn.Parameter(self.weight.detach().to(own))
+        start = dict(module.named_parameters(recurse=False))
+        start |= fitted.parameters if fitted else {}
+        start = {name: value.detach().cpu() for name, value in start.items()}
+        self.weight = nn.Parameter(start.pop("weight").float().clone())
+        self.bias = start
+        self.used = nn.Parameter(self.weight.detach().to(module.weight))
         # At once, so that the device never has the gradients of all layers.
         hook = partial(_collect, self.weight)
         self.used.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
-        bias = module.bias if fitted is None or fitted.bias is None else fitted.bias
-        self.bias = None if bias is None else bias.detach().cpu()
         self.size = float(self.weight.detach().square().mean().sqrt())
 
     @torch.no_grad()
@@ -321,13 +324,9 @@ class _Layer:
         self.used.copy_(self.weight)
 
     def patch(self, key: tuple[int, str], weight: Tensor) -> Patch:
-        record = PatchedCut(block=key[0], layer=key[1])
-        return Patch(
-            *key,
-            weight,
-            self.bias,
-            record if self.fitted is None else self.fitted.record,
-        )
+        fresh = PatchedCut(block=key[0], layer=key[1])
+        record = self.fitted.record if self.fitted else fresh
+        return Patch(*key, {"weight": weight, **self.bias}, record)
 
 
 def _collect(weight: Tensor, used: Tensor) -> None:
@@ -372,7 +371,7 @@ class _Text:
         Returns:
             the linear layers of the blocks ``adjacent`` to cuts, in the form of `choose_layers`.
         """
-        found: list[tuple[int, str, Any, bool]] = []
+        linear = list[tuple[int, str, Any, bool]]()
         for batch in self.batches:
             call = replay.record(batch.input_ids)
             stream = entered = call.entered
@@ -382,7 +381,7 @@ class _Text:
                 if i in adjacent and batch is self.batches[0]:
                     layers, _ = list_linear_layers(call, i, stream)
                     width = stream.shape[-1]
-                    found += [
+                    linear += [
                         (i, path, m, out.shape[-1] == width) for path, m, out in layers
                     ]
                 stream = call.block(i, stream)
@@ -390,7 +389,7 @@ class _Text:
             self.entered.append(entered)
             self.left.append(stream)
             bar.advance(1)
-        return found
+        return linear
 
     def part(self, at: int, parts: int) -> list[int]:
         """Return the indices of the micro-batches of one step; groups are in random order."""
@@ -403,12 +402,12 @@ class _Text:
         """Add the gradient of one micro-batch to the layers' gradients."""
         try:
             left, end = self._logits(batch, suffix)
-            found = []
+            losses = []
             for student, rows in zip(end, self.batches[batch].predicted, strict=True):
                 with torch.no_grad():
                     target = select_predictions(next(left), rows)
-                found.append(divergence(select_predictions(student, rows), target))
-            loss = sum(found[1:], found[0]) / STEP_TOKENS
+                losses.append(divergence(select_predictions(student, rows), target))
+            loss = sum(losses[1:], losses[0]) / STEP_TOKENS
             loss.backward()  # type: ignore[no-untyped-call]
         except (NotImplementedError, RuntimeError) as e:
             raise_if_exhausted(e)

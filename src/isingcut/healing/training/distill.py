@@ -26,7 +26,7 @@ from isingcut.formats.libraries import quiet_transformers
 from isingcut.healing.job import Job, choose_recipe, stored_dtype
 from isingcut.healing.training.student import load_trained
 from isingcut.healing.training.train import lower_rate, measure_pace, train
-from isingcut.healing.work_folder import keep_result
+from isingcut.healing.work_folder import RECIPE, keep_result
 from isingcut.models.verify import check_generation, random_tokens, reload
 
 # Files that `save_pretrained` or the training writes, so they are not copied from the start.
@@ -62,7 +62,7 @@ def _spend(job: Job) -> Job:
     """Return the job with a recipe for its budget, and its text in samples of that length."""
     began = time.monotonic()
     seconds = job.config.training.seconds
-    file = job.work / "recipe.json"
+    file = job.work / RECIPE.file
     pace = (0.0, 0.0)
     if seconds is not None and not job.processes.decide(file.exists):
         pace = measure_pace(job)

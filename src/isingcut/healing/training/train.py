@@ -63,7 +63,14 @@ from isingcut.healing.training.student import (
     prepare_training,
     set_dtypes,
 )
-from isingcut.healing.work_folder import CURVE, complete_states, keep_result
+from isingcut.healing.work_folder import (
+    CURVE,
+    MEMORY,
+    TRAINER,
+    TRIAL,
+    complete_states,
+    keep_result,
+)
 from isingcut.models.device import BatchLimit
 from isingcut.models.sharing import share
 
@@ -125,7 +132,7 @@ def train(job: Job) -> tuple[dict[str, Any], Path]:
         "checks": watch.checks,
         **({"stopped": watch.verdict} if watch.verdict else {}),
     }
-    return found, job.work / "trainer" / f"checkpoint-{step}"
+    return found, job.work / TRAINER.file / f"checkpoint-{step}"
 
 
 def step_times(job: Job) -> list[tuple[int, float]]:
@@ -149,7 +156,7 @@ def step_times(job: Job) -> list[tuple[int, float]]:
 
 def measure_pace(job: Job) -> tuple[float, float]:
     """Measure the fixed seconds per step and the seconds per token, in all processes."""
-    trial = job.work / "trial"
+    trial = job.work / TRIAL.file
     text = pieces(job.tokens, SHORT)
     times = step_times(dataclasses.replace(job, tokens=text, work=trial))
     if job.leads:
@@ -195,7 +202,7 @@ def _student(job: Job, batch: int) -> Iterator[tuple[Any, HealingMemory]]:
 
     def plan() -> dict[str, Any]:
         # Reuse the recorded plan; for a student that does not fit now, `make` raises an error.
-        file = job.work / "memory.json"
+        file = job.work / MEMORY.file
         found = keep_result(file, HealingMemory, make) if placed or sharded else make()
         return found.content()
 
@@ -245,14 +252,13 @@ def _run(
 
 def _last_state(job: Job) -> Path | None:
     """Return the last complete state of this training; delete incomplete states."""
-    folder = job.work / "trainer"
     if job.leads:
-        complete = complete_states(folder)
-        for path in folder.glob("checkpoint-*"):
+        complete = complete_states(job.work)
+        for path in (job.work / TRAINER.file).glob("checkpoint-*"):
             if path not in complete:
                 shutil.rmtree(path)
     job.processes.wait()
-    return next(reversed(complete_states(folder)), None)
+    return next(reversed(complete_states(job.work)), None)
 
 
 def _arguments(watch: Watch, plan: HealingMemory, order: Order) -> TrainingArguments:
@@ -285,7 +291,7 @@ def _arguments(watch: Watch, plan: HealingMemory, order: Order) -> TrainingArgum
         **again,
         **({"ddp_find_unused_parameters": False} if size > 1 else {}),
         **given,
-        "output_dir": str(job.work / "trainer"),
+        "output_dir": str(job.work / TRAINER.file),
         "per_device_train_batch_size": -(-batch // (size * parts)),
         "gradient_accumulation_steps": parts,
         "max_steps": steps,
