@@ -117,14 +117,14 @@ def test_answers_of_all_states_at_once_are_those_of_each_checkpoint(
 def test_an_answer_without_a_finite_likelihood_names_its_text(model, monkeypatch):
     # Two answers of one pass come first, so that rows and samples differ.
     rows = [((9, 10, 11), 1), ((9, 10, 12), 1), ((40, 41, 42), 1)]
-    read = answers._Places.read
+    read = answers.read_answers
 
-    def damaged(self, replay, stream):
-        found = read(self, replay, stream)
+    def damaged(*given):
+        found = read(*given)
         found[0, -1] = np.nan
         return found
 
-    monkeypatch.setattr(answers._Places, "read", damaged)
+    monkeypatch.setattr(answers, "read_answers", damaged)
     shown = re.escape(repr(model.tokenizer.decode([40, 41])))
     with refuses(f"that begins {shown}", ModelError):
         answer_scores(model.replay, rows, states_of(len(model.replay), [()]), Work(64))

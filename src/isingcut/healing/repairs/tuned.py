@@ -23,7 +23,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from isingcut.console.progress import Bar
 from isingcut.data.tokens import TokenSet
 from isingcut.errors import FitError
 from isingcut.files.cuts import PatchedCut, PatchTuning, TunedLayer
@@ -178,10 +177,8 @@ def tune(
     replay = job.teacher.replay
     removed = job.removed
     together = min(job.config.batch_tokens, STEP_TOKENS)
-    adjacent = [
-        b for a, z in runs(removed) for b in (a - 1, z + 1) if 0 <= b < len(replay)
-    ]
-    adjacent = sorted(set(adjacent) - set(removed))
+    neighbours = {b for a, z in runs(removed) for b in (a - 1, z + 1)}
+    adjacent = sorted(neighbours & {*range(len(replay))} - {*removed})
     # Rather fewer tokens at a time than fewer layers.
     wanted = sum(p.nbytes for i in adjacent for p in replay.blocks[i].parameters())
     wanted += 2 * replay.bytes_per_token * int(tokens.mask.sum())
@@ -190,14 +187,21 @@ def tune(
     each = bytes_of_backward(replay)
     while at_a_time > longest and at_a_time * each > room:
         at_a_time = max(longest, at_a_time // 2)
-    train, validation = (
-        _Text(part, together, at_a_time) for part in (tokens, held_out)
-    )
+    splits = [
+        [group.batches(at_a_time) for group in part.batches(together)]
+        for part in (tokens, held_out)
+    ]
+    count = sum(len(group) for split in splits for group in split)
     # Not inference mode, because the recording takes part in the backward pass.
-    batches = len(train.batches) + len(validation.batches)
-    with torch.no_grad(), job.progress("reading the text of the patch", batches) as bar:
-        linear = train.read(replay, adjacent, removed, bar)
-        validation.read(replay, adjacent, removed, bar)
+    with torch.no_grad(), job.progress("reading the text of the patch", count) as bar:
+
+        def read(batch: TokenSet) -> _Batch:
+            bar.advance(1)
+            return _Batch.read(replay, batch, removed, adjacent[0])
+
+        train, held = ([[*map(read, group)] for group in split] for split in splits)
+        linear = _list_layers(train[0][0].call, adjacent)
+    validation = [batch for group in held for batch in group]
     fitted = {(p.block, p.path): p for p in patches}
     # A tuned float8 layer would be stored as bfloat16, so tune it only if it is patched already.
     usable = [
@@ -211,8 +215,9 @@ def tune(
         (b, path): _Layer(module, fitted.get((b, path))) for b, path, module in layers
     }
     suffix = [i for i in range(adjacent[0], len(replay)) if i not in set(removed)]
-    steps = min(len(train.groups), max(1, round(train.predictions / STEP_TOKENS)))
-    rate = RATE * min(1.0, WIDTH / train.entered[0].shape[-1])
+    steps = min(len(train), max(1, round(tokens.tokens / STEP_TOKENS)))
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
+    rate = RATE * min(1.0, WIDTH / train[0][0].entered.shape[-1])
     groups = [
         {"params": [layer.weight], "lr": rate * layer.size} for layer in tuned.values()
     ]
@@ -230,25 +235,26 @@ def tune(
         apply_patches(replay.blocks, used),
         job.progress("tuning the patch", steps) as bar,
     ):
-        kl = [validation.divergence(suffix)]
+        kl = [_measure_kl(validation, suffix)]
         for taken in range(steps):
-            for batch in train.part(taken, steps):
-                train.backward(batch, suffix)
+            for group in order[taken::steps].tolist():
+                for batch in train[group]:
+                    batch.backward(suffix)
             optimiser.step()
             schedule.step()
             for layer in tuned.values():
                 layer.place()
             optimiser.zero_grad()
             bar.advance(1)
-        kl.append(validation.divergence(suffix))
+        kl.append(_measure_kl(validation, suffix))
     if not kl[-1] < kl[0]:
         tuned = {}
     record = PatchTuning(
         layers=[TunedLayer(block=block, layer=path) for block, path in tuned],
         of=len(usable) if len(layers) < len(usable) else 0,
         steps=steps,
-        predictions=train.predictions,
-        held_out_predictions=validation.predictions,
+        predictions=tokens.tokens,
+        held_out_predictions=held_out.tokens,
         held_out_kl=kl,
     )
     new = [layer.patch(key, layer.weight.detach()) for key, layer in tuned.items()]
@@ -337,73 +343,56 @@ def _collect(weight: Tensor, used: Tensor) -> None:
     weight.grad = gradient if weight.grad is None else weight.grad + gradient
 
 
-class _Text:
-    """The micro-batches of a text, with their data that is constant during tuning.
+def _list_layers(
+    call: Recording, adjacent: Sequence[int]
+) -> list[tuple[int, str, Any, bool]]:
+    """List the linear layers of the blocks ``adjacent`` to cuts, in the form of `choose_layers`."""
+    linear = list[tuple[int, str, Any, bool]]()
+    stream = call.entered
+    width = stream.shape[-1]
+    for i in range(adjacent[-1] + 1):
+        layers = list_linear_layers(call, i, stream)[0] if i in adjacent else ()
+        linear += [(i, path, m, out.shape[-1] == width) for path, m, out in layers]
+        stream = call.block(i, stream)
+    return linear
+
+
+@dataclass(frozen=True, eq=False)
+class _Batch:
+    """A micro-batch, with its data that is constant during tuning.
 
     Attributes:
-        batches: the micro-batches.
-        groups: indices of the micro-batches whose gradients are accumulated together.
-        calls: the recorded calls of the blocks.
+        tokens: its samples.
+        call: the recorded calls of the blocks.
         entered: hidden states before the first tuned block.
         left: the original's hidden states after its last block.
     """
 
-    def __init__(self, tokens: TokenSet, batch_tokens: int, at_a_time: int) -> None:
-        self.batches = list[TokenSet]()
-        self.groups = list[range]()
-        self.calls = list[Recording]()
-        self.entered = list[Tensor]()
-        self.left = list[Tensor]()
-        for together in tokens.batches(batch_tokens):
-            few = together.batches(at_a_time)
-            self.groups.append(range(len(self.batches), len(self.batches) + len(few)))
-            self.batches += few
+    tokens: TokenSet
+    call: Recording
+    entered: Tensor
+    left: Tensor
 
-    @property
-    def predictions(self) -> int:
-        return sum(batch.tokens for batch in self.batches)
-
+    @classmethod
     def read(
-        self, replay: Replay, adjacent: Sequence[int], removed: Sequence[int], bar: Bar
-    ) -> list[tuple[int, str, Any, bool]]:
-        """Run the original, and record the data that is constant during tuning.
+        cls, replay: Replay, tokens: TokenSet, removed: Sequence[int], first: int
+    ) -> _Batch:
+        """Run the original; ``first`` is the first tuned block."""
+        call = replay.record(tokens.input_ids)
+        stream = entered = call.entered
+        for i in range(len(replay)):
+            # If block 0 is removed, all blocks before the first tuned one are.
+            if i == first and 0 not in removed:
+                entered = stream
+            stream = call.block(i, stream)
+        return cls(tokens, call, entered, stream)
 
-        Returns:
-            the linear layers of the blocks ``adjacent`` to cuts, in the form of `choose_layers`.
-        """
-        linear = list[tuple[int, str, Any, bool]]()
-        for batch in self.batches:
-            call = replay.record(batch.input_ids)
-            stream = entered = call.entered
-            for i in range(len(replay)):
-                if i == adjacent[0] and not any(b < i for b in removed):
-                    entered = stream
-                if i in adjacent and batch is self.batches[0]:
-                    layers, _ = list_linear_layers(call, i, stream)
-                    width = stream.shape[-1]
-                    linear += [
-                        (i, path, m, out.shape[-1] == width) for path, m, out in layers
-                    ]
-                stream = call.block(i, stream)
-            self.calls.append(call)
-            self.entered.append(entered)
-            self.left.append(stream)
-            bar.advance(1)
-        return linear
-
-    def part(self, at: int, parts: int) -> list[int]:
-        """Return the indices of the micro-batches of one step; groups are in random order."""
-        order = torch.randperm(
-            len(self.groups), generator=torch.Generator().manual_seed(0)
-        ).tolist()
-        return [batch for group in order[at::parts] for batch in self.groups[group]]
-
-    def backward(self, batch: int, suffix: Sequence[int]) -> None:
-        """Add the gradient of one micro-batch to the layers' gradients."""
+    def backward(self, suffix: Sequence[int]) -> None:
+        """Add the gradient to the layers' gradients."""
         try:
-            left, end = self._logits(batch, suffix)
+            left, end = self.logits(suffix)
             losses = []
-            for student, rows in zip(end, self.batches[batch].predicted, strict=True):
+            for student, rows in zip(end, self.tokens.predicted, strict=True):
                 with torch.no_grad():
                     target = select_predictions(next(left), rows)
                 losses.append(divergence(select_predictions(student, rows), target))
@@ -413,24 +402,24 @@ class _Text:
             raise_if_exhausted(e)
             raise FitError(f"the model cannot be differentiated: {one_line(e)}") from e
 
-    @torch.no_grad()
-    def divergence(self, suffix: Sequence[int]) -> float:
-        """Return KL(original || patched), nats per prediction."""
-        total = 0.0
-        for b, batch in enumerate(self.batches):
-            before, after = (
-                split_predictions(one, batch) for one in self._logits(b, suffix)
-            )
-            total += float(sum_losses(before, after, batch)[2].sum())
-        return total / self.predictions
-
-    def _logits(self, batch: int, suffix: Sequence[int]) -> list[Iterator[Tensor]]:
+    def logits(self, suffix: Sequence[int]) -> list[Iterator[Tensor]]:
         """Return iterators over the samples' logits (T, V), of the original and of the patched."""
-        call = self.calls[batch]
-        stream = self.entered[batch]
+        stream = self.entered
         for i in suffix:
-            stream = call.block(i, stream)
+            stream = self.call.block(i, stream)
         numbers = range(len(stream))
         return [
-            map(call.logits, streams, numbers) for streams in (self.left[batch], stream)
+            map(self.call.logits, streams, numbers) for streams in (self.left, stream)
         ]
+
+
+@torch.no_grad()
+def _measure_kl(batches: Sequence[_Batch], suffix: Sequence[int]) -> float:
+    """Return KL(original || patched), nats per prediction."""
+    total = 0.0
+    for batch in batches:
+        before, after = (
+            split_predictions(one, batch.tokens) for one in batch.logits(suffix)
+        )
+        total += float(sum_losses(before, after, batch.tokens)[2].sum())
+    return total / sum(batch.tokens.tokens for batch in batches)
