@@ -242,18 +242,18 @@ PROMPTS = [
 ]
 
 
-def requests():
-    how = [{**HOW, "max_gen_toks": 12 + 4 * (i % 2)} for i in range(len(PROMPTS))]
+def requests(kinds=2):
+    how = [{**HOW, "max_gen_toks": 12 + 4 * (i % kinds)} for i in range(len(PROMPTS))]
     asked = zip(PROMPTS, how, strict=True)
     return [Instance("generate_until", {}, each, i) for i, each in enumerate(asked)]
 
 
-def written(model, work, state=0):
+def written(model, work, state=0, kinds=2):
     def write(prompts, some):
         with skip_blocks(model.model, STATES[state]):
             return generate_texts(model.replay, STATES[state], prompts, some, work)
 
-    return Harness(model, lambda rows: [], write).generate_until(requests())
+    return Harness(model, lambda rows: [], write).generate_until(requests(kinds))
 
 
 def texts(found, harness, context, **rest):
@@ -272,7 +272,7 @@ def test_texts_are_the_harness_s(model, state):
 
 def test_prompts_of_one_go_fit_some_micro_batches(model, spy):
     went = spy(HFLM, "_model_generate", texts)
-    written(model, Work(10))
+    written(model, Work(10), kinds=1)
     assert sum(count for count, _ in went) == len(PROMPTS)
     assert any(count > 1 for count, _ in went)
     # A longer prompt is generated alone.

@@ -69,9 +69,9 @@ def benchmark(
                 )
                 part = Part(bar, 1)
                 own = replace(work, progress=part, journal=journal)
-                (found,) = score_states(model, task, [()], own, wanted=wanted)
-                part.finish(f"{task.name}, {name}: {found.values.mean():.3f}")
-                pair.append(found)
+                (scores,) = score_states(model, task, [()], own, wanted=wanted)
+                part.finish(f"{task.name}, {name}: {scores.values.mean():.3f}")
+                pair.append(scores)
             rows.append(row(*pair))
     return rows
 
@@ -80,10 +80,11 @@ def row(original: Scores, cut: Scores) -> TaskRow:
     """Make one row of `benchmarks.json` from the scores of two models on the same questions."""
     assert original.questions == cut.questions
     assert original.metric == cut.metric
-    found = compare_scores(original.values, cut.values)
-    metric = original.metric.removesuffix(",none")
     return TaskRow(
-        task=original.task, metric=metric, shots=original.shots, **dict(found)
+        task=original.task,
+        metric=original.metric.removesuffix(",none"),
+        shots=original.shots,
+        **dict(compare_scores(original.values, cut.values)),
     )
 
 

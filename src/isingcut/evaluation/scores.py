@@ -115,11 +115,11 @@ def score_states(
     with quiet():
         from isingcut.evaluation.harness import Harness
 
-        found = []
+        scores = []
         for s in range(len(removed)):
             engine = Harness(loaded, partial(answer, s), partial(generate, s))
             try:
-                found.append(_score_one(engine, task, wanted))
+                scores.append(_score_one(engine, task, wanted))
             except ModelError as e:
                 raise ModelError(f"{task.name}: {e}") from e
             if not s and engine.shortened:
@@ -130,7 +130,7 @@ def score_states(
                         f"{loaded.folder}; their beginnings are left out, as "
                         "lm-evaluation-harness does"
                     )
-    return found
+    return scores
 
 
 def _score_one(
@@ -217,11 +217,11 @@ def certainties(
         scores: (n,) scores of the questions.
         by_length: use log-likelihoods per character, as in ``acc_norm``.
     """
-    found = np.array(scores, dtype=np.float64)
+    certain = np.array(scores, dtype=np.float64)
     margins = dict[int, Floats]()
     for i, (task, sample) in enumerate(answered):
         if task.OUTPUT_TYPE == "loglikelihood":
-            found[i] = sample["filtered_resps"][0][0]
+            certain[i] = sample["filtered_resps"][0][0]
         elif task.OUTPUT_TYPE == "multiple_choice":
             choices, right = _choices(task, sample["doc"])
             if right:
@@ -234,8 +234,8 @@ def certainties(
                 wrong = [c for c in range(len(choices)) if c not in right]
                 margins[i] = likely[wrong] - likely[right].max()
     if margins:
-        found[list(margins)] = temper_margins(list(margins.values()))
-    return found
+        certain[list(margins)] = temper_margins(list(margins.values()))
+    return certain
 
 
 def temper_margins(margins: Sequence[Floats]) -> Floats:
@@ -244,15 +244,12 @@ def temper_margins(margins: Sequence[Floats]) -> Floats:
     Args:
         margins: for each question the log-likelihoods of its wrong choices minus the right one's.
     """
-    size = max(map(len, margins))
-    padded = np.array(
-        [np.pad(m, (0, size - len(m)), constant_values=-np.inf) for m in margins]
-    )
     # The right choice itself has the margin 0.
-    logits = np.concatenate([np.zeros((len(padded), 1)), padded], axis=1)
-    each = [-np.logaddexp.reduce(logits / t, axis=1) for t in _TEMPERATURES]
-    best: Floats = max(each, key=lambda values: float(values.mean()))
-    return best
+    rows = [np.array([0.0, *own]) for own in margins]
+    each = [
+        np.array([-np.logaddexp.reduce(row / t) for row in rows]) for t in _TEMPERATURES
+    ]
+    return max(each, key=lambda values: float(values.mean()))
 
 
 def _choices(task: Any, question: Any) -> tuple[list[str], list[int]]:
@@ -261,14 +258,9 @@ def _choices(task: Any, question: Any) -> tuple[list[str], list[int]]:
         # A task that is defined in code, with its own scoring.
         return [], []
     choices = list(task.doc_to_choice(question))
-    gold = (
-        task.doc_to_text(question)
-        if task.multiple_input
-        else task.doc_to_target(question)
-    )
-    named = gold if isinstance(gold, list) else [gold]
-    places = range(len(choices))
-    right = [choices.index(g) for g in named if isinstance(g, str) and g in choices]
-    return choices, right + [
-        int(g) for g in named if not isinstance(g, str) and g in places
+    gold = (task.doc_to_text if task.multiple_input else task.doc_to_target)(question)
+    right = [
+        choices.index(g) if g in choices else g
+        for g in (gold if isinstance(gold, list) else [gold])
     ]
+    return choices, [g for g in right if g in range(len(choices))]

@@ -131,9 +131,9 @@ def speed(
         for name, model in models.items():
             text = ids.to(model.device)
             reading = time_call(model, partial(model, input_ids=text, use_cache=True))
-            found = {PREFILL: reading, DECODE: time_decoding(model, 1)}
+            times = {PREFILL: reading, DECODE: time_decoding(model, 1)}
             try:
-                found |= {
+                times |= {
                     k: time_decoding(model, BATCH) for k in tokens if k == BATCHED
                 }
             except Exception as error:
@@ -142,7 +142,7 @@ def speed(
                 # It is not timed any more.
                 del tokens[BATCHED]
             if repeat:
-                seconds[name].append(found)
+                seconds[name].append(times)
     return {
         name: {
             k: v

@@ -16,7 +16,7 @@ They are medians over tokens and channels, because half precision rounds huge en
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from operator import itemgetter
 from typing import Any
@@ -110,18 +110,35 @@ def find_write(recording: Recording, i: int, hidden: Tensor, kind: str) -> Write
         hidden: the hidden states (B, T, D) before the block.
         kind: the kind of the block.
     """
-    run = partial(recording.block, i, hidden)
-    usable, plain = list_linear_layers(recording, i, hidden)
-    for path, module, written in reversed(usable):
+    layers, plain = list_linear_layers(recording, i, hidden)
+    for path, module, written in reversed(layers):
         if written.shape[-1] != hidden.shape[-1]:
             continue
         # Experts read the attention output too, which the test may miss if norms are huge.
         if "moe" in kind and ("attn" in path or "attention" in path):
             continue
-        scale = _response(run, module, plain, written)
+        # Larger than the layer's output, so that a norm or a gate after it is detected.
+        size = torch.maximum(plain.abs().median(), 4 * written.abs().median())
+        size = size.clamp_min(1e-3)
+        scale = _constant(_responses(recording, i, hidden, module, size), plain.dtype)
         if scale is not None:
             return Write(path, module, scale)
     return None
+
+
+def _constant(responses: Tensor, dtype: torch.dtype) -> float | None:
+    """Return the number that all responses are equal to, up to rounding in ``dtype``, or None."""
+    tolerance = _TOLERANCE.get(dtype, _HALF_TOLERANCE)
+    scale = float(responses.mean())
+    if abs(scale - 1) < tolerance:
+        scale = 1.0
+    if abs(scale) < 1e-3:
+        return None
+    left = responses / scale - 1
+    # Medians for half precision, which rounds huge entries coarsely.
+    exact = dtype in _TOLERANCE
+    error = left.square().mean(-1).sqrt().max() if exact else left.abs().median()
+    return scale if float(error) <= tolerance else None
 
 
 def list_linear_layers(
@@ -177,46 +194,6 @@ def observe(
     return output, read, written
 
 
-def push_layer(run: Callable[[], Tensor], module: nn.Module, change: Tensor) -> Tensor:
-    """Return the block's output by ``run`` if ``change`` (B, T, D) is added to a layer's output."""
-
-    def push(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        return output + change.reshape(output.shape)
-
-    with module.register_forward_hook(push):
-        return run()
-
-
-def _response(
-    run: Callable[[], Tensor], module: nn.Module, plain: Tensor, written: Tensor
-) -> float | None:
-    """Return s if a change d of the module's output changes the block's output by s d, or None."""
-    generator = torch.Generator().manual_seed(0)
-    change = torch.randn(plain.shape, generator=generator).to(plain)
-    # Larger than the layer's output, so that a norm or a gate after it is detected.
-    typical = torch.maximum(plain.abs().median(), 4 * written.abs().median())
-    change = change * typical.clamp_min(1e-3)
-
-    response = (push_layer(run, module, change) - plain).double()
-    wide = change.double()
-    scale = float((response * wide).sum() / (wide * wide).sum())
-    exact = plain.dtype in _TOLERANCE
-    if not exact and abs(scale - 1) < _HALF_TOLERANCE:
-        scale = 1.0
-    if abs(scale) < 1e-3:
-        return None
-    wide = scale * wide
-    left = response - wide
-    if exact:
-        error = float((left.norm(dim=-1) / wide.norm(dim=-1)).max())
-    else:
-        # Medians, because a norm includes the coarse rounding of tokens and channels with huge
-        # entries.
-        error = float(left.abs().median() / wide.abs().median())
-    # Accept a deviation from linearity that rounding can explain.
-    return scale if error <= _TOLERANCE.get(plain.dtype, _HALF_TOLERANCE) else None
-
-
 def find_scaled_writes(recording: Recording, i: int, hidden: Tensor) -> list[Write]:
     """Find the layers of block ``i`` that write to the stream with a gain, most linear first.
 
@@ -228,7 +205,9 @@ def find_scaled_writes(recording: Recording, i: int, hidden: Tensor) -> list[Wri
         if written.shape[-1] != hidden.shape[-1]:
             continue
         written = written.reshape(hidden.shape)
-        responses = _responses(recording, i, hidden, module, written).flatten(0, 1)
+        responses = _responses(recording, i, hidden, module, _step(written)).flatten(
+            0, 1
+        )
         channels, tokens = _rank_one(responses)
         missed = (responses - tokens[:, None] * channels).square().sum(0)
         size = responses.square().sum(0)
@@ -244,21 +223,36 @@ def token_gains(
 ) -> Tensor:
     """Return the gain (B, T) of each token, float64."""
     assert write.gains is not None
-    responses = _responses(recording, i, hidden, write.module, written)
+    responses = _responses(recording, i, hidden, write.module, _step(written))
     return _of_tokens(responses, write.gains)
 
 
+def _step(written: Tensor) -> Tensor:
+    """Return the size (B, T, 1) of a small change of a layer's output (B, T, D)."""
+    size = written.double().square().mean(-1, keepdim=True).sqrt().clamp_min(1e-6)
+    return _STEP * size
+
+
 def _responses(
-    recording: Recording, i: int, hidden: Tensor, module: Any, written: Tensor
+    recording: Recording, i: int, hidden: Tensor, module: nn.Module, size: Tensor
 ) -> Tensor:
-    """Return the block's output change per change of the layer's output, (B, T, D), float64."""
+    """Return the block's output change per change of the layer's output, (B, T, D), float64.
+
+    Args:
+        size: size of the change, whose signs are random.
+    """
     generator = torch.Generator().manual_seed(0)
     signs = 2 * torch.randint(0, 2, hidden.shape, generator=generator).to(hidden) - 1
-    size = written.double().square().mean(-1, keepdim=True).sqrt().clamp_min(1e-6)
-    change = signs * (_STEP * size).to(hidden)
-    run = partial(recording.block, i, hidden)
-    up, down = (push_layer(run, module, c) for c in (change, -change))
-    return (up.double() - down.double()) / 2 / change.double()
+    change = signs * size.to(hidden)
+
+    def push(sign: int) -> Tensor:
+        def add(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+            return output + sign * change.reshape(output.shape)
+
+        with module.register_forward_hook(add):
+            return recording.block(i, hidden).double()
+
+    return (push(1) - push(-1)) / 2 / change.double()
 
 
 def _rank_one(responses: Tensor) -> tuple[Tensor, Tensor]:

@@ -46,16 +46,16 @@ def distill(job: Job, out: Path) -> dict[str, Any]:
     budget = bool(job.config.training.tokens or job.config.training.seconds)
     if budget:
         job = _spend(job)
-    found, trained = train(job)
+    record, trained = train(job)
     if job.leads:
-        if "stopped" in found and found["stopped"].kept == 0:
+        if "stopped" in record and record["stopped"].kept == 0:
             shutil.copytree(job.start, out)
         else:
             _publish(job, trained, out)
     job.processes.wait()
     if budget:
-        found["recipe"] = job.recipe
-    return found
+        record["recipe"] = job.recipe
+    return record
 
 
 def _spend(job: Job) -> Job:

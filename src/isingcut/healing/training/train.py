@@ -21,6 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import DistributedType, FullyShardedDataParallelPlugin, PartialState
 from torch import Tensor
@@ -123,7 +124,7 @@ def train(job: Job) -> tuple[dict[str, Any], Path]:
         del student
         BatchLimit(job.teacher.device).release()
     step = watch.verdict.kept if watch.verdict else watch.curve[-1].step
-    found = {
+    record = {
         "steps": watch.curve,
         "tokens_seen": watch.curve[-1].tokens,
         "samples": job.tokens.samples,
@@ -132,7 +133,7 @@ def train(job: Job) -> tuple[dict[str, Any], Path]:
         "checks": watch.checks,
         **({"stopped": watch.verdict} if watch.verdict else {}),
     }
-    return found, job.work / TRAINER.file / f"checkpoint-{step}"
+    return record, job.work / TRAINER.file / f"checkpoint-{step}"
 
 
 def step_times(job: Job) -> list[tuple[int, float]]:
@@ -147,11 +148,9 @@ def step_times(job: Job) -> list[tuple[int, float]]:
             first = (step * size + job.processes.rank) * several
             order.append([i % job.tokens.samples for i in range(first, first + count)])
         _run(watch, student, plan, order)
-    counts = [0, *(step.tokens for step in watch.curve)]
-    found = [
-        (b - a, s) for a, b, s in zip(counts, counts[1:], watch.seconds, strict=False)
-    ]
-    return job.processes.decide(lambda: found)
+    counts = np.diff([step.tokens for step in watch.curve], prepend=0).tolist()
+    times = [*zip(counts, watch.seconds, strict=True)]
+    return job.processes.decide(lambda: times)
 
 
 def measure_pace(job: Job) -> tuple[float, float]:
@@ -203,8 +202,8 @@ def _student(job: Job, batch: int) -> Iterator[tuple[Any, HealingMemory]]:
     def plan() -> dict[str, Any]:
         # Reuse the recorded plan; for a student that does not fit now, `make` raises an error.
         file = job.work / MEMORY.file
-        found = keep_result(file, HealingMemory, make) if placed or sharded else make()
-        return found.content()
+        known = placed or sharded
+        return (keep_result(file, HealingMemory, make) if known else make()).content()
 
     with quiet_transformers():
         yield student, HealingMemory(**job.processes.decide(plan))
@@ -242,8 +241,12 @@ def _run(
         callbacks=[watch],
     )
     trainer.remove_callback(PrinterCallback)
-    # The bar is closed after an error too, or it would stay on the terminal.
-    with watch.shown:
+    steps = trainer.args.max_steps
+    longest = int(watch.job.tokens.mask.sum(1).max())
+    words = f"healing, {steps} steps of {watch.batch} x {longest} tokens"
+    if watch.timing:
+        words = f"timing, {steps} steps"
+    with watch.job.progress(words, steps) as watch.bar:
         try:
             trainer.train(resume_from_checkpoint=None if last is None else str(last))
         except ImportError as e:
@@ -389,8 +392,8 @@ class Watch(TrainerCallback):
         self.job = job
         self.batch = batch
         self.timing = timing
-        device = job.teacher.device
         self.bar: Bar
+        device = job.teacher.device
         self.sums = torch.zeros(2, dtype=torch.float64, device=device)
         self.curve: list[Step] = []
         self.seconds: list[float] = []
@@ -398,20 +401,13 @@ class Watch(TrainerCallback):
         self.checks: list[HealingCheck] = []
         self.trained = 0
         self.verdict: HealingStop | None = None
-        self.shown: Any = contextlib.ExitStack()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
-        self.began = time.monotonic()
-        longest = int(self.job.tokens.mask.sum(1).max())
-        words = f"healing, {state.max_steps} steps of {self.batch} x {longest} tokens"
-        if self.timing:
-            words = f"timing, {state.max_steps} steps"
-        self.bar = self.shown.enter_context(self.job.progress(words, state.max_steps))
         if state.global_step:
             self.bar.advance(state.global_step)
         else:
             self.check(rest["model"], 0)
-            self.began = time.monotonic()
+        self.began = time.monotonic()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
         sums = self.sums.clone()
@@ -436,10 +432,10 @@ class Watch(TrainerCallback):
         self.check(rest["model"], state.global_step)
         if self.job.leads:
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            found = HealingCurve(
+            curve = HealingCurve(
                 steps=self.curve, checks=self.checks, trained_parameters=self.trained
             )
-            write_document(folder / CURVE, found)
+            write_document(folder / CURVE, curve)
             mark(folder)
         if self.judge() is not None:
             control.should_training_stop = True
