@@ -284,11 +284,11 @@ def test_prompts_of_one_go_fit_some_micro_batches(model, spy):
 
 def test_a_killed_run_goes_on_at_the_texts_that_are_left(model, tmp_path, spy):
     work = Work(10, journal=tmp_path / "texts.journal")
-    whole = [written(model, Work(10), state) for state in (0, 1)]
+    whole = [written(model, Work(10), state, 1) for state in (0, 1)]
     counts = spy(HFLM, "_model_generate", texts, stop=6)
     with pytest.raises(KeyboardInterrupt):
-        [written(model, work, state) for state in (0, 1)]
-    assert [written(model, work, state) for state in (0, 1)] == whole
+        [written(model, work, state, 1) for state in (0, 1)]
+    assert [written(model, work, state, 1) for state in (0, 1)] == whole
     assert sum(count for count, _ in counts) == 2 * len(PROMPTS)
 
 

@@ -57,7 +57,6 @@ def benchmark(
     """
     assert len(models) == 2
     left_out = frozenset(but)
-    wanted = (lambda key: key not in left_out) if left_out else None
     rows = []
     with work.progress("benchmarks", 2 * len(tasks)) as bar:
         for task in tasks:
@@ -69,7 +68,9 @@ def benchmark(
                 )
                 part = Part(bar, 1)
                 own = replace(work, progress=part, journal=journal)
-                (scores,) = score_states(model, task, [()], own, wanted=wanted)
+                (scores,) = score_states(
+                    model, task, [()], own, wanted=lambda key: key not in left_out
+                )
                 part.finish(f"{task.name}, {name}: {scores.values.mean():.3f}")
                 pair.append(scores)
             rows.append(row(*pair))

@@ -71,7 +71,7 @@ def score_states(
     removed: Sequence[Sequence[int]],
     work: Work = PLAIN,
     *,
-    wanted: Callable[[str], bool] | None = None,
+    wanted: Callable[[str], bool] = lambda key: True,
 ) -> list[Scores]:
     """Score several states of a model on one task.
 
@@ -82,7 +82,7 @@ def score_states(
         loaded: the model, in memory or streamed.
         removed: the removed blocks of each state.
         work: batch size, progress display and journal; the journal belongs to one task.
-        wanted: function of a question's key, whether to use the question; None uses all.
+        wanted: function of a question's key, whether to use the question.
 
     Raises:
         InputError: no question is left, or none has a score.
@@ -90,18 +90,19 @@ def score_states(
     """
     replay = loaded.replay
     states = states_of(len(replay), [tuple(blocks) for blocks in removed])
-    # Scores of each row under all states, which are computed together.
-    known: dict[Continuation, tuple[list[float], list[bool]]] = {}
+    # The answers to each row under all states, which are computed together.
+    known = dict[Continuation, list[Likelihood]]()
     shown = sys.stderr
 
     # Stderr is hidden for the harness only; these functions show progress.
     def answer(state: int, rows: Sequence[Continuation]) -> Sequence[Likelihood]:
         if new := [row for row in dict.fromkeys(rows) if row not in known]:
             with contextlib.redirect_stderr(shown):
-                likely, greedy = answer_scores(replay, new, states, work, task.name)
-            both = zip(likely.T.tolist(), greedy.T.tolist(), strict=True)
-            known.update(zip(new, both, strict=True))
-        return [(known[row][0][state], known[row][1][state]) for row in rows]
+                both = answer_scores(replay, new, states, work, task.name)
+            of_rows = (of_states.T.tolist() for of_states in both)
+            for row, likely, greedy in zip(new, *of_rows, strict=True):
+                known[row] = [*zip(likely, greedy, strict=True)]
+        return [known[row][state] for row in rows]
 
     def generate(state: int, prompts: Sequence[Prompt], write: Writer) -> list[str]:
         with (
@@ -133,35 +134,32 @@ def score_states(
     return scores
 
 
-def _score_one(
-    model: Harness, task: Prepared, wanted: Callable[[str], bool] | None
-) -> Scores:
+def _score_one(model: Harness, task: Prepared, wanted: Callable[[str], bool]) -> Scores:
     """Score a model on a task with the harness."""
     from lm_eval.defaults import DEFAULT_OTHER_SEED
     from lm_eval.evaluator import evaluate
 
     made = task.make()
-    picked = None
-    if wanted is not None:
-        keys = task.keys(made)
-        picked = {t: [i for i, key in enumerate(keys[t]) if wanted(key)] for t in made}
-        # The harness takes an empty list as all questions.
-        made = {t: each for t, each in made.items() if picked[t]}
-        if not made:
-            raise InputError(
-                f"all questions of {task.name} were used for the choice; give more"
-            )
+    keys = task.keys(made)
+    picked = {t: [i for i, key in enumerate(keys[t]) if wanted(key)] for t in made}
+    # The harness takes an empty list as all questions.
+    made = {t: each for t, each in made.items() if picked[t]}
+    if not made:
+        raise InputError(
+            f"all questions of {task.name} were used for the choice; give more"
+        )
     for each in made.values():
         # As the harness's own entry point does.
         if each.get_config("num_fewshot") is None:
             each.set_config(key="num_fewshot", value=0)
         each.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
     loaded_tasks = {"tasks": made, "groups": {}, "group_map": {}}
-    limit = task.limit if picked is None else None
-    found: Any = evaluate(
-        lm=model, task_dict=loaded_tasks, bootstrap_iters=0, limit=limit, samples=picked
+    results: Any = evaluate(
+        lm=model, task_dict=loaded_tasks, bootstrap_iters=0, samples=picked
     )
-    samples = [(name, s) for name in found["samples"] for s in found["samples"][name]]
+    samples = [
+        (name, s) for name in results["samples"] for s in results["samples"][name]
+    ]
     metric = task.metric or _metric(task.name, samples)
     name, _, which = metric.partition(",")
     chosen = [
@@ -185,7 +183,7 @@ def _score_one(
             [(made[t], s) for t, s in chosen], values, by_length=name == "acc_norm"
         ),
         [f"{t}:{s['doc_hash'][:16]}" for t, s in chosen],
-        int(next(iter(found["n-shot"].values()))),
+        int(next(iter(results["n-shot"].values()))),
     )
 
 

@@ -125,11 +125,14 @@ def read_removal(folder: Path) -> Removal | None:
     record = load_json(folder / name, "the record of the cut")
     kind: type[Removal] = CutRecord if name == CUT else HealingFile
     try:
-        found = kind.model_validate(record)
+        removal = kind.model_validate(record)
         why = ""
-        original = original_of(found)
-        if not 0 < len(found.removed) < found.of or max(found.removed) >= found.of:
-            why = f"blocks {found.removed} of {found.of}"
+        original = original_of(removal)
+        if (
+            not 0 < len(removal.removed) < removal.of
+            or max(removal.removed) >= removal.of
+        ):
+            why = f"blocks {removal.removed} of {removal.of}"
         elif original and not all(
             isinstance(original.get(k), str) for k in ("sha256", "name")
         ):
@@ -141,15 +144,15 @@ def read_removal(folder: Path) -> Removal | None:
             f"{folder / name} is not a readable record of a cut ({why:.200}); delete it to find "
             "the blocks by their weights"
         )
-    return found
+    return removal
 
 
 def original_of(removal: Removal) -> dict[str, Any]:
     """Return the original's name and `sources.model_identity`; empty if not recorded."""
     if isinstance(removal, CutRecord):
         return removal.model
-    found: dict[str, Any] = removal.provenance.get("teacher") or {}
-    return found
+    teacher: dict[str, Any] = removal.provenance.get("teacher") or {}
+    return teacher
 
 
 def start_of(student: Path) -> Literal["cut", "patched", "healed"]:

@@ -182,10 +182,11 @@ class _Fitting:
         self._tokens = sum(int(b.mask.sum()) for b in self.batches)
         # Hidden states of both models, before and after a block.
         needed = 4 * sum(map(self.replay.stream_bytes, self.batches))
-        if needed > (room := self.replay.room(self.batches[0])):
+        room = self.replay.room(self.batches[0])
+        if self.replay.streamed and needed > room:
             raise FitError(
                 f"fitting a patch on {self._tokens} tokens needs {needed / 1e9:.2f} GB beside the "
-                f"model, but {room / 1e9:.2f} GB are free; lower --patch-tokens"
+                f"streamed model, but {room / 1e9:.2f} GB are free; lower --patch-tokens"
             )
         # The original's and the patched model's hidden states before block `_at`.
         self._original = [r.entered for r in self._recordings]

@@ -47,7 +47,7 @@ from isingcut.models.compute.head import (
     split_predictions,
     sum_losses,
 )
-from isingcut.models.device import allowance, least_left
+from isingcut.models.device import allowance
 from isingcut.models.replay import Recording, Replay
 
 __all__ = ["Tuned"]
@@ -179,14 +179,6 @@ def tune(
     together = min(job.config.batch_tokens, STEP_TOKENS)
     neighbours = {b for a, z in runs(removed) for b in (a - 1, z + 1)}
     adjacent = sorted(neighbours & {*range(len(replay))} - {*removed})
-    # Rather fewer tokens at a time than fewer layers.
-    wanted = sum(p.nbytes for i in adjacent for p in replay.blocks[i].parameters())
-    wanted += 2 * replay.bytes_per_token * int(tokens.mask.sum())
-    room = share * least_left(replay.places) - wanted
-    longest = int(tokens.mask.sum(1).max())
-    each = bytes_of_backward(replay)
-    while at_a_time > longest and at_a_time * each > room:
-        at_a_time = max(longest, at_a_time // 2)
     splits = [
         [group.batches(at_a_time) for group in part.batches(together)]
         for part in (tokens, held_out)
@@ -210,16 +202,21 @@ def tune(
         if (one[:2] in fitted or stored is None or not stored.float8(*one[:2]))
         and not find_obstacle(replay, stored, *one[:3])
     ]
-    layers = choose_layers(usable, max(at_a_time, longest) * each, share)
+    # Rather fewer tokens at a time than fewer layers: there is room for the longest sample.
+    beside = int(tokens.mask.sum(1).max()) * bytes_of_backward(replay)
+    layers = choose_layers(usable, beside, share)
     tuned = {
-        (b, path): _Layer(module, fitted.get((b, path))) for b, path, module in layers
+        (b, path): _copy_layer(b, path, module, fitted.get((b, path)))
+        for b, path, module in layers
     }
+    weights = [tuple(p.parameters["weight"] for p in pair) for pair in tuned.values()]
     suffix = [i for i in range(adjacent[0], len(replay)) if i not in set(removed)]
     steps = min(len(train), max(1, round(tokens.tokens / STEP_TOKENS)))
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
     rate = RATE * min(1.0, WIDTH / train[0][0].entered.shape[-1])
     groups = [
-        {"params": [layer.weight], "lr": rate * layer.size} for layer in tuned.values()
+        {"params": [own], "lr": rate * float(own.detach().square().mean().sqrt())}
+        for own, _ in weights
     ]
     optimiser = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.99), weight_decay=0.0)
 
@@ -230,9 +227,8 @@ def tune(
         )
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, factor)
-    used = [layer.patch(key, layer.used) for key, layer in tuned.items()]
     with (
-        apply_patches(replay.blocks, used),
+        apply_patches(replay.blocks, [used for _, used in tuned.values()]),
         job.progress("tuning the patch", steps) as bar,
     ):
         kl = [_measure_kl(validation, suffix)]
@@ -242,8 +238,9 @@ def tune(
                     batch.backward(suffix)
             optimiser.step()
             schedule.step()
-            for layer in tuned.values():
-                layer.place()
+            with torch.no_grad():
+                for own, used in weights:
+                    used.copy_(own)
             optimiser.zero_grad()
             bar.advance(1)
         kl.append(_measure_kl(validation, suffix))
@@ -257,8 +254,10 @@ def tune(
         held_out_predictions=held_out.tokens,
         held_out_kl=kl,
     )
-    new = [layer.patch(key, layer.weight.detach()) for key, layer in tuned.items()]
-    return [p for p in patches if (p.block, p.path) not in tuned] + new, record
+    for own, _ in weights:
+        own.requires_grad_(False)
+    patches = [p for p in patches if (p.block, p.path) not in tuned]
+    return [*patches, *(own for own, _ in tuned.values())], record
 
 
 def choose_layers(
@@ -302,37 +301,24 @@ def choose_layers(
     return [layer[:3] for layer in layers if layer in chosen]
 
 
-class _Layer:
-    """A layer to tune: float32 weights on the CPU, with a copy for the model.
-
-    Attributes:
-        weight: the weight that the optimiser updates.
-        bias: the bias, if any, by its name.
-        used: copy of the weight in the layer's dtype and on its device; may share its memory.
-    """
-
-    def __init__(self, module: Any, fitted: Patch | None) -> None:
-        self.fitted = fitted
-        start = dict(module.named_parameters(recurse=False))
-        start |= fitted.parameters if fitted else {}
-        start = {name: value.detach().cpu() for name, value in start.items()}
-        self.weight = nn.Parameter(start.pop("weight").float().clone())
-        self.bias = start
-        self.used = nn.Parameter(self.weight.detach().to(module.weight))
-        # At once, so that the device never has the gradients of all layers.
-        hook = partial(_collect, self.weight)
-        self.used.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
-        self.size = float(self.weight.detach().square().mean().sqrt())
-
-    @torch.no_grad()
-    def place(self) -> None:
-        """Copy the current weights to the model."""
-        self.used.copy_(self.weight)
-
-    def patch(self, key: tuple[int, str], weight: Tensor) -> Patch:
-        fresh = PatchedCut(block=key[0], layer=key[1])
-        record = self.fitted.record if self.fitted else fresh
-        return Patch(*key, {"weight": weight, **self.bias}, record)
+def _copy_layer(
+    block: int, path: str, module: Any, fitted: Patch | None
+) -> tuple[Patch, Patch]:
+    """Return a layer to tune twice: with its float32 weight on the CPU, which the optimiser
+    updates, and with a copy in the layer's dtype on its device, which the model uses."""
+    start = dict(module.named_parameters(recurse=False))
+    start |= fitted.parameters if fitted else {}
+    start = {name: value.detach().cpu() for name, value in start.items()}
+    weight = nn.Parameter(start["weight"].float().clone())
+    copy = nn.Parameter(weight.detach().to(module.weight))
+    # At once, so that the device never has the gradients of all layers.
+    collect = partial(_collect, weight)
+    copy.register_post_accumulate_grad_hook(collect)  # type: ignore[no-untyped-call]
+    record = fitted.record if fitted else PatchedCut(block=block, layer=path)
+    own, used = (
+        Patch(block, path, {**start, "weight": one}, record) for one in (weight, copy)
+    )
+    return own, used
 
 
 def _collect(weight: Tensor, used: Tensor) -> None:

@@ -1,9 +1,12 @@
-"""Train the cut model on the original's next-token distributions, with transformers' Trainer.
+"""Distil a cut checkpoint: train it on the original's next-token distributions, and write it.
 
-The loss is KL(original || cut) per predicted token at temperature 1, over real tokens. `accelerate
-launch`, FSDP and DeepSpeed configs, bfloat16, gradient checkpointing and resuming work as with the
-Trainer. Full fine-tuning trains all weights in float32; LoRA trains low-rank matrices on all linear
-layers, which are merged into the weights at the end.
+The loss is KL(original || cut) per predicted token at temperature 1, over real tokens. The Trainer
+of transformers trains: `accelerate launch`, FSDP and DeepSpeed configs, bfloat16, gradient
+checkpointing and resuming work as with it. Full fine-tuning trains all weights in float32; LoRA
+trains low-rank matrices on all linear layers, which are merged into the weights at the end.
+
+A time budget is converted to steps by timing a few steps with the smallest and the largest
+micro-batch. The result is kept in the work folder, so that a resumed healing has the same schedule.
 
 Source: Jansen et al., arXiv 2602.00161, the retraining after the cut (one epoch, KL, temperature
 1, learning rate 2e-5, cosine, 100 warm-up steps, length 1,024).
@@ -36,18 +39,22 @@ from isingcut.files.healings import (
     HealingCheck,
     HealingCurve,
     HealingMemory,
+    HealingRecipe,
     HealingStop,
     Step,
 )
 from isingcut.files.ownership import mark
 from isingcut.files.results import read_document, write_document
-from isingcut.files.writing import clear_os_errors
-from isingcut.formats.fp8 import DTYPES
+from isingcut.files.writing import atomic_folder
+from isingcut.formats.architectures.blocks import language_model
+from isingcut.formats.checkpoints import Checkpoint
+from isingcut.formats.fp8 import DTYPES, read_tensor
 from isingcut.formats.libraries import one_line, quiet_transformers
 from isingcut.formats.transformers_private import get_checkpointing
 from isingcut.healing.job import (
     SHORT,
     Job,
+    choose_recipe,
     is_sharded,
     stored_dtype,
     trainer_settings,
@@ -61,12 +68,14 @@ from isingcut.healing.training.batches import (
 from isingcut.healing.training.student import (
     install,
     load_student,
+    load_trained,
     prepare_training,
     set_dtypes,
 )
 from isingcut.healing.work_folder import (
     CURVE,
     MEMORY,
+    RECIPE,
     TRAINER,
     TRIAL,
     complete_states,
@@ -74,14 +83,102 @@ from isingcut.healing.work_folder import (
 )
 from isingcut.models.device import BatchLimit
 from isingcut.models.sharing import share
+from isingcut.models.verify import check_generation, random_tokens, reload
 
 Order = Steps | list[list[int]]
 """The micro-batches of a training, as sample indices."""
 
 # Number of timed steps with one sample.
 _SMALL = 3
+# Files that `save_pretrained` or the training writes, so they are not copied from the start.
+_REWRITTEN = ("config.json", "generation_config.json", "model.safetensors.index.json")
+# Usable share of the remaining time: states and checks take time too, and timing is inexact.
+_USED = 0.85
 # Intended number of trained tokens between two checks.
 _EACH_CHECK = 100_000
+
+
+def distill(job: Job, out: Path) -> dict[str, Any]:
+    """Train the job's start checkpoint and write ``out``, a plain one of the same shapes and dtype.
+
+    An interrupted training resumes from its last state. Every process calls this; rank 0 writes.
+
+    Returns:
+        the record for `healing.json`.
+    """
+    budget = bool(job.config.training.tokens or job.config.training.seconds)
+    if budget:
+        job = _spend(job)
+    record, trained = train(job)
+    if job.leads:
+        if "stopped" in record and record["stopped"].kept == 0:
+            shutil.copytree(job.start, out)
+        else:
+            _publish(job, trained, out)
+    job.processes.wait()
+    if budget:
+        record["recipe"] = job.recipe
+    return record
+
+
+def _spend(job: Job) -> Job:
+    """Return the job with a recipe for its budget, and its text in samples of that length."""
+    began = time.monotonic()
+    seconds = job.config.training.seconds
+    file = job.work / RECIPE.file
+    pace = (0.0, 0.0)
+    if seconds is not None and not job.processes.decide(file.exists):
+        pace = measure_pace(job)
+        seconds = _USED * (seconds - job.spent - (time.monotonic() - began))
+
+    make = partial(choose_recipe, job, seconds, pace)
+    kept = job.processes.decide(
+        lambda: keep_result(file, HealingRecipe, make).content()
+    )
+    recipe = HealingRecipe(**kept)
+    return dataclasses.replace(
+        job, recipe=recipe, tokens=pieces(job.tokens, recipe.length)
+    )
+
+
+def _publish(job: Job, trained: Path, out: Path) -> None:
+    """Write the trained weights as a plain checkpoint in the start's dtype, and verify the file."""
+    dtype = DTYPES[stored_dtype(job.start)]
+    trust = job.config.trust_remote_code
+    weights = load_trained(job.start, trained, job.config)
+    if not all(bool(torch.isfinite(t).all()) for t in weights.values()):
+        raise ModelError(
+            f"the last step left NaN or infinite weights; {lower_rate(job)}"
+        )
+    # Load into a model of that dtype, because transformers keeps some tensors in float32.
+    model = reload(job.start, dtype=dtype, trust_remote_code=trust)
+    model.load_state_dict(weights)
+    tokens = random_tokens(model, 2, 24)
+    with atomic_folder(out) as temporary, quiet_transformers():
+        # The model was loaded without its layers for multi-token prediction: copy them unchanged.
+        mtp = {
+            n: read_tensor(t)
+            for n, t in Checkpoint.read(job.start).mtp_tensors().items()
+        }
+        model.save_pretrained(
+            temporary, state_dict=model.state_dict() | mtp if mtp else None
+        )
+        for path in sorted(job.start.iterdir()):
+            copied = path.suffix != ".safetensors" and path.name not in _REWRITTEN
+            if path.is_file() and copied:
+                shutil.copyfile(path, temporary / path.name)
+        again = reload(temporary, dtype=dtype, trust_remote_code=trust)
+        with torch.no_grad():
+            same = torch.equal(
+                language_model(model)(tokens).logits,
+                language_model(again)(tokens).logits,
+            )
+        if not same:
+            raise ModelError(
+                f"the healed model gives other logits after reloading it from {out}; it was "
+                "deleted there"
+            )
+        check_generation(language_model(again), tokens[:1], 8, str(out))
 
 
 def train(job: Job) -> tuple[dict[str, Any], Path]:
@@ -100,14 +197,11 @@ def train(job: Job) -> tuple[dict[str, Any], Path]:
     watch = Watch(job, recipe.batch)
     last = _last_state(job)
     if last is not None:
-        known = read_document(last / CURVE, HealingCurve)
-        watch.curve = known.steps
-        watch.checks = known.checks
-        watch.trained = known.trained_parameters
+        watch.curve = read_document(last / CURVE, HealingCurve)
     # Skip the training if it was complete when the process was killed.
-    if watch.judge() is None and len(watch.curve) < recipe.steps:
+    if watch.judge() is None and len(watch.curve.steps) < recipe.steps:
         with _student(job, recipe.batch) as (student, plan):
-            watch.trained = sum(
+            watch.curve.trained_parameters = sum(
                 p.numel() for p in student.parameters() if p.requires_grad
             )
             order = Steps(
@@ -123,15 +217,17 @@ def train(job: Job) -> tuple[dict[str, Any], Path]:
         # Free the student and its optimiser before other objects need the memory.
         del student
         BatchLimit(job.teacher.device).release()
-    step = watch.verdict.kept if watch.verdict else watch.curve[-1].step
+    curve = watch.curve
+    stopped = watch.judge()
+    step = stopped.kept if stopped else curve.steps[-1].step
     record = {
-        "steps": watch.curve,
-        "tokens_seen": watch.curve[-1].tokens,
+        "steps": curve.steps,
+        "tokens_seen": curve.steps[-1].tokens,
         "samples": job.tokens.samples,
         "processes": job.processes.size,
-        "trained_parameters": watch.trained,
-        "checks": watch.checks,
-        **({"stopped": watch.verdict} if watch.verdict else {}),
+        "trained_parameters": curve.trained_parameters,
+        "checks": curve.checks,
+        **({"stopped": stopped} if stopped else {}),
     }
     return record, job.work / TRAINER.file / f"checkpoint-{step}"
 
@@ -148,7 +244,7 @@ def step_times(job: Job) -> list[tuple[int, float]]:
             first = (step * size + job.processes.rank) * several
             order.append([i % job.tokens.samples for i in range(first, first + count)])
         _run(watch, student, plan, order)
-    counts = np.diff([step.tokens for step in watch.curve], prepend=0).tolist()
+    counts = np.diff([step.tokens for step in watch.curve.steps], prepend=0).tolist()
     times = [*zip(counts, watch.seconds, strict=True)]
     return job.processes.decide(lambda: times)
 
@@ -321,7 +417,7 @@ def _make_error(error: Exception) -> InputError:
 
 
 class OurTrainer(Trainer):
-    """Trainer with given micro-batches; a kill or a full disk leaves incomplete states unmarked.
+    """Trainer with given micro-batches, and float32 where FSDP would round.
 
     Args:
         tokens: all samples.
@@ -366,19 +462,6 @@ class OurTrainer(Trainer):
             pin_memory=self.args.device.type == "cuda",
         )
 
-    def _save_checkpoint(self, *arguments: Any, **rest: Any) -> None:
-        # `Watch.on_save` marks the state as complete. After an error, delete it.
-        target = (
-            Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
-        )
-        save: Any = super()._save_checkpoint
-        try:
-            with clear_os_errors(target):
-                save(*arguments, **rest)
-        except BaseException:
-            shutil.rmtree(target, ignore_errors=True)
-            raise
-
 
 class Watch(TrainerCallback):
     """Callback that keeps the loss curve, shows progress, runs checks, and raises at NaN losses.
@@ -395,12 +478,9 @@ class Watch(TrainerCallback):
         self.bar: Bar
         device = job.teacher.device
         self.sums = torch.zeros(2, dtype=torch.float64, device=device)
-        self.curve: list[Step] = []
+        self.curve = HealingCurve(steps=[], checks=[], trained_parameters=0)
         self.seconds: list[float] = []
         self.began = time.monotonic()
-        self.checks: list[HealingCheck] = []
-        self.trained = 0
-        self.verdict: HealingStop | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
         if state.global_step:
@@ -420,8 +500,9 @@ class Watch(TrainerCallback):
         self.began = now
         loss = total / max(1.0, predictions)
         self._refuse_no_number(loss, state.global_step)
-        before = self.curve[-1].tokens if self.curve else 0
-        self.curve.append(
+        steps = self.curve.steps
+        before = steps[-1].tokens if steps else 0
+        steps.append(
             Step(step=state.global_step, tokens=before + int(predictions), loss=loss)
         )
         self.bar.advance(1, f"loss {loss:.4f}")
@@ -432,10 +513,7 @@ class Watch(TrainerCallback):
         self.check(rest["model"], state.global_step)
         if self.job.leads:
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            curve = HealingCurve(
-                steps=self.curve, checks=self.checks, trained_parameters=self.trained
-            )
-            write_document(folder / CURVE, curve)
+            write_document(folder / CURVE, self.curve)
             mark(folder)
         if self.judge() is not None:
             control.should_training_stop = True
@@ -458,7 +536,7 @@ class Watch(TrainerCallback):
         for value in sums:
             self._refuse_no_number(value, step)
         sums = self.job.processes.decide(lambda: sums)
-        self.checks.append(HealingCheck(step=step, kl_sums=sums))
+        self.curve.checks.append(HealingCheck(step=step, kl_sums=sums))
 
     def _refuse_no_number(self, loss: float, step: int) -> None:
         if not math.isfinite(loss):
@@ -467,10 +545,9 @@ class Watch(TrainerCallback):
             )
 
     def judge(self) -> HealingStop | None:
-        """Return the judge's verdict on the checks so far, and store it as `verdict`."""
-        if self.checks and self.job.judge is not None:
-            self.verdict = self.job.judge.verdict(self.checks)
-        return self.verdict
+        """Return the judge's verdict on the checks so far."""
+        judge = self.job.judge
+        return judge.verdict(self.curve.checks) if judge else None
 
 
 def lower_rate(job: Job) -> str:
