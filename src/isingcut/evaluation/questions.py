@@ -99,11 +99,9 @@ def prepare_task(
     name: str, data: Path | None, questions: int | None = None
 ) -> Prepared:
     """Prepare a task by name: a file, a task of isingcut with ``data``, or one of the harness."""
-    if is_file(name):
-        return _read_file(user_path(name), questions)
-    if data is None:
+    if not is_file(name) and data is None:
         return Prepared(name, None, "hub", questions)
-    return _read_task(name, data, questions)
+    return _read_task(name, data or Path(), questions)
 
 
 def check_tasks(names: Sequence[str], data: Path | None, questions: int | None) -> None:
@@ -180,28 +178,12 @@ def is_file(name: str) -> bool:
     return name.endswith(".jsonl")
 
 
-def _read_file(path: Path, questions: int | None) -> Prepared:
-    """Read a task from a user's file: ``context``, ``choices`` and ``answer``, an index from 0.
-
-    Args:
-        questions: maximum number of questions; taken evenly spaced.
-
-    Raises:
-        InputError: the file is missing or damaged.
-    """
-    records = _spread(_read_records(path, "multiple_choice", {}), questions)
-    config = {**_configuration("_file"), "task": path.stem, "test_split": "test"}
-    config["custom_dataset"] = _dataset(records, [])
-    return Prepared(
-        path.name, "acc_norm", fingerprint(records), configurations=[config]
-    )
-
-
 def _read_task(name: str, data: Path, questions: int | None) -> Prepared:
-    """Read a local task with the questions in a data folder.
+    """Read a local task with the questions in a data folder, or in a user's file.
 
     Args:
-        name: one of `task_names`.
+        name: one of `task_names`, or a file with ``context``, ``choices`` and ``answer``, an index
+            from 0.
         data: the folder with `arc_easy/test.jsonl` and so on.
         questions: maximum number of questions; taken evenly spaced.
 
@@ -209,45 +191,45 @@ def _read_task(name: str, data: Path, questions: int | None) -> Prepared:
         UnknownNameError: no such task.
         InputError: the task's file is missing or damaged, or has too few examples.
     """
-    if name not in task_names():
+    path = user_path(name) if is_file(name) else None
+    if path is None and name not in task_names():
         raise UnknownNameError(
             f"unknown local task {name!r}; known: {', '.join(task_names())}"
         )
-    config = _configuration(name)
-    own = config.pop("isingcut")
+    task = path.stem if path else name
+    config = {"task": task, **_configurations()["_file" if path else name]}
+    own = config.pop("isingcut", {"metric": "acc_norm"})
     kind = str(config["output_type"])
     by = own.get("by")
-    records = _spread(_read_records(_find(data, own["test"]), kind, own), questions)
+    file = path or _find(data, own["test"])
+    records = _spread(_read_records(file, kind, own), questions)
     examples = list[dict[str, Any]]()
     if "fewshot" in own:
-        examples = _read_records(_find(data, own["fewshot"]), kind, own)
+        file = _find(data, own["fewshot"])
+        examples = _read_records(file, kind, own)
     groups = dict.fromkeys(r[by] for r in records) if by else [""]
     configurations = []
     for group in groups:
-        one = {**config}
+        one = {**config, "test_split": "test"}
         if by:
-            one["task"] = f"{config['task']}_{group}"
-            one["description"] = config["description"].replace(
-                "{by}", group.replace("_", " ")
-            )
+            about = group.replace("_", " ")
+            one["task"] = f"{task}_{group}"
+            one["description"] = config["description"].replace("{by}", about)
         chosen = [r for r in records if not by or r[by] == group]
         shots = [r for r in examples if not by or r[by] == group]
         if len(shots) < int(one["num_fewshot"]):
             raise InputError(
-                f"{data / own.get('fewshot', own['test'])}.jsonl has {len(shots)} examples"
-                f"{f' about {group}' if group else ''}; {name} needs {one['num_fewshot']}"
+                f"{file} has {len(shots)} examples{f' about {group}' if group else ''}; {name} "
+                f"needs {one['num_fewshot']}"
             )
         one["custom_dataset"] = _dataset(chosen, shots)
-        one["test_split"] = "test"
         if shots:
             one["fewshot_split"] = "fewshot"
         configurations.append(one)
-    source = fingerprint([records, examples])
-    return Prepared(name, str(own["metric"]), source, configurations=configurations)
-
-
-def _configuration(name: str) -> dict[str, Any]:
-    return {"task": name, **_configurations()[name]}
+    source = fingerprint(records if path else [records, examples])
+    return Prepared(
+        short_name(name), str(own["metric"]), source, configurations=configurations
+    )
 
 
 def _configurations() -> dict[str, dict[str, Any]]:

@@ -97,27 +97,19 @@ class Tuned:
         longest = int(tokens.mask.sum(1).max())
         for share in shares:
 
-            def tune_with(count: int, share: float = share) -> Repaired:
-                patches, tuning = tune(
-                    job,
-                    tokens,
-                    held_out,
-                    linear.patches,
-                    layers,
-                    at_a_time=count,
-                    share=share,
-                )
-                record = linear.record.model_copy(update={"tuning": tuning})
-                return Repaired(patches, record)
+            def tune_with(count: int, share: float = share) -> Any:
+                given = (job, tokens, held_out, linear.patches, layers)
+                return tune(*given, at_a_time=count, share=share)
 
             fewer = partial(fewer_tokens_to_fit, limit, STEP_TOKENS, longest, tune_with)
             try:
-                made: Repaired | None = attempt(fewer, True)
+                made = attempt(fewer, True)
             except FitError as e:
                 why = str(e)
                 break
             if made is not None:
-                return made
+                patches, linear.record.tuning = made
+                return Repaired(patches, linear.record)
             limit.release()
         linear.record.tuning = PatchTuning(left_out=why)
         return linear
