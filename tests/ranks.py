@@ -26,7 +26,7 @@ _context.set_forkserver_preload(
         "isingcut.models.verify",
         "isingcut.report.write",
         "isingcut.healing.heal",
-        "isingcut.healing.training.distill",
+        "isingcut.healing.training.train",
         "ranks",
     ]
 )
@@ -56,6 +56,12 @@ def run(codes, said, function, *arguments):
     ranks, _store = launch(len(codes), said, function, *arguments)
     found = join(ranks)
     assert found == codes, f"exit codes {found}\n{said.read_text()}"
+
+
+def lines_of(said):
+    """Return the lines that isingcut printed into a file."""
+    lines = said.read_text().splitlines()
+    return [line for line in lines if line.startswith("isingcut: ")]
 
 
 def join(ranks):
