@@ -60,7 +60,7 @@ def data(tmp_path_factory):
         }
         for q in range(6)
     ]
-    write(folder / "arc_easy/test_sub500.jsonl", records)
+    write(folder / "arc_easy/test.jsonl", records)
     return folder
 
 

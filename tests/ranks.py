@@ -26,7 +26,7 @@ _context.set_forkserver_preload(
         "isingcut.models.verify",
         "isingcut.report.write",
         "isingcut.healing.heal",
-        "isingcut.healing.training.distill",
+        "isingcut.healing.training.train",
         "ranks",
     ]
 )

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import isingcut
-from isingcut.evaluation.benchmark import choose_by_questions, contenders, draw_half
+from isingcut.evaluation.benchmark import choose_by_questions, draw_half
 from isingcut.evaluation.questions import prepare_task
 from isingcut.evaluation.scores import score_states
 from isingcut.files.states import ByTasks, CandidatesFile, ChosenState
@@ -55,18 +55,6 @@ def test_half_of_the_questions_by_a_seed():
     assert draw_half(keys, 1)["a"] != found["a"]
     with refuses("c has one question"):
         draw_half({"c": ["c0", "c0"]}, 0)
-
-
-def test_contenders_are_no_near_copies_while_there_are_others():
-    blocks = [[3, 4], [3, 5], [8, 9], [4, 5], [2, 4], [0, 1], [6, 7]]
-    rows = [SimpleNamespace(removed=b, kl=float(k)) for k, b in enumerate(blocks)]
-    # 3 5, 4 5 and 2 4 share a block with one of lower loss.
-    assert contenders(rows) == [0, 1, 2, 5, 6]
-    assert contenders(rows[:5]) == [0, 1, 2, 3, 4]
-    worst = SimpleNamespace(removed=[10, 11], kl=99.0)
-    assert contenders([*rows, worst], [11, 10])[-1] == 7
-    assert contenders([*rows, worst]) == [0, 2, 5, 6, 7]
-    assert contenders(rows, [3, 4]) == contenders(rows)
 
 
 def test_a_choice_against_the_loss_is_explained():

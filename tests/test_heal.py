@@ -32,8 +32,8 @@ from isingcut.healing import heal as home
 from isingcut.healing import job as recipe
 from isingcut.healing.heal import heal
 from isingcut.healing.training import batches as memory
-from isingcut.healing.training import distill, train
 from isingcut.healing.training import student as parts
+from isingcut.healing.training import train
 from isingcut.healing.training.student import load_student
 from isingcut.options.config import heal_config
 from isingcut.report.words import healing_warnings
@@ -441,7 +441,7 @@ def test_a_time_that_the_patch_would_use_up_is_refused(tmp_path):
 
 
 def test_the_clock_is_read_on_real_steps(models, tmp_path, spy):
-    spent = spy(distill, "_spend", lambda _, job: job.spent)
+    spent = spy(train, "_spend", lambda _, job: job.spent)
     # On any machine the text ends long before this time.
     out = heal(spending(models, tmp_path / "out", "2h"))
     assert spent[0] > 0

@@ -106,14 +106,14 @@ def test_answers_of_all_states_at_once_are_those_of_each_checkpoint(
 def test_an_answer_without_a_finite_likelihood_names_its_text(model, monkeypatch):
     # Two answers of one pass come first, so that rows and samples differ.
     rows = [((9, 10, 11), 1), ((9, 10, 12), 1), ((40, 41, 42), 1)]
-    read = answers._Places.read
+    read = answers.read_answers
 
-    def damaged(self, replay, stream):
-        found = read(self, replay, stream)
+    def damaged(*given):
+        found = read(*given)
         found[0, -1] = np.nan
         return found
 
-    monkeypatch.setattr(answers._Places, "read", damaged)
+    monkeypatch.setattr(answers, "read_answers", damaged)
     shown = re.escape(repr(model.tokenizer.decode([40, 41])))
     with refuses(f"that begins {shown}", ModelError):
         answer_scores(model.replay, rows, states_of(len(model.replay), [()]), Work(64))
@@ -231,18 +231,18 @@ PROMPTS = [
 ]
 
 
-def requests():
-    how = [{**HOW, "max_gen_toks": 12 + 4 * (i % 2)} for i in range(len(PROMPTS))]
+def requests(kinds=2):
+    how = [{**HOW, "max_gen_toks": 12 + 4 * (i % kinds)} for i in range(len(PROMPTS))]
     asked = zip(PROMPTS, how, strict=True)
     return [Instance("generate_until", {}, each, i) for i, each in enumerate(asked)]
 
 
-def written(model, work, state=0):
+def written(model, work, state=0, kinds=2):
     def write(prompts, some):
         with skip_blocks(model.model, STATES[state]):
             return generate_texts(model.replay, STATES[state], prompts, some, work)
 
-    return Harness(model, lambda rows: [], write).generate_until(requests())
+    return Harness(model, lambda rows: [], write).generate_until(requests(kinds))
 
 
 def texts(found, harness, context, **rest):
@@ -261,7 +261,7 @@ def test_texts_are_the_harness_s(model, state):
 
 def test_prompts_of_one_go_fit_some_micro_batches(model, spy):
     went = spy(HFLM, "_model_generate", texts)
-    written(model, Work(10))
+    written(model, Work(10), kinds=1)
     assert sum(count for count, _ in went) == len(PROMPTS)
     assert any(count > 1 for count, _ in went)
     # A longer prompt is generated alone.
@@ -273,11 +273,11 @@ def test_prompts_of_one_go_fit_some_micro_batches(model, spy):
 
 def test_a_killed_run_goes_on_at_the_texts_that_are_left(model, tmp_path, spy):
     work = Work(10, journal=tmp_path / "texts.journal")
-    whole = [written(model, Work(10), state) for state in (0, 1)]
+    whole = [written(model, Work(10), state, 1) for state in (0, 1)]
     counts = spy(HFLM, "_model_generate", texts, stop=6)
     with pytest.raises(KeyboardInterrupt):
-        [written(model, work, state) for state in (0, 1)]
-    assert [written(model, work, state) for state in (0, 1)] == whole
+        [written(model, work, state, 1) for state in (0, 1)]
+    assert [written(model, work, state, 1) for state in (0, 1)] == whole
     assert sum(count for count, _ in counts) == 2 * len(PROMPTS)
 
 

@@ -274,20 +274,17 @@ def test_rows_resume(models, tmp_path, spy):
     assert not asked_again
 
 
-def test_questions_come_from_the_fixed_subset(tmp_path):
+def test_fewer_questions_are_spread_over_the_file(tmp_path):
     records = [arc(i)[1] for i in range(20)]
     write_jsonl(tmp_path / "arc_easy/test.jsonl", records)
-    write_jsonl(tmp_path / "arc_easy/test_sub10.jsonl", records[5:15])
 
     def chosen(most):
         (configuration,) = prepare_task("arc_easy", tmp_path, most).configurations
         return list(configuration["custom_dataset"]()["test"]["context"])
 
     texts = [r["context"] for r in records]
-    assert chosen(None) == texts
-    assert chosen(10) == texts[5:15]
-    assert chosen(3) == [texts[5], texts[9], texts[14]]
-    assert len(chosen(15)) == 15
+    assert chosen(None) == chosen(30) == texts
+    assert chosen(3) == [texts[0], texts[10], texts[19]]
 
 
 def test_the_last_word_is_scored_whatever_space_follows(tmp_path):

@@ -33,7 +33,6 @@ NAMES = (
     "transformers:PreTrainedModel._hf_peft_config_loaded",
     "transformers:AutoModelForCausalLM._model_mapping",
     "transformers:PreTrainedConfig._attn_implementation",
-    "transformers:Trainer._save_checkpoint",
     "transformers:TrainingArguments.n_gpu",
 )
 

@@ -112,7 +112,7 @@ class Narrow(ModelStudy):
         blocks = find_stack(self.original.model).blocks
         for p in patches:
             layer = f"{blocks[p.block].path}.{p.path}"
-            new |= {f"{layer}.weight": p.weight, f"{layer}.bias": p.bias}
+            new |= {f"{layer}.{name}": value for name, value in p.parameters.items()}
         found: Content = {"text": text, "share": share, "fitted": record.content()}
         for name, source in (("own", used.source), ("unlike", UNLIKE)):
             tokens, cut, kept = self.judged_cut(source)

@@ -272,12 +272,9 @@ def test_a_full_disk_at_the_second_state_keeps_the_first(arena, monkeypatch):
     types(arena, heal(out="{here}/whole", save_steps=1), makes=("whole*", ".whole*"))
     with monkeypatch.context() as patch:
         stops(patch, 2, FULL)
-        line = (
-            "no space left .*checkpoint-2 was not written; .*finished work is kept in "
-        )
+        line = "no space left .*healing was not written; .*finished work is kept in "
         left = types(arena, SAVING, code=2, line=line)
     assert left == ["before.json", "identity.json", "memory.json", "trainer"]
-    assert os.listdir(arena.here / ".healed.healing/trainer") == ["checkpoint-1"]
     half_written(arena, 3)
     assert types(arena, SAVING) == []
     assert curve(arena) == curve(arena, "whole")
@@ -291,7 +288,7 @@ def test_used_up_memory_keeps_the_states(arena, monkeypatch):
 
 def test_a_full_disk_at_the_first_state_leaves_nothing(arena, monkeypatch):
     stops(monkeypatch, 1, FULL)
-    arena.refuses(SAVING, "no space left .*checkpoint-1")
+    arena.refuses(SAVING, "no space left .*healing was not written")
 
 
 def test_half_a_state_alone_is_begun_anew(arena, monkeypatch):
@@ -334,7 +331,7 @@ def test_the_advice_after_no_number_works(arena, saved):
 @parametrize(
     "place, error",
     [
-        ("isingcut.healing.training.distill._publish", FULL),
+        ("isingcut.healing.training.train._publish", FULL),
         ("isingcut.healing.heal.healed_card", FULL),
         (
             "isingcut.healing.training.train.OurTrainer.save_model",

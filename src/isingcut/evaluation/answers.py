@@ -8,7 +8,7 @@ Texts are generated for a few prompts at a time, and then stored in the journal.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -69,17 +69,15 @@ def answer_scores(
     groups = list(alike.values())
     batches = tokens.batches(work.batch_tokens)
 
-    def place_rows(batch: TokenSet) -> list[tuple[int, int]]:
+    def rows_of(batch: TokenSet) -> list[tuple[int, int]]:
         """Return (sample, row) of each continuation in a micro-batch."""
         return [
             (i, r) for i, row in enumerate(batch.index.tolist()) for r in groups[row]
         ]
 
     def compute(some: Sequence[TokenSet]) -> list[Floats]:
-        places = [
-            _Places([(i, rows[r]) for i, r in place_rows(batch)]) for batch in some
-        ]
-        return _scores(replay, some, wanted[order], places)
+        asked = [[(i, rows[r]) for i, r in rows_of(batch)] for batch in some]
+        return _scores(replay, some, wanted[order], asked)
 
     measured = identity(
         replay,
@@ -106,79 +104,67 @@ def answer_scores(
                 compute,
                 lambda a, b: np.concatenate([a, b], -1),
             )
-            for b, found in zip(left[chunk], scores, strict=True):
-                kept.put({str(b): found})
+            for b, of_batch in zip(left[chunk], scores, strict=True):
+                kept.put({str(b): of_batch})
                 bar.advance(costs[b])
     sums = np.zeros((2, len(wanted), len(rows)))
     for b, batch in enumerate(batches):
-        sums[:, order[:, None], [r for _, r in place_rows(batch)]] = kept.get(str(b))
+        sums[:, order[:, None], [r for _, r in rows_of(batch)]] = kept.get(str(b))
     return sums[0], sums[1] == 1
 
 
-class _Places:
-    """The K positions of a micro-batch that predict the continuations of R rows.
-
-    Args:
-        rows: sample index and row of each.
-
-    Attributes:
-        sample, position, label: (K,) int64; position t predicts token t + 1, the label.
-        owner: (K,) index of the row.
-        samples: the sample index of each row.
-    """
-
-    def __init__(self, rows: Sequence[tuple[int, Continuation]]) -> None:
-        where = [
-            (sample, t, ids[t + 1], r)
-            for r, (sample, (ids, k)) in enumerate(rows)
-            for t in range(len(ids) - 1 - k, len(ids) - 1)
-        ]
-        columns = [torch.tensor(column) for column in zip(*where, strict=True)]
-        self.sample, self.position, self.label, owner = columns
-        self.owner = owner.numpy()
-        self.samples = [sample for sample, _ in rows]
-
-    def read(self, replay: Replay, stream: Tensor) -> Floats:
-        """Return (2, R) log-likelihoods and greedy flags, from the hidden states (B, T, D).
-
-        Only these positions pass through the final norm and the head.
-        """
-        read = stream[self.sample, self.position]
-        likely = list[Tensor]()
-        best = list[Tensor]()
-        pieces = (torch.split(rows, _HEAD_ROWS) for rows in (read, self.label))
-        for part, label in zip(*pieces, strict=True):
-            logits = replay.tail(part[None], label[None].to(replay.device))[0].float()
-            label = label.to(logits.device)
-            likely.append(
-                (logits.gather(1, label[:, None])[:, 0] - logits.logsumexp(-1)).double()
-            )
-            best.append((logits.argmax(-1) == label).double())
-        found = np.stack([np.zeros(len(self.samples)), np.ones(len(self.samples))])
-        np.add.at(found[0], self.owner, torch.cat(likely).cpu().numpy())
-        np.minimum.at(found[1], self.owner, torch.cat(best).cpu().numpy())
-        return found
+Asked = Sequence[tuple[int, Continuation]]
+"""The continuations of a micro-batch, each with the index of its sample."""
 
 
 def _scores(
     replay: Replay,
     batches: Sequence[TokenSet],
     states: States,
-    places: Sequence[_Places],
+    asked: Sequence[Asked],
 ) -> list[Floats]:
     """Return (2, S, R) per micro-batch: log-likelihoods and greedy flags under sorted states."""
     recordings = [replay.record(batch.input_ids) for batch in batches]
-    found = [np.zeros((2, len(states), len(read.samples))) for read in places]
+    scores = [np.zeros((2, len(states), len(rows))) for rows in asked]
 
     def run(tree: int, block: int, stream: Tensor) -> Tensor:
         return recordings[tree].block(block, stream)
 
     trees = [(states, recording.entered) for recording in recordings]
     for tree, first, last, end in walk(trees, run, by_block=replay.streamed):
-        found[tree][:, first:last] = places[tree].read(replay, end)[:, None]
-    for batch, read, of_batch in zip(batches, places, found, strict=True):
-        check_finite(replay, batch.select(read.samples), of_batch, states)
-    return found
+        scores[tree][:, first:last] = read_answers(replay, end, asked[tree])[:, None]
+    for batch, rows, of_batch in zip(batches, asked, scores, strict=True):
+        samples = batch.select([sample for sample, _ in rows])
+        check_finite(replay, samples, of_batch, states)
+    return scores
+
+
+def read_answers(replay: Replay, stream: Tensor, rows: Asked) -> Floats:
+    """Return (2, R) log-likelihoods and greedy flags, from the hidden states (B, T, D).
+
+    Only the positions that predict the continuations pass through the final norm and the head.
+    """
+    # Position t predicts token t + 1, the label.
+    places = [
+        (sample, t, ids[t + 1], r)
+        for r, (sample, (ids, k)) in enumerate(rows)
+        for t in range(len(ids) - 1 - k, len(ids) - 1)
+    ]
+    sample, position, labels, owner = torch.tensor(places).T
+    likely = list[Tensor]()
+    best = list[Tensor]()
+    pieces = (t.split(_HEAD_ROWS) for t in (stream[sample, position], labels))
+    for part, label in zip(*pieces, strict=True):
+        logits = replay.tail(part[None], label[None].to(replay.device))[0].float()
+        label = label.to(logits.device)
+        likely.append(
+            (logits.gather(1, label[:, None])[:, 0] - logits.logsumexp(-1)).double()
+        )
+        best.append((logits.argmax(-1) == label).double())
+    scores = np.stack([np.zeros(len(rows)), np.ones(len(rows))])
+    np.add.at(scores[0], owner.numpy(), torch.cat(likely).cpu().numpy())
+    np.minimum.at(scores[1], owner.numpy(), torch.cat(best).cpu().numpy())
+    return scores
 
 
 Prompt = tuple[tuple[int, ...], dict[str, Any]]
@@ -212,9 +198,14 @@ def generate_texts(
     )
     keys = [f"{[*state]}/{i}" for i in range(len(prompts))]
     left = [i for i, key in enumerate(keys) if kept.get(key) is None]
+    left.sort(key=lambda i: -len(prompts[i][0]))
     with work.progress(description, len(prompts)) as bar:
         bar.advance(len(prompts) - len(left))
-        for some in _together(prompts, left, MICRO_BATCHES * work.batch_tokens):
+        while left:
+            longest = max(1, len(prompts[left[0]][0]))
+            count = max(1, MICRO_BATCHES * work.batch_tokens // longest)
+            some = left[:count]
+            left = left[count:]
 
             def write_by(count: int, some: Sequence[int] = some) -> list[str]:
                 parts = (some[a : a + count] for a in range(0, len(some), count))
@@ -227,18 +218,3 @@ def generate_texts(
             bar.advance(len(some))
     rows = map(kept.get, keys)
     return [bytes(row.astype(np.uint8)).decode() for row in rows if row is not None]
-
-
-def _together(
-    prompts: Sequence[Prompt], left: Sequence[int], most: int
-) -> Iterator[list[int]]:
-    """Yield batches of prompt indices with equal settings, longest first, up to ``most`` tokens."""
-    alike: dict[str, list[int]] = {}
-    for i in left:
-        alike.setdefault(fingerprint(prompts[i][1]), []).append(i)
-    for group in alike.values():
-        order = sorted(group, key=lambda i: -len(prompts[i][0]))
-        while order:
-            count = max(1, most // max(1, len(prompts[order[0]][0])))
-            yield order[:count]
-            order = order[count:]

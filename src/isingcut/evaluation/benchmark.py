@@ -26,9 +26,9 @@ from isingcut.evaluation.questions import Prepared
 from isingcut.evaluation.scores import Scores, score_states
 from isingcut.files.evaluations import PairedScores, TaskRow
 from isingcut.files.results import fingerprint, without_infinities
-from isingcut.files.states import ByTasks, MeasuredState, ScoredCandidate
+from isingcut.files.states import ByTasks, ScoredCandidate
 from isingcut.formats.sources import model_identity
-from isingcut.ising.states import Floats, swaps
+from isingcut.ising.states import Floats
 from isingcut.measure.losses import standard_error
 from isingcut.measure.work import PLAIN, Work
 
@@ -57,7 +57,6 @@ def benchmark(
     """
     assert len(models) == 2
     left_out = frozenset(but)
-    wanted = (lambda key: key not in left_out) if left_out else None
     rows = []
     with work.progress("benchmarks", 2 * len(tasks)) as bar:
         for task in tasks:
@@ -69,9 +68,11 @@ def benchmark(
                 )
                 part = Part(bar, 1)
                 own = replace(work, progress=part, journal=journal)
-                (found,) = score_states(model, task, [()], own, wanted=wanted)
-                part.finish(f"{task.name}, {name}: {found.values.mean():.3f}")
-                pair.append(found)
+                (scores,) = score_states(
+                    model, task, [()], own, wanted=lambda key: key not in left_out
+                )
+                part.finish(f"{task.name}, {name}: {scores.values.mean():.3f}")
+                pair.append(scores)
             rows.append(row(*pair))
     return rows
 
@@ -80,10 +81,11 @@ def row(original: Scores, cut: Scores) -> TaskRow:
     """Make one row of `benchmarks.json` from the scores of two models on the same questions."""
     assert original.questions == cut.questions
     assert original.metric == cut.metric
-    found = compare_scores(original.values, cut.values)
-    metric = original.metric.removesuffix(",none")
     return TaskRow(
-        task=original.task, metric=metric, shots=original.shots, **dict(found)
+        task=original.task,
+        metric=original.metric.removesuffix(",none"),
+        shots=original.shots,
+        **dict(compare_scores(original.values, cut.values)),
     )
 
 
@@ -168,9 +170,7 @@ def _resample(values: Floats) -> Floats:
 
 
 CONTENDERS = 5
-"""Number of candidates to compare."""
-_APART = 2
-"""Minimum number of blocks in which two of them differ, if possible: near copies score the same."""
+"""Number of candidates to compare, besides the one without the last blocks."""
 
 
 def draw_half(keys: Mapping[str, Sequence[str]], seed: int) -> dict[str, list[str]]:
@@ -179,7 +179,7 @@ def draw_half(keys: Mapping[str, Sequence[str]], seed: int) -> dict[str, list[st
     Raises:
         InputError: a task has a single question.
     """
-    found = {}
+    halves = {}
     for number, (task, all_keys) in enumerate(keys.items()):
         distinct = list(dict.fromkeys(all_keys))
         if len(distinct) < 2:
@@ -187,29 +187,8 @@ def draw_half(keys: Mapping[str, Sequence[str]], seed: int) -> dict[str, list[st
                 f"{task} has one question; --choose tasks needs two or more per task"
             )
         order = np.random.default_rng([seed, 0xA5, number]).permutation(len(distinct))
-        found[task] = [distinct[i] for i in order[: len(distinct) // 2]]
-    return found
-
-
-def contenders(rows: Sequence[MeasuredState], also: Sequence[int] = ()) -> list[int]:
-    """Select the candidates to compare, lowest loss first; return their indices.
-
-    Takes the one of lowest loss, then by loss those that differ in two blocks or more from all
-    selected ones; if these are too few, the next by loss.
-
-    Args:
-        also: removed blocks of a candidate that is always included.
-    """
-    order = sorted(range(len(rows)), key=lambda i: rows[i].kl)
-    found = [
-        i for i in order if i == order[0] or sorted(rows[i].removed) == sorted(also)
-    ]
-    for apart in (_APART, 1):
-        for i in order:
-            far = all(swaps(rows[i].removed, rows[j].removed) >= apart for j in found)
-            if far and len(found) < CONTENDERS:
-                found.append(i)
-    return sorted(found, key=order.index)
+        halves[task] = [distinct[i] for i in order[: len(distinct) // 2]]
+    return halves
 
 
 def choose_by_questions(

@@ -96,8 +96,8 @@ def rank(
         samples=len(measured.counts),
         tokens=int(measured.counts.sum()),
         candidates=rows,
-        random=[row for found in random for row in _rows(found, energy, {})],
-        random_tokens=sum(int(found.counts.sum()) for found in random),
+        random=[row for one in random for row in _rows(one, energy, {})],
+        random_tokens=sum(int(one.counts.sum()) for one in random),
         random_distribution=distribution,
         fidelity=_correlate(energy, judged_on),
         fidelity_of_others={
@@ -113,16 +113,16 @@ def rank(
 
 
 def _rows(
-    found: Measurement, energy: Hamiltonian, parts: Mapping[str, Sequence[int]]
+    measured: Measurement, energy: Hamiltonian, parts: Mapping[str, Sequence[int]]
 ) -> list[MeasuredState]:
     """Make a row per state with its losses, and its losses on each source of a mixture."""
-    of_part = {name: found.of_samples(own) for name, own in parts.items()}
+    of_part = {name: measured.of_samples(own) for name, own in parts.items()}
     rows = []
-    for s, state in enumerate(found.states):
+    for s, state in enumerate(measured.states):
         row = {
             "removed": blocks_of(state),
             "energy": energy.energy(state),
-            **found.losses(s),
+            **measured.losses(s),
         }
         if of_part:
             row["parts"] = {
@@ -132,18 +132,18 @@ def _rows(
     return rows
 
 
-def _correlate(energy: Hamiltonian, found: Sequence[Measurement]) -> Judged:
+def _correlate(energy: Hamiltonian, measured: Sequence[Measurement]) -> Judged:
     """Correlate an energy with the losses of candidates and random states, in this order."""
 
     def of(loss: str, some: Sequence[Measurement]) -> Correlations:
-        if not some:
-            return fidelity(np.zeros(0), np.zeros(0))
-        states = [m.states for m in some]
+        energies = [energy.energies(m.states) for m in some]
         losses = [getattr(m, loss) for m in some]
-        return fidelity(energy.energies(np.concatenate(states)), np.concatenate(losses))
+        return fidelity(np.hstack([[], *energies]), np.hstack([[], *losses]))
 
     return Judged(
-        kl=of("kl", found), nll=of("nll", found), kl_random_only=of("kl", found[1:])
+        kl=of("kl", measured),
+        nll=of("nll", measured),
+        kl_random_only=of("kl", measured[1:]),
     )
 
 
@@ -155,8 +155,8 @@ def random_journal(journal: Path) -> Path:
 def few_samples(samples: int) -> list[int]:
     """Return the indices of the samples for random states: a quarter of all, evenly spaced."""
     few = max(samples // 4, min(samples, LEAST))
-    found: list[int] = np.linspace(0, samples - 1, few).round().astype(int).tolist()
-    return found
+    picks = np.linspace(0, samples - 1, few).round()
+    return [int(pick) for pick in picks]
 
 
 def random_feasible(
@@ -237,5 +237,5 @@ def _spearman(a: Floats, b: Floats, picks: NDArray[np.int64]) -> Floats:
 
     ranks = [rankdata(x[picks], axis=1) for x in (a, b)]
     with warnings.catch_warnings(action="ignore", category=ConstantInputWarning):
-        found: Floats = pearsonr(*ranks, axis=1).statistic
-    return found
+        rho: Floats = pearsonr(*ranks, axis=1).statistic
+    return rho

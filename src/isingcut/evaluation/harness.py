@@ -69,8 +69,8 @@ class Harness(HFLM):  # type: ignore[misc]
 
         def write(some: Sequence[int]) -> Sequence[str]:
             self.batch_size_per_gpu = len(some)
-            found: list[str] = generate([requests[i] for i in some], disable_tqdm=True)
-            return found
+            texts: list[str] = generate([requests[i] for i in some], disable_tqdm=True)
+            return texts
 
         prompts = [
             (tuple(self.tok_encode(r.args[0])), dict(r.args[1])) for r in requests

@@ -81,7 +81,7 @@ def before_and_after(
     first = original.runnable
     second = cut.runnable
     sums = sample_sums(first, second, tokens, work)
-    found = quality_of(sums, tokens)
+    scores = quality_of(sums, tokens)
     nll = sums[0]
     of = {"before": np.stack([nll, nll, np.zeros_like(nll)]), "after": sums}
     metrics = {name: registry.get(name)() for name in registry.names()}
@@ -104,8 +104,8 @@ def before_and_after(
                 bar.advance(1)
         rest = {"not_measured": list(SPEED_KEYS)} if skip_speed else {}
         rest["generation"] = Generation(prompt=_PROMPT, **texts)
-    if found.parts:
-        rest["parts"] = found.parts
+    if scores.parts:
+        rest["parts"] = scores.parts
     if metrics:
         rest["metrics"] = {
             k: Shown(unit=m.unit, form=m.form) for k, m in metrics.items()
@@ -119,7 +119,7 @@ def before_and_after(
         for key, metric in metrics.items():
             figures[key], figures[f"{key}_se"] = metric.measure(of[name], tokens.counts)
         rest[name] = ModelScores(
-            **getattr(found, name).content(),
+            **getattr(scores, name).content(),
             **speeds.get(name, {}),
             **figures,
             parameters=sum(p.numel() for p in side.model.parameters()),
@@ -129,9 +129,9 @@ def before_and_after(
     return EvaluationFile(
         samples=tokens.samples,
         tokens=tokens.tokens,
-        kl=found.kl,
-        kl_se=found.kl_se,
-        nll_change_se=found.nll_change_se,
+        kl=scores.kl,
+        kl_se=scores.kl_se,
+        nll_change_se=scores.nll_change_se,
         device=name_devices(original),
         dtype=original.dtype_name,
         threads=torch.get_num_threads(),
@@ -159,11 +159,11 @@ def quality(
         ModelError: a loss is not finite, or has no finite perplexity.
     """
     sums = sample_sums(original, cut, tokens, work)
-    found = quality_of(sums, tokens)
+    scores = quality_of(sums, tokens)
     if exact is not None:
-        found.kl_above_cut, error = difference(exact, sums[2], tokens.counts)
-        found.kl_above_cut_se = without_infinities(error)
-    return found
+        scores.kl_above_cut, error = difference(exact, sums[2], tokens.counts)
+        scores.kl_above_cut_se = without_infinities(error)
+    return scores
 
 
 def sample_sums(
@@ -181,10 +181,10 @@ def sample_sums(
     description = "perplexity and KL on unseen text"
     with work.progress(description, len(batches)) as bar, torch.inference_mode():
         for chunk in _chunks((original, cut), batches):
-            found = split_to_fit(
+            by_batch = split_to_fit(
                 limit, batches[chunk], compute, lambda a, b: np.concatenate([a, b], 1)
             )
-            for batch, values in zip(batches[chunk], found, strict=True):
+            for batch, values in zip(batches[chunk], by_batch, strict=True):
                 sums[:, batch.index.tolist()] = values
                 bar.advance(1)
     most = _MOST_NATS * tokens.counts
@@ -258,8 +258,8 @@ def quality_of(sums: Floats, tokens: TokenSet) -> MixedScores:
     )
 
 
-def _part(tokens: TokenSet, found: MixedScores) -> PartScores:
-    scores = {name: value for name, value in found if name != "parts"}
+def _part(tokens: TokenSet, whole: MixedScores) -> PartScores:
+    scores = {name: value for name, value in whole if name != "parts"}
     return PartScores(samples=tokens.samples, tokens=tokens.tokens, **scores)
 
 

@@ -7,7 +7,6 @@ Every question has a key, so that questions used to choose a model are left out 
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
 import importlib.util
 import io
@@ -100,11 +99,9 @@ def prepare_task(
     name: str, data: Path | None, questions: int | None = None
 ) -> Prepared:
     """Prepare a task by name: a file, a task of isingcut with ``data``, or one of the harness."""
-    if is_file(name):
-        return _read_file(user_path(name), questions)
-    if data is None:
+    if not is_file(name) and data is None:
         return Prepared(name, None, "hub", questions)
-    return _read_task(name, data, questions)
+    return _read_task(name, data or Path(), questions)
 
 
 def check_tasks(names: Sequence[str], data: Path | None, questions: int | None) -> None:
@@ -144,14 +141,14 @@ def _manager() -> Any:
 
 def _hub(name: str) -> dict[str, Any]:
     try:
-        found: dict[str, Any] = _manager().load([name])["tasks"]
+        tasks: dict[str, Any] = _manager().load([name])["tasks"]
     except Exception as e:
         words = " ".join(str(e).split())
         raise InputError(
             f"lm-evaluation-harness cannot load {name!r} from the hub ({words}); without network, "
             "give a folder of questions as --data"
         ) from e
-    return found
+    return tasks
 
 
 @contextlib.contextmanager
@@ -181,98 +178,75 @@ def is_file(name: str) -> bool:
     return name.endswith(".jsonl")
 
 
-def _read_file(path: Path, questions: int | None) -> Prepared:
-    """Read a task from a user's file: ``context``, ``choices`` and ``answer``, an index from 0.
-
-    Args:
-        questions: maximum number of questions; taken evenly spaced.
-
-    Raises:
-        InputError: the file is missing or damaged.
-    """
-    records = _spread(_read_records(path, "multiple_choice", {}), questions)
-    config = {**_configuration("_file"), "task": path.stem, "test_split": "test"}
-    config["custom_dataset"] = _dataset(records, [])
-    return Prepared(
-        path.name, "acc_norm", fingerprint(records), configurations=[config]
-    )
-
-
 def _read_task(name: str, data: Path, questions: int | None) -> Prepared:
-    """Read a local task with the questions in a data folder.
+    """Read a local task with the questions in a data folder, or in a user's file.
 
     Args:
-        name: one of `task_names`.
+        name: one of `task_names`, or a file with ``context``, ``choices`` and ``answer``, an index
+            from 0.
         data: the folder with `arc_easy/test.jsonl` and so on.
-        questions: maximum number of questions; taken evenly spaced, from a fixed subset
-            (`test_sub500.jsonl`) if the folder has one of that size or more.
+        questions: maximum number of questions; taken evenly spaced.
 
     Raises:
         UnknownNameError: no such task.
         InputError: the task's file is missing or damaged, or has too few examples.
     """
-    if name not in task_names():
+    path = user_path(name) if is_file(name) else None
+    if path is None and name not in task_names():
         raise UnknownNameError(
             f"unknown local task {name!r}; known: {', '.join(task_names())}"
         )
-    config = _configuration(name)
-    own = config.pop("isingcut")
+    task = path.stem if path else name
+    config = {"task": task, **_configurations()["_file" if path else name]}
+    own = config.pop("isingcut", {"metric": "acc_norm"})
     kind = str(config["output_type"])
     by = own.get("by")
-    file = _find_subset(data, own["test"], questions) or _find(data, own["test"])
+    file = path or _find(data, own["test"])
     records = _spread(_read_records(file, kind, own), questions)
-    examples = (
-        _read_records(_find(data, own["fewshot"]), kind, own)
-        if "fewshot" in own
-        else []
-    )
+    examples = list[dict[str, Any]]()
+    if "fewshot" in own:
+        file = _find(data, own["fewshot"])
+        examples = _read_records(file, kind, own)
     groups = dict.fromkeys(r[by] for r in records) if by else [""]
     configurations = []
     for group in groups:
-        one = copy.deepcopy(config)
+        one = {**config, "test_split": "test"}
         if by:
-            one["task"] = f"{config['task']}_{group}"
-            one["description"] = config["description"].replace(
-                "{by}", group.replace("_", " ")
-            )
+            about = group.replace("_", " ")
+            one["task"] = f"{task}_{group}"
+            one["description"] = config["description"].replace("{by}", about)
         chosen = [r for r in records if not by or r[by] == group]
         shots = [r for r in examples if not by or r[by] == group]
         if len(shots) < int(one["num_fewshot"]):
             raise InputError(
-                f"{data / own.get('fewshot', own['test'])}.jsonl has {len(shots)} examples"
-                f"{f' about {group}' if group else ''}; {name} needs {one['num_fewshot']}"
+                f"{file} has {len(shots)} examples{f' about {group}' if group else ''}; {name} "
+                f"needs {one['num_fewshot']}"
             )
         one["custom_dataset"] = _dataset(chosen, shots)
-        one["test_split"] = "test"
         if shots:
             one["fewshot_split"] = "fewshot"
         configurations.append(one)
-    source = fingerprint([records, examples])
-    return Prepared(name, str(own["metric"]), source, configurations=configurations)
+    source = fingerprint(records if path else [records, examples])
+    return Prepared(
+        short_name(name), str(own["metric"]), source, configurations=configurations
+    )
 
 
-def _configuration(name: str) -> dict[str, Any]:
-    return copy.deepcopy({"task": name, **_configurations()[name]})
-
-
-@functools.cache
 def _configurations() -> dict[str, dict[str, Any]]:
     import yaml
 
-    found: dict[str, dict[str, Any]] = yaml.safe_load(
+    tasks: dict[str, dict[str, Any]] = yaml.safe_load(
         Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8")
     )
-    return found
+    return tasks
 
 
 def _dataset(test: list[dict[str, Any]], fewshot: list[dict[str, Any]]) -> Any:
     def make(**ignored: Any) -> dict[str, Any]:
         import datasets
 
-        found = {"test": datasets.Dataset.from_list(test)}
-        if fewshot:
-            found["fewshot"] = datasets.Dataset.from_list(fewshot)
-        return found
+        splits = {"test": test, **({"fewshot": fewshot} if fewshot else {})}
+        return {k: datasets.Dataset.from_list(rows) for k, rows in splits.items()}
 
     return make
 
@@ -290,21 +264,12 @@ def _find(data: Path, stem: str) -> Path:
     return numbered[0]
 
 
-def _find_subset(data: Path, stem: str, most: int | None) -> Path | None:
-    """Return the smallest file such as `test_sub500.jsonl` with ``most`` questions or more."""
-    sizes = (
-        (p.stem.rpartition("_sub")[2], p) for p in data.glob(f"{stem}_sub[0-9]*.jsonl")
-    )
-    subsets = sorted((int(size), p) for size, p in sizes if size.isdigit())
-    return next((p for size, p in subsets if most is not None and size >= most), None)
-
-
-def _spread(found: list[dict[str, Any]], most: int | None) -> list[dict[str, Any]]:
+def _spread(records: list[dict[str, Any]], most: int | None) -> list[dict[str, Any]]:
     """Return at most ``most`` records, evenly spaced."""
-    if most is None or len(found) <= most:
-        return found
-    picks = np.linspace(0, len(found) - 1, most).round().astype(int)
-    return [found[i] for i in picks]
+    if most is None or len(records) <= most:
+        return records
+    picks = np.linspace(0, len(records) - 1, most).round().astype(int)
+    return [records[i] for i in picks]
 
 
 def _read_records(path: Path, kind: str, own: dict[str, Any]) -> list[dict[str, Any]]:
@@ -321,16 +286,16 @@ def _read_records(path: Path, kind: str, own: dict[str, Any]) -> list[dict[str, 
     others = {"loglikelihood": ["text"], "generate_until": ["context", "solution"]}
     texts = [*others.get(kind, ["context"]), *([own["by"]] if "by" in own else [])]
     fields = texts if kind in others else [*texts, "choices", "answer"]
-    found = []
+    records = []
     content = read_bytes(path, "the file of questions", limit=_LARGEST)
     for where, record in json_lines(io.BytesIO(content), str(path), InputError):
         expected = _find_fault(record, texts, own, choices=kind not in others)
         if expected:
             raise InputError(f"{where}: expected {expected}")
-        found.append({name: record[name] for name in fields})
-    if not found:
+        records.append({name: record[name] for name in fields})
+    if not records:
         raise InputError(f"{path} has no questions; give a file with at least one")
-    return found
+    return records
 
 
 def _find_fault(

@@ -71,7 +71,7 @@ def score_states(
     removed: Sequence[Sequence[int]],
     work: Work = PLAIN,
     *,
-    wanted: Callable[[str], bool] | None = None,
+    wanted: Callable[[str], bool] = lambda key: True,
 ) -> list[Scores]:
     """Score several states of a model on one task.
 
@@ -82,7 +82,7 @@ def score_states(
         loaded: the model, in memory or streamed.
         removed: the removed blocks of each state.
         work: batch size, progress display and journal; the journal belongs to one task.
-        wanted: function of a question's key, whether to use the question; None uses all.
+        wanted: function of a question's key, whether to use the question.
 
     Raises:
         InputError: no question is left, or none has a score.
@@ -90,18 +90,19 @@ def score_states(
     """
     replay = loaded.replay
     states = states_of(len(replay), [tuple(blocks) for blocks in removed])
-    # Scores of each row under all states, which are computed together.
-    known: dict[Continuation, tuple[list[float], list[bool]]] = {}
+    # The answers to each row under all states, which are computed together.
+    known = dict[Continuation, list[Likelihood]]()
     shown = sys.stderr
 
     # Stderr is hidden for the harness only; these functions show progress.
     def answer(state: int, rows: Sequence[Continuation]) -> Sequence[Likelihood]:
         if new := [row for row in dict.fromkeys(rows) if row not in known]:
             with contextlib.redirect_stderr(shown):
-                likely, greedy = answer_scores(replay, new, states, work, task.name)
-            both = zip(likely.T.tolist(), greedy.T.tolist(), strict=True)
-            known.update(zip(new, both, strict=True))
-        return [(known[row][0][state], known[row][1][state]) for row in rows]
+                both = answer_scores(replay, new, states, work, task.name)
+            of_rows = (of_states.T.tolist() for of_states in both)
+            for row, likely, greedy in zip(new, *of_rows, strict=True):
+                known[row] = [*zip(likely, greedy, strict=True)]
+        return [known[row][state] for row in rows]
 
     def generate(state: int, prompts: Sequence[Prompt], write: Writer) -> list[str]:
         with (
@@ -115,11 +116,11 @@ def score_states(
     with quiet():
         from isingcut.evaluation.harness import Harness
 
-        found = []
+        scores = []
         for s in range(len(removed)):
             engine = Harness(loaded, partial(answer, s), partial(generate, s))
             try:
-                found.append(_score_one(engine, task, wanted))
+                scores.append(_score_one(engine, task, wanted))
             except ModelError as e:
                 raise ModelError(f"{task.name}: {e}") from e
             if not s and engine.shortened:
@@ -130,38 +131,35 @@ def score_states(
                         f"{loaded.folder}; their beginnings are left out, as "
                         "lm-evaluation-harness does"
                     )
-    return found
+    return scores
 
 
-def _score_one(
-    model: Harness, task: Prepared, wanted: Callable[[str], bool] | None
-) -> Scores:
+def _score_one(model: Harness, task: Prepared, wanted: Callable[[str], bool]) -> Scores:
     """Score a model on a task with the harness."""
     from lm_eval.defaults import DEFAULT_OTHER_SEED
     from lm_eval.evaluator import evaluate
 
     made = task.make()
-    picked = None
-    if wanted is not None:
-        keys = task.keys(made)
-        picked = {t: [i for i, key in enumerate(keys[t]) if wanted(key)] for t in made}
-        # The harness takes an empty list as all questions.
-        made = {t: each for t, each in made.items() if picked[t]}
-        if not made:
-            raise InputError(
-                f"all questions of {task.name} were used for the choice; give more"
-            )
+    keys = task.keys(made)
+    picked = {t: [i for i, key in enumerate(keys[t]) if wanted(key)] for t in made}
+    # The harness takes an empty list as all questions.
+    made = {t: each for t, each in made.items() if picked[t]}
+    if not made:
+        raise InputError(
+            f"all questions of {task.name} were used for the choice; give more"
+        )
     for each in made.values():
         # As the harness's own entry point does.
         if each.get_config("num_fewshot") is None:
             each.set_config(key="num_fewshot", value=0)
         each.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
     loaded_tasks = {"tasks": made, "groups": {}, "group_map": {}}
-    limit = task.limit if picked is None else None
-    found: Any = evaluate(
-        lm=model, task_dict=loaded_tasks, bootstrap_iters=0, limit=limit, samples=picked
+    results: Any = evaluate(
+        lm=model, task_dict=loaded_tasks, bootstrap_iters=0, samples=picked
     )
-    samples = [(name, s) for name in found["samples"] for s in found["samples"][name]]
+    samples = [
+        (name, s) for name in results["samples"] for s in results["samples"][name]
+    ]
     metric = task.metric or _metric(task.name, samples)
     name, _, which = metric.partition(",")
     chosen = [
@@ -185,7 +183,7 @@ def _score_one(
             [(made[t], s) for t, s in chosen], values, by_length=name == "acc_norm"
         ),
         [f"{t}:{s['doc_hash'][:16]}" for t, s in chosen],
-        int(next(iter(found["n-shot"].values()))),
+        int(next(iter(results["n-shot"].values()))),
     )
 
 
@@ -217,11 +215,11 @@ def certainties(
         scores: (n,) scores of the questions.
         by_length: use log-likelihoods per character, as in ``acc_norm``.
     """
-    found = np.array(scores, dtype=np.float64)
+    certain = np.array(scores, dtype=np.float64)
     margins = dict[int, Floats]()
     for i, (task, sample) in enumerate(answered):
         if task.OUTPUT_TYPE == "loglikelihood":
-            found[i] = sample["filtered_resps"][0][0]
+            certain[i] = sample["filtered_resps"][0][0]
         elif task.OUTPUT_TYPE == "multiple_choice":
             choices, right = _choices(task, sample["doc"])
             if right:
@@ -234,8 +232,8 @@ def certainties(
                 wrong = [c for c in range(len(choices)) if c not in right]
                 margins[i] = likely[wrong] - likely[right].max()
     if margins:
-        found[list(margins)] = temper_margins(list(margins.values()))
-    return found
+        certain[list(margins)] = temper_margins(list(margins.values()))
+    return certain
 
 
 def temper_margins(margins: Sequence[Floats]) -> Floats:
@@ -244,15 +242,12 @@ def temper_margins(margins: Sequence[Floats]) -> Floats:
     Args:
         margins: for each question the log-likelihoods of its wrong choices minus the right one's.
     """
-    size = max(map(len, margins))
-    padded = np.array(
-        [np.pad(m, (0, size - len(m)), constant_values=-np.inf) for m in margins]
-    )
     # The right choice itself has the margin 0.
-    logits = np.concatenate([np.zeros((len(padded), 1)), padded], axis=1)
-    each = [-np.logaddexp.reduce(logits / t, axis=1) for t in _TEMPERATURES]
-    best: Floats = max(each, key=lambda values: float(values.mean()))
-    return best
+    rows = [np.array([0.0, *own]) for own in margins]
+    each = [
+        np.array([-np.logaddexp.reduce(row / t) for row in rows]) for t in _TEMPERATURES
+    ]
+    return max(each, key=lambda values: float(values.mean()))
 
 
 def _choices(task: Any, question: Any) -> tuple[list[str], list[int]]:
@@ -261,14 +256,9 @@ def _choices(task: Any, question: Any) -> tuple[list[str], list[int]]:
         # A task that is defined in code, with its own scoring.
         return [], []
     choices = list(task.doc_to_choice(question))
-    gold = (
-        task.doc_to_text(question)
-        if task.multiple_input
-        else task.doc_to_target(question)
-    )
-    named = gold if isinstance(gold, list) else [gold]
-    places = range(len(choices))
-    right = [choices.index(g) for g in named if isinstance(g, str) and g in choices]
-    return choices, right + [
-        int(g) for g in named if not isinstance(g, str) and g in places
+    gold = (task.doc_to_text if task.multiple_input else task.doc_to_target)(question)
+    right = [
+        choices.index(g) if g in choices else g
+        for g in (gold if isinstance(gold, list) else [gold])
     ]
+    return choices, [g for g in right if g in range(len(choices))]

@@ -63,23 +63,22 @@ def with_memory(
         folders: the folders of ``before`` and ``after``.
         length: number of prompt tokens.
     """
-    sides = {}
+    peaks = {}
     with progress("peak memory", len(folders)) as bar:
         for name, folder in folders.items():
-            peak = peak_memory(
+            peaks[name] = peak_memory(
                 folder,
                 evaluation.dtype,
                 evaluation.device,
                 tokens=length,
                 trust_remote_code=trust_remote_code,
             )
-            if peak is None:
-                return evaluation.model_copy(update={"not_measured": [MEMORY_KEY]})
-            sides[name] = getattr(evaluation, name).model_copy(
-                update={MEMORY_KEY: peak}
-            )
             bar.advance(1)
-    return evaluation.model_copy(update=sides)
+    if None in peaks.values():
+        return evaluation.model_copy(update={"not_measured": [MEMORY_KEY]})
+    for name, peak in peaks.items():
+        getattr(evaluation, name).peak_memory_bytes = peak
+    return evaluation
 
 
 @torch.no_grad()
@@ -131,9 +130,9 @@ def speed(
         for name, model in models.items():
             text = ids.to(model.device)
             reading = time_call(model, partial(model, input_ids=text, use_cache=True))
-            found = {PREFILL: reading, DECODE: time_decoding(model, 1)}
+            times = {PREFILL: reading, DECODE: time_decoding(model, 1)}
             try:
-                found |= {
+                times |= {
                     k: time_decoding(model, BATCH) for k in tokens if k == BATCHED
                 }
             except Exception as error:
@@ -142,7 +141,7 @@ def speed(
                 # It is not timed any more.
                 del tokens[BATCHED]
             if repeat:
-                seconds[name].append(found)
+                seconds[name].append(times)
     return {
         name: {
             k: v
@@ -226,11 +225,10 @@ def main(arguments: list[str]) -> None:
 def resident_peak() -> int:
     """Return the largest resident set of this process so far, in bytes."""
     status = Path("/proc/self/status")
-    if status.is_file():
-        # Unlike ru_maxrss, this does not start from the parent's peak.
-        for line in status.read_text(encoding="ascii", errors="replace").splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
+    text = status.read_text(errors="replace") if status.is_file() else ""
+    # Unlike ru_maxrss, this does not start from the parent's peak.
+    if words := text.partition("VmHWM:")[2].split():
+        return int(words[0]) * 1024
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -4,11 +4,13 @@
 
 Each stage writes one file or folder, and its record in `run.json` has its options and the
 fingerprints of the results that it read. `find_outdated` compares these with the current ones.
+`is_made` decides whether a result has to be made, also in a healing (`healing.work_folder`).
 Nothing else decides whether a result is up to date. `runs.stages` makes and reads the files.
 """
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -85,6 +87,16 @@ STAGE_FILES = {
     "benchmarks": StageFile("evaluate", "benchmarks.json", reads=("product",)),
 }
 """The stages, in the order of a run."""
+
+
+def is_made(file: Path, made_from: str, now: str) -> bool:
+    """Whether a file or folder exists, and was made from what is there now.
+
+    Args:
+        made_from: fingerprint of all that it was made from.
+        now: the same of what it would be made from now.
+    """
+    return made_from == now and os.path.lexists(file)
 
 
 def find_product(run: RunFile, folder: Path, target: Path) -> Path:

@@ -272,7 +272,7 @@ class NewTensor:
 
 
 def write_checkpoint(
-    folder: Path, tensors: Sequence[NewTensor], max_shard_bytes: int
+    folder: Path, tensors: Sequence[NewTensor], max_shard_bytes: int = 5 * 2**30
 ) -> None:
     """Write tensors as one safetensors file, or as shards with an index.
 

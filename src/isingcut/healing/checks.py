@@ -22,6 +22,7 @@ from isingcut.files.healings import HealingFile
 from isingcut.files.inputs import load_json, user_path
 from isingcut.files.ownership import find_change, folder_hash
 from isingcut.files.results import fingerprint, read_document
+from isingcut.files.stages import is_made
 from isingcut.formats.sources import check_name, model_identity, resolve
 from isingcut.healing import CUT, RECORD
 from isingcut.healing.repairs import registry
@@ -90,17 +91,13 @@ def is_finished(config: HealConfig) -> bool:
         config.overwrite
         or not (out / RECORD).is_file()
         or find_change(out, folder_hash(out) or "")
+        or any(map(is_read_once, places_in(config.text)))
     ):
         return False
-    if any(map(is_read_once, places_in(config.text))):
-        return False
     made = read_document(out / RECORD, HealingFile).provenance
-    trust = config.trust_remote_code
-    return made.get("request") == request_of(
-        config,
-        user_path(config.student),
-        resolve(config.teacher, trust_remote_code=trust),
-    )
+    teacher = resolve(config.teacher, trust_remote_code=config.trust_remote_code)
+    now = request_of(config, user_path(config.student), teacher)
+    return is_made(out, made.get("request", ""), now)
 
 
 def request_of(config: HealConfig, student: Path, teacher: Path) -> str:
@@ -128,11 +125,14 @@ def read_removal(folder: Path) -> Removal | None:
     record = load_json(folder / name, "the record of the cut")
     kind: type[Removal] = CutRecord if name == CUT else HealingFile
     try:
-        found = kind.model_validate(record)
+        removal = kind.model_validate(record)
         why = ""
-        original = original_of(found)
-        if not 0 < len(found.removed) < found.of or max(found.removed) >= found.of:
-            why = f"blocks {found.removed} of {found.of}"
+        original = original_of(removal)
+        if (
+            not 0 < len(removal.removed) < removal.of
+            or max(removal.removed) >= removal.of
+        ):
+            why = f"blocks {removal.removed} of {removal.of}"
         elif original and not all(
             isinstance(original.get(k), str) for k in ("sha256", "name")
         ):
@@ -144,15 +144,15 @@ def read_removal(folder: Path) -> Removal | None:
             f"{folder / name} is not a readable record of a cut ({why:.200}); delete it to find "
             "the blocks by their weights"
         )
-    return found
+    return removal
 
 
 def original_of(removal: Removal) -> dict[str, Any]:
     """Return the original's name and `sources.model_identity`; empty if not recorded."""
     if isinstance(removal, CutRecord):
         return removal.model
-    found: dict[str, Any] = removal.provenance.get("teacher") or {}
-    return found
+    teacher: dict[str, Any] = removal.provenance.get("teacher") or {}
+    return teacher
 
 
 def start_of(student: Path) -> Literal["cut", "patched", "healed"]:

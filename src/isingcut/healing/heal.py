@@ -67,6 +67,9 @@ from isingcut.healing.removed import check_pair, removal_by_weights
 from isingcut.healing.repairs import registry
 from isingcut.healing.repairs.base import CANNOT, patch_checkpoint, record_unpatched
 from isingcut.healing.work_folder import (
+    BEFORE,
+    DONE,
+    PATCHED,
     check_places,
     claim_work,
     describe_options,
@@ -162,16 +165,13 @@ def heal(
 
 def _calibration_of(student: Path) -> Calibration | None:
     """Return the calibration of the run whose folder has the checkpoint; None outside a run."""
-    files = [
-        folder / "calibration.safetensors" for folder in student.resolve().parents[:2]
-    ]
-    found = [Calibration.load(file) for file in files if file.is_file()]
-    # The text may have changed since: `overlap` counts what is trained on and reported.
-    return (
-        dataclasses.replace(found[0], meta={**found[0].meta, "texts": {}})
-        if found
-        else None
-    )
+    for folder in student.resolve().parents[:2]:
+        file = folder / "calibration.safetensors"
+        if file.is_file():
+            own = Calibration.load(file)
+            # The text may have changed since: `overlap` counts what is trained on and reported.
+            return dataclasses.replace(own, meta={**own.meta, "texts": {}})
+    return None
 
 
 def _processes(config: HealConfig) -> Processes:
@@ -298,14 +298,13 @@ def _train(job: Job, text: HealingText) -> tuple[Path, HealingFile | None]:
         the healed checkpoint, and its `healing.json` in the process of rank 0.
     """
     config = job.config
-    work = job.work
     student = job.start
     main = job.leads
     start = start_of(student)
     patches = config.patch != "none" and start == "cut"
     began = time.monotonic()
     record: dict[str, Any] = {}
-    file = work / "before.json"
+    file = job.work / BEFORE.file
     known = file.exists()
     if main:
         record["before"] = keep_result(
@@ -315,32 +314,34 @@ def _train(job: Job, text: HealingText) -> tuple[Path, HealingFile | None]:
     if main and not known:
         _check_train(job, text.report, judging, patches=patches)
     if patches:
-        patched = work / "patched"
+        patched = job.work / PATCHED.main
 
         def make() -> PatchScores:
             shutil.rmtree(patched, ignore_errors=True)
             try:
-                found = PatchScores(**patch_checkpoint(job, patched).content())
+                scores = PatchScores(**patch_checkpoint(job, patched).content())
             except (*CANNOT, VerificationError) as e:
                 shutil.rmtree(patched, ignore_errors=True)
                 if config.patch is not None:
                     raise
                 return PatchScores(**record_unpatched(job.removed, e).content())
-            found.scores = _scores(job, patched, text.report)
-            return found
+            scores.scores = _scores(job, patched, text.report)
+            return scores
 
         if main:
-            found = keep_result(work / "patched.json", PatchScores, make)
-            record |= {"patch": found} if found.cuts else {"unpatched": found.unpatched}
+            scores = keep_result(patched.with_suffix(".json"), PatchScores, make)
+            record |= (
+                {"patch": scores} if scores.cuts else {"unpatched": scores.unpatched}
+            )
         job.processes.wait()
         if patched.is_dir():
             job = dataclasses.replace(job, start=patched)
-    done = work / "done"
+    done = job.work / DONE.file
     if main:
         shutil.rmtree(done, ignore_errors=True)
     if config.method != "none":
         # Imported here because it needs optional packages.
-        from isingcut.healing.training.distill import distill
+        from isingcut.healing.training.train import distill
 
         # Include the time of the evaluation after the training, which equals the first one's.
         spent = time.monotonic() - began + judging
@@ -410,12 +411,12 @@ def _scores(job: Job, folder: Path, report: TokenSet) -> HealedScores:
     cut = open_cut(job.teacher, job.removed, folder)
     work = Work(job.config.batch_tokens, job.progress)
     sums = sample_sums(job.teacher.model, cut.runnable, report, work)
-    found = quality_of(sums, report)
+    quality = quality_of(sums, report)
     _, nll, kl = sums.tolist()
-    scores = HealedScores(**_figures(found), nll_sums=nll, kl_sums=kl)
-    if found.parts:
+    scores = HealedScores(**_figures(quality), nll_sums=nll, kl_sums=kl)
+    if quality.parts:
         scores.parts = {
-            name: HealedPart(**_figures(part)) for name, part in found.parts.items()
+            name: HealedPart(**_figures(part)) for name, part in quality.parts.items()
         }
     return scores
 
@@ -434,10 +435,10 @@ def _pair(before: HealedScores, after: HealedScores, report: TokenSet) -> Healed
     return after
 
 
-def _figures(found: PairScores) -> dict[str, Any]:
+def _figures(quality: PairScores) -> dict[str, Any]:
     return {
-        **dict(found.after),
-        "kl": found.kl,
-        "kl_se": found.kl_se,
-        "original_perplexity": found.before.perplexity,
+        **dict(quality.after),
+        "kl": quality.kl,
+        "kl_se": quality.kl_se,
+        "original_perplexity": quality.before.perplexity,
     }

@@ -43,13 +43,13 @@ def check_pair(
     ours, theirs = map(check_fit, (student, teacher))
     if removal is not None:
         if (wanted := original_of(removal)) and not config.other_teacher:
-            found = model_identity(teacher)
+            given = model_identity(teacher)
             names = ("sha256", "gguf_sha256")
-            if not any(wanted.get(k) == found.get(k) is not None for k in names):
+            if not any(wanted.get(k) == given.get(k) is not None for k in names):
                 raise InputError(
                     f"{student} was cut from {wanted['name']} (sha256 {wanted['sha256'][:12]}), "
                     f"but the teacher {config.teacher} is another model (sha256 "
-                    f"{found['sha256'][:12]}); give the original as --teacher, or add "
+                    f"{given['sha256'][:12]}); give the original as --teacher, or add "
                     "--other-teacher if it replaces it (a quantised copy, for example)"
                 )
         _check_cut(ours, removal, config.teacher, theirs)
@@ -125,16 +125,16 @@ def removal_by_weights(folder: Path, teacher: LoadedModel) -> tuple[int, ...]:
     kept: list[int] = []
     for place, block in enumerate(ours):
         first = kept[-1] + 1 if kept else 0
-        found = next(
+        same = next(
             (i for i in range(first, len(theirs)) if _same(block, theirs[i])), None
         )
-        if found is None:
+        if same is None:
             after = f"after its block {kept[-1]}" if kept else "at all"
             raise InputError(
                 f"{folder} has no {CUT}, and its block {place} is not a block of "
                 f"{teacher.folder.name} {after}; expected a model without some blocks"
             )
-        kept.append(found)
+        kept.append(same)
     removed = tuple(i for i in range(len(theirs)) if i not in kept)
     if not removed:
         raise InputError(

@@ -1,13 +1,6 @@
-"""Store the state of a healing in a work folder, to resume it. User folders are never used.
+"""Store the steps of a healing in a work folder, to resume it. User folders are never used.
 
-identity.json   fingerprint of everything that the work depends on
-before.json     scores of the cut model
-patched/        the patched checkpoint; patched.json has its record
-recipe.json     training settings for a budget: steps, batch size, sample length, learning rate
-trial/          temporary files of the timing run
-memory.json     micro-batch size, and whether activations are recomputed
-trainer/        saved training states; incomplete ones are ignored
-done/           the healed checkpoint, before it is renamed
+All of them depend on the same inputs, whose fingerprint is in `identity.json`.
 """
 
 from __future__ import annotations
@@ -15,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,15 +17,35 @@ from isingcut.files.healings import HealingCurve, HealingWork
 from isingcut.files.ownership import MARKER, check_output, foreign_in, refuse_source
 from isingcut.files.results import read_document, write_document
 from isingcut.files.schema import Document
-from isingcut.files.writing import clear_leftovers, clear_os_errors, is_leftover
+from isingcut.files.stages import StageFile, is_made
+from isingcut.files.writing import (
+    clear_leftovers,
+    clear_os_errors,
+    delete,
+    is_leftover,
+)
 from isingcut.memory import convert_memory_errors
 from isingcut.options.config import HealConfig
 
 D = TypeVar("D", bound=Document)
 
 _IDENTITY = "identity.json"
-_FILES = ("before.json", "patched.json", "recipe.json", "memory.json")
-_FOLDERS = ("patched", "trial", "trainer", "done")
+BEFORE = StageFile("heal", "before.json")
+"""The scores of the cut model."""
+PATCHED = StageFile("heal", "patched*")
+"""The patched checkpoint; `patched.json` has its record."""
+RECIPE = StageFile("heal", "recipe.json")
+"""The training settings for a budget: steps, batch size, sample length, learning rate."""
+TRIAL = StageFile("heal", "trial")
+"""Temporary files of the timing run."""
+MEMORY = StageFile("heal", "memory.json")
+"""The micro-batch size, and whether activations are recomputed."""
+TRAINER = StageFile("heal", "trainer")
+"""The saved training states; incomplete ones are ignored."""
+DONE = StageFile("heal", "done")
+"""The healed checkpoint, before it is renamed."""
+STEPS = (BEFORE, PATCHED, RECIPE, TRIAL, MEMORY, TRAINER, DONE)
+"""The steps, in the order of a healing."""
 CURVE = "healing-curve.json"
 """File name of the loss curve in a saved training state."""
 
@@ -45,29 +57,25 @@ def work_of(out: Path) -> Path:
 
 def describe_options(config: HealConfig) -> dict[str, Any]:
     """Return the options of a healing that affect its result."""
-    found = dataclasses.asdict(config) | {"effort": config.training}
-    left_out = [
-        "student",
-        "teacher",
-        "out",
-        "overwrite",
-        "trust_remote_code",
-        "device",
-        "train",
-    ]
-    return {k: v for k, v in found.items() if k not in left_out}
+    options = dataclasses.asdict(config) | {"effort": config.training}
+    for name in (
+        *("student", "teacher", "out", "overwrite"),
+        *("trust_remote_code", "device", "train"),
+    ):
+        del options[name]
+    return options
 
 
-def complete_states(trainer: Path) -> list[Path]:
-    """List the complete saved states of a training, oldest first."""
-    found = {}
-    for path in trainer.glob("checkpoint-*"):
+def complete_states(work: Path) -> list[Path]:
+    """List the complete saved states of a training in a work folder, oldest first."""
+    states = {}
+    for path in (work / TRAINER.file).glob("checkpoint-*"):
         step = path.name.rpartition("-")[2]
         if step.isdigit() and (path / MARKER).is_file() and foreign_in(path) is None:
             with contextlib.suppress(StageFileError):
                 read_document(path / CURVE, HealingCurve)
-                found[int(step)] = path
-    return [found[step] for step in sorted(found)]
+                states[int(step)] = path
+    return [states[step] for step in sorted(states)]
 
 
 def check_places(
@@ -82,8 +90,7 @@ def check_places(
     work = work_of(out)
     check_output(out, overwrite=config.overwrite, sources=sources)
     refuse_source(work, sources)
-    if os.path.lexists(work):
-        _owner(work)
+    _owner(work)
 
 
 @contextlib.contextmanager
@@ -100,7 +107,8 @@ def claim_work(work: Path, identity: str) -> Iterator[None]:
         StageFileError: the folder has work of another healing, or is not a work folder.
         InputError: the disk is full.
     """
-    if os.path.lexists(work) and _owner(work) not in (None, identity):
+    owner = _owner(work)
+    if owner and not is_made(work, owner, identity):
         if _is_worth_keeping(work):
             raise StageFileError(
                 f"{work} has an unfinished healing with other options; run that command again to "
@@ -135,16 +143,17 @@ def keep_result(file: Path, model: type[D], make: Callable[[], D]) -> D:
 
 def release(work: Path) -> None:
     """Delete the files of a healing, and the folder unless it has other files."""
-    for name in _FOLDERS:
-        shutil.rmtree(work / name, ignore_errors=True)
-    for name in (*_FILES, _IDENTITY):
-        (work / name).unlink(missing_ok=True)
+    for path in (path for step in STEPS for path in work.glob(step.file)):
+        delete(path)
+    (work / _IDENTITY).unlink(missing_ok=True)
     with contextlib.suppress(OSError):
         work.rmdir()
 
 
 def _owner(work: Path) -> str | None:
-    """Return the identity in a work folder; None if it is empty except for temporary files."""
+    """Return the identity in a work folder; None without one, or with temporary files only."""
+    if not os.path.lexists(work):
+        return None
     if not work.is_symlink() and work.is_dir():
         if all(map(is_leftover, work.iterdir())):
             return None
@@ -157,4 +166,4 @@ def _owner(work: Path) -> str | None:
 
 
 def _is_worth_keeping(work: Path) -> bool:
-    return (work / "patched.json").exists() or bool(complete_states(work / "trainer"))
+    return (work / "patched.json").exists() or bool(complete_states(work))

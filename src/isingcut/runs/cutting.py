@@ -401,8 +401,7 @@ def fit_patch(
     new = dict[str, Tensor]()
     for p in patches:
         layer = f"{session.stack.blocks[p.block].path}.{p.path}"
-        values = {f"{layer}.weight": p.weight, f"{layer}.bias": p.bias}
-        new |= {name: value for name, value in values.items() if value is not None}
+        new |= {f"{layer}.{name}": value for name, value in p.parameters.items()}
     return new
 
 

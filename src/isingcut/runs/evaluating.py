@@ -375,9 +375,13 @@ def choose_by_tasks(
     config = session.config
     model = session.loaded
     tasks = prepare_tasks(config)
-    best = benchmark.contenders(
-        rows, last_blocks(len(session.stack), len(rows[0].removed))
-    )
+    last = last_blocks(len(session.stack), len(rows[0].removed))
+    order = sorted(range(len(rows)), key=lambda i: rows[i].kl)
+    best = [
+        i
+        for place, i in enumerate(order)
+        if place < benchmark.CONTENDERS or sorted(rows[i].removed) == last
+    ]
     removed = [rows[i].removed for i in best]
     drawn = benchmark.draw_half({task.name: task.pool() for task in tasks}, config.seed)
     count = sum(map(len, drawn.values()))

@@ -30,7 +30,7 @@ from isingcut.errors import (
 from isingcut.files import ownership, results, runs, writing
 from isingcut.files.inputs import user_path
 from isingcut.files.provenance import model_path, versions
-from isingcut.files.stages import find_outdated
+from isingcut.files.stages import find_outdated, is_made
 from isingcut.options.config import RunConfig
 from isingcut.options.declaration import options_from
 from isingcut.processes import ALONE, Processes
@@ -248,8 +248,9 @@ class RunFolder:
 
     def is_made(self, file: Path, options: dict[str, Any]) -> bool:
         """Whether a stage's file exists, is finished, and was made with these options."""
-        record = self.find_finished(file)
-        return record is not None and record.fingerprint == self.fingerprint(options)
+        record = self.find_record(file)
+        now = self.fingerprint(options)
+        return bool(record and record.done and is_made(file, record.fingerprint, now))
 
     def fingerprint(self, options: dict[str, Any]) -> str:
         """Return the fingerprint of a stage's options and of the original model."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from isingcut.errors import ArchitectureError
 from isingcut.files.cuts import PatchedCut
+from isingcut.files.inputs import load_json
 from isingcut.files.writing import atomic_folder
 from isingcut.formats.architectures.cuts import renumber_blocks
 from isingcut.formats.checkpoints import Checkpoint
@@ -30,7 +31,8 @@ from isingcut.formats.safetensors_files import (
     NewTensor,
     StoredTensor,
     read_header,
-    write_file,
+    weight_files,
+    write_checkpoint,
 )
 from isingcut.models.replay import Replay
 
@@ -40,9 +42,10 @@ _LISTS = {
     "modelopt": "exclude_modules",
 }
 _SCALES = ("weight_scale_inv", "weight_scale", "input_scale", "activation_scale")
-_MODELOPT = "hf_quant_config.json"
-
-
+_CONFIGS = {
+    "config.json": "quantization_config",
+    "hf_quant_config.json": "quantization",
+}
 _FLOAT8 = ("F8_E4M3", "F8_E5M2")
 
 
@@ -63,42 +66,41 @@ class StoredLayers:
         self._places = renumber_blocks(cut.depth + len(removed), removed)
 
     def layer(
-        self, block: int, path: str, weight: Tensor, bias: Tensor | None
-    ) -> tuple[StoredTensor, StoredTensor | None]:
+        self, block: int, path: str, parameters: Mapping[str, Tensor]
+    ) -> dict[str, StoredTensor]:
         """Find the stored weight and bias of one layer.
 
         Args:
             block: number of the block in the original.
             path: name of the layer inside the block.
-            weight, bias: the layer's weight and bias in memory.
+            parameters: the layer's weight and bias in memory.
 
         Raises:
             ArchitectureError: the layer is not stored under its own name and shape, or its dtype is
                 neither a plain one nor float8.
         """
         name = f"{self._prefix}{self._places[block]}.{path}"
-        own = self.tensors.get(f"{name}.weight")
-        offset = self.tensors.get(f"{name}.bias")
-        if (
-            own is None
-            or own.shape != tuple(weight.shape)
-            or (offset is None) != (bias is None)
-        ):
+        names = {key: f"{name}.{key}" for key in ("weight", "bias")}
+        tensors = {k: self.tensors[n] for k, n in names.items() if n in self.tensors}
+        shape = parameters["weight"].shape
+        same = tensors.keys() == parameters.keys()
+        if not same or tensors["weight"].shape != tuple(shape):
             raise ArchitectureError(
-                f"the checkpoint {self.folder} has no {name}.weight of shape {list(weight.shape)}, "
+                f"the checkpoint {self.folder} has no {name}.weight of shape {list(shape)}, "
                 "as the model in memory has, so a patch cannot be written; heal by distillation"
             )
-        if own.dtype not in (*PLAIN, *(_FLOAT8 if self.layout else ())):
+        dtype = tensors["weight"].dtype
+        if dtype not in (*PLAIN, *(_FLOAT8 if self.layout else ())):
             raise ArchitectureError(
-                f"{name}.weight is stored as {own.dtype}; a patch needs floating-point weights: "
+                f"{name}.weight is stored as {dtype}; a patch needs floating-point weights: "
                 "use the unquantised model"
             )
-        return own, offset
+        return tensors
 
     def float8(self, block: int, path: str) -> bool:
         """Whether a layer is stored as float8, so that new weights would need more bytes."""
-        found = self.tensors.get(f"{self._prefix}{self._places[block]}.{path}.weight")
-        return found is not None and found.dtype in _FLOAT8
+        name = f"{self._prefix}{self._places[block]}.{path}.weight"
+        return name in self.tensors and self.tensors[name].dtype in _FLOAT8
 
 
 def write_patched(
@@ -117,89 +119,59 @@ def write_patched(
         ArchitectureError: as `StoredLayers.layer`; nothing was written.
         OutputExistsError: ``out`` exists.
     """
-    new: dict[str, Tensor] = {}
-    modules = []
-    written = []
+    new = dict[str, Tensor]()
+    modules = list[str]()
+    written = list[Patch]()
     for patch in patches:
-        pair = stored.layer(patch.block, patch.path, patch.weight, patch.bias)
-        own = {
-            tensor.name: values.detach()
-            .cpu()
-            .to(DTYPES[tensor.dtype] if tensor.dtype not in _FLOAT8 else torch.bfloat16)
-            .contiguous()
-            for tensor, values in zip(pair, (patch.weight, patch.bias), strict=True)
-            if tensor is not None and values is not None
-        }
-        new |= own
-        if pair[0].dtype in _FLOAT8:
-            modules.append(pair[0].name.removesuffix(".weight"))
-            patch.record.stored = "bfloat16, not quantised"  # type: ignore[attr-defined]
+        tensors = stored.layer(patch.block, patch.path, patch.parameters)
+        own = dict[str, Tensor]()
+        for key, tensor in tensors.items():
+            plain = "BF16" if tensor.dtype in _FLOAT8 else tensor.dtype
+            values = patch.parameters[key].detach().cpu().to(DTYPES[plain]).contiguous()
+            own[key] = new[tensor.name] = values
         patch.record.changed = any(
-            stored.tensors[name].data() != values.view(torch.uint8).numpy().tobytes()
-            for name, values in own.items()
+            tensor.data() != own[key].view(torch.uint8).numpy().tobytes()
+            for key, tensor in tensors.items()
         )
-        weight, *bias = own.values()
-        written.append(replace(patch, weight=weight, bias=bias[0] if bias else None))
-    dropped = {
-        f"{m}.{scale}" for m in modules for scale in _SCALES
-    } & stored.tensors.keys()
-    # A scale may be in another shard than its weight.
-    files = {stored.tensors[name].file for name in (*new, *dropped)}
-    skip = shutil.ignore_patterns(*(file.name for file in files))
+        if tensors["weight"].dtype in _FLOAT8:
+            modules.append(tensors["weight"].name.removesuffix(".weight"))
+            patch.record.stored = "bfloat16, not quantised"  # type: ignore[attr-defined]
+        written.append(replace(patch, parameters=own))
+    dropped = {f"{module}.{scale}" for module in modules for scale in _SCALES}
+    files = [file.name for file in weight_files(stored.folder)]
+    skip = shutil.ignore_patterns(*files, INDEX)
     with atomic_folder(out) as temporary:
         shutil.copytree(stored.folder, temporary, dirs_exist_ok=True, ignore=skip)
-        values = temporary / "values"
+        values_file = temporary / "values"
         # Not by `save_file` of safetensors, which hides errors of the operating system.
-        values.write_bytes(save(new))
-        fresh = {t.name: t for t in read_header(values)}
-        for file in files:
-            kept = [
-                NewTensor(t.name, fresh.get(t.name, t))
-                for t in stored.tensors.values()
-                if t.file == file and t.name not in dropped
-            ]
-            if kept:
-                write_file(temporary / file.name, kept)
-        values.unlink()
+        values_file.write_bytes(save(new))
+        fresh = {t.name: t for t in read_header(values_file)}
+        kept = [
+            NewTensor(t.name, fresh.get(t.name, t))
+            for t in stored.tensors.values()
+            if t.name not in dropped
+        ]
+        write_checkpoint(temporary, kept)
+        values_file.unlink()
         if stored.layout and modules:
-            _list_plain(temporary, stored.layout, modules, dropped)
+            list_plain(temporary, stored.layout, modules)
     return written
 
 
-def _list_plain(
-    folder: Path, layout: str, modules: Sequence[str], dropped: set[str]
-) -> None:
-    """List modules of a float8 checkpoint as not quantised, and drop their scales in the index."""
-    _list(folder / "config.json", "quantization_config", layout, modules)
-    if (folder / _MODELOPT).is_file():
-        _list(folder / _MODELOPT, "quantization", layout, modules)
-    path = folder / INDEX
-    if not path.exists():
-        return
-    index = json.loads(path.read_text(encoding="utf-8"))
-    index["weight_map"] = {
-        k: v for k, v in index["weight_map"].items() if k not in dropped
-    }
-    files = {folder / file for file in index["weight_map"].values()}
-    total = sum(tensor.size for file in files for tensor in read_header(file))
-    index["metadata"] = {**index.get("metadata", {}), "total_size": total}
-    path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-
-def _list(file: Path, part: str, layout: str, modules: Sequence[str]) -> None:
-    """Add the modules to every list of modules that are not quantised."""
-    whole = json.loads(file.read_text(encoding="utf-8"))
-    content = whole.get(part)
-    if not isinstance(content, dict):
-        return
-    names = [n for n in _LISTS.values() if isinstance(content.get(n), list)] or [
-        _LISTS[layout]
-    ]
-    for name in names:
-        # Without a list, loaders exclude the output head by default; with a list they do not.
-        given = content.get(name)
-        content[name] = [*(["lm_head"] if given is None else given), *modules]
-    file.write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
+def list_plain(folder: Path, layout: str, modules: Sequence[str]) -> None:
+    """Add modules to every list of a float8 checkpoint of modules that are not quantised."""
+    for name, part in _CONFIGS.items():
+        file = folder / name
+        content = load_json(file, "the configuration") if file.is_file() else {}
+        settings = content.get(part)
+        if not isinstance(settings, dict):
+            continue
+        given = [key for key in _LISTS.values() if isinstance(settings.get(key), list)]
+        for key in given or [_LISTS[layout]]:
+            # Without a list, loaders exclude the output head by default; with a list they do not.
+            listed = settings.get(key)
+            settings[key] = [*(["lm_head"] if listed is None else listed), *modules]
+        file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 @contextlib.contextmanager
@@ -218,10 +190,7 @@ def apply_patches(
     with contextlib.ExitStack() as undo:
         for patch in patches:
             layer = blocks[patch.block].get_submodule(patch.path)
-            new = {"weight": patch.weight} | (
-                {} if patch.bias is None else {"bias": patch.bias}
-            )
-            enter, leave = _swaps(new)
+            enter, leave = _swaps(dict(patch.parameters))
             if resident:
                 enter(layer, ())
                 undo.callback(leave, layer, (), None)
@@ -258,16 +227,14 @@ class Patch:
     Attributes:
         block: number of the kept block in the original.
         path: name of the layer inside the block.
-        weight: new weight (D, F), or (F, D) for a transposed layer. On the CPU, in float64 if
-            fitted, float32 if tuned, or in the stored dtype.
-        bias: new bias (D,); None for a layer without one.
+        parameters: new ``weight`` (D, F), or (F, D) for a transposed layer, and ``bias`` (D,) if it
+            has one. On the CPU, in float64 if fitted, float32 if tuned, or in the stored dtype.
         record: the record of the fit.
     """
 
     block: int
     path: str
-    weight: Tensor
-    bias: Tensor | None
+    parameters: dict[str, Tensor]
     record: PatchedCut
 
 
@@ -304,7 +271,7 @@ def find_obstacle(
         return f"its {path} is shared with another part of the model ({owners[-1]})"
     if stored is not None:
         try:
-            stored.layer(block, path, weight, module.bias)
+            stored.layer(block, path, dict(module.named_parameters(recurse=False)))
         except ArchitectureError as refusal:
             return str(refusal)
     return ""

@@ -16,9 +16,9 @@ They are medians over tokens and channels, because half precision rounds huge en
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from functools import partial
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -47,30 +47,33 @@ class Write:
         path: name of the layer inside the block, for example ``"mlp.down_proj"``.
         module: the layer.
         scale: factor of the layer's output before the residual addition (Granite's multiplier).
+        gains: for a layer that does not write directly, the gain (D,) of each channel, float64; 0
+            for channels without effect.
 
     Attributes:
         transposed: whether the layer is GPT-2's `Conv1D`, which stores its weight as (F, D).
-        weight: the weight as (D, F).
-        bias: the bias (D,); None for a layer without one.
+        whole: the weight as (D, F), and the bias, if any, as one more column.
         reads: whether a patch maps the layer's input (true) or its output (false).
     """
 
-    def __init__(self, path: str, module: Any, scale: float) -> None:
+    def __init__(
+        self, path: str, module: Any, scale: float = 1.0, gains: Tensor | None = None
+    ) -> None:
         self.path = path
         self.module = module
         self.scale = scale
+        self.gains = gains
         self.reads = True
+        self.biased = module.bias is not None
         self.transposed = not isinstance(module, nn.Linear)
-        weight = module.weight.detach().clone()
-        bias = module.bias
-        self.weight: Tensor = weight.T if self.transposed else weight
-        self.bias: Tensor | None = None if bias is None else bias.detach().clone()
+        weight = module.weight.T if self.transposed else module.weight
+        columns = [weight, module.bias] if self.biased else [weight]
+        self.whole: Tensor = torch.column_stack(columns).detach()
 
     @property
     def mapped(self) -> int:
         """The number of input features of a map."""
-        width, size = self.weight.shape
-        return int(size) + (self.bias is not None) if self.reads else int(width)
+        return int(self.whole.shape[self.reads])
 
     def features(self, read: Tensor) -> Tensor:
         """Return the input features (B, T, F') of a map: the layer's input (and 1) or output.
@@ -78,28 +81,25 @@ class Write:
         Args:
             read: the layer's input (B, T, F).
         """
-        if not self.reads:
-            return functional.linear(read, self.weight, self.bias)
-        if self.bias is None:
-            return read
-        return torch.cat([read, torch.ones_like(read[..., :1])], dim=-1)
+        if self.biased:
+            read = torch.cat([read, torch.ones_like(read[..., :1])], dim=-1)
+        return read if self.reads else functional.linear(read, self.whole)
 
-    def fold(self, change: Tensor) -> tuple[Tensor, Tensor | None]:
+    def fold(self, change: Tensor) -> dict[str, Tensor]:
         """Return the layer's weight and bias with a map (D, F') folded in.
 
         The map times the features is the change of the residual stream.
         """
-        change = change.cpu()
-        weight = self.weight.cpu().double()
-        bias = None if self.bias is None else self.bias.cpu().double()
-        if not self.reads:
-            # The layer's output v becomes v + map v / s.
-            weight = weight + change @ weight / self.scale
-            bias = None if bias is None else bias + change @ bias / self.scale
-        else:
-            weight = weight + change[:, : weight.shape[1]] / self.scale
-            bias = None if bias is None else bias + change[:, -1] / self.scale
-        return (weight.T if self.transposed else weight).contiguous(), bias
+        whole = self.whole.cpu().double()
+        change = change.cpu() if self.reads else change.cpu() @ whole
+        # For a map of the output: v becomes v + map v / s.
+        whole = whole + change / self.scale
+        weight = whole[:, :-1] if self.biased else whole
+        bias = {"bias": whole[:, -1]} if self.biased else {}
+        return {
+            "weight": (weight.T if self.transposed else weight).contiguous(),
+            **bias,
+        }
 
 
 def find_write(recording: Recording, i: int, hidden: Tensor, kind: str) -> Write | None:
@@ -110,18 +110,35 @@ def find_write(recording: Recording, i: int, hidden: Tensor, kind: str) -> Write
         hidden: the hidden states (B, T, D) before the block.
         kind: the kind of the block.
     """
-    run = partial(recording.block, i, hidden)
-    usable, plain = list_linear_layers(recording, i, hidden)
-    for path, module, written in reversed(usable):
+    layers, plain = list_linear_layers(recording, i, hidden)
+    for path, module, written in reversed(layers):
         if written.shape[-1] != hidden.shape[-1]:
             continue
         # Experts read the attention output too, which the test may miss if norms are huge.
         if "moe" in kind and ("attn" in path or "attention" in path):
             continue
-        scale = _response(run, module, plain, written)
+        # Larger than the layer's output, so that a norm or a gate after it is detected.
+        size = torch.maximum(plain.abs().median(), 4 * written.abs().median())
+        size = size.clamp_min(1e-3)
+        scale = _constant(_responses(recording, i, hidden, module, size), plain.dtype)
         if scale is not None:
             return Write(path, module, scale)
     return None
+
+
+def _constant(responses: Tensor, dtype: torch.dtype) -> float | None:
+    """Return the number that all responses are equal to, up to rounding in ``dtype``, or None."""
+    tolerance = _TOLERANCE.get(dtype, _HALF_TOLERANCE)
+    scale = float(responses.mean())
+    if abs(scale - 1) < tolerance:
+        scale = 1.0
+    if abs(scale) < 1e-3:
+        return None
+    left = responses / scale - 1
+    # Medians for half precision, which rounds huge entries coarsely.
+    exact = dtype in _TOLERANCE
+    error = left.square().mean(-1).sqrt().max() if exact else left.abs().median()
+    return scale if float(error) <= tolerance else None
 
 
 def list_linear_layers(
@@ -141,12 +158,12 @@ def list_linear_layers(
     }
     seen, plain = _run(recording, i, hidden, candidates)
     tokens = hidden.shape[:-1].numel()
-    found = [
+    layers = [
         (path, candidates[path], calls[0][1])
         for path, calls in seen.items()
         if len(calls) == 1 and calls[0][1].shape[:-1].numel() == tokens
     ]
-    return found, plain
+    return layers, plain
 
 
 def _run(
@@ -177,106 +194,65 @@ def observe(
     return output, read, written
 
 
-def push_layer(run: Callable[[], Tensor], module: nn.Module, change: Tensor) -> Tensor:
-    """Return the block's output by ``run`` if ``change`` (B, T, D) is added to a layer's output."""
-
-    def push(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        return output + change.reshape(output.shape)
-
-    with module.register_forward_hook(push):
-        return run()
-
-
-def _response(
-    run: Callable[[], Tensor], module: nn.Module, plain: Tensor, written: Tensor
-) -> float | None:
-    """Return s if a change d of the module's output changes the block's output by s d, or None."""
-    generator = torch.Generator().manual_seed(0)
-    change = torch.randn(plain.shape, generator=generator).to(plain)
-    # Larger than the layer's output, so that a norm or a gate after it is detected.
-    typical = torch.maximum(plain.abs().median(), 4 * written.abs().median())
-    change = change * typical.clamp_min(1e-3)
-
-    response = (push_layer(run, module, change) - plain).double()
-    wide = change.double()
-    scale = float((response * wide).sum() / (wide * wide).sum())
-    exact = plain.dtype in _TOLERANCE
-    if not exact and abs(scale - 1) < _HALF_TOLERANCE:
-        scale = 1.0
-    if abs(scale) < 1e-3:
-        return None
-    wide = scale * wide
-    left = response - wide
-    if exact:
-        error = float((left.norm(dim=-1) / wide.norm(dim=-1)).max())
-    else:
-        # Medians, because a norm includes the coarse rounding of tokens and channels with huge
-        # entries.
-        error = float(left.abs().median() / wide.abs().median())
-    # Accept a deviation from linearity that rounding can explain.
-    return scale if error <= _TOLERANCE.get(plain.dtype, _HALF_TOLERANCE) else None
-
-
-@dataclass(frozen=True, eq=False)
-class ScaledWrite:
-    """A layer that writes to the stream with a gain.
-
-    Attributes:
-        write: the layer.
-        channels: the gain (D,) of each channel, float64; 0 for channels without effect.
-        unexplained: share of the response that gains do not explain, 0 to 1.
-    """
-
-    write: Write
-    channels: Tensor
-    unexplained: float
-
-
-def find_scaled_writes(
-    recording: Recording, i: int, hidden: Tensor
-) -> list[ScaledWrite]:
+def find_scaled_writes(recording: Recording, i: int, hidden: Tensor) -> list[Write]:
     """Find the layers of block ``i`` that write to the stream with a gain, most linear first.
 
     Args:
         hidden: the hidden states (B, T, D) before the block.
     """
-    found = []
+    writes = list[tuple[float, Write]]()
     for path, module, written in list_linear_layers(recording, i, hidden)[0]:
         if written.shape[-1] != hidden.shape[-1]:
             continue
         written = written.reshape(hidden.shape)
-        responses = _responses(recording, i, hidden, module, written).flatten(0, 1)
+        responses = _responses(recording, i, hidden, module, _step(written)).flatten(
+            0, 1
+        )
         channels, tokens = _rank_one(responses)
         missed = (responses - tokens[:, None] * channels).square().sum(0)
         size = responses.square().sum(0)
         if bool(size.any()):
             unexplained = float((missed / size)[size > 0].median())
             if unexplained <= _UNEXPLAINED:
-                found.append(
-                    ScaledWrite(Write(path, module, 1.0), channels, unexplained)
-                )
-    return sorted(found, key=lambda gained: gained.unexplained)
+                writes.append((unexplained, Write(path, module, gains=channels)))
+    return [write for _, write in sorted(writes, key=itemgetter(0))]
 
 
 def token_gains(
-    recording: Recording, i: int, hidden: Tensor, gained: ScaledWrite, written: Tensor
+    recording: Recording, i: int, hidden: Tensor, write: Write, written: Tensor
 ) -> Tensor:
     """Return the gain (B, T) of each token, float64."""
-    responses = _responses(recording, i, hidden, gained.write.module, written)
-    return _of_tokens(responses, gained.channels)
+    assert write.gains is not None
+    responses = _responses(recording, i, hidden, write.module, _step(written))
+    return _of_tokens(responses, write.gains)
+
+
+def _step(written: Tensor) -> Tensor:
+    """Return the size (B, T, 1) of a small change of a layer's output (B, T, D)."""
+    size = written.double().square().mean(-1, keepdim=True).sqrt().clamp_min(1e-6)
+    return _STEP * size
 
 
 def _responses(
-    recording: Recording, i: int, hidden: Tensor, module: Any, written: Tensor
+    recording: Recording, i: int, hidden: Tensor, module: nn.Module, size: Tensor
 ) -> Tensor:
-    """Return the block's output change per change of the layer's output, (B, T, D), float64."""
+    """Return the block's output change per change of the layer's output, (B, T, D), float64.
+
+    Args:
+        size: size of the change, whose signs are random.
+    """
     generator = torch.Generator().manual_seed(0)
     signs = 2 * torch.randint(0, 2, hidden.shape, generator=generator).to(hidden) - 1
-    size = written.double().square().mean(-1, keepdim=True).sqrt().clamp_min(1e-6)
-    change = signs * (_STEP * size).to(hidden)
-    run = partial(recording.block, i, hidden)
-    up, down = (push_layer(run, module, c) for c in (change, -change))
-    return (up.double() - down.double()) / 2 / change.double()
+    change = signs * size.to(hidden)
+
+    def push(sign: int) -> Tensor:
+        def add(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+            return output + sign * change.reshape(output.shape)
+
+        with module.register_forward_hook(add):
+            return recording.block(i, hidden).double()
+
+    return (push(1) - push(-1)) / 2 / change.double()
 
 
 def _rank_one(responses: Tensor) -> tuple[Tensor, Tensor]:

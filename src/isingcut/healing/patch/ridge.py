@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -27,10 +27,10 @@ class Moments:
     """Weighted second moments of features x (n, F) and targets t (n, D), float64."""
 
     def __init__(self, features: int, targets: int, device: torch.device) -> None:
-        options = {"dtype": torch.float64, "device": device}
-        self.xx = torch.zeros((features, features), **options)  # type: ignore[call-overload]
-        self.tx = torch.zeros((targets, features), **options)  # type: ignore[call-overload]
-        self.tt = torch.zeros((), **options)  # type: ignore[call-overload]
+        zeros = partial(torch.zeros, dtype=torch.float64, device=device)
+        self.xx = zeros((features, features))
+        self.tx = zeros((targets, features))
+        self.tt = zeros(())
 
     def add(self, x: Tensor, t: Tensor, weights: Tensor) -> None:
         """Add rows with their weights (n,)."""
@@ -60,9 +60,9 @@ class Moments:
 
     def error(self, strength: float, held_out: Moments) -> float:
         """Return the share of the weighted squares of other rows' t that a map leaves."""
-        found = self.map(strength)
-        cross = (found * held_out.tx).sum()
-        squares = ((found @ held_out.xx) * found).sum()
+        change = self.map(strength)
+        cross = (change * held_out.tx).sum()
+        squares = ((change @ held_out.xx) * change).sum()
         return float((held_out.tt - 2 * cross + squares) / held_out.tt)
 
 
@@ -73,9 +73,9 @@ class Rows(Moments):
     """
 
     def __init__(self, features: int, targets: int, device: torch.device) -> None:
-        options = {"dtype": torch.float64, "device": device}
-        self.x = torch.zeros((0, features), **options)  # type: ignore[call-overload]
-        self.t = torch.zeros((0, targets), **options)  # type: ignore[call-overload]
+        zeros = partial(torch.zeros, dtype=torch.float64, device=device)
+        self.x = zeros((0, features))
+        self.t = zeros((0, targets))
         self.products: tuple[Tensor, Tensor] | None = None
 
     def add(self, x: Tensor, t: Tensor, weights: Tensor) -> None:

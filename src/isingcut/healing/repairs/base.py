@@ -54,8 +54,10 @@ def make_patches(
         ArchitectureError, FitError: no cut can be patched, with the reasons.
     """
     tokens = job.tokens.first(job.config.patch_tokens, 2)
-    found: Repaired = registry.get(job.config.repair)().patch(job, tokens, layers, kept)
-    return found
+    repaired: Repaired = registry.get(job.config.repair)().patch(
+        job, tokens, layers, kept
+    )
+    return repaired
 
 
 def patch_checkpoint(job: Job, out: Path) -> PatchRecord:

@@ -49,7 +49,6 @@ from isingcut.healing.patch.files import (
     runs,
 )
 from isingcut.healing.patch.layers import (
-    ScaledWrite,
     Write,
     find_scaled_writes,
     find_write,
@@ -113,8 +112,7 @@ def fit_patches(
 ) -> Repaired:
     """Fit patches for the cuts of a state, in two forward passes over the tokens, without heads.
 
-    A streamed model is read once, up to the last cut; a block that can be patched only
-    approximately is read twice.
+    A streamed model is read once, up to the last cut; the block before each cut is read twice.
 
     Args:
         replay: the original model.
@@ -182,6 +180,14 @@ class _Fitting:
         self._kinds = find_stack(self.replay.model).kinds
         self._recordings = [self.replay.record(b.input_ids) for b in self.batches]
         self._tokens = sum(int(b.mask.sum()) for b in self.batches)
+        # Hidden states of both models, before and after a block.
+        needed = 4 * sum(map(self.replay.stream_bytes, self.batches))
+        room = self.replay.room(self.batches[0])
+        if self.replay.streamed and needed > room:
+            raise FitError(
+                f"fitting a patch on {self._tokens} tokens needs {needed / 1e9:.2f} GB beside the "
+                f"streamed model, but {room / 1e9:.2f} GB are free; lower --patch-tokens"
+            )
         # The original's and the patched model's hidden states before block `_at`.
         self._original = [r.entered for r in self._recordings]
         self._patched = list(self._original)
@@ -190,27 +196,11 @@ class _Fitting:
     def fit_cut(self, first: int, last: int) -> Patch | str:
         """Return the patch for removing blocks ``first`` to ``last``, or why there is none."""
         p = first - 1
-        write: Write | None = None
         entered = self._patched
         for i in map(int, self.replay.store.sweep(range(self._at, last + 1))):
             if i == p:
-                self._original = self._bring(p, self._original)
-                entered = self._patched = self._bring(p, self._patched)
-                write = find_write(
-                    self._recordings[0], p, self._original[0], self._kinds[p]
-                )
-                if write is not None and self._obstacle(p, write):
-                    write = None
-                if write is not None:
-                    # The output of block p in the patched model, and the input of its layer.
-                    home = self._home_of_inputs(write)
-                    seen = []
-                    for recording, stream in zip(
-                        self._recordings, self._patched, strict=True
-                    ):
-                        output, read, _ = observe(recording, p, stream, write)
-                        seen.append((output, read.to(home)))
-            if i < p or (i == p and write is None):
+                entered = self._patched
+            if i <= p:
                 self._patched = self._after(i, self._patched)
             self._original = self._original_after(i)
             self.done(len(self.batches) * (1 + (i <= p)))
@@ -221,118 +211,102 @@ class _Fitting:
                 "distillation instead, or keep block 0 (--keep 0)"
             )
         # To the device of block p, to compare them with its output.
-        self._original = self._bring(p, self._original)
-        if write is None:
-            return self._fit_approximately(p, last, entered)
-        return self._fit_exactly(p, last, write, seen)
+        self._original, entered = (self._bring(p, s) for s in (self._original, entered))
+        result: Patch | str = ""
+        for _ in self.replay.store.sweep([p]):
+            result = self._fit_block(p, last, entered)
+            if isinstance(result, Patch):
+                with apply_patches(self.replay.blocks, [result]):
+                    self._patched = self._after(p, entered)
+        return result
 
-    def _obstacle(self, p: int, write: Write) -> str:
-        return find_obstacle(self.replay, self.stored, p, write.path, write.module)
-
-    def _fit_exactly(
-        self, p: int, last: int, write: Write, seen: Sequence[tuple[Tensor, Tensor]]
-    ) -> Patch | str:
-        """Patch a layer that writes directly to the stream: one least-squares fit."""
-        self._patched = [output for output, _ in seen]
-
-        def add(moments: Sequence[Moments]) -> None:
-            for b, (output, read) in enumerate(seen):
-                target = self._original[b].double() - output.double()
-                self._add(moments, b, write.features(read.to(output.device)), target)
-
-        try:
-            found = self._fit(write, add)
-        except FitError as e:
-            return str(e)
-        if found is None:
-            return _no_better(p, [write.path])
-        change = found.map.to(self._original[0].device)
-        for b, (output, read) in enumerate(seen):
-            x = write.features(read.to(output.device))
-            self._patched[b] = (output.double() + x.double() @ change.T).to(
-                output.dtype
-            )
-        return self._patch(p, last, write, found, exact=True)
-
-    def _fit_approximately(
-        self, p: int, last: int, entered: Sequence[Tensor]
-    ) -> Patch | str:
-        """Patch a layer that writes to the stream with a gain: the best of a few layers by
-        validation error, if better than no patch.
+    def _fit_block(self, p: int, last: int, entered: Sequence[Tensor]) -> Patch | str:
+        """Patch a layer of block p: one that writes directly to the stream, or else the best of a
+        few that write with a gain, by validation error.
 
         Args:
             entered: for each batch the patched model's hidden states before block p.
         """
         reasons = list[str]()
-        usable = list[ScaledWrite]()
-        best: tuple[RidgeFit, Write] | None = None
-        patch: Patch | None = None
-        for _ in self.replay.store.sweep([p]):
-            for gained in find_scaled_writes(self._recordings[0], p, entered[0]):
-                if reason := self._obstacle(p, gained.write):
+        usable = list[Write]()
+        patches = list[Patch]()
+        kind = self._kinds[p]
+        direct = find_write(self._recordings[0], p, entered[0], kind)
+        if direct is not None and not self._obstacle(p, direct):
+            usable.append(direct)
+        else:
+            for write in find_scaled_writes(self._recordings[0], p, entered[0]):
+                if reason := self._obstacle(p, write):
                     reasons.append(reason)
                 else:
-                    usable.append(gained)
-            tried = usable[:_CANDIDATES]
-            for gained in tried:
-                try:
-                    self._home_of_inputs(gained.write)
-                    found = self._solve(p, entered, gained)
-                except FitError as e:
-                    reasons.append(str(e))
-                    continue
-                if found is not None and (
-                    best is None or found.held_out < best[0].held_out
-                ):
-                    best = found, gained.write
-            if best is not None:
-                found, write = best
-                patch = self._patch(p, last, write, found, exact=False)
-                with apply_patches(self.replay.blocks, [patch]):
-                    self._patched = self._after(p, entered)
-        if patch is not None:
-            return patch
+                    usable.append(write)
+        tried = usable[:_CANDIDATES]
+        for write in tried:
+            try:
+                patches += self._fit_write(p, last, entered, write)
+            except FitError as e:
+                reasons.append(str(e))
+        if patches:
+            return min(patches, key=lambda patch: patch.record.held_out_error_left or 0)
         if usable and not reasons:
-            return _no_better(p, [gained.write.path for gained in tried])
+            paths = " or ".join(write.path for write in tried)
+            return (
+                f"no map of block {p}'s {paths} is better than none on validation tokens; raise "
+                "--patch-tokens, or heal by distillation"
+            )
         why = reasons or ["none of its linear layers writes to the residual stream"]
         return (
-            f"block {p} ({self._kinds[p]}) cannot absorb a patch: {'; '.join(why)}; heal by "
-            "distillation instead"
+            f"block {p} ({kind}) cannot absorb a patch: {'; '.join(why)}; heal by distillation "
+            "instead"
         )
 
-    def _solve(
-        self, p: int, entered: Sequence[Tensor], gained: ScaledWrite
-    ) -> RidgeFit | None:
-        """Return the map of one layer whose block output has the least validation error."""
-        before = self._error(p, entered, None)
-        if not before:
-            # The removed blocks change nothing.
-            return None
+    def _obstacle(self, p: int, write: Write) -> str:
+        return find_obstacle(self.replay, self.stored, p, write.path, write.module)
 
-        def left(change: Tensor) -> float:
-            path = gained.write.path
-            record = PatchedCut(block=p, layer=path)
-            return (
-                self._error(
-                    p, entered, Patch(p, path, *gained.write.fold(change), record)
-                )
-                / before
-            )
+    def _fit_write(
+        self, p: int, last: int, entered: Sequence[Tensor], write: Write
+    ) -> list[Patch]:
+        """Return the patch of one layer, if a map of it is better than none; for a layer with a
+        gain, the one whose block output has the least validation error."""
+        record = PatchedCut(
+            removed=[p + 1, last],
+            block=p,
+            layer=write.path,
+            exact=write.gains is None,
+            tokens=self._tokens,
+        )
+        left: Callable[[Tensor], float] | None = None
+        gains = write.gains
+        if gains is not None:
+            before = self._error(p, entered, None)
+            if not before:
+                # The removed blocks change nothing.
+                return []
 
-        alive = gained.channels != 0
-        gains = torch.where(alive, gained.channels, 1.0)
+            def left(change: Tensor) -> float:
+                patch = Patch(p, write.path, write.fold(change), record)
+                return self._error(p, entered, patch) / before
 
         def add(moments: Sequence[Moments]) -> None:
             for b, recording in enumerate(self._recordings):
-                output, read, written = observe(recording, p, entered[b], gained.write)
-                tokens = token_gains(recording, p, entered[b], gained, written)
-                x = gained.write.features(read).double()
-                target = (self._original[b].double() - output.double()) / gains
-                self._add(
-                    moments, b, x * tokens[..., None], torch.where(alive, target, 0.0)
-                )
+                output, read, written = observe(recording, p, entered[b], write)
+                x = write.features(read)
+                target = self._original[b].double() - output.double()
+                if gains is not None:
+                    of_tokens = token_gains(recording, p, entered[b], write, written)
+                    x = x.double() * of_tokens[..., None]
+                    target = torch.where(gains != 0, target / gains, 0.0)
+                weights = _weights(self._original[b])
+                for side, rows in zip(moments, self._sides(b), strict=True):
+                    side.add(x[rows], target[rows], weights[rows])
 
-        return self._fit(gained.write, add, left)
+        fit = self._fit(write, add, left)
+        if fit is None:
+            return []
+        record.ridge = fit.strength
+        record.held_out_error_left = fit.held_out
+        record.reads = write.reads
+        return [Patch(p, write.path, write.fold(fit.map), record)]
 
     def _error(self, p: int, entered: Sequence[Tensor], patch: Patch | None) -> float:
         """Return the weighted squared error on the validation rows, with block p patched."""
@@ -348,21 +322,6 @@ class _Fitting:
                 )
                 total += float((squares * _weights(self._original[b]))[rows].sum())
         return total
-
-    def _patch(
-        self, p: int, last: int, write: Write, found: RidgeFit, *, exact: bool
-    ) -> Patch:
-        record = PatchedCut(
-            removed=[p + 1, last],
-            block=p,
-            layer=write.path,
-            ridge=found.strength,
-            held_out_error_left=found.held_out,
-            exact=exact,
-            reads=write.reads,
-            tokens=self._tokens,
-        )
-        return Patch(p, write.path, *write.fold(found.map), record)
 
     def _fit(
         self,
@@ -380,7 +339,7 @@ class _Fitting:
         Raises:
             FitError: there is too little memory for both maps.
         """
-        width = write.weight.shape[0]
+        width = len(write.whole)
         for write.reads in self.ways:
             # With as few rows as this, the rows do not take more memory than the moments.
             kind = Rows if 2 * self._tokens <= write.mapped else Moments
@@ -396,21 +355,13 @@ class _Fitting:
                     return [fit_ridge(*both, left)]
 
                 if needed <= allowance("", place).left:
-                    if found := attempt(fit, True):
-                        return found[0]  # type: ignore[no-any-return]
+                    if fits := attempt(fit, True):
+                        return fits[0]  # type: ignore[no-any-return]
                     self.replay.limit.release()
         raise FitError(
             f"fitting a map of {write.path} needs {needed / 1e9:.1f} GB of host memory, and "
             f"{allowance('', _CPU).left / 1e9:.1f} GB are free"
         )
-
-    def _add(
-        self, moments: Sequence[Moments], b: int, x: Tensor, target: Tensor
-    ) -> None:
-        """Add the features and targets of batch ``b``."""
-        weights = _weights(self._original[b])
-        for side, rows in zip(moments, self._sides(b), strict=True):
-            side.add(x[rows], target[rows], weights[rows])
 
     def _sides(self, b: int) -> tuple[Tensor, Tensor]:
         """Return the masks (B, T) of the real tokens of batch ``b`` to fit and to validate on."""
@@ -441,36 +392,7 @@ class _Fitting:
             for r, s in zip(self._recordings, streams, strict=True)
         ]
 
-    def _home_of_inputs(self, write: Write) -> torch.device:
-        """Return the device to keep a layer's inputs on: that of the streams, or the CPU.
-
-        Raises:
-            FitError: the streams do not fit next to a streamed model.
-        """
-        width, size = write.weight.shape
-        stream = sum(self.replay.stream_bytes(batch) for batch in self.batches)
-        # Hidden states of both models, a block's output and the input of its layer.
-        needed = stream * (3 + size / width)
-        room = self.replay.room(self.batches[0])
-        device = self._original[0].device
-        if needed <= room:
-            return device
-        if device == _CPU or needed > allowance("", _CPU).left:
-            raise FitError(
-                f"fitting a patch on {self._tokens} tokens needs {needed / 1e9:.2f} GB in "
-                f"addition to the streamed model, but {room / 1e9:.2f} GB are free; lower "
-                "--patch-tokens"
-            )
-        return _CPU
-
 
 def _weights(original: Tensor) -> Tensor:
     """Return the weight (B, T) of each token's error: one over its mean square, float64."""
     return 1 / original.double().square().mean(-1).clamp_min(1e-12)
-
-
-def _no_better(p: int, paths: Sequence[str]) -> str:
-    return (
-        f"no map of block {p}'s {' or '.join(paths)} is better than none on validation tokens; "
-        "raise --patch-tokens, or heal by distillation"
-    )

@@ -23,7 +23,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from isingcut.console.progress import Bar
 from isingcut.data.tokens import TokenSet
 from isingcut.errors import FitError
 from isingcut.files.cuts import PatchedCut, PatchTuning, TunedLayer
@@ -48,7 +47,7 @@ from isingcut.models.compute.head import (
     split_predictions,
     sum_losses,
 )
-from isingcut.models.device import allowance, least_left
+from isingcut.models.device import allowance
 from isingcut.models.replay import Recording, Replay
 
 __all__ = ["Tuned"]
@@ -82,6 +81,9 @@ class Tuned:
         kept: Kept | None = None,
     ) -> Repaired:
         """Fit as `linear` and tune; where that is impossible, the record of the fit says why."""
+        limit = job.teacher.replay.limit
+        why = f"{limit.device} is out of memory for tuning the patch"
+        shares: tuple[float, ...] = SHARES
         try:
             if job.teacher.streamed:
                 raise FitError(
@@ -89,34 +91,28 @@ class Tuned:
                 )
             tokens, held_out = split_samples(tokens)
         except FitError as e:
-            found = Linear().patch(job, tokens, layers, kept)
-            found.record.tuning = PatchTuning(left_out=str(e))
-            return found
-        found = Linear().patch(job, tokens, layers, kept)
-        limit = job.teacher.replay.limit
+            why = str(e)
+            shares = ()
+        linear = Linear().patch(job, tokens, layers, kept)
         longest = int(tokens.mask.sum(1).max())
+        for share in shares:
 
-        def tune_with(share: float, count: int) -> Repaired:
-            given = (job, tokens, held_out, found.patches, layers)
-            patches, found.record.tuning = tune(*given, at_a_time=count, share=share)
-            return Repaired(patches, found.record)
+            def tune_with(count: int, share: float = share) -> Any:
+                given = (job, tokens, held_out, linear.patches, layers)
+                return tune(*given, at_a_time=count, share=share)
 
-        why = f"{limit.device} is out of memory for tuning the patch"
-        fewer = partial(fewer_tokens_to_fit, limit)
-        for share in SHARES:
-            tuning = partial(tune_with, share)
+            fewer = partial(fewer_tokens_to_fit, limit, STEP_TOKENS, longest, tune_with)
             try:
-                made: Repaired | None = attempt(
-                    partial(fewer, STEP_TOKENS, longest, tuning), True
-                )
+                made = attempt(fewer, True)
             except FitError as e:
                 why = str(e)
                 break
             if made is not None:
-                return made
+                patches, linear.record.tuning = made
+                return Repaired(patches, linear.record)
             limit.release()
-        found.record.tuning = PatchTuning(left_out=why)
-        return found
+        linear.record.tuning = PatchTuning(left_out=why)
+        return linear
 
 
 def split_samples(tokens: TokenSet) -> tuple[TokenSet, TokenSet]:
@@ -173,76 +169,87 @@ def tune(
     replay = job.teacher.replay
     removed = job.removed
     together = min(job.config.batch_tokens, STEP_TOKENS)
-    adjacent = [
-        b for a, z in runs(removed) for b in (a - 1, z + 1) if 0 <= b < len(replay)
+    neighbours = {b for a, z in runs(removed) for b in (a - 1, z + 1)}
+    adjacent = sorted(neighbours & {*range(len(replay))} - {*removed})
+    splits = [
+        [group.batches(at_a_time) for group in part.batches(together)]
+        for part in (tokens, held_out)
     ]
-    adjacent = sorted(set(adjacent) - set(removed))
-    # Rather fewer tokens at a time than fewer layers.
-    wanted = sum(p.nbytes for i in adjacent for p in replay.blocks[i].parameters())
-    wanted += 2 * replay.bytes_per_token * int(tokens.mask.sum())
-    room = share * least_left(replay.places) - wanted
-    longest = int(tokens.mask.sum(1).max())
-    each = bytes_of_backward(replay)
-    while at_a_time > longest and at_a_time * each > room:
-        at_a_time = max(longest, at_a_time // 2)
-    train, validation = (
-        _Text(part, together, at_a_time) for part in (tokens, held_out)
-    )
+    count = sum(len(group) for split in splits for group in split)
     # Not inference mode, because the recording takes part in the backward pass.
-    batches = len(train.batches) + len(validation.batches)
-    with torch.no_grad(), job.progress("reading the text of the patch", batches) as bar:
-        found = train.read(replay, adjacent, removed, bar)
-        validation.read(replay, adjacent, removed, bar)
+    with torch.no_grad(), job.progress("reading the text of the patch", count) as bar:
+
+        def read(batch: TokenSet) -> _Batch:
+            bar.advance(1)
+            return _Batch.read(replay, batch, removed, adjacent[0])
+
+        train, held = ([[*map(read, group)] for group in split] for split in splits)
+        linear = _list_layers(train[0][0].call, adjacent)
+    validation = [batch for group in held for batch in group]
     fitted = {(p.block, p.path): p for p in patches}
     # A tuned float8 layer would be stored as bfloat16, so tune it only if it is patched already.
-    found = [
+    usable = [
         one
-        for one in found
-        if one[:2] in fitted or stored is None or not stored.float8(one[0], one[1])
+        for one in linear
+        if (one[:2] in fitted or stored is None or not stored.float8(*one[:2]))
+        and not find_obstacle(replay, stored, *one[:3])
     ]
-    found = [one for one in found if not find_obstacle(replay, stored, *one[:3])]
-    layers = choose_layers(found, max(at_a_time, longest) * each, share)
+    # Rather fewer tokens at a time than fewer layers: there is room for the longest sample.
+    beside = int(tokens.mask.sum(1).max()) * bytes_of_backward(replay)
+    layers = choose_layers(usable, beside, share)
     tuned = {
-        (b, path): _Layer(module, fitted.get((b, path))) for b, path, module in layers
+        (b, path): _copy_layer(b, path, module, fitted.get((b, path)))
+        for b, path, module in layers
     }
+    weights = [tuple(p.parameters["weight"] for p in pair) for pair in tuned.values()]
     suffix = [i for i in range(adjacent[0], len(replay)) if i not in set(removed)]
-    steps = min(len(train.groups), max(1, round(train.predictions / STEP_TOKENS)))
-    rates = [{"params": [layer.weight], "size": layer.size} for layer in tuned.values()]
-    rate = RATE * min(1.0, WIDTH / train.entered[0].shape[-1])
-    optimiser = torch.optim.AdamW(rates, lr=rate, betas=(0.9, 0.99), weight_decay=0.0)
-    used = [layer.patch(key, layer.used) for key, layer in tuned.items()]
+    steps = min(len(train), max(1, round(tokens.tokens / STEP_TOKENS)))
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
+    rate = RATE * min(1.0, WIDTH / train[0][0].entered.shape[-1])
+    groups = [
+        {"params": [own], "lr": rate * float(own.detach().square().mean().sqrt())}
+        for own, _ in weights
+    ]
+    optimiser = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.99), weight_decay=0.0)
+
+    def factor(taken: int) -> float:
+        """Return the share of the learning rate: four warm-up steps, and a cosine."""
+        return min(1.0, (taken + 1) / 4) * (
+            0.5 + 0.5 * math.cos(math.pi * taken / steps)
+        )
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, factor)
     with (
-        apply_patches(replay.blocks, used),
+        apply_patches(replay.blocks, [used for _, used in tuned.values()]),
         job.progress("tuning the patch", steps) as bar,
     ):
-        kl = [validation.divergence(suffix)]
+        kl = [_measure_kl(validation, suffix)]
         for taken in range(steps):
-            # Four warm-up steps, and a cosine.
-            share = min(1.0, (taken + 1) / 4) * (
-                0.5 + 0.5 * math.cos(math.pi * taken / steps)
-            )
-            for group in optimiser.param_groups:
-                group["lr"] = rate * group["size"] * share
-            for batch in train.part(taken, steps):
-                train.backward(batch, suffix)
+            for group in order[taken::steps].tolist():
+                for batch in train[group]:
+                    batch.backward(suffix)
             optimiser.step()
-            for layer in tuned.values():
-                layer.place()
+            schedule.step()
+            with torch.no_grad():
+                for own, used in weights:
+                    used.copy_(own)
             optimiser.zero_grad()
             bar.advance(1)
-        kl.append(validation.divergence(suffix))
+        kl.append(_measure_kl(validation, suffix))
     if not kl[-1] < kl[0]:
         tuned = {}
     record = PatchTuning(
         layers=[TunedLayer(block=block, layer=path) for block, path in tuned],
-        of=len(found) if len(layers) < len(found) else 0,
+        of=len(usable) if len(layers) < len(usable) else 0,
         steps=steps,
-        predictions=train.predictions,
-        held_out_predictions=validation.predictions,
+        predictions=tokens.tokens,
+        held_out_predictions=held_out.tokens,
         held_out_kl=kl,
     )
-    new = [layer.patch(key, layer.weight.detach()) for key, layer in tuned.items()]
-    return [p for p in patches if (p.block, p.path) not in tuned] + new, record
+    for own, _ in weights:
+        own.requires_grad_(False)
+    patches = [p for p in patches if (p.block, p.path) not in tuned]
+    return [*patches, *(own for own, _ in tuned.values())], record
 
 
 def choose_layers(
@@ -268,17 +275,13 @@ def choose_layers(
     homes = {module.weight.device for _, _, module, _ in layers}
     room = {home: share * allowance("", home).left - beside for home in homes}
     room[host] = share * allowance("", host).left
-    chosen = set[int]()
-    for i, (_, _, module, _) in sorted(
-        enumerate(layers), key=lambda one: not one[1][3]
-    ):
-        needed = {
-            module.weight.device: module.weight.nbytes,
-            host: BYTES * module.weight.numel(),
-        }
+    chosen = list[tuple[int, str, Any, bool]]()
+    for layer in sorted(layers, key=lambda one: not one[3]):
+        weight = layer[2].weight
+        needed = {weight.device: weight.nbytes, host: BYTES * weight.numel()}
         short = [place for place, size in needed.items() if size > room[place]]
         if not short:
-            chosen.add(i)
+            chosen.append(layer)
             for place, size in needed.items():
                 room[place] -= size
     if not chosen:
@@ -287,47 +290,27 @@ def choose_layers(
             f"tuning a layer needs {needed[place] / 1e9:.1f} GB of "
             f"{'host memory' if place == host else place}, but {room[place] / 1e9:.1f} GB are free"
         )
-    return [
-        (block, path, module)
-        for i, (block, path, module, _) in enumerate(layers)
-        if i in chosen
-    ]
+    return [layer[:3] for layer in layers if layer in chosen]
 
 
-class _Layer:
-    """A layer to tune: float32 weights on the CPU, with a copy for the model.
-
-    Attributes:
-        weight: the weight that the optimiser updates.
-        used: copy of the weight in the layer's dtype and on its device; may share its memory.
-    """
-
-    def __init__(self, module: Any, fitted: Patch | None) -> None:
-        self.fitted = fitted
-        own: Tensor = module.weight
-        start = own if fitted is None else fitted.weight
-        self.weight = nn.Parameter(start.detach().cpu().float().clone())
-        self.used = nn.Parameter(self.weight.detach().to(own))
-        # At once, so that the device never has the gradients of all layers.
-        hook = partial(_collect, self.weight)
-        self.used.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
-        bias = module.bias if fitted is None or fitted.bias is None else fitted.bias
-        self.bias = None if bias is None else bias.detach().cpu()
-        self.size = float(self.weight.detach().square().mean().sqrt())
-
-    @torch.no_grad()
-    def place(self) -> None:
-        """Copy the current weights to the model."""
-        self.used.copy_(self.weight)
-
-    def patch(self, key: tuple[int, str], weight: Tensor) -> Patch:
-        record = PatchedCut(block=key[0], layer=key[1])
-        return Patch(
-            *key,
-            weight,
-            self.bias,
-            record if self.fitted is None else self.fitted.record,
-        )
+def _copy_layer(
+    block: int, path: str, module: Any, fitted: Patch | None
+) -> tuple[Patch, Patch]:
+    """Return a layer to tune twice: with its float32 weight on the CPU, which the optimiser
+    updates, and with a copy in the layer's dtype on its device, which the model uses."""
+    start = dict(module.named_parameters(recurse=False))
+    start |= fitted.parameters if fitted else {}
+    start = {name: value.detach().cpu() for name, value in start.items()}
+    weight = nn.Parameter(start["weight"].float().clone())
+    copy = nn.Parameter(weight.detach().to(module.weight))
+    # At once, so that the device never has the gradients of all layers.
+    collect = partial(_collect, weight)
+    copy.register_post_accumulate_grad_hook(collect)  # type: ignore[no-untyped-call]
+    record = fitted.record if fitted else PatchedCut(block=block, layer=path)
+    own, used = (
+        Patch(block, path, {**start, "weight": one}, record) for one in (weight, copy)
+    )
+    return own, used
 
 
 def _collect(weight: Tensor, used: Tensor) -> None:
@@ -338,100 +321,83 @@ def _collect(weight: Tensor, used: Tensor) -> None:
     weight.grad = gradient if weight.grad is None else weight.grad + gradient
 
 
-class _Text:
-    """The micro-batches of a text, with their data that is constant during tuning.
+def _list_layers(
+    call: Recording, adjacent: Sequence[int]
+) -> list[tuple[int, str, Any, bool]]:
+    """List the linear layers of the blocks ``adjacent`` to cuts, in the form of `choose_layers`."""
+    linear = list[tuple[int, str, Any, bool]]()
+    stream = call.entered
+    width = stream.shape[-1]
+    for i in range(adjacent[-1] + 1):
+        layers = list_linear_layers(call, i, stream)[0] if i in adjacent else ()
+        linear += [(i, path, m, out.shape[-1] == width) for path, m, out in layers]
+        stream = call.block(i, stream)
+    return linear
+
+
+@dataclass(frozen=True, eq=False)
+class _Batch:
+    """A micro-batch, with its data that is constant during tuning.
 
     Attributes:
-        batches: the micro-batches.
-        groups: indices of the micro-batches whose gradients are accumulated together.
-        calls: the recorded calls of the blocks.
+        tokens: its samples.
+        call: the recorded calls of the blocks.
         entered: hidden states before the first tuned block.
         left: the original's hidden states after its last block.
     """
 
-    def __init__(self, tokens: TokenSet, batch_tokens: int, at_a_time: int) -> None:
-        self.batches = list[TokenSet]()
-        self.groups = list[range]()
-        self.calls = list[Recording]()
-        self.entered = list[Tensor]()
-        self.left = list[Tensor]()
-        for together in tokens.batches(batch_tokens):
-            few = together.batches(at_a_time)
-            self.groups.append(range(len(self.batches), len(self.batches) + len(few)))
-            self.batches += few
+    tokens: TokenSet
+    call: Recording
+    entered: Tensor
+    left: Tensor
 
-    @property
-    def predictions(self) -> int:
-        return sum(batch.tokens for batch in self.batches)
-
+    @classmethod
     def read(
-        self, replay: Replay, adjacent: Sequence[int], removed: Sequence[int], bar: Bar
-    ) -> list[tuple[int, str, Any, bool]]:
-        """Run the original, and record the data that is constant during tuning.
+        cls, replay: Replay, tokens: TokenSet, removed: Sequence[int], first: int
+    ) -> _Batch:
+        """Run the original; ``first`` is the first tuned block."""
+        call = replay.record(tokens.input_ids)
+        stream = entered = call.entered
+        for i in range(len(replay)):
+            # If block 0 is removed, all blocks before the first tuned one are.
+            if i == first and 0 not in removed:
+                entered = stream
+            stream = call.block(i, stream)
+        return cls(tokens, call, entered, stream)
 
-        Returns:
-            the linear layers of the blocks ``adjacent`` to cuts, in the form of `choose_layers`.
-        """
-        found: list[tuple[int, str, Any, bool]] = []
-        for batch in self.batches:
-            call = replay.record(batch.input_ids)
-            stream = entered = call.entered
-            for i in range(len(replay)):
-                if i == adjacent[0] and not any(b < i for b in removed):
-                    entered = stream
-                if i in adjacent and batch is self.batches[0]:
-                    layers, _ = list_linear_layers(call, i, stream)
-                    width = stream.shape[-1]
-                    found += [
-                        (i, path, m, out.shape[-1] == width) for path, m, out in layers
-                    ]
-                stream = call.block(i, stream)
-            self.calls.append(call)
-            self.entered.append(entered)
-            self.left.append(stream)
-            bar.advance(1)
-        return found
-
-    def part(self, at: int, parts: int) -> list[int]:
-        """Return the indices of the micro-batches of one step; groups are in random order."""
-        order = torch.randperm(
-            len(self.groups), generator=torch.Generator().manual_seed(0)
-        ).tolist()
-        return [batch for group in order[at::parts] for batch in self.groups[group]]
-
-    def backward(self, batch: int, suffix: Sequence[int]) -> None:
-        """Add the gradient of one micro-batch to the layers' gradients."""
+    def backward(self, suffix: Sequence[int]) -> None:
+        """Add the gradient to the layers' gradients."""
         try:
-            left, end = self._logits(batch, suffix)
-            found = []
-            for student, rows in zip(end, self.batches[batch].predicted, strict=True):
+            left, end = self.logits(suffix)
+            losses = []
+            for student, rows in zip(end, self.tokens.predicted, strict=True):
                 with torch.no_grad():
                     target = select_predictions(next(left), rows)
-                found.append(divergence(select_predictions(student, rows), target))
-            loss = sum(found[1:], found[0]) / STEP_TOKENS
+                losses.append(divergence(select_predictions(student, rows), target))
+            loss = sum(losses[1:], losses[0]) / STEP_TOKENS
             loss.backward()  # type: ignore[no-untyped-call]
         except (NotImplementedError, RuntimeError) as e:
             raise_if_exhausted(e)
             raise FitError(f"the model cannot be differentiated: {one_line(e)}") from e
 
-    @torch.no_grad()
-    def divergence(self, suffix: Sequence[int]) -> float:
-        """Return KL(original || patched), nats per prediction."""
-        total = 0.0
-        for b, batch in enumerate(self.batches):
-            before, after = (
-                split_predictions(one, batch) for one in self._logits(b, suffix)
-            )
-            total += float(sum_losses(before, after, batch)[2].sum())
-        return total / self.predictions
-
-    def _logits(self, batch: int, suffix: Sequence[int]) -> list[Iterator[Tensor]]:
+    def logits(self, suffix: Sequence[int]) -> list[Iterator[Tensor]]:
         """Return iterators over the samples' logits (T, V), of the original and of the patched."""
-        call = self.calls[batch]
-        stream = self.entered[batch]
+        stream = self.entered
         for i in suffix:
-            stream = call.block(i, stream)
+            stream = self.call.block(i, stream)
         numbers = range(len(stream))
         return [
-            map(call.logits, streams, numbers) for streams in (self.left[batch], stream)
+            map(self.call.logits, streams, numbers) for streams in (self.left, stream)
         ]
+
+
+@torch.no_grad()
+def _measure_kl(batches: Sequence[_Batch], suffix: Sequence[int]) -> float:
+    """Return KL(original || patched), nats per prediction."""
+    total = 0.0
+    for batch in batches:
+        before, after = (
+            split_predictions(one, batch.tokens) for one in batch.logits(suffix)
+        )
+        total += float(sum_losses(before, after, batch.tokens)[2].sum())
+    return total / sum(batch.tokens.tokens for batch in batches)

@@ -1,3 +1,3 @@
-"""Distillation. `train`: training with transformers' Trainer, up to a checkpoint; `student`: the
-trained model and its loss; `batches`: micro-batches and memory planning.
+"""Distillation. `train`: training with transformers' Trainer, and the trained checkpoint;
+`student`: the trained model and its loss; `batches`: micro-batches and memory planning.
 """

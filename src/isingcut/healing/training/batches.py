@@ -11,6 +11,7 @@ training and kept when it resumes. A training that does not fit raises an error 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -67,12 +68,22 @@ class Steps(Sampler[list[int]]):
     most: int
 
     def __post_init__(self) -> None:
+        samples = len(self.lengths)
+        order = list[int]()
+        for epoch in range(math.ceil(self.steps * self.batch / samples)):
+            shuffled = torch.Generator().manual_seed(self.seed + epoch)
+            order += torch.randperm(samples, generator=shuffled).tolist()
+        # The samples of each step, longest first.
+        self._order = [
+            sorted(order[first : first + self.batch], key=lambda i: -self.lengths[i])
+            for first in range(0, self.steps * self.batch, self.batch)
+        ]
         every = [
-            [self.lengths[i] for i in found[rank :: self.size]]
-            for found in map(self._of, range(self.steps))
+            [self.lengths[i] for i in samples_of_step[rank :: self.size]]
+            for samples_of_step in self._order
             for rank in range(self.size)
         ]
-        fewest = max(_count_parts(lengths, self.most) for lengths in every)
+        fewest = max(self._count_parts(lengths) for lengths in every)
         count = min(fewest + _MORE, self.batch // self.size)
         costs = np.zeros(count)
         for lengths in every[: _LOOKED_AT * self.size]:
@@ -84,35 +95,17 @@ class Steps(Sampler[list[int]]):
         return self.steps * self.micro_batches
 
     def __iter__(self) -> Iterator[list[int]]:
-        for step in range(self.steps):
-            mine = self._of(step)[self.rank :: self.size]
+        for samples_of_step in self._order:
+            mine = samples_of_step[self.rank :: self.size]
             lengths = [self.lengths[i] for i in mine]
-            *_, (_, found) = divisions(lengths, self.micro_batches, self.most)
-            for part in found:
+            *_, (_, parts) = divisions(lengths, self.micro_batches, self.most)
+            for part in parts:
                 yield mine[part]
 
-    def _of(self, step: int) -> list[int]:
-        """Return the sample indices of a step, longest sample first."""
-        found: list[int] = []
-        first = step * self.batch
-        samples = len(self.lengths)
-        for place in range(first, first + self.batch):
-            epoch, at = divmod(place, samples)
-            if not found or at == 0:
-                shuffled = torch.Generator().manual_seed(self.seed + epoch)
-                order = torch.randperm(samples, generator=shuffled)
-            found.append(int(order[at]))
-        return sorted(found, key=lambda i: -self.lengths[i])
-
-
-def _count_parts(lengths: Sequence[int], most: int) -> int:
-    """Return the minimum number of parts of at most ``most`` tokens."""
-    found = 0
-    start = 0
-    while start < len(lengths):
-        found = found + 1
-        start = start + max(1, most // lengths[start])
-    return found
+    def _count_parts(self, lengths: Sequence[int]) -> int:
+        """Return the minimum number of parts of at most ``most`` tokens."""
+        tried = enumerate(divisions(lengths, len(lengths), self.most), 1)
+        return next(count for count, (cost, _) in tried if np.isfinite(cost))
 
 
 def divisions(

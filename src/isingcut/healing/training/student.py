@@ -129,8 +129,8 @@ def load_trained(
         with _quiet_peft():
             adapted: Any = peft.PeftModel.from_pretrained(model, trained)
             model = adapted.merge_and_unload()
-    found: dict[str, torch.Tensor] = model.state_dict()
-    return found
+    weights: dict[str, torch.Tensor] = model.state_dict()
+    return weights
 
 
 def split_head(model: Any) -> tuple[Any, Any] | None:
@@ -164,10 +164,8 @@ def split_head(model: Any) -> tuple[Any, Any] | None:
 
 def stream_of(output: Any) -> Tensor:
     """Return the hidden states that a decoder passes to the head."""
-    found: Tensor = (
-        output.last_hidden_state if hasattr(output, "last_hidden_state") else output[0]
-    )
-    return found
+    stream: Tensor = output[0]
+    return stream
 
 
 def install(student: Any, plain: Any, original: Any) -> None:
@@ -198,8 +196,8 @@ def install(student: Any, plain: Any, original: Any) -> None:
         if not other:
             return stream
         with torch.autocast(stream.device.type, enabled=False):
-            found: Tensor = other[1](stream)
-        return found
+            logits: Tensor = other[1](stream)
+        return logits
 
     def compute_loss(
         input_ids: Tensor,

@@ -1,9 +1,12 @@
-"""Train the cut model on the original's next-token distributions, with transformers' Trainer.
+"""Distil a cut checkpoint: train it on the original's next-token distributions, and write it.
 
-The loss is KL(original || cut) per predicted token at temperature 1, over real tokens. `accelerate
-launch`, FSDP and DeepSpeed configs, bfloat16, gradient checkpointing and resuming work as with the
-Trainer. Full fine-tuning trains all weights in float32; LoRA trains low-rank matrices on all linear
-layers, which are merged into the weights at the end.
+The loss is KL(original || cut) per predicted token at temperature 1, over real tokens. The Trainer
+of transformers trains: `accelerate launch`, FSDP and DeepSpeed configs, bfloat16, gradient
+checkpointing and resuming work as with it. Full fine-tuning trains all weights in float32; LoRA
+trains low-rank matrices on all linear layers, which are merged into the weights at the end.
+
+A time budget is converted to steps by timing a few steps with the smallest and the largest
+micro-batch. The result is kept in the work folder, so that a resumed healing has the same schedule.
 
 Source: Jansen et al., arXiv 2602.00161, the retraining after the cut (one epoch, KL, temperature
 1, learning rate 2e-5, cosine, 100 warm-up steps, length 1,024).
@@ -21,6 +24,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import DistributedType, FullyShardedDataParallelPlugin, PartialState
 from torch import Tensor
@@ -35,18 +39,22 @@ from isingcut.files.healings import (
     HealingCheck,
     HealingCurve,
     HealingMemory,
+    HealingRecipe,
     HealingStop,
     Step,
 )
 from isingcut.files.ownership import mark
 from isingcut.files.results import read_document, write_document
-from isingcut.files.writing import clear_os_errors
-from isingcut.formats.fp8 import DTYPES
+from isingcut.files.writing import atomic_folder
+from isingcut.formats.architectures.blocks import language_model
+from isingcut.formats.checkpoints import Checkpoint
+from isingcut.formats.fp8 import DTYPES, read_tensor
 from isingcut.formats.libraries import one_line, quiet_transformers
 from isingcut.formats.transformers_private import get_checkpointing
 from isingcut.healing.job import (
     SHORT,
     Job,
+    choose_recipe,
     is_sharded,
     stored_dtype,
     trainer_settings,
@@ -60,20 +68,117 @@ from isingcut.healing.training.batches import (
 from isingcut.healing.training.student import (
     install,
     load_student,
+    load_trained,
     prepare_training,
     set_dtypes,
 )
-from isingcut.healing.work_folder import CURVE, complete_states, keep_result
+from isingcut.healing.work_folder import (
+    CURVE,
+    MEMORY,
+    RECIPE,
+    TRAINER,
+    TRIAL,
+    complete_states,
+    keep_result,
+)
 from isingcut.models.device import BatchLimit
 from isingcut.models.sharing import share
+from isingcut.models.verify import check_generation, random_tokens, reload
 
 Order = Steps | list[list[int]]
 """The micro-batches of a training, as sample indices."""
 
 # Number of timed steps with one sample.
 _SMALL = 3
+# Files that `save_pretrained` or the training writes, so they are not copied from the start.
+_REWRITTEN = ("config.json", "generation_config.json", "model.safetensors.index.json")
+# Usable share of the remaining time: states and checks take time too, and timing is inexact.
+_USED = 0.85
 # Intended number of trained tokens between two checks.
 _EACH_CHECK = 100_000
+
+
+def distill(job: Job, out: Path) -> dict[str, Any]:
+    """Train the job's start checkpoint and write ``out``, a plain one of the same shapes and dtype.
+
+    An interrupted training resumes from its last state. Every process calls this; rank 0 writes.
+
+    Returns:
+        the record for `healing.json`.
+    """
+    budget = bool(job.config.training.tokens or job.config.training.seconds)
+    if budget:
+        job = _spend(job)
+    record, trained = train(job)
+    if job.leads:
+        if "stopped" in record and record["stopped"].kept == 0:
+            shutil.copytree(job.start, out)
+        else:
+            _publish(job, trained, out)
+    job.processes.wait()
+    if budget:
+        record["recipe"] = job.recipe
+    return record
+
+
+def _spend(job: Job) -> Job:
+    """Return the job with a recipe for its budget, and its text in samples of that length."""
+    began = time.monotonic()
+    seconds = job.config.training.seconds
+    file = job.work / RECIPE.file
+    pace = (0.0, 0.0)
+    if seconds is not None and not job.processes.decide(file.exists):
+        pace = measure_pace(job)
+        seconds = _USED * (seconds - job.spent - (time.monotonic() - began))
+
+    make = partial(choose_recipe, job, seconds, pace)
+    kept = job.processes.decide(
+        lambda: keep_result(file, HealingRecipe, make).content()
+    )
+    recipe = HealingRecipe(**kept)
+    return dataclasses.replace(
+        job, recipe=recipe, tokens=pieces(job.tokens, recipe.length)
+    )
+
+
+def _publish(job: Job, trained: Path, out: Path) -> None:
+    """Write the trained weights as a plain checkpoint in the start's dtype, and verify the file."""
+    dtype = DTYPES[stored_dtype(job.start)]
+    trust = job.config.trust_remote_code
+    weights = load_trained(job.start, trained, job.config)
+    if not all(bool(torch.isfinite(t).all()) for t in weights.values()):
+        raise ModelError(
+            f"the last step left NaN or infinite weights; {lower_rate(job)}"
+        )
+    # Load into a model of that dtype, because transformers keeps some tensors in float32.
+    model = reload(job.start, dtype=dtype, trust_remote_code=trust)
+    model.load_state_dict(weights)
+    tokens = random_tokens(model, 2, 24)
+    with atomic_folder(out) as temporary, quiet_transformers():
+        # The model was loaded without its layers for multi-token prediction: copy them unchanged.
+        mtp = {
+            n: read_tensor(t)
+            for n, t in Checkpoint.read(job.start).mtp_tensors().items()
+        }
+        model.save_pretrained(
+            temporary, state_dict=model.state_dict() | mtp if mtp else None
+        )
+        for path in sorted(job.start.iterdir()):
+            copied = path.suffix != ".safetensors" and path.name not in _REWRITTEN
+            if path.is_file() and copied:
+                shutil.copyfile(path, temporary / path.name)
+        again = reload(temporary, dtype=dtype, trust_remote_code=trust)
+        with torch.no_grad():
+            same = torch.equal(
+                language_model(model)(tokens).logits,
+                language_model(again)(tokens).logits,
+            )
+        if not same:
+            raise ModelError(
+                f"the healed model gives other logits after reloading it from {out}; it was "
+                "deleted there"
+            )
+        check_generation(language_model(again), tokens[:1], 8, str(out))
 
 
 def train(job: Job) -> tuple[dict[str, Any], Path]:
@@ -92,14 +197,11 @@ def train(job: Job) -> tuple[dict[str, Any], Path]:
     watch = Watch(job, recipe.batch)
     last = _last_state(job)
     if last is not None:
-        known = read_document(last / CURVE, HealingCurve)
-        watch.curve = known.steps
-        watch.checks = known.checks
-        watch.trained = known.trained_parameters
+        watch.curve = read_document(last / CURVE, HealingCurve)
     # Skip the training if it was complete when the process was killed.
-    if watch.judge() is None and len(watch.curve) < recipe.steps:
+    if watch.judge() is None and len(watch.curve.steps) < recipe.steps:
         with _student(job, recipe.batch) as (student, plan):
-            watch.trained = sum(
+            watch.curve.trained_parameters = sum(
                 p.numel() for p in student.parameters() if p.requires_grad
             )
             order = Steps(
@@ -115,17 +217,19 @@ def train(job: Job) -> tuple[dict[str, Any], Path]:
         # Free the student and its optimiser before other objects need the memory.
         del student
         BatchLimit(job.teacher.device).release()
-    step = watch.verdict.kept if watch.verdict else watch.curve[-1].step
-    found = {
-        "steps": watch.curve,
-        "tokens_seen": watch.curve[-1].tokens,
+    curve = watch.curve
+    stopped = watch.judge()
+    step = stopped.kept if stopped else curve.steps[-1].step
+    record = {
+        "steps": curve.steps,
+        "tokens_seen": curve.steps[-1].tokens,
         "samples": job.tokens.samples,
         "processes": job.processes.size,
-        "trained_parameters": watch.trained,
-        "checks": watch.checks,
-        **({"stopped": watch.verdict} if watch.verdict else {}),
+        "trained_parameters": curve.trained_parameters,
+        "checks": curve.checks,
+        **({"stopped": stopped} if stopped else {}),
     }
-    return found, job.work / "trainer" / f"checkpoint-{step}"
+    return record, job.work / TRAINER.file / f"checkpoint-{step}"
 
 
 def step_times(job: Job) -> list[tuple[int, float]]:
@@ -140,16 +244,14 @@ def step_times(job: Job) -> list[tuple[int, float]]:
             first = (step * size + job.processes.rank) * several
             order.append([i % job.tokens.samples for i in range(first, first + count)])
         _run(watch, student, plan, order)
-    counts = [0, *(step.tokens for step in watch.curve)]
-    found = [
-        (b - a, s) for a, b, s in zip(counts, counts[1:], watch.seconds, strict=False)
-    ]
-    return job.processes.decide(lambda: found)
+    counts = np.diff([step.tokens for step in watch.curve.steps], prepend=0).tolist()
+    times = [*zip(counts, watch.seconds, strict=True)]
+    return job.processes.decide(lambda: times)
 
 
 def measure_pace(job: Job) -> tuple[float, float]:
     """Measure the fixed seconds per step and the seconds per token, in all processes."""
-    trial = job.work / "trial"
+    trial = job.work / TRIAL.file
     text = pieces(job.tokens, SHORT)
     times = step_times(dataclasses.replace(job, tokens=text, work=trial))
     if job.leads:
@@ -195,9 +297,9 @@ def _student(job: Job, batch: int) -> Iterator[tuple[Any, HealingMemory]]:
 
     def plan() -> dict[str, Any]:
         # Reuse the recorded plan; for a student that does not fit now, `make` raises an error.
-        file = job.work / "memory.json"
-        found = keep_result(file, HealingMemory, make) if placed or sharded else make()
-        return found.content()
+        file = job.work / MEMORY.file
+        known = placed or sharded
+        return (keep_result(file, HealingMemory, make) if known else make()).content()
 
     with quiet_transformers():
         yield student, HealingMemory(**job.processes.decide(plan))
@@ -235,8 +337,12 @@ def _run(
         callbacks=[watch],
     )
     trainer.remove_callback(PrinterCallback)
-    # The bar is closed after an error too, or it would stay on the terminal.
-    with watch.shown:
+    steps = trainer.args.max_steps
+    longest = int(watch.job.tokens.mask.sum(1).max())
+    words = f"healing, {steps} steps of {watch.batch} x {longest} tokens"
+    if watch.timing:
+        words = f"timing, {steps} steps"
+    with watch.job.progress(words, steps) as watch.bar:
         try:
             trainer.train(resume_from_checkpoint=None if last is None else str(last))
         except ImportError as e:
@@ -245,14 +351,13 @@ def _run(
 
 def _last_state(job: Job) -> Path | None:
     """Return the last complete state of this training; delete incomplete states."""
-    folder = job.work / "trainer"
     if job.leads:
-        complete = complete_states(folder)
-        for path in folder.glob("checkpoint-*"):
+        complete = complete_states(job.work)
+        for path in (job.work / TRAINER.file).glob("checkpoint-*"):
             if path not in complete:
                 shutil.rmtree(path)
     job.processes.wait()
-    return next(reversed(complete_states(folder)), None)
+    return next(reversed(complete_states(job.work)), None)
 
 
 def _arguments(watch: Watch, plan: HealingMemory, order: Order) -> TrainingArguments:
@@ -285,7 +390,7 @@ def _arguments(watch: Watch, plan: HealingMemory, order: Order) -> TrainingArgum
         **again,
         **({"ddp_find_unused_parameters": False} if size > 1 else {}),
         **given,
-        "output_dir": str(job.work / "trainer"),
+        "output_dir": str(job.work / TRAINER.file),
         "per_device_train_batch_size": -(-batch // (size * parts)),
         "gradient_accumulation_steps": parts,
         "max_steps": steps,
@@ -312,7 +417,7 @@ def _make_error(error: Exception) -> InputError:
 
 
 class OurTrainer(Trainer):
-    """Trainer with given micro-batches; a kill or a full disk leaves incomplete states unmarked.
+    """Trainer with given micro-batches, and float32 where FSDP would round.
 
     Args:
         tokens: all samples.
@@ -357,19 +462,6 @@ class OurTrainer(Trainer):
             pin_memory=self.args.device.type == "cuda",
         )
 
-    def _save_checkpoint(self, *arguments: Any, **rest: Any) -> None:
-        # `Watch.on_save` marks the state as complete. After an error, delete it.
-        target = (
-            Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
-        )
-        save: Any = super()._save_checkpoint
-        try:
-            with clear_os_errors(target):
-                save(*arguments, **rest)
-        except BaseException:
-            shutil.rmtree(target, ignore_errors=True)
-            raise
-
 
 class Watch(TrainerCallback):
     """Callback that keeps the loss curve, shows progress, runs checks, and raises at NaN losses.
@@ -383,29 +475,19 @@ class Watch(TrainerCallback):
         self.job = job
         self.batch = batch
         self.timing = timing
-        device = job.teacher.device
         self.bar: Bar
+        device = job.teacher.device
         self.sums = torch.zeros(2, dtype=torch.float64, device=device)
-        self.curve: list[Step] = []
+        self.curve = HealingCurve(steps=[], checks=[], trained_parameters=0)
         self.seconds: list[float] = []
         self.began = time.monotonic()
-        self.checks: list[HealingCheck] = []
-        self.trained = 0
-        self.verdict: HealingStop | None = None
-        self.shown: Any = contextlib.ExitStack()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
-        self.began = time.monotonic()
-        longest = int(self.job.tokens.mask.sum(1).max())
-        words = f"healing, {state.max_steps} steps of {self.batch} x {longest} tokens"
-        if self.timing:
-            words = f"timing, {state.max_steps} steps"
-        self.bar = self.shown.enter_context(self.job.progress(words, state.max_steps))
         if state.global_step:
             self.bar.advance(state.global_step)
         else:
             self.check(rest["model"], 0)
-            self.began = time.monotonic()
+        self.began = time.monotonic()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
         sums = self.sums.clone()
@@ -418,8 +500,9 @@ class Watch(TrainerCallback):
         self.began = now
         loss = total / max(1.0, predictions)
         self._refuse_no_number(loss, state.global_step)
-        before = self.curve[-1].tokens if self.curve else 0
-        self.curve.append(
+        steps = self.curve.steps
+        before = steps[-1].tokens if steps else 0
+        steps.append(
             Step(step=state.global_step, tokens=before + int(predictions), loss=loss)
         )
         self.bar.advance(1, f"loss {loss:.4f}")
@@ -430,10 +513,7 @@ class Watch(TrainerCallback):
         self.check(rest["model"], state.global_step)
         if self.job.leads:
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            found = HealingCurve(
-                steps=self.curve, checks=self.checks, trained_parameters=self.trained
-            )
-            write_document(folder / CURVE, found)
+            write_document(folder / CURVE, self.curve)
             mark(folder)
         if self.judge() is not None:
             control.should_training_stop = True
@@ -456,7 +536,7 @@ class Watch(TrainerCallback):
         for value in sums:
             self._refuse_no_number(value, step)
         sums = self.job.processes.decide(lambda: sums)
-        self.checks.append(HealingCheck(step=step, kl_sums=sums))
+        self.curve.checks.append(HealingCheck(step=step, kl_sums=sums))
 
     def _refuse_no_number(self, loss: float, step: int) -> None:
         if not math.isfinite(loss):
@@ -465,10 +545,9 @@ class Watch(TrainerCallback):
             )
 
     def judge(self) -> HealingStop | None:
-        """Return the judge's verdict on the checks so far, and store it as `verdict`."""
-        if self.checks and self.job.judge is not None:
-            self.verdict = self.job.judge.verdict(self.checks)
-        return self.verdict
+        """Return the judge's verdict on the checks so far."""
+        judge = self.job.judge
+        return judge.verdict(self.curve.checks) if judge else None
 
 
 def lower_rate(job: Job) -> str:
