@@ -29,8 +29,8 @@ from isingcut.healing.repairs.linear import _Fitting, fit_patches
 from isingcut.measure.work import Work
 from isingcut.models.device import Allowance
 from isingcut.models.replay import Recording
+from isingcut.models.streaming.reader import StoredPart
 from isingcut.models.streaming.replay import load_streamed
-from isingcut.models.streaming.store import StoredPart
 from isingcut.options.config import HealConfig
 from isingcut.testing.tiny import FAMILIES
 from shared import parametrize, refuses

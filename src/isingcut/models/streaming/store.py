@@ -14,14 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from isingcut.errors import ArchitectureError
 from isingcut.formats.architectures.blocks import language_model, stack_modules
 from isingcut.models.device import device_module
-from isingcut.models.placement import as_parameter
 from isingcut.models.replay import EMBED, HEAD, Part, Weights
-from isingcut.models.streaming.reader import REST, PartPlan, Reader, plan_views
+from isingcut.models.streaming.reader import REST, Reader, StoredPart
 
 
 class _Buffer:
@@ -166,10 +165,7 @@ class Store(Weights):
         blocks = stack_modules(model)
         self.order: list[Part] = [EMBED, *range(len(blocks)), HEAD]
         self._kept: set[Part] = set()
-        self._parts = {
-            part: StoredPart(part, plan, self.reader, model)
-            for part, plan in self.reader.plans.items()
-        }
+        self._parts = self.reader.parts
         self.largest = max(self._parts[part].size for part in self.order)
         self.weights = sum(self._parts[part].size for part in self.order)
         self.resident = self._parts[REST].size
@@ -262,48 +258,3 @@ class Store(Weights):
             return forward(*args, **kwargs)
 
         return run
-
-
-class StoredPart:
-    """One part of one model, for `Buffers`.
-
-    Attributes:
-        size: bytes of the part.
-        sweeps: number of times that the part was read.
-    """
-
-    sweeps = 0
-
-    def __init__(
-        self, part: Part, plan: PartPlan, reader: Reader, model: nn.Module
-    ) -> None:
-        self.part = part
-        self.plan = plan
-        self._reader = reader
-        self.size = plan.size
-        self._homes: list[tuple[dict[str, Any], str, str, Any]] = []
-        for name, target in plan.names.items():
-            path, _, leaf = name.rpartition(".")
-            module = model.get_submodule(path)
-            home: dict[str, Any] = (
-                module._parameters if leaf in module._parameters else module._buffers
-            )
-            # A stored buffer was computed by `build_skeleton` like the others.
-            home[leaf] = home[leaf].to("meta")
-            self._homes.append((home, leaf, target, home[leaf]))
-
-    def fill(self, buffer: Tensor) -> None:
-        """Read the part into host memory."""
-        self._reader.fill(self.part, buffer)
-        self.sweeps += 1
-
-    def install(self, memory: Tensor) -> None:
-        """Set the tensors of this part in the model to views of ``memory``."""
-        views = plan_views(self.plan, memory)
-        for home, leaf, target, empty in self._homes:
-            home[leaf] = as_parameter(views[target], empty)
-
-    def remove(self) -> None:
-        """Set the tensors of this part in the model to empty ones again."""
-        for home, leaf, _, empty in self._homes:
-            home[leaf] = empty
