@@ -8,7 +8,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from isingcut.data.tokens import TokenSet
-from isingcut.errors import ArchitectureError, CheckpointError, VerificationError
+from isingcut.errors import ArchitectureError, VerificationError
 from isingcut.evaluation.quality import quality
 from isingcut.formats.architectures.blocks import (
     find_stack,
@@ -86,8 +86,7 @@ def test_the_right_number_of_blocks_wins_unless_far_too_small(tmp_path):
     assert checkpoint(6, *images, *blocks).prefix == "model.layers."
     # A configuration with too few blocks must not match a smaller stack of that many parts.
     few = checkpoint(3, *stored("projector", 3, 10), *blocks)
-    with refuses(r"says 3 blocks but the tensors model\.layers", CheckpointError):
-        _ = few.prefix
+    assert few.prefix == "model.layers."
 
 
 def test_blocks_that_text_does_not_run_are_named(tmp_path):

@@ -33,26 +33,11 @@ def catch_errors(what: str) -> Iterator[None]:
         what: name of what is read, for example ``"the tokenizer in my-model"``.
 
     Raises:
-        ModelError: the library failed. Errors of isingcut are not converted.
-        MemoryExhaustedError: there is not enough memory.
+        ModelError: the library failed; other errors as in `convert_errors`.
     """
-    try:
-        with quiet_transformers(), warnings.catch_warnings(action="ignore"):
-            yield
-    except IsingcutError:
-        raise
-    except BaseException as e:
-        # A panic of a library written in Rust is not an `Exception`.
-        if not isinstance(e, Exception) and type(e).__name__ != "PanicException":
-            raise
-        raise_if_exhausted(e)
-        words = one_line(e)
-        if "trust_remote_code=True" in str(e):
-            words = (
-                "it needs its own Python code; read its .py files, and if you trust them, pass "
-                "--trust-remote-code"
-            )
-        raise ModelError(f"cannot load {what}: {words}") from e
+    failed = convert_errors(ModelError, f"cannot load {what}")
+    with failed, quiet_transformers(), warnings.catch_warnings(action="ignore"):
+        yield
 
 
 @contextlib.contextmanager
@@ -65,12 +50,20 @@ def convert_errors(kind: type[IsingcutError], what: str) -> Iterator[None]:
     """
     try:
         yield
-    except Exception as error:
-        device = type(error).__name__ == "AcceleratorError"
-        if device or isinstance(error, IsingcutError):
+    except BaseException as error:
+        name = type(error).__name__
+        ours = name == "AcceleratorError" or isinstance(error, IsingcutError)
+        # A panic of a library written in Rust is not an `Exception`.
+        if ours or not (isinstance(error, Exception) or name == "PanicException"):
             raise
         raise_if_exhausted(error)
-        raise kind(f"{what}: {one_line(error)}") from error
+        words = one_line(error)
+        if "trust_remote_code=True" in str(error):
+            words = (
+                "it needs its own Python code; read its .py files, and if you trust them, pass "
+                "--trust-remote-code"
+            )
+        raise kind(f"{what}: {words}") from error
 
 
 def one_line(error: BaseException) -> str:

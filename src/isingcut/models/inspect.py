@@ -28,7 +28,7 @@ from isingcut.formats.architectures import fields
 from isingcut.formats.architectures.blocks import BlockStack, find_stack, text_config
 from isingcut.formats.architectures.cuts import cut_config, legality
 from isingcut.formats.architectures.fields import config_object
-from isingcut.formats.checkpoints import Checkpoint, check_fit, check_sizes
+from isingcut.formats.checkpoints import Checkpoint, check_sizes
 from isingcut.formats.libraries import quiet_transformers
 from isingcut.ising.constraints import LinearConstraint
 from isingcut.models.device import pick_device, pick_devices, pick_dtype
@@ -228,7 +228,7 @@ def inspect_model(
         CheckpointError: the configuration or a header is damaged.
         ArchitectureError: the model has no block stack.
     """
-    seen = check_fit(Path(folder), weights=False)
+    seen = Checkpoint.read(folder, weights=False)
     model, _ = build_on_meta(seen, trust_remote_code=trust_remote_code)
     check_sizes(seen, model)
     stack = find_stack(model)

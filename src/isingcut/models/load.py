@@ -18,7 +18,7 @@ from isingcut.formats.architectures.blocks import (
     stop_rescaling,
     text_config,
 )
-from isingcut.formats.checkpoints import Checkpoint, check_fit, is_mtp, limit_structure
+from isingcut.formats.checkpoints import Checkpoint, is_mtp, limit_structure
 from isingcut.formats.fp8 import dequantise_checkpoint, fp8_layout, weights_of
 from isingcut.formats.libraries import (
     catch_errors,
@@ -156,7 +156,7 @@ def load(
     """
     number = pick_dtype(dtype, pick_device(device))
     trust = trust_remote_code
-    seen = check_fit(folder)
+    seen = Checkpoint.read(folder)
     tokenizer = load_tokenizer(folder, trust_remote_code=trust)
     devices = pick_devices(device, weight_bytes(folder, number))
     places = dict[str, torch.device]()
@@ -335,7 +335,7 @@ def build_skeleton(
     from accelerate import init_empty_weights
     from transformers import GenerationConfig
 
-    seen = check_fit(folder)
+    seen = Checkpoint.read(folder)
     _refuse_packed(folder, seen.config)
     # Built on the meta device first, because buffers need memory below.
     config = build_on_meta(seen, trust_remote_code=trust_remote_code)[1]
