@@ -319,7 +319,7 @@ def write_file(path: Path, tensors: Sequence[NewTensor]) -> None:
         f.write(len(text).to_bytes(8, "little") + text)
         for tensor in ordered:
             source = tensor.source
-            # Bytes are viewed as rows of ``count`` slices; the rows of a whole tensor are its bytes.
+            # Bytes are viewed as rows of ``count`` slices; rows of a whole tensor are its bytes.
             whole = tensor.axis is None
             outer = source.size if whole else math.prod(source.shape[: tensor.axis])
             row = source.size // max(outer, 1)

@@ -168,17 +168,13 @@ class _Way:
                 self._original = self._recording.block(block, self._original)
         if self._removed[block]:
             after = before
-        elif places.count(places[0]) <= self._graphs:
-            del self._streams[block]
-            after, self._kept[block] = _run_gated(
-                self._recording, block, before, self._gate
-            )
         else:
-            ones = torch.ones(len(before), device=before.device)
-            with torch.no_grad():
-                after = run_gated(
-                    self._recording, block, before, ones, self._gate, ones=True
-                )
+            after, backward = _run_gated(self._recording, block, before, self._gate)
+            if places.count(places[0]) <= self._graphs:
+                del self._streams[block]
+                self._kept[block] = backward
+            else:
+                after = after.detach()
         self._streams[block + 1] = after
 
     def turn(self, toward: Toward) -> None:
