@@ -99,32 +99,32 @@ def report_missing_kernels() -> None:
 
 
 def explain_shape(
-    name: str, folder: Path, found: Sequence[int], wanted: Sequence[int]
+    name: str, folder: Path, stored: Sequence[int], wanted: Sequence[int]
 ) -> str:
     """Return the message that a tensor has another shape than the model's."""
     return (
-        f"the tensor {name} in {folder} has the shape {list(found)}, but its model expects "
+        f"the tensor {name} in {folder} has the shape {list(stored)}, but its model expects "
         f"{list(wanted)}; the config and the weights do not belong together"
     )
 
 
-def refuse_incomplete(found: Mapping[str, Any], source: Path) -> None:
+def refuse_incomplete(report: Mapping[str, Any], source: Path) -> None:
     """Raise if transformers replaced tensors of a model by random numbers.
 
     Args:
-        found: transformers' loading info (``output_loading_info``).
+        report: transformers' loading info (``output_loading_info``).
         source: file or folder that the model was loaded from.
 
     Raises:
         ModelError: a tensor is missing or has another shape; the message names it.
     """
-    missing = sorted(found["missing_keys"])
+    missing = sorted(report["missing_keys"])
     if missing:
         raise ModelError(
             f"{source} lacks {len(missing)} tensors of its architecture, first "
             f"{missing[0]}; the config and the weights do not belong together"
         )
-    for name, there, wanted in sorted(found["mismatched_keys"]):
+    for name, there, wanted in sorted(report["mismatched_keys"]):
         raise ModelError(explain_shape(name, source, there, wanted))
 
 

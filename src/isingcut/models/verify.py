@@ -384,8 +384,8 @@ def _refuse_keys(out: Path, report: Mapping[str, Collection[object]]) -> None:
     # Models are loaded without their layers for multi-token prediction.
     text = read_decoder(read_config(out)) if report.get("unexpected_keys") else {}
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        found = sorted(map(str, report.get(problem, ())))
-        if names := [name for name in found if not text or not is_mtp(name, text)][:3]:
+        keys = sorted(map(str, report.get(problem, ())))
+        if names := [name for name in keys if not text or not is_mtp(name, text)][:3]:
             raise VerificationError(
                 f"the checkpoint {out} reloads with {problem.replace('_', ' ')}: {', '.join(names)}"
             )

@@ -215,12 +215,12 @@ class Store(Weights):
 
     def keep(self, part: Part) -> float:
         """Install a part permanently, outside the buffers; return the seconds spent reading it."""
-        found = self._parts[part]
-        host = torch.empty(found.size, dtype=torch.uint8)
+        stored = self._parts[part]
+        host = torch.empty(stored.size, dtype=torch.uint8)
         began = time.perf_counter()
-        found.fill(host)
+        stored.fill(host)
         seconds = time.perf_counter() - began
-        found.install(host.to(self.device))
+        stored.install(host.to(self.device))
         self._kept.add(part)
         return seconds
 
