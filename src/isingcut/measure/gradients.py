@@ -206,33 +206,28 @@ def measure_batches(
     work: Work,
     words: str,
     shape: tuple[int, ...],
-    found: Callable[[Sequence[TokenSet], Bar], Iterator[Floats]],
+    measure: Callable[[Sequence[TokenSet], Bar], Iterator[Floats]],
     **how: Any,
 ) -> Floats:
     """Measure rows (m, *shape) of the samples, per micro-batch, and keep them in the journal.
 
     Args:
         words: description for the progress display.
-        found: function that yields the rows of each given micro-batch, in order.
+        measure: function that yields the rows of each given micro-batch, in order.
         how: everything else that the numbers depend on.
     """
-    for name, parameter in replay.model.named_parameters():
-        assert not parameter.requires_grad, f"{name} requires a gradient"
     batches = {
         str(b): batch for b, batch in enumerate(tokens.batches(work.batch_tokens))
     }
-
-    def fits(key: str, row: Floats) -> bool:
-        return key in batches and row.shape == (batches[key].samples, *shape)
-
+    shapes = {key: (batch.samples, *shape) for key, batch in batches.items()}
     measured = identity(replay, tokens, batch_tokens=work.batch_tokens, **how)
-    kept = SharedJournal(work.journal, measured, fits, replay.processes)
+    kept = SharedJournal(work.journal, measured, shapes, replay.processes)
     with work.progress(words, len(batches)) as bar, use_attention(replay):
         todo = [key for key in batches if kept.get(key) is None]
         bar.advance(len(batches) - len(todo))
         own, bar = kept.share(todo, bar)
         mine = [batches[key] for key in own]
-        for key, batch, row in zip(own, mine, found(mine, bar), strict=True):
+        for key, batch, row in zip(own, mine, measure(mine, bar), strict=True):
             check_finite(replay, batch, row)
             kept.put({key: row})
         kept.gather()
@@ -269,7 +264,7 @@ def gate_gradients(
     Source: arXiv 2602.00161 (its gate gradients; the sign is that of d loss / d alpha).
     """
 
-    def found(mine: Sequence[TokenSet], bar: Bar) -> Iterator[Floats]:
+    def measure(mine: Sequence[TokenSet], bar: Bar) -> Iterator[Floats]:
         head = OutputHead(replay)
 
         def toward(
@@ -283,7 +278,7 @@ def gate_gradients(
     words = f"gradients of {tokens.samples} samples"
     shape = (len(replay),)
     return measure_batches(
-        replay, tokens, work, words, shape, found, gate=gate, label_seed=label_seed
+        replay, tokens, work, words, shape, measure, gate=gate, label_seed=label_seed
     )
 
 

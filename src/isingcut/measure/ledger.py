@@ -10,7 +10,7 @@ import numpy as np
 
 from isingcut.data.tokens import TokenSet
 from isingcut.errors import InputError
-from isingcut.ising.states import Floats, States, key_of
+from isingcut.ising.states import Bools, Floats, States, key_of
 from isingcut.measure.losses import measure_together, tree_nodes
 from isingcut.measure.work import SharedJournal, Work, identity
 from isingcut.models.replay import Replay
@@ -91,8 +91,9 @@ class Ledger:
         self.pay(key, runs, heads)
         row = self._row(key, length)
         if row is None:
-            found = self._replay.processes.gather(make().astype(np.float64).tobytes())
-            row = np.frombuffer(found[0], dtype=np.float64).copy()
+            made = make().astype(np.float64).tobytes()
+            first, *_ = self._replay.processes.gather(made)
+            row = np.frombuffer(first, dtype=np.float64).copy()
             self._kept.put({key: row})
         return row
 
@@ -100,29 +101,32 @@ class Ledger:
         self, wanted: Sequence[tuple[States, Sequence[int]]], description: str
     ) -> list[Floats]:
         """Return for each set of states (S, N) losses (S, R) on its samples, summed over tokens."""
-        missing: list[tuple[list[str], tuple[TokenSet, States]]] = []
+        missing: list[tuple[dict[str, Bools], TokenSet]] = []
         keys: list[list[str]] = []
         for states, rows in wanted:
             samples = np.array(rows, dtype=np.int64).tobytes()
             named = hashlib.sha256(samples).hexdigest()[:16]
             keys.append([f"{key_of(state)}:{named}" for state in states])
             by_key = dict(zip(keys[-1], states, strict=True))
-            unpaid = [key for key in by_key if key not in self._paid]
+            unpaid = {k: state for k, state in by_key.items() if k not in self._paid}
             if unpaid:
                 share = self.share(rows)
-                self._paid |= set(unpaid)
-                self.runs += tree_nodes(np.array([by_key[k] for k in unpaid])) * share
+                self._paid |= unpaid.keys()
+                self.runs += tree_nodes(np.array([*unpaid.values()])) * share
                 self.heads += len(unpaid) * share
                 self.evaluations += len(unpaid)
-            absent = [key for key in unpaid if self._row(key, len(rows)) is None]
+            absent = {
+                key: state
+                for key, state in unpaid.items()
+                if self._row(key, len(rows)) is None
+            }
             if absent:
-                new = np.array([by_key[key] for key in absent])
-                missing.append((absent, (self._tokens.select(rows), new)))
+                missing.append((absent, self._tokens.select(rows)))
         if missing:
-            sets = [one for _, one in missing]
+            sets = [(text, np.array([*new.values()])) for new, text in missing]
             measured = measure_together(self._replay, sets, self._work, description)
-            for (absent, _), found in zip(missing, measured, strict=True):
-                sums = found.kl_sums if self._loss == "kl" else found.nll_sums
+            for (absent, _), losses in zip(missing, measured, strict=True):
+                sums = losses.kl_sums if self._loss == "kl" else losses.nll_sums
                 self._kept.put(dict(zip(absent, sums, strict=True)))
         return [
             np.array([self._kept.get(key) for key in own]).reshape(len(own), len(rows))

@@ -350,12 +350,7 @@ class _Task:
             key: (2, self.batches[batch].samples)
             for key, (batch, _) in self._rows.items()
         }
-        self.kept = SharedJournal(
-            work.journal,
-            measured,
-            lambda key, row: row.shape == shapes.get(key),
-            replay.processes,
-        )
+        self.kept = SharedJournal(work.journal, measured, shapes, replay.processes)
         self._counts = tokens.counts
 
     def begin(self, bar: Bar) -> None:

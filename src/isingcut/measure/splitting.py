@@ -93,9 +93,9 @@ def split_to_fit(
     can_split = len(batches) > 1 or batches[0].samples > 1
     tokens = sum(batch.positions for batch in batches)
     if tokens <= limit.tokens or not can_split:
-        found = attempt(lambda: compute(batches), can_split)
-        if found is not None:
-            return found
+        results = attempt(lambda: compute(batches), can_split)
+        if results is not None:
+            return results
         limit.tokens = tokens // 2
         limit.release()
     if len(batches) == 1:
@@ -124,9 +124,9 @@ def fewer_tokens_to_fit(
     Raises:
         Exception: the error of ``compute`` with ``least`` tokens.
     """
-    found = attempt(lambda: compute(tokens), tokens > least)
-    if found is not None:
-        return found
+    result = attempt(lambda: compute(tokens), tokens > least)
+    if result is not None:
+        return result
     limit.release()
     return fewer_tokens_to_fit(limit, max(least, tokens // 2), least, compute)
 

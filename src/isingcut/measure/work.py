@@ -8,7 +8,7 @@ bitwise equal to that of one process. Rows in any of the journals are not measur
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -63,7 +63,7 @@ class SharedJournal(Journal):
     Args:
         path: file of rank 0; other ranks have files next to it. None keeps rows in memory.
         fingerprint: fingerprint of the measured model, tokens and states.
-        fits: function that checks by key and shape if a row can belong to this measurement.
+        shapes: shape of each row, by key; None: rows of any key and shape belong.
         processes: the processes; all of them must call the constructor.
 
     Raises:
@@ -76,9 +76,12 @@ class SharedJournal(Journal):
         self,
         path: Path | None,
         fingerprint: str,
-        fits: Callable[[str, Values], bool] = lambda key, row: True,
+        shapes: Mapping[str, tuple[int, ...]] | None = None,
         processes: Processes = ALONE,
     ) -> None:
+        def fits(key: str, row: Values) -> bool:
+            return shapes is None or row.shape == shapes.get(key)
+
         self._processes = processes
         rank = processes.rank
         size = processes.size
@@ -133,10 +136,10 @@ class _ForAll:
 
 def _others(path: Path) -> Iterator[tuple[int, Path]]:
     """Yield the journals of the other ranks."""
-    for found in sorted(path.parent.glob("*")):
-        of = re.fullmatch(re.escape(path.name) + r"\.([1-9]\d{0,5})", found.name)
+    for file in sorted(path.parent.glob("*")):
+        of = re.fullmatch(re.escape(path.name) + r"\.([1-9]\d{0,5})", file.name)
         if of:
-            yield int(of[1]), found
+            yield int(of[1]), file
 
 
 def forget(path: Path) -> None:

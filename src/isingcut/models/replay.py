@@ -215,7 +215,6 @@ class Replay:
     Args:
         model: a causal language model; it is put in evaluation mode.
         blocks: blocks of the model, in order; None takes all removable ones.
-        device: device of the input; None takes that of the parameters.
         store: store of the weights; None if they are in memory.
 
     Attributes:
@@ -236,9 +235,8 @@ class Replay:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Any,
         blocks: Sequence[nn.Module] | None = None,
-        device: torch.device | None = None,
         store: Weights | None = None,
     ) -> None:
         reuse_freed_memory()
@@ -250,7 +248,7 @@ class Replay:
                 # Only for a loss in training; computing it fails if the blocks do not run.
                 config.output_router_logits = False
         self.blocks = list(blocks or stack_modules(model))
-        self.device = device or next(model.parameters()).device
+        self.device: torch.device = model.device
         # A block that is streamed or has no weights takes the device of the input.
         self.places = [
             next((p.device for p in b.parameters() if not p.is_meta), self.device)
@@ -455,7 +453,7 @@ def use_attention(replay: Replay) -> Iterator[None]:
     reason = f"it uses {before!r}"
     try:
         with quiet_transformers():
-            model.set_attn_implementation(wanted)  # type: ignore[operator]
+            model.set_attn_implementation(wanted)
     except (ValueError, ImportError, AttributeError) as e:
         reason = " ".join(str(e).split())
     if attention_of(model) != wanted:
@@ -466,4 +464,4 @@ def use_attention(replay: Replay) -> Iterator[None]:
     try:
         yield
     finally:
-        model.set_attn_implementation(before)  # type: ignore[operator]
+        model.set_attn_implementation(before)

@@ -84,7 +84,7 @@ class StreamedReplay(Replay):
 
     def __init__(self, model: nn.Module, store: Store, memory: Allowance) -> None:
         self.memory = memory
-        super().__init__(model, device=store.device, store=store)
+        super().__init__(model, store=store)
 
     def identity(self) -> dict[str, Any]:
         """Return values that identify this model, cheap to compute, for a journal's fingerprint."""
