@@ -219,9 +219,8 @@ def measure_batches(
     batches = {
         str(b): batch for b, batch in enumerate(tokens.batches(work.batch_tokens))
     }
-    shapes = {key: (batch.samples, *shape) for key, batch in batches.items()}
     measured = identity(replay, tokens, batch_tokens=work.batch_tokens, **how)
-    kept = SharedJournal(work.journal, measured, shapes, replay.processes)
+    kept = SharedJournal(work.journal, measured, replay.processes)
     with work.progress(words, len(batches)) as bar, use_attention(replay):
         todo = [key for key in batches if kept.get(key) is None]
         bar.advance(len(batches) - len(todo))

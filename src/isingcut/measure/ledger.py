@@ -54,7 +54,7 @@ class Ledger:
         self.counts = tokens.counts
         self._real = tokens.mask.sum(1).numpy()
         measured = identity(replay, tokens, loss=loss, batch_tokens=work.batch_tokens)
-        self._kept = SharedJournal(work.journal, measured, processes=replay.processes)
+        self._kept = SharedJournal(work.journal, measured, replay.processes)
         self._paid: set[str] = set()
         self.runs = self.heads = 0.0
         self.evaluations = 0
@@ -78,18 +78,17 @@ class Ledger:
     def measure_once(
         self,
         key: str,
-        length: int,
         runs: float,
         heads: float,
         make: Callable[[], Floats],
     ) -> Floats:
-        """Make and charge once a measurement (length,) other than losses, and return it.
+        """Make and charge once a measurement (R,) other than losses, and return it.
 
         Every process uses the numbers of rank 0: a backward pass of attention is not always
         bitwise reproducible, and processes with different numbers would diverge.
         """
         self.pay(key, runs, heads)
-        row = self._row(key, length)
+        row = self._kept.get(key)
         if row is None:
             made = make().astype(np.float64).tobytes()
             first, *_ = self._replay.processes.gather(made)
@@ -115,11 +114,7 @@ class Ledger:
                 self.runs += tree_nodes(np.array([*unpaid.values()])) * share
                 self.heads += len(unpaid) * share
                 self.evaluations += len(unpaid)
-            absent = {
-                key: state
-                for key, state in unpaid.items()
-                if self._row(key, len(rows)) is None
-            }
+            absent = {k: s for k, s in unpaid.items() if self._kept.get(k) is None}
             if absent:
                 missing.append((absent, self._tokens.select(rows)))
         if missing:
@@ -143,8 +138,3 @@ class Ledger:
         chosen = range(len(self.counts)) if rows is None else sorted(rows)
         (sums,) = self.sums([(states, chosen)], f"{description}: {len(states)} states")
         return np.asarray(sums.sum(1) / self.counts[list(chosen)].sum())
-
-    def _row(self, key: str, length: int) -> Floats | None:
-        """Return the journal's row of a key, or None if it is missing or has another length."""
-        row = self._kept.get(key)
-        return row if row is not None and row.shape == (length,) else None

@@ -346,11 +346,7 @@ class _Task:
         )
         places = itertools.product(range(len(self.batches)), range(len(self.ordered)))
         self._rows = {f"{batch}:{place}": (batch, place) for batch, place in places}
-        shapes = {
-            key: (2, self.batches[batch].samples)
-            for key, (batch, _) in self._rows.items()
-        }
-        self.kept = SharedJournal(work.journal, measured, shapes, replay.processes)
+        self.kept = SharedJournal(work.journal, measured, replay.processes)
         self._counts = tokens.counts
 
     def begin(self, bar: Bar) -> None:

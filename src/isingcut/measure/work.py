@@ -63,7 +63,6 @@ class SharedJournal(Journal):
     Args:
         path: file of rank 0; other ranks have files next to it. None keeps rows in memory.
         fingerprint: fingerprint of the measured model, tokens and states.
-        shapes: shape of each row, by key; None: rows of any key and shape belong.
         processes: the processes; all of them must call the constructor.
 
     Raises:
@@ -76,23 +75,19 @@ class SharedJournal(Journal):
         self,
         path: Path | None,
         fingerprint: str,
-        shapes: Mapping[str, tuple[int, ...]] | None = None,
         processes: Processes = ALONE,
     ) -> None:
-        def fits(key: str, row: Values) -> bool:
-            return shapes is None or row.shape == shapes.get(key)
-
         self._processes = processes
         rank = processes.rank
         size = processes.size
         own = path.with_name(f"{path.name}.{rank}") if path and rank else path
-        super().__init__(own, fingerprint, fits)
+        super().__init__(own, fingerprint)
         self._new = dict(self._rows)
         if path is not None and not rank:
             # Journals from an earlier run with more processes.
             for number, left in _others(path):
                 if number >= size:
-                    self._new |= Journal(left, fingerprint, fits)._rows
+                    self._new |= Journal(left, fingerprint)._rows
         self.gather()
 
     def put(self, rows: Mapping[str, Values]) -> None:

@@ -155,7 +155,7 @@ def _measure(
             if removed
             else kind
         )
-        row = evaluator.ledger.measure_once(key, len(counts), 0.0, 0.0, make)
+        row = evaluator.ledger.measure_once(key, 0.0, 0.0, make)
         error = without_infinities(float(standard_error(row, counts)))
         # Rounding may give a negative KL.
         return max(0.0, float(row.sum() / counts.sum())), error

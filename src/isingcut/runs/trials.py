@@ -115,7 +115,7 @@ class Trials:
             )
 
         key = f"{list(removed)}:{kind}:{tokens}"
-        sums = self._ledger.measure_once(key, self.text.samples, 0.0, 0.0, make)
+        sums = self._ledger.measure_once(key, 0.0, 0.0, make)
         return float(sums.sum() / self._ledger.counts.sum())
 
 

@@ -181,9 +181,7 @@ class Search:
             timed = passes
             ledger = self.evaluator.ledger
             passes = float(
-                ledger.measure_once("budget", 1, 0.0, 0.0, lambda: np.array([timed()]))[
-                    0
-                ]
+                ledger.measure_once("budget", 0.0, 0.0, lambda: np.array([timed()]))[0]
             )
         self.budget = passes or default_passes(len(replay), targets)
         self.evaluator.budget = self.budget
