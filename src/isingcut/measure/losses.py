@@ -194,16 +194,6 @@ class Measurement:
         """The mean NLL per token (S,)."""
         return np.asarray(self.nll_sums.sum(1) / self.counts.sum())
 
-    @property
-    def kl_se(self) -> Floats:
-        """The standard error (S,) of `kl` over samples (ratio estimator)."""
-        return standard_error(self.kl_sums, self.counts)
-
-    @property
-    def nll_se(self) -> Floats:
-        """The standard error (S,) of `nll` over samples (ratio estimator)."""
-        return standard_error(self.nll_sums, self.counts)
-
     def of_samples(self, rows: Sequence[int]) -> Measurement:
         """Return the measurement on some samples; the block counts are still those of all."""
         sums = {name: getattr(self, name)[..., rows] for name in _BY_SAMPLE}
@@ -211,11 +201,15 @@ class Measurement:
 
     def losses(self, state: int) -> dict[str, Any]:
         """Return KL and NLL of one state with standard errors (or None), as in results files."""
+        errors = [
+            without_infinities(float(standard_error(sums[state], self.counts)))
+            for sums in (self.kl_sums, self.nll_sums)
+        ]
         return {
             "kl": float(self.kl[state]),
-            "kl_se": without_infinities(float(self.kl_se[state])),
+            "kl_se": errors[0],
             "nll": float(self.nll[state]),
-            "nll_se": without_infinities(float(self.nll_se[state])),
+            "nll_se": errors[1],
         }
 
 
