@@ -180,9 +180,9 @@ def _fill_rows(
                 recording, block, streams.pop(block), gate
             )
         else:
-            after = _run_gated(recording, block, streams[block], gate)[0]
-            streams[block + 1] = after.detach()
-            del after
+            result = _run_gated(recording, block, streams[block], gate)
+            streams[block + 1] = result[0].detach()
+            del result
         yield
     stream = streams.pop(len(replay)).detach()
     gradient = toward(recording, batch, stream, original if removed.any() else stream)
