@@ -109,57 +109,56 @@ def learn_outputs(
             not run on text alone.
     """
     ids = torch.zeros((1, 4), dtype=torch.long, device=device)
+    called: list[nn.Module] = []
     streams: list[Tensor] = []
     rest: list[tuple[Any, ...] | None] = []
-    calls: list[tuple[nn.Module, Tensor, BlockCall]] = []
     # What blocks may hand on, by its id, with what stands in for it in a test.
     handed: dict[int, Any] = {}
 
-    def before(module: nn.Module, args: Any, kwargs: Any) -> None:
-        stream, call = BlockCall.split(args, kwargs, len(rest))
-        for value in kwargs.values():
-            if isinstance(value, MutableMapping):
-                handed.setdefault(id(value), copy.copy(value))
-        if (
-            streams
-            and stream is not streams[-1]
-            and not torch.equal(stream, streams[-1])
-        ):
-            raise ArchitectureError(
-                f"the model changes the residual stream before block {len(rest)} "
-                f"({type(module).__name__}): {_NOT_ONE_AT_A_TIME}"
-            )
-        calls.append((module, stream, call))
+    def watch(block: nn.Module) -> Callable[..., Any]:
+        run = block.forward
 
-    def after(module: nn.Module, args: Any, output: Any) -> None:
-        stream = output[0] if isinstance(output, (list, tuple)) and output else output
-        if not isinstance(stream, Tensor):
-            raise ArchitectureError(
-                f"block {len(rest)} ({type(module).__name__}) returns {type(output).__name__}; "
-                "expected hidden states, or a tuple that starts with them"
-            )
-        if stream.shape[:2] != ids.shape:
-            raise ArchitectureError(
-                f"block {len(rest)} ({type(module).__name__}) passes on a stream of shape "
-                f"{list(stream.shape)}, expected (batch, tokens, width): {_NOT_ONE_AT_A_TIME}"
-            )
-        if _reads_another(*calls[-1], stream, handed):
-            raise ArchitectureError(
-                "blocks pass more than the residual stream to later blocks: "
-                + _NOT_ONE_AT_A_TIME
-            )
-        streams.append(stream)
-        rest.append(tuple(output[1:]) if isinstance(output, (list, tuple)) else None)
-        handed.update((id(v), None) for v in rest[-1] or () if isinstance(v, Tensor))
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            name = f"block {len(called)} ({type(block).__name__})"
+            hidden, call = BlockCall.split(args, kwargs, len(called))
+            called.append(block)
+            for value in kwargs.values():
+                if isinstance(value, MutableMapping):
+                    handed.setdefault(id(value), copy.copy(value))
+            before = streams[-1] if streams else hidden
+            if hidden is not before and not torch.equal(hidden, before):
+                raise ArchitectureError(
+                    f"the model changes the residual stream before {name}: {_NOT_ONE_AT_A_TIME}"
+                )
+            output = run(*args, **kwargs)
+            several = isinstance(output, (list, tuple))
+            stream = output[0] if several and output else output
+            if not isinstance(stream, Tensor):
+                raise ArchitectureError(
+                    f"{name} returns {type(output).__name__}; expected hidden states, or a tuple "
+                    "that starts with them"
+                )
+            if stream.shape[:2] != ids.shape:
+                raise ArchitectureError(
+                    f"{name} passes on a stream of shape {list(stream.shape)}, expected (batch, "
+                    f"tokens, width): {_NOT_ONE_AT_A_TIME}"
+                )
+            if _reads_another(run, hidden, call, stream, handed):
+                raise ArchitectureError(
+                    "blocks pass more than the residual stream to later blocks: "
+                    + _NOT_ONE_AT_A_TIME
+                )
+            streams.append(stream)
+            others = tuple(output[1:]) if several else None
+            rest.append(others)
+            handed.update((id(v), None) for v in others or () if isinstance(v, Tensor))
+            return output
 
-    with torch.no_grad(), catch_text_errors(model), contextlib.ExitStack() as hooks:
-        for block in blocks:
-            hooks.enter_context(
-                block.register_forward_pre_hook(before, with_kwargs=True)
-            )
-            hooks.enter_context(block.register_forward_hook(after))
+        return forward
+
+    watching = replace_forwards(blocks, list(map(watch, blocks)))
+    with torch.no_grad(), catch_text_errors(model), watching:
         model(input_ids=ids, use_cache=False)
-    called = [module for module, *_ in calls]
     silent = [i for i, block in enumerate(blocks) if block not in called]
     if silent:
         raise ArchitectureError(
@@ -175,7 +174,7 @@ def learn_outputs(
 
 
 def _reads_another(
-    block: nn.Module,
+    run: Callable[..., Any],
     hidden: Tensor,
     call: BlockCall,
     stream: Tensor,
@@ -196,7 +195,7 @@ def _reads_another(
     kwargs = {k: stand_in(v) for k, v in call.kwargs.items()}
     again = BlockCall(tuple(map(stand_in, call.args)), kwargs)
     try:
-        output = again.repeat(block.forward, hidden)
+        output = again.repeat(run, hidden)
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise_if_exhausted(error)
         return True
@@ -205,8 +204,8 @@ def _reads_another(
     )
 
 
-class _StackReached(Exception):
-    """Raised by the last stub, because recording does not need the modules after the blocks."""
+class Reached(Exception):
+    """Raised by a stub, because the modules after it are not needed."""
 
 
 class Replay:
@@ -309,14 +308,14 @@ class Replay:
             def forward(*args: Any, **kwargs: Any) -> Any:
                 calls.append(BlockCall.split(args, kwargs, i))
                 if i == last:
-                    raise _StackReached
+                    raise Reached
                 return self._as_output(i, calls[-1][0])
 
             return forward
 
         ids = input_ids.to(self.device)
         stubs = [stub(i) for i in range(len(self.blocks))]
-        with replace_forwards(self.blocks, stubs), contextlib.suppress(_StackReached):
+        with replace_forwards(self.blocks, stubs), contextlib.suppress(Reached):
             self.text(input_ids=ids, use_cache=False)
         known: dict[Any, Tensor] = {}
         for (_, call), place in zip(calls, self.places, strict=True):

@@ -33,7 +33,7 @@ from isingcut.models.compute.divergence import (
     softmax,
     softmax_gradient,
 )
-from isingcut.models.replay import Recording, Replay, replace_forwards
+from isingcut.models.replay import Reached, Recording, Replay, replace_forwards
 
 
 def piece_elements(device: torch.device) -> int:
@@ -46,10 +46,6 @@ _TRANSPOSED_BYTES = 1 << 28
 
 Pieces = Iterable[tuple[int, Tensor]]
 """Logits (R, C) of pieces of the vocabulary, each with the index of its first token."""
-
-
-class _HeadReached(Exception):
-    """Raised instead of running the output layer, because only its input is needed."""
 
 
 def find_head_input(layer: nn.Module, logits: Callable[[], Tensor]) -> Tensor | None:
@@ -67,14 +63,14 @@ def find_head_input(layer: nn.Module, logits: Callable[[], Tensor]) -> Tensor | 
         lambda m, args, out: seen.append((args, out.clone()))
     )
     with hook, torch.no_grad():
-        found = logits()
+        whole = logits()
     if len(seen) != 1 or len(seen[0][0]) != 1:
         return None
     (inputs,), out = seen[0]
     plain = (
-        out.device == found.device
-        and out.dtype == found.dtype
-        and torch.equal(out, found)
+        out.device == whole.device
+        and out.dtype == whole.dtype
+        and torch.equal(out, whole)
     )
     return inputs if plain else None
 
@@ -121,11 +117,11 @@ class OutputHead:
 
         def stub(x: Tensor) -> Any:
             caught.append(x)
-            raise _HeadReached
+            raise Reached
 
         with (
             replace_forwards([self._linear], [stub]),
-            contextlib.suppress(_HeadReached),
+            contextlib.suppress(Reached),
         ):
             self._replay.tail(stream, input_ids)
         return caught[0]
