@@ -30,7 +30,8 @@ from isingcut.measure.packed import changed_losses
 from isingcut.measure.work import Work
 from isingcut.models.placement import connect, place
 from isingcut.models.replay import Recording
-from isingcut.models.streaming.replay import StreamedReplay, open_model
+from isingcut.models.streaming.replay import StreamedReplay
+from isingcut.models.streaming.store import Store
 from shared import OPTIONS, parametrize
 from test_baselines import part
 from tiny import random_tokens, replay_of, tiny_model, tiny_tokenizer
@@ -65,8 +66,8 @@ class Place:
     def replay(self, family="llama", streamed=False):
         if not streamed:
             return replay_of(self.model(family))
-        opened = open_model(self.folder, dtype=torch.float32, device=self.device)
-        return StreamedReplay(*opened)
+        store = Store(self.folder, dtype=torch.float32, device=self.device)
+        return StreamedReplay(store)
 
 
 def losses(place, family="llama", streamed=False):

@@ -23,7 +23,8 @@ from isingcut.healing.training.student import install
 from isingcut.models.inspect import inspect_model
 from isingcut.models.load import find_auto_class
 from isingcut.models.replay import Replay
-from isingcut.models.streaming.replay import StreamedReplay, open_model
+from isingcut.models.streaming.replay import StreamedReplay
+from isingcut.models.streaming.store import Store
 from isingcut.models.verify import random_tokens, reload, verify
 from isingcut.testing.tiny import random_model
 from odd_models import composite_checkpoint, prove_cut
@@ -207,11 +208,9 @@ def test_an_encoder_decoder_inside_is_refused():
 def test_streamed_blocks_compute_what_those_in_memory_do(family, tmp_path):
     model = composite_checkpoint(family, tmp_path / "source")
     tokens = random_tokens(model, 2, 12)
-    store = open_model(
-        tmp_path / "source", dtype=torch.float32, device=torch.device("cpu")
-    )
+    store = Store(tmp_path / "source", dtype=torch.float32, device=torch.device("cpu"))
     resident = Replay(model).record(tokens)
-    streamed = StreamedReplay(*store)
+    streamed = StreamedReplay(store)
     recording = streamed.record(tokens)
     streams = [resident.entered, recording.entered]
     with skip_blocks(model, [2]):

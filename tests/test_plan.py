@@ -264,7 +264,7 @@ def test_a_run_prices_its_stages_by_the_model_in_memory(
     monkeypatch.setattr(
         planning, "_time_head", lambda replay, batch: 2 * batch.positions
     )
-    monkeypatch.setattr(planning, "open_model", None)
+    monkeypatch.setattr(planning, "Store", None)
     folder = RunFolder.open(Path(shutil.copytree(finished, tmp_path / "run")))
     session = Session(folder.config.replace(patch="none"))
     found = Prices(session, folder)

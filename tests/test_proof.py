@@ -10,7 +10,8 @@ import torch
 from isingcut.errors import ArchitectureError, VerificationError
 from isingcut.formats.architectures.cuts import cut_config
 from isingcut.formats.cutting.checkpoint import excise
-from isingcut.models.streaming.replay import StreamedReplay, open_model
+from isingcut.models.streaming.replay import StreamedReplay
+from isingcut.models.streaming.store import Store
 from isingcut.models.verify import (
     check_generation,
     process_images,
@@ -257,9 +258,7 @@ def test_a_streamed_cut_is_proven_with_an_image(tmp_path):
     model = composite("qwen3_vl")
     cut = cut_of(model, [3, 5], tmp_path)
     source = StreamedReplay(
-        *open_model(
-            tmp_path / "source", dtype=torch.float32, device=torch.device("cpu")
-        )
+        Store(tmp_path / "source", dtype=torch.float32, device=torch.device("cpu"))
     )
     proof = verify(source, [3, 5], cut, new_tokens=1, images=invent_images)
     assert proof.inputs == "text and an image"

@@ -20,8 +20,8 @@ from isingcut.models.device import Allowance, allowance, container_room, weight_
 from isingcut.models.load import build_skeleton, load
 from isingcut.models.streaming import reader
 from isingcut.models.streaming.reader import Reader
-from isingcut.models.streaming.replay import load_streamed, open_model
-from isingcut.models.streaming.store import Buffers
+from isingcut.models.streaming.replay import load_streamed
+from isingcut.models.streaming.store import Buffers, Store
 from isingcut.models.verify import verify
 from isingcut.options.config import RunConfig
 from isingcut.runs.session import Session
@@ -267,14 +267,13 @@ def test_a_cut_is_proven_block_by_block(llama, cut):
 
 def test_a_cut_with_wrong_layer_numbers_is_noticed(llama, cut, monkeypatch):
     replay = streamed(llama)
-    build = open_model
 
     def wrong(*args, **kwargs):
-        model, store, memory = build(*args, **kwargs)
-        model.model.layers[2].self_attn.layer_idx = 1
-        return model, store, memory
+        store = Store(*args, **kwargs)
+        store.model.model.layers[2].self_attn.layer_idx = 1
+        return store
 
-    monkeypatch.setattr("isingcut.models.verify.open_model", wrong)
+    monkeypatch.setattr("isingcut.models.verify.Store", wrong)
     with refuses(r"does not generate|differs from generation", VerificationError):
         verify(replay, [1, 4], cut, new_tokens=6)
 

@@ -13,7 +13,8 @@ from isingcut.formats.architectures.blocks import find_stack, stack_modules
 from isingcut.formats.architectures.cuts import legality
 from isingcut.models.load import load
 from isingcut.models.replay import Replay
-from isingcut.models.streaming.replay import StreamedReplay, open_model
+from isingcut.models.streaming.replay import StreamedReplay
+from isingcut.models.streaming.store import Store
 from isingcut.testing.tiny import tiny_checkpoint, tiny_model, tiny_tokenizer
 from shared import load_json, save_json
 
@@ -128,7 +129,7 @@ def in_memory(folder):
 
 
 def streamed(folder):
-    return StreamedReplay(*open_model(folder, dtype=torch.float32, device=CPU))
+    return StreamedReplay(Store(folder, dtype=torch.float32, device=CPU))
 
 
 def watch(replay):

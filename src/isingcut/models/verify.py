@@ -32,8 +32,8 @@ from isingcut.formats.safetensors_files import read_config
 from isingcut.memory import raise_if_exhausted
 from isingcut.models.load import freeze, load_plain
 from isingcut.models.sharing import fits, share
-from isingcut.models.streaming.replay import StreamedReplay, open_model
-from isingcut.models.streaming.store import Buffers
+from isingcut.models.streaming.replay import StreamedReplay
+from isingcut.models.streaming.store import Buffers, Store
 
 ImageInputs = dict[str, Tensor]
 
@@ -370,15 +370,13 @@ def _open_cut(
     place = {"dtype": original.dtype, "device": original.device}
     try:
         with quiet_transformers():
-            cut, store, _ = open_model(
-                out, **place, trust_remote_code=trust, buffers=buffers
-            )
+            store = Store(out, **place, buffers=buffers, trust_remote_code=trust)
     except (ModelError, CheckpointError) as error:
         raise VerificationError(
             f"the checkpoint {out} does not load: {error}"
         ) from error
     _refuse_keys(out, {"unexpected_keys": store.reader.unexpected})
-    return cut, True
+    return store.model, True
 
 
 def _refuse_keys(out: Path, report: Mapping[str, Collection[object]]) -> None:

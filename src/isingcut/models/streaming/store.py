@@ -10,6 +10,7 @@ import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from torch import Tensor
 
 from isingcut.errors import ArchitectureError
 from isingcut.formats.architectures.blocks import language_model, stack_modules
-from isingcut.models.device import device_module
+from isingcut.models.device import allowance, device_module
+from isingcut.models.load import build_skeleton
 from isingcut.models.replay import EMBED, HEAD, Part, Weights
 from isingcut.models.streaming.reader import REST, Reader, StoredPart
 
@@ -141,23 +143,35 @@ class Store(Weights):
 
     Args:
         folder: folder of the checkpoint.
-        model: the model without weights; its modules get a ``forward`` or hooks that install parts.
         dtype: dtype of the weights.
         device: device for the computation.
+        memory_limit: as in `allowance`.
         buffers: buffers of another store, to share; then only one model may run at a time.
 
+    Attributes:
+        model: the model without weights; its modules have a ``forward`` or hooks that install
+            parts.
+        memory: memory limit of the process, and its use before any weight was read.
+
     Raises:
-        ModelError: the checkpoint does not fit the model.
+        ModelError: transformers cannot build the model, or the checkpoint does not fit it.
+        InputError: the memory limit cannot be parsed.
     """
 
     def __init__(
         self,
         folder: Path,
-        model: Any,
         dtype: torch.dtype,
         device: torch.device,
+        memory_limit: str = "",
         buffers: Buffers | None = None,
+        *,
+        trust_remote_code: bool = False,
     ) -> None:
+        self.memory = allowance(memory_limit, device)
+        self.model = model = build_skeleton(
+            folder, dtype, trust_remote_code=trust_remote_code
+        )
         self.folder = folder
         self.device = device
         self.dtype = dtype
@@ -172,6 +186,9 @@ class Store(Weights):
         if buffers is None or buffers.size < self.largest or buffers.device != device:
             buffers = Buffers(self.largest, device)
         self.buffers = buffers
+        # Not used memory: `StreamedReplay.room` counts the buffers for each model that shares them.
+        used = self.memory.used - buffers.allocated
+        self.memory = replace(self.memory, used=used)
         # Small tensors stay on the device: norms, position embeddings, and computed buffers.
         for module in model.modules():
             for leaf, buffer in module._buffers.items():
