@@ -37,7 +37,9 @@ def forbids(model, removed):
     stack = find_stack(model)
     state = np.zeros((1, len(stack)), dtype=bool)
     state[0, list(removed)] = True
-    return not all(row.satisfied(state)[0] for row in legality(model.config, stack))
+    return not all(
+        row.satisfied(state)[0] for row in legality(model.config.to_dict(), stack)
+    )
 
 
 @contextmanager

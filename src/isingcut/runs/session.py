@@ -253,7 +253,7 @@ class Session:
     def describe_blocks(self) -> BlockList:
         """Describe blocks and legality rows for `run.json`."""
         model = self.loaded.model
-        legal = legality(model.config, self.stack)
+        legal = legality(model.config.to_dict(), self.stack)
         longest = getattr(text_config(model), "max_position_embeddings", None)
         seconds = self.replay.latency(min(TIMED_TOKENS, int(longest or TIMED_TOKENS)))
         parameters = list(model.parameters())

@@ -253,12 +253,8 @@ def cut_config(
         ArchitectureError: a number out of range, an illegal state, a block that computes with
             its own number, or a per-layer field that is not in the tables.
     """
-    refuse_packing(config)
-    result = copy.deepcopy(config)
-    text = materialise(result)
-    count = depth(text)
+    result, text, count = _open_config(config)
     mapping = renumber_blocks(count, removed)
-    _refuse_unclear(result, text, count)
     families.write_out(text, count)
     read, types = _read_depth(config)
     state = np.array([[i not in mapping for i in range(count)]])
@@ -295,24 +291,21 @@ def cut_config(
     return result
 
 
-def legality(config: Any, stack: BlockStack) -> list[LinearConstraint]:
+def legality(config: dict[str, Any], stack: BlockStack) -> list[LinearConstraint]:
     """Return the linear constraints that every state of a model must satisfy, for the solver.
 
     Args:
-        config: the model's configuration, an object or its dictionary.
+        config: the model's configuration.
         stack: the model's blocks, as from `find_stack`.
 
     Raises:
         ArchitectureError: the configuration cannot be cut in any state.
     """
-    whole = copy.deepcopy(config) if isinstance(config, dict) else config.to_dict()
-    text = materialise(whole)
-    refuse_packing(whole)
-    _refuse_unclear(whole, text, len(stack))
+    whole, text, count = _open_config(config)
     attention = [
         i for i, kind in enumerate(stack.kinds) if _CACHED & set(kind.split("+"))
     ]
-    return families.legality(whole, text, len(stack), attention)
+    return families.legality(whole, text, count, attention)
 
 
 def cut_quantisation(value: Any, mapping: dict[int, int]) -> Any:
@@ -494,20 +487,30 @@ def _read_depth(config: dict[str, Any]) -> tuple[int | None, list[str]]:
     return None if text is None else count_of(text), listed
 
 
-def _refuse_unclear(config: dict[str, Any], text: dict[str, Any], count: int) -> None:
-    """Raise if a configuration cannot be cut exactly, or has an unknown per-layer field."""
+def _open_config(config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], int]:
+    """Return a copy of a configuration, the decoder's part of it with its per-layer fields written
+    out, and its number of blocks.
+
+    Raises:
+        ArchitectureError: it cannot be cut exactly, or has an unknown per-layer field.
+    """
+    refuse_packing(config)
+    whole = copy.deepcopy(config)
+    text = materialise(whole)
     if reason := explain_uncuttable(text):
         raise ArchitectureError(reason)
+    count = depth(text)
     layers = mtp_layers(text)
-    for part, decoder in find_parts(config, text):
+    for part, decoder in find_parts(whole, text):
         # A cut without removed blocks checks that each field has a known form.
         cut_fields(dict(part), count, {i: i for i in range(count)})
         refuse_unknown(part, count, layers, decoder=decoder)
-    decoder_config = decoder_object(config)
+    decoder_config = decoder_object(whole)
     if decoder_config is not None:
         values = decoder_config.to_dict()
         more = {key: value for key, value in values.items() if key not in text}
         refuse_unknown(more, count, layers, decoder=True)
+    return whole, text, count
 
 
 def explain_uncuttable(text: Mapping[str, Any]) -> str:
