@@ -53,7 +53,7 @@ def _run_gated(
     if not before.requires_grad:
         before = before.detach().requires_grad_(block > 0)
     edges = [get_gradient_edge(x) for x in (alpha, before) if x.requires_grad]
-    after = run_gated(recording, block, before, alpha, gate, ones=True)
+    after = run_gated(recording, block, before, alpha, gate)
     end = get_gradient_edge(after)
 
     def backward(toward: Tensor) -> tuple[Tensor, Tensor]:

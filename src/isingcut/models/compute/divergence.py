@@ -278,20 +278,7 @@ class RowSums:
         """
         if can_compile(logits):
             self._add_compiled(logits, offset, reference)
-        else:
-            self._add(logits, offset, reference)
-
-    def _add_compiled(
-        self, logits: Tensor, offset: int, reference: Tensor | None
-    ) -> None:
-        # `expand_as` fails if the sizes are unequal; the loops would read beyond the end.
-        same = bits(logits[:, :0] if reference is None else reference.expand_as(logits))
-        q = bits(logits)
-        kept = (self._top, self._total, self._difference, self._picked)
-        arrays = [x.numpy() for x in (self._reference_log_z, self.labels, *kept)]
-        run_in_threads(partial(accumulate, q, same, offset, *arrays), len(q), q.size)
-
-    def _add(self, logits: Tensor, offset: int, reference: Tensor | None) -> None:
+            return
         q = widen(logits)
         label = self.labels - offset
         inside = (label >= 0) & (label < q.shape[1])
@@ -306,6 +293,16 @@ class RowSums:
             p = (same - self._reference_log_z.to(same.dtype)[:, None]).exp_()
             apart = torch.where(same > -3.0e38, same - q, 0.0)
             self._difference += torch.linalg.vecdot(p, apart).double()
+
+    def _add_compiled(
+        self, logits: Tensor, offset: int, reference: Tensor | None
+    ) -> None:
+        # `expand_as` fails if the sizes are unequal; the loops would read beyond the end.
+        same = bits(logits[:, :0] if reference is None else reference.expand_as(logits))
+        q = bits(logits)
+        kept = (self._top, self._total, self._difference, self._picked)
+        arrays = [x.numpy() for x in (self._reference_log_z, self.labels, *kept)]
+        run_in_threads(partial(accumulate, q, same, offset, *arrays), len(q), q.size)
 
     @property
     def log_z(self) -> Tensor:
