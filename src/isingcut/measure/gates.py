@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from isingcut.errors import ArchitectureError, InputError
-from isingcut.models.compute.divergence import bits, can_compile, fill_row_dots
+from isingcut.models.compute.divergence import bits, can_compile, fill_row_dots, widen
 from isingcut.models.replay import Recording
 
 GATES = ("sublayer", "block")
@@ -78,7 +78,7 @@ def row_dots(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _scale(x: Tensor, alpha: Tensor) -> Tensor:
-    return (x.float() * alpha.view(-1, *([1] * (x.dim() - 1)))).to(x.dtype)
+    return (widen(x) * alpha.view(-1, *([1] * (x.dim() - 1)))).to(x.dtype)
 
 
 class _ResidualGate(TorchFunctionMode):
