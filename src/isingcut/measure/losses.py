@@ -14,7 +14,6 @@ piece at a time, so that the original's logits exist for one micro-batch only.
 
 from __future__ import annotations
 
-import itertools
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -338,8 +337,6 @@ class _Task:
             shape=list(wanted.shape),
             batch_tokens=work.batch_tokens,
         )
-        places = itertools.product(range(len(self.batches)), range(len(self.ordered)))
-        self._rows = {f"{batch}:{place}": (batch, place) for batch, place in places}
         self.kept = SharedJournal(work.journal, measured, replay.processes)
         self._counts = tokens.counts
 
@@ -350,14 +347,11 @@ class _Task:
         Raises:
             InputError: one state does not fit.
         """
-        missing: dict[int, list[int]] = {}
-        for key, (batch, place) in self._rows.items():
-            if self.kept.get(key) is None:
-                missing.setdefault(batch, []).append(place)
-        left = [
-            Piece(self, self.batches[batch], batch, places)
-            for batch, places in missing.items()
-        ]
+        left = []
+        for b, tokens in enumerate(self.batches):
+            missing = [place for place, row in enumerate(self._rows(b)) if row is None]
+            if missing:
+                left.append(Piece(self, tokens, b, missing))
         bar.advance(self.all_blocks - sum(map(self.blocks_run, left)))
         again = 2 * len(self._replay) / int(self._nodes.sum())
         pieces = divide(left, self._replay.processes.size, again)
@@ -375,6 +369,10 @@ class _Task:
                 )
             self.todo += piece.cut(-(-len(piece.places) // fit))
 
+    def _rows(self, batch: int) -> list[Any]:
+        """Return the row (2, B) of each state on a micro-batch, or None if it is missing."""
+        return [self.kept.get(f"{batch}:{k}") for k in range(len(self.ordered))]
+
     def blocks_run(self, piece: Piece) -> int:
         """Return the number of block evaluations of a piece."""
         return int(self._nodes[piece.places].sum())
@@ -383,8 +381,8 @@ class _Task:
         """Return the measurement, with the rows of all processes."""
         self.kept.gather()
         sums = np.zeros((2, len(self.ordered), len(self._counts)))
-        for key, (batch, place) in self._rows.items():
-            sums[:, place, self.batches[batch].index.numpy()] = self.kept.get(key)
+        for b, tokens in enumerate(self.batches):
+            sums[:, :, tokens.index.numpy()] = np.stack(self._rows(b), 1)
         kl, nll = sums[:, 1 + np.argsort(self._order)]
         run = int(self._nodes.sum())
         return Measurement(self._wanted, kl, nll, sums[1, 0], self._counts, run)
