@@ -44,8 +44,8 @@ from isingcut.healing.heal import heal
 from isingcut.healing.patch.ridge import bytes_of
 from isingcut.healing.repairs import linear
 from isingcut.healing.repairs import tuned as tuning
+from isingcut.measure.splitting import bytes_of_backward
 from isingcut.memory import is_memory_exhausted
-from isingcut.models.compute.batching import bytes_of_backward
 from isingcut.models.device import allowance
 from isingcut.models.load import load
 from isingcut.models.streaming import replay as streamed

@@ -11,9 +11,9 @@ from cards import fake_cards
 from isingcut.errors import ArchitectureError
 from isingcut.measure.gradients import gate_gradients, gate_slopes
 from isingcut.measure.losses import measure
+from isingcut.measure.splitting import choose_batch_tokens, count_graph_bytes
 from isingcut.measure.streams import one_pass
 from isingcut.measure.work import Work
-from isingcut.models.compute.batching import choose_batch_tokens, count_graph_bytes
 from isingcut.options.config import RunConfig
 from isingcut.runs.session import Session
 from shared import parametrize, refuses

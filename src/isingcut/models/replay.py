@@ -34,7 +34,7 @@ from isingcut.formats.architectures.blocks import (
     stack_modules,
     stop_rescaling,
 )
-from isingcut.formats.libraries import quiet_transformers
+from isingcut.formats.libraries import convert_errors, quiet_transformers
 from isingcut.formats.transformers_private import attention_of
 from isingcut.memory import raise_if_exhausted
 from isingcut.models.device import BatchLimit, least_left, synchronise
@@ -351,10 +351,8 @@ class Replay:
     def tail(self, hidden: Tensor, input_ids: Tensor) -> Tensor:
         """Compute logits (B, T, V) from the residual stream (B, T, D) after the last block."""
 
-        def stub(i: int) -> Callable[..., Any]:
-            return lambda *args, **kwargs: self._as_output(i, hidden)
-
-        stubs = [stub(i) for i in range(len(self.blocks))]
+        outputs = [self._as_output(i, hidden) for i in range(len(self.blocks))]
+        stubs = [lambda *_, out=out, **__: out for out in outputs]
         with replace_forwards(self.blocks, stubs):
             logits: Tensor = self.text(input_ids=input_ids, use_cache=False).logits
         return logits
@@ -449,17 +447,11 @@ def use_attention(replay: Replay) -> Iterator[None]:
     if wanted is None or wanted == before:
         yield
         return
-    reason = f"it uses {before!r}"
-    try:
-        with quiet_transformers():
-            model.set_attn_implementation(wanted)
-    except (ValueError, ImportError, AttributeError) as e:
-        reason = " ".join(str(e).split())
-    if attention_of(model) != wanted:
-        raise ArchitectureError(
-            f"{type(model).__name__} cannot compute attention as {wanted!r} ({reason}); "
-            "choose another with --attention"
-        )
+    what = f"{type(model).__name__} cannot compute attention as {wanted!r}; choose another with "
+    with quiet_transformers(), convert_errors(ArchitectureError, f"{what}--attention"):
+        model.set_attn_implementation(wanted)
+        if attention_of(model) != wanted:
+            raise ValueError(f"it uses {before!r}")
     try:
         yield
     finally:

@@ -28,10 +28,10 @@ from isingcut.formats.sources import (
     resolve,
     weights_stamp,
 )
+from isingcut.measure.splitting import choose_batch_tokens
 from isingcut.measure.work import Work
 from isingcut.models import device as devices
 from isingcut.models import load as models
-from isingcut.models.compute.batching import choose_batch_tokens
 from isingcut.models.device import (
     allowance,
     first_card,
