@@ -260,13 +260,15 @@ def gate_gradients(
 
     def measure(mine: Sequence[TokenSet], bar: Bar) -> Iterator[Floats]:
         head = OutputHead(replay)
-
-        def toward(
-            recording: Recording, batch: TokenSet, stream: Tensor, _: Tensor
-        ) -> Tensor:
-            return loss_gradient(recording, stream, batch, label_seed, head)
-
-        for row in gate_rows(replay, mine, gate, toward, advance=bar.advance):
+        for row in gate_rows(
+            replay,
+            mine,
+            gate,
+            lambda recording, batch, stream, _: loss_gradient(
+                recording, batch, stream, label_seed, head
+            ),
+            advance=bar.advance,
+        ):
             yield row.double().cpu().numpy()
 
     words = f"gradients of {tokens.samples} samples"
@@ -291,16 +293,11 @@ def gate_slopes(
     Args:
         state: (N,) bool; the gates of removed blocks are 0, all others 1.
     """
-
-    def toward(
-        recording: Recording, batch: TokenSet, cut: Tensor, original: Tensor
-    ) -> Tensor:
-        return divergence_gradient(recording, original, cut, batch)
-
     total = np.zeros(len(replay))
+    batches = tokens.batches(batch_tokens)
     with use_attention(replay):
         for rows in gate_rows(
-            replay, tokens.batches(batch_tokens), "block", toward, removed=state
+            replay, batches, "block", divergence_gradient, removed=state
         ):
             total += rows.T.contiguous().sum(1).double().cpu().numpy()
     return total / tokens.tokens

@@ -266,8 +266,8 @@ def sum_losses(
 
 def loss_gradient(
     recording: Recording,
-    hidden: Tensor,
     batch: TokenSet,
+    hidden: Tensor,
     label_seed: int | None,
     head: OutputHead,
 ) -> Tensor:
@@ -277,8 +277,8 @@ def loss_gradient(
 
     Args:
         recording: recorded calls of the batch.
-        hidden: (B, T, D), the residual stream after the blocks.
         batch: the samples; padding does not count.
+        hidden: (B, T, D), the residual stream after the blocks.
         label_seed: seed to draw the labels from the model; None takes the next tokens of the text.
         head: the model's output head; if it is not plain, the model computes its logits itself, one
             sample at a time.
@@ -325,16 +325,16 @@ def loss_gradient(
 
 
 def divergence_gradient(
-    recording: Recording, original: Tensor, stream: Tensor, batch: TokenSet
+    recording: Recording, batch: TokenSet, stream: Tensor, original: Tensor
 ) -> Tensor:
     """Compute the gradient of KL(original || cut), summed over all tokens, with respect to the cut
     model's residual stream.
 
     Args:
         recording: recorded calls of the batch.
-        original: (B, T, D), residual stream after the blocks of the original model.
-        stream: (B, T, D), residual stream after the blocks of the cut model.
         batch: the samples; padding does not count.
+        stream: (B, T, D), residual stream after the blocks of the cut model.
+        original: (B, T, D), residual stream after the blocks of the original model.
 
     Returns:
         (B, T, D), zero at positions without a prediction.
@@ -343,9 +343,7 @@ def divergence_gradient(
     def gradient_of(sample: int, logits: Tensor) -> Tensor:
         with torch.no_grad():
             whole = recording.logits(original[sample], sample)
-        difference = torch.softmax(logits.float(), -1) - torch.softmax(
-            whole.float(), -1
-        )
+        difference = logits.float().softmax(-1) - whole.float().softmax(-1)
         predicted = nn.functional.pad(batch.predicted[sample], (0, 1))
         difference[~predicted.to(logits.device)] = 0.0
         return difference.to(logits.dtype)
