@@ -87,12 +87,12 @@ class OutputHead:
 
     def __init__(self, replay: Replay) -> None:
         self._replay = replay
-        found: Any = replay.text.get_output_embeddings()
+        layer: Any = replay.text.get_output_embeddings()
         if replay.plain_head is None:
             # Tested once for each model: for a streamed one it reads embedding and head.
-            replay.plain_head = type(found) is nn.Linear and self._is_last(found)
+            replay.plain_head = type(layer) is nn.Linear and self._is_last(layer)
         self.plain = replay.plain_head
-        self._linear = found
+        self._linear = layer
 
     def _is_last(self, linear: nn.Linear) -> bool:
         replay = self._replay
@@ -239,17 +239,17 @@ class Comparison:
         Args:
             logits: those of the other model, in the form of the original's.
         """
-        found = []
+        losses = []
         for pieces, (labels, kept, log_z) in zip(logits, self._kept, strict=True):
             sums = RowSums(labels, log_z)
             for (start, piece), reference in zip(pieces, kept, strict=True):
                 sums.add(piece.to(labels.device), start, reference)
-            found.append(torch.stack([sums.kl, sums.nll]))
-        return torch.cat(found, 1)
+            losses.append(torch.stack([sums.kl, sums.nll]))
+        return torch.cat(losses, 1)
 
-    def sum_samples(self, found: Sequence[Tensor]) -> Floats:
+    def sum_samples(self, losses: Sequence[Tensor]) -> Floats:
         """Sum K results of `compare` over the tokens of each sample: (2, K, B)."""
-        values = torch.stack([*found], 1).cpu().numpy()
+        values = torch.stack([*losses], 1).cpu().numpy()
         samples = np.split(values, self._counts.cumsum(0)[:-1].numpy(), 2)
         return np.stack([sample.sum(2) for sample in samples], 2)
 
@@ -406,13 +406,13 @@ def _to_gradient(logits: Tensor, targets: Tensor, scale: Tensor) -> None:
 def _draw_labels(logits: Tensor, log_z: Tensor, draws: Tensor) -> Tensor:
     """Draw (R,) tokens from the distributions of logits (R, V) by inversion of uniform draws
     (R,)."""
-    found = []
+    labels = []
     for rows in _row_parts(logits):
         # In float64: the error of a float32 running sum exceeds the probability of most tokens.
         cumulative = softmax(logits[rows], log_z[rows]).double().cumsum(-1)
         wanted = draws[rows][:, None] * cumulative[:, -1:]
-        found.append(torch.searchsorted(cumulative, wanted, right=True)[:, 0])
-    return torch.cat(found).clamp(max=logits.shape[1] - 1)
+        labels.append(torch.searchsorted(cumulative, wanted, right=True)[:, 0])
+    return torch.cat(labels).clamp(max=logits.shape[1] - 1)
 
 
 def _row_parts(logits: Tensor) -> list[slice]:
