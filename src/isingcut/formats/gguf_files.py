@@ -101,7 +101,8 @@ class GgufHeader:
             blocks.setdefault(place[0], set()).add(place[1])
         if len(blocks) != count or max(blocks) != count - 1:
             raise CheckpointError(
-                f"{self.path} says {count} blocks but has tensors of {len(blocks)}: damaged or split"
+                f"{self.path} says {count} blocks but has tensors of {len(blocks)}: damaged or "
+                "split"
             )
         for extra in range(count - self.mtp_layers, count):
             del blocks[extra]
