@@ -278,7 +278,10 @@ class RowSums:
         """
         if can_compile(logits):
             self._add_compiled(logits, offset, reference)
-            return
+        else:
+            self._add(logits, offset, reference)
+
+    def _add(self, logits: Tensor, offset: int, reference: Tensor | None) -> None:
         q = widen(logits)
         label = self.labels - offset
         inside = (label >= 0) & (label < q.shape[1])
