@@ -220,7 +220,7 @@ def count(n: int, removed: int) -> Counts:
         mock.patch.object(Recording, "block", block),
     ):
         source = tiny_checkpoint("llama", Path(folder), num_hidden_layers=n)
-        store = Store(source, dtype=torch.float32, device=torch.device("cpu"))
+        store = Store(source, torch.float32, torch.device("cpu"))
         replay = StreamedReplay(store)
         ids = np.random.default_rng(0).integers(8, 256, (SAMPLES, SHORT))
         began = time.process_time()

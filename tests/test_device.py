@@ -66,8 +66,7 @@ class Place:
     def replay(self, family="llama", streamed=False):
         if not streamed:
             return replay_of(self.model(family))
-        store = Store(self.folder, dtype=torch.float32, device=self.device)
-        return StreamedReplay(store)
+        return StreamedReplay(Store(self.folder, torch.float32, self.device))
 
 
 def losses(place, family="llama", streamed=False):

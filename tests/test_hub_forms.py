@@ -208,7 +208,7 @@ def test_an_encoder_decoder_inside_is_refused():
 def test_streamed_blocks_compute_what_those_in_memory_do(family, tmp_path):
     model = composite_checkpoint(family, tmp_path / "source")
     tokens = random_tokens(model, 2, 12)
-    store = Store(tmp_path / "source", dtype=torch.float32, device=torch.device("cpu"))
+    store = Store(tmp_path / "source", torch.float32, torch.device("cpu"))
     resident = Replay(model).record(tokens)
     streamed = StreamedReplay(store)
     recording = streamed.record(tokens)

@@ -258,7 +258,7 @@ def test_a_streamed_cut_is_proven_with_an_image(tmp_path):
     model = composite("qwen3_vl")
     cut = cut_of(model, [3, 5], tmp_path)
     source = StreamedReplay(
-        Store(tmp_path / "source", dtype=torch.float32, device=torch.device("cpu"))
+        Store(tmp_path / "source", torch.float32, torch.device("cpu"))
     )
     proof = verify(source, [3, 5], cut, new_tokens=1, images=invent_images)
     assert proof.inputs == "text and an image"

@@ -130,7 +130,7 @@ def test_a_device_holds_two_parts_and_the_hidden_states(job, tmp_path):
     folder = tiny_checkpoint("llama", tmp_path, **size, head_dim=32)
     weights = (tmp_path / "model.safetensors").stat().st_size
     with fake_cards(budget=weights // 2) as (card,):
-        replay = StreamedReplay(Store(folder, dtype=torch.float32, device=card.device))
+        replay = StreamedReplay(Store(folder, torch.float32, card.device))
         card.reset_peak()
         JOBS[job](replay, samples(), np.arange(8) < 2)
         assert card.peak < 2.5 * replay.store.largest + 0.1 * weights

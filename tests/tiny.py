@@ -131,7 +131,7 @@ def in_memory(folder):
 
 
 def streamed(folder):
-    return StreamedReplay(Store(folder, dtype=torch.float32, device=CPU))
+    return StreamedReplay(Store(folder, torch.float32, CPU))
 
 
 def watch(replay):
