@@ -282,10 +282,11 @@ def test_a_block_that_returns_no_stream_is_refused():
             return {"hidden": hidden_states}
 
     class Model(nn.Module):
+        device = torch.device("cpu")
+
         def __init__(self):
             super().__init__()
             self.layers = nn.ModuleList([Odd()])
-            self.weight = nn.Parameter(torch.zeros(1))
 
         def forward(self, input_ids, use_cache):
             return self.layers[0](torch.zeros(1, 4, 2))

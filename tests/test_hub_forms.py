@@ -113,6 +113,8 @@ class Handing(nn.Module):
 
 
 class Handed(nn.Module):
+    device = torch.device("cpu")
+
     def __init__(self, reads):
         super().__init__()
         self.layers = nn.ModuleList(Handing(reads) for _ in range(3))
