@@ -175,6 +175,10 @@ def _patch(name: str, ours: Callable[..., Any]) -> Any:
     return mock.patch(name, function)
 
 
+Args = tuple[Any, ...]
+Kwargs = dict[str, Any]
+
+
 class _Autocast(TorchFunctionMode):
     """Autocast: casts operands of matrix products; float32 weights once per outermost context."""
 
@@ -211,7 +215,7 @@ class _Autocast(TorchFunctionMode):
                 self._weights.clear()
 
     def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+        self, func: Any, types: Any, args: Args = (), kwargs: Any = None
     ) -> Any:
         if self.dtype is not None and func in _HALVED:
             args, kwargs = _replace((args, kwargs or {}), _Tensor, self._cast)
@@ -322,7 +326,7 @@ class _Tensor(Tensor):
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
-        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+        cls, func: Any, types: Any, args: Args = (), kwargs: Any = None
     ) -> Any:
         return _run(func, args, kwargs or {})
 
@@ -399,7 +403,7 @@ class _Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.mixed: list[MixedDevicesError] = []
 
     def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+        self, func: Any, types: Any, args: Args = (), kwargs: Any = None
     ) -> Any:
         try:
             if func._can_decompose() and (
@@ -415,7 +419,7 @@ class _Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]
             raise
 
 
-def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _run(func: Any, args: Args, kwargs: Kwargs) -> Any:
     """Check the devices of the operands, compute on the CPU, and put the result on its device."""
     card = next(
         (x.card for x in _leaves((args, kwargs)) if isinstance(x, _Tensor)), None
@@ -447,15 +451,13 @@ def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         and not plain_args[0].is_floating_point()
     ):
         # CUDA's histc supports integers, the CPU's does not.
-        out = func(plain_args[0].double(), *plain_args[1:], **plain_kwargs).to(
-            plain_args[0].dtype
-        )
+        numbers, *rest = plain_args
+        out = func(numbers.double(), *rest, **plain_kwargs).to(numbers.dtype)
     else:
         out = func(*plain_args, **plain_kwargs)
     if card is None:
         return out
-    written = _written(func, args, kwargs)
-    if written:
+    if written := _written(func, args, kwargs):
         return written[0] if len(written) == 1 else tuple(written)
     return _replace(out, Tensor, lambda x: _Tensor(x, card))
 
@@ -479,22 +481,18 @@ def _replace(value: Any, kind: type, new: Callable[[Any], Any]) -> Any:
     return value
 
 
-def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+def _written(func: Any, args: Args, kwargs: Kwargs) -> list[Any]:
     """Return the operands that the operation writes to and returns."""
-    if not any(
-        r.alias_info is not None and r.alias_info.is_write for r in func._schema.returns
-    ):
+    if not any(map(_is_written, func._schema.returns)):
         return []
-    return [
-        v
-        for a, v in _operands(func, args, kwargs)
-        if a.alias_info and a.alias_info.is_write
-    ]
+    return [v for a, v in _operands(func, args, kwargs) if _is_written(a)]
 
 
-def _operands(
-    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Iterator[tuple[Any, Any]]:
+def _is_written(argument: Any) -> bool:
+    return argument.alias_info is not None and argument.alias_info.is_write
+
+
+def _operands(func: Any, args: Args, kwargs: Kwargs) -> Iterator[tuple[Any, Any]]:
     """Yield each given argument of the schema, with its value."""
     for position, argument in enumerate(func._schema.arguments):
         if position < len(args):
@@ -503,21 +501,17 @@ def _operands(
             yield argument, kwargs[argument.name]
 
 
-def _check(
-    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], card: Card
-) -> None:
+def _check(func: Any, args: Args, kwargs: Kwargs, card: Card) -> None:
     packet = func.overloadpacket
     numbers = torch.Tag.pointwise in func.tags or packet in _VALUED
     for argument, value in _operands(func, args, kwargs):
-        writes = argument.alias_info is not None and argument.alias_info.is_write
+        writes = _is_written(argument)
         indices = packet in _INDEXED and argument.name == "indices"
         for x in _leaves(value):
             if not isinstance(x, Tensor) or x.device.type == "meta":
                 continue
-            if isinstance(x, _Tensor):
-                fits = x.card is card
-            else:
-                fits = indices or not (x.dim() or writes or not numbers)
+            plain = indices or not (x.dim() or writes or not numbers)
+            fits = x.card is card if isinstance(x, _Tensor) else plain
             if not fits:
                 raise MixedDevicesError(
                     "Expected all tensors to be on the same device, but found at least two "

@@ -276,11 +276,8 @@ class Setting:
         self.bandwidth = BANDWIDTH * bandwidth
         self.ram = RAM[self.card]
         self.host = HOST[cards]
-        fit = [
-            g
-            for g in (1, 2, 4, 8)
-            if g <= cards and model.whole <= g * USABLE * self.memory
-        ]
+        needed = model.whole / (USABLE * self.memory)
+        fit = [g for g in (1, 2, 4, 8) if needed <= g <= cards]
         self.streamed = not fit
         self.each = fit[0] if fit else 1
         self.kind = "streamed" if self.streamed else "resident"
@@ -315,14 +312,10 @@ class Setting:
         """Make the part that runs the blocks."""
         m = self.model
         calls = max(1.0, tokens / at_a_time) * passes
-        rate = share * self.peak / 1e15
+        rate = share * self.peak / 1e15 * workers
+        flops = 2e-15 * tokens * passes * m.active
         return (
-            Term(
-                "arithmetic",
-                2e-15 * tokens * passes * m.active,
-                "PFLOP",
-                rate * workers,
-            ),
+            Term("arithmetic", flops, "PFLOP", rate),
             Term("launches", calls * m.n, "calls", CALLS * workers),
             *self.move("memory", 2 * calls * m.active, self.bandwidth * workers),
         )
@@ -421,10 +414,8 @@ class Setting:
         if is_searched(RUN, m.removed, m.n, streamed=self.streamed):
             searched = m.n + MORE
             parts += self.fit(TOKENS, searched, known=True)
-            parts += [
-                self.blocks(TOKENS, searched * m.left, FEW),
-                *self.heads(TOKENS, 2 * searched),
-            ]
+            parts.append(self.blocks(TOKENS, searched * m.left, FEW))
+            parts += self.heads(TOKENS, 2 * searched)
             # The lowest, the best of one pass, and two of the search.
             tried = 4
         parts += tried * is_deep(m.removed, m.n) * self.tune(trial)
@@ -487,15 +478,12 @@ class Setting:
         # Proven at once up to some 40 blocks (docs/solvers.md).
         solve = Term("solve", RUN.solve_seconds * (m.n > 40), "s", rates(100, 1))
         fit = RUN.patch_tokens * (1 if self.streamed else 1 - 1 / HELD_OUT_EVERY)
-        search = [
-            (*searched, *self.read(c.sweeps)),
-            *self.heads(tokens, c.heads, self.processes),
-        ]
         text = Term("text", 1, "readings", TEXT)
         return {
             "load": [start(1), *self.load(m.whole, "read")],
             "search": [
-                *search,
+                (*searched, *self.read(c.sweeps)),
+                *self.heads(tokens, c.heads, self.processes),
                 (Term("search, host", c.host, "s", rates(2, 1)),),
                 (solve,),
             ],
@@ -521,11 +509,8 @@ def start(processes: int) -> Part:
 def spell(span: Range) -> str:
     """Return a range of seconds in words."""
     low, high = map(duration, span)
-    return (
-        high
-        if low == high
-        else f"{low.removesuffix(high[high.index(' ') :])} to {high}"
-    )
+    unit = high[high.index(" ") :]
+    return high if low == high else f"{low.removesuffix(unit)} to {high}"
 
 
 def summarise(
@@ -584,17 +569,10 @@ def main() -> None:
             table.append(
                 [name, machine, setting.kind, *summarise(setting, machine, rows)]
             )
+        head = ["stage", "part", "count", *(f"{m}, not measured" for m in MACHINES)]
         keys = sorted(rows, key=lambda key: COLUMNS.index(key[0]))
-        lines = [
-            [*key, *(rows[key].get(machine, "") for machine in MACHINES)]
-            for key in keys
-        ]
-        print_table(
-            [
-                ["stage", "part", "count", *(f"{m}, not measured" for m in MACHINES)],
-                *lines,
-            ]
-        )
+        lines = ([*key, *(rows[key].get(m, "") for m in MACHINES)] for key in keys)
+        print_table([head, *lines])
     print(f"\nTuned on the host; {NOTE}\n")
     print_table(table)
 

@@ -43,5 +43,4 @@ def test_defaults_are_of_the_code():
         "healing": f"up to `--patch-tokens`, {tokens:,} by default",
         "experiments/patch": f"A run takes {tokens:,} tokens",
     }.items():
-        text = (ROOT / "docs" / f"{page}.md").read_text()
-        assert words in " ".join(text.split())
+        assert words in " ".join((ROOT / "docs" / f"{page}.md").read_text().split())

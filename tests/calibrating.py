@@ -1,8 +1,7 @@
 """Small texts and chats, and helpers, for the tests of calibration."""
 
-from isingcut.data.calibration import build
-from isingcut.errors import CalibrationError
-from shared import refuses, write_jsonl
+from shared import CalibrationError, refuses, write_jsonl
+from tiny import build
 
 SIZES = {"samples": 5, "rank_samples": 3, "report_samples": 2}
 SIZES |= {"length": 16, "seed": 0}

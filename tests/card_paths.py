@@ -7,44 +7,34 @@ failed, the share of the call sites of torch operations (`benchmarks/sites.py`) 
 card, and those that did not.
 """
 
-from __future__ import annotations
-
 import functools
 import json
 import shutil
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 from unittest import mock
 
 import pytest
 import torch
+from gguf import GGMLQuantizationType
 
 import isingcut
 from card import short
 from cards import fake_cards
-from gguf_files import WIDE, WIDE_NUMBERS, named, write
-from healings import TRAINING, Killed, killing
+from gguf_files import write_packed
+from healings import TRAINING, Killed, killing, options, write_student
 from isingcut import baselines
 from isingcut.energies import registry as energy_parts
-from isingcut.errors import VerificationError
-from isingcut.formats.cutting.checkpoint import excise
 from isingcut.healing.heal import heal
 from isingcut.healing.repairs.linear import _Fitting
 from isingcut.healing.training import train
 from isingcut.measure.gates import GATES, run_gated
-from isingcut.models.load import load
-from isingcut.models.verify import check_generation, verify
-from isingcut.options.config import HealConfig
-from isingcut.options.declaration import options_from
-from isingcut.testing.tiny import tiny_model
+from isingcut.models.verify import check_generation
 from odd_models import composite
-from shared import OPTIONS, call, refuses, write_jsonl
+from shared import OPTIONS, VerificationError, call, refuses, run_tiny, write_jsonl
 from sweep.images import invent_images
 from sweep.mtp import add_mtp_layers
 from test_proof import cut_of
 from test_tasks import arc, gsm8k
-from tiny import random_tokens
+from tiny import load, random_tokens, tiny_model, verify
 
 pytestmark = pytest.mark.filterwarnings("ignore::isingcut.PoorEnergyWarning")
 
@@ -65,62 +55,39 @@ SEARCHED = {"energy": "auto", "effort": "3"}
 class Place:
     """The devices and files of one path."""
 
-    def __init__(self, device: str, out: Path, shared: Any, text: Path) -> None:
+    def __init__(self, device, out, shared, text):
         self.device = device
         self.out = out
         self.shared = shared
         self.text = text
 
-    def run(self, name: str = "run", family: str = "llama", **more: Any) -> Path:
+    def run(self, name="run", family="llama", **more):
         """Run and return the folder."""
-        given = {
-            "calibration": str(self.text),
-            "device": self.device,
-            "out": str(self.out / name),
-        }
-        if "model" not in more:
-            given["model"] = str(self.shared.checkpoint(family))
-        isingcut.run(**{**FEW, **given, **more})
-        return self.out / name
+        model = more.pop("model", None) or self.shared.checkpoint(family)
+        given = {**FEW, "device": self.device, **more}
+        return run_tiny(model, self.text, self.out / name, **given)
 
-    def type(self, *words: Any) -> None:
+    def type(self, *words):
         """Type a command, which must succeed."""
         assert call(*words) == 0, words
 
-    def heal(self, progress: Any = None, **changes: Any) -> Path:
+    def heal(self, progress=None, **changes):
         """Heal a cut llama."""
-        student = self.out / "student"
         teacher = self.shared.checkpoint()
-        if not student.exists():
-            excise(teacher, (2, 3), student)
-            (student / "isingcut.json").write_text(
-                json.dumps({"removed": [2, 3], "of": 6})
-            )
-        given = {
-            "student": str(student),
-            "teacher": str(teacher),
-            "text": str(self.text),
-            "out": str(self.out / "healed"),
-            "samples": 8,
-            "length": 16,
-            "report_samples": 4,
-            "patch": "none",
-            "dtype": "float32",
-            "device": self.device,
-            "trainer": TRAINING,
-            **changes,
-        }
-        more = {} if progress is None else {"progress": progress}
-        return heal(options_from(HealConfig, given, "test"), **more)
+        if not (self.out / "student").exists():
+            write_student(teacher, self.out / "student")
+        given = {"teacher": teacher, "text": self.text, "samples": 8, "length": 16}
+        given |= {"device": self.device, **changes}
+        return heal(options(self.out, self.out / "healed", **given), progress=progress)
 
 
-def default(place: Place) -> None:
+def default(place):
     """A run with the defaults: searched, near candidates patched, tuned, its speed measured."""
     more = {**SEARCHED, "patch": "tuned", "patch_tokens": 1000, "states": 5}
     place.run(**more, skip_speed=False, compare_energies="fisher")
 
 
-def verbs(place: Place) -> None:
+def verbs(place):
     """The verbs that open a run again, and those that look at a model."""
     run = place.run(patch="none")
     model = place.shared.checkpoint()
@@ -137,16 +104,16 @@ def verbs(place: Place) -> None:
     place.type("plan", model, *plain, "--remove", 2, "--length", 16)
 
 
-def deep(place: Place, blocks: int, remove: int) -> None:
+def deep(place, blocks, remove):
     """A deep cut, with the search among patched states, chooses the blocks of the CPU."""
     model = str(place.shared.checkpoint(num_hidden_layers=blocks))
     more = {**SEARCHED, "patch_tokens": 20_000, "batch_tokens": 512, "remove": remove}
     given = {**FEW, **more, "model": model, "calibration": str(place.text)}
 
-    def search(device: str, out: Path) -> None:
+    def search(device, out):
         isingcut.prune(**given, device=device, out=str(out))
 
-    def chosen(folder: Path) -> Any:
+    def chosen(folder):
         return json.loads((folder / "candidates.json").read_text())["chosen"]["removed"]
 
     expected = place.shared.folder(f"deep-{blocks}", functools.partial(search, "cpu"))
@@ -154,13 +121,13 @@ def deep(place: Place, blocks: int, remove: int) -> None:
     assert chosen(place.out) == chosen(expected)
 
 
-def streamed(place: Place) -> None:
+def streamed(place):
     run = place.run(stream="on", **SEARCHED, compare_energies="empirical-fisher")
     for name in ("block-influence", "angular-window"):
         place.type("baseline", name, run)
 
 
-def tasks(place: Place) -> None:
+def tasks(place):
     """Likelihoods, answers that are generated, and a text."""
     data = place.out / "data"
     for name, make in (
@@ -170,58 +137,37 @@ def tasks(place: Place) -> None:
     ):
         write_jsonl(data / f"{name}.jsonl", [make(i)[1] for i in range(16)])
     model = str(place.shared.checkpoint(max_position_embeddings=2048))
-    given = {"data": str(data), "tasks": "arc_easy", "questions": 12}
-    run = place.run(model=model, choose="tasks", patch="none", **given)
+    run = place.run(
+        model=model,
+        choose="tasks",
+        patch="none",
+        data=str(data),
+        tasks="arc_easy",
+        questions=12,
+    )
     names = ("--tasks", "arc_easy,gsm8k", "--questions", 2)
     place.type("evaluate", run, *names, "--data", data, "--skip-speed", "--overwrite")
 
 
-def energies(place: Place, **more: Any) -> None:
-    model = place.shared.checkpoint()
+def energies(place, **more):
+    later = ("patch_tokens", "skip_speed", "random_states", "states", "rank_samples")
+    given = {k: v for k, v in FEW.items() if k not in later}
+    given |= {"model": str(place.shared.checkpoint()), "calibration": str(place.text)}
     for name in energy_parts.names():
-        given = {"calibration": str(place.text), "device": place.device}
-        out = str(place.out / name)
-        found = {
-            **FEW,
-            **given,
-            **more,
-            "model": str(model),
-            "out": out,
-            "energy": name,
-        }
-        found |= {"effort": "20"} if name == "refined" else {}
-        for left_out in (
-            "patch_tokens",
-            "skip_speed",
-            "random_states",
-            "states",
-            "rank_samples",
-        ):
-            del found[left_out]
-        isingcut.energy(**found)
+        effort = {"effort": "20"} if name == "refined" else {}
+        given |= {"device": place.device, "out": str(place.out / name), "energy": name}
+        isingcut.energy(**given, **effort, **more)
 
 
-def gguf_file(place: Place) -> Path:
-    import gguf
-
-    kind = gguf.GGMLQuantizationType.Q4_1
-    held = named(
-        {n: t.numpy() for n, t in tiny_model("llama", **WIDE).state_dict().items()}
-    )
-    for name, values in held.items():
-        if name.startswith("blk.") and values.ndim == 2:
-            held[name] = (gguf.quantize(values, kind), kind)
-    write(place.out / "tiny.gguf", held, **WIDE_NUMBERS)
-    return place.out / "tiny.gguf"
+def gguf_file(place):
+    return write_packed(place.out / "tiny.gguf", GGMLQuantizationType.Q4_1)
 
 
-def from_gguf(place: Place) -> None:
-    file = gguf_file(place)
-    run = place.run(model=str(file))
-    place.type("evaluate", run, "--skip-speed")
+def from_gguf(place):
+    place.type("evaluate", place.run(model=str(gguf_file(place))), "--skip-speed")
 
 
-def packed(place: Place) -> None:
+def packed(place):
     file = gguf_file(place)
     size = file.stat().st_size / 1e3
     place.run(model=str(file), remove="", budget=f"file={0.8 * size:.3f}kB")
@@ -231,35 +177,35 @@ def packed(place: Place) -> None:
     place.run("decode", remove="", budget="decode=40%@16")
 
 
-def mtp(place: Place) -> None:
+def mtp(place):
     folder = place.out / "mtp"
     shutil.copytree(place.shared.checkpoint("deepseek_v3"), folder)
     add_mtp_layers(tiny_model("deepseek_v3"), folder)
     place.run(model=str(folder), patch="linear")
 
 
-def healing(place: Place, method: str) -> None:
+def healing(place, method):
     for patch in ("none", "linear"):
         place.heal(method=method, patch=patch, overwrite=True)
 
 
-def healing_in_half(place: Place) -> None:
+def healing_in_half(place):
     place.heal(dtype="bfloat16", trainer={**TRAINING, "gradient_checkpointing": True})
     place.run(heal="60tokens", dtype="bfloat16")
 
 
-def patch_alone(place: Place) -> None:
+def patch_alone(place):
     place.heal(method="none", patch="tuned", samples=40)
 
 
-def resumed(place: Place) -> None:
+def resumed(place):
     with pytest.raises(Killed):
         place.heal(killing(3))
     place.heal()
 
 
-def chat(place: Place) -> None:
-    def talk(i: int) -> list[dict[str, str]]:
+def chat(place):
+    def talk(i):
         said = {"user": f"say {i}.", "assistant": f"yes {i}."}
         return [{"role": role, "content": words} for role, words in said.items()]
 
@@ -269,35 +215,39 @@ def chat(place: Place) -> None:
     place.run(calibration=f"answers:{file}", length=32)
 
 
-def own_text(place: Place) -> None:
+def own_text(place):
     place.run(calibration="self", patch="linear", patch_tokens=64)
 
 
-def eager(place: Place) -> None:
-    more = {"attention": "eager", "dtype": "bfloat16", "batch_tokens": None}
-    place.run(**more, patch="tuned", patch_tokens=200)
+def eager(place):
+    place.run(
+        attention="eager",
+        dtype="bfloat16",
+        batch_tokens=None,
+        patch="tuned",
+        patch_tokens=200,
+    )
 
 
-def rows(place: Place) -> None:
+def rows(place):
     """Fits on fewer tokens than a layer has inputs, also of outputs with a bias."""
     few = {"patch_tokens": 100, "drop": "2,3"}
-    wide = place.shared.checkpoint(intermediate_size=512)
-    place.run(model=str(wide), **few)
+    place.run(model=str(place.shared.checkpoint(intermediate_size=512)), **few)
     with mock.patch.object(_Fitting, "ways", (False,)):
         place.run("outputs", family="gpt2", **few, patch="tuned")
 
 
-def slopes(place: Place) -> None:
+def slopes(place):
     """A search long enough for exchanges by slope."""
     model = place.shared.checkpoint(num_hidden_layers=8)
     place.run(model=str(model), energy="auto", effort="200", samples=16)
 
 
-def timed_healing(place: Place) -> None:
+def timed_healing(place):
     """A healing whose budget is a time, which measures its steps first."""
     measure = train.step_times
 
-    def measured(job: Any) -> Any:
+    def measured(job):
         # So slow that few steps follow.
         return [(tokens, 10 + seconds) for tokens, seconds in measure(job)]
 
@@ -306,10 +256,9 @@ def timed_healing(place: Place) -> None:
         place.heal(train="1min", trainer=few)
 
 
-def gates(place: Place) -> None:
+def gates(place):
     """Gates that scale a block by any number, as energies of plug-ins do."""
-    model = place.shared.checkpoint()
-    replay = load(model, device=place.device.split(",")[0]).replay
+    replay = load(place.shared.checkpoint(), device=place.device.split(",")[0]).replay
     recording = replay.record(random_tokens([12] * 3).input_ids)
     alpha = torch.tensor([0.0, 0.5, 1.0])
     before = recording.entered
@@ -319,7 +268,7 @@ def gates(place: Place) -> None:
         torch.testing.assert_close(found[2].cpu(), after[2].cpu())
 
 
-def images(place: Place) -> None:
+def images(place):
     """The proof of a model that reads images, and of generation that differs with its cache."""
     model = composite("chameleon")
     cut = cut_of(model, [1], place.out)
@@ -333,7 +282,7 @@ def images(place: Place) -> None:
         )
 
 
-PATHS: dict[str, Callable[[Place], Any]] = {
+PATHS = {
     # The longest first, so that no processor waits for them.
     "deep, 13 of 32": functools.partial(deep, blocks=32, remove=13),
     "deep, 6 of 12": functools.partial(deep, blocks=12, remove=6),

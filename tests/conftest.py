@@ -18,11 +18,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 
 from shared import (
-    OPTIONS,
     Shared,
     call,
     leave_speed_out,
     parse_json,
+    run_tiny,
+    without_speed,
     works,
     write_words,
 )
@@ -164,19 +165,9 @@ def text(shared):
 def finished(shared, llama, text):
     """Finished run that removed two blocks of the llama, with a second energy."""
 
+    @without_speed()
     def make(place):
-        import isingcut
-
-        with pytest.MonkeyPatch.context() as patch:
-            leave_speed_out(patch.setattr)
-            isingcut.run(
-                model=llama,
-                calibration=text,
-                out=place,
-                remove=2,
-                compare_energies="empirical-fisher",
-                **OPTIONS,
-            )
+        run_tiny(llama, text, place, remove=2, compare_energies="empirical-fisher")
 
     return shared.folder("finished", make)
 
@@ -193,6 +184,13 @@ def tokenizer():
     from isingcut.testing.tiny import tiny_tokenizer
 
     return tiny_tokenizer()
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    """Reach no hub."""
+    for library in ("datasets.config", "huggingface_hub.constants"):
+        monkeypatch.setattr(f"{library}.HF_HUB_OFFLINE", True)
 
 
 @pytest.fixture

@@ -97,6 +97,18 @@ def write(path, held, *, architecture="llama", blocks=6, **changes):
     write_gguf(path, metadata, held, architecture=architecture, more=more)
 
 
+def write_packed(path, kind):
+    """Write a tiny llama with the layers of its blocks in a type; return the path."""
+    held = named(
+        {n: t.numpy() for n, t in tiny_model("llama", **WIDE).state_dict().items()}
+    )
+    for name, values in held.items():
+        if name.startswith("blk.") and values.ndim == 2:
+            held[name] = (gguf.quantize(values, kind), kind)
+    write(path, held, **WIDE_NUMBERS)
+    return path
+
+
 def file(edit=lambda held: None, **metadata):
     """Return a step that writes the arena's model as ``m.gguf``, after ``edit`` of its tensors."""
 

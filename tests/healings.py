@@ -1,17 +1,13 @@
 """A tiny teacher and its cut student, healed once, for the tests of healing."""
 
 import contextlib
-import json
 
 import numpy as np
 
-from isingcut.formats.cutting.checkpoint import excise
-from isingcut.formats.safetensors_files import read_checkpoint
 from isingcut.healing.heal import heal
-from isingcut.options.config import HealConfig
 from isingcut.options.declaration import options_from
-from shared import load_json, module_fixture, write_jsonl
-from tiny import tiny_checkpoint
+from shared import HealConfig, load_json, module_fixture, save_json, write_jsonl
+from tiny import excise, read_checkpoint, tiny_checkpoint
 
 REMOVED = (2, 3)
 WORDS = [
@@ -40,14 +36,17 @@ def write_text(path, documents=60, seed=0):
     return path
 
 
+def write_student(teacher, out, removed=REMOVED):
+    """Write the exact cut of a teacher, with the record of its blocks."""
+    excise(teacher, removed, out)
+    save_json(out / "isingcut.json", {"removed": removed, "of": 6})
+
+
 @module_fixture
 def models(tmp_path_factory):
     """Folder with `teacher`, `student` (without blocks 2 and 3) and `text.jsonl`."""
     folder = tmp_path_factory.mktemp("heal")
-    teacher = tiny_checkpoint("llama", folder / "teacher")
-    record = json.dumps({"removed": REMOVED, "of": 6})
-    excise(teacher, REMOVED, folder / "student")
-    (folder / "student/isingcut.json").write_text(record)
+    write_student(tiny_checkpoint("llama", folder / "teacher"), folder / "student")
     write_text(folder / "text.jsonl", 80)
     return folder
 

@@ -5,12 +5,11 @@
 
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-from isingcut.formats.cutting.checkpoint import excise
 from isingcut.models.load import find_auto_class
-from isingcut.models.verify import verify
-from isingcut.testing.tiny import BASE, random_model, tiny_tokenizer
+from isingcut.testing.tiny import BASE
 from shared import load_json, save_json
 from sweep.shrink import tiny_configuration
+from tiny import excise, random_model, tiny_tokenizer, verify
 
 LINEAR = {"linear_head_dim": 8, "linear_num_heads": 4}
 GATED = {

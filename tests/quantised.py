@@ -4,9 +4,8 @@ import re
 
 import torch
 
-from isingcut.formats.safetensors_files import read_checkpoint
 from shared import save_json
-from tiny import edit_config, edit_tensors
+from tiny import edit_config, edit_tensors, read_checkpoint
 
 _FP8_MAX = 448.0
 _TILE = 16

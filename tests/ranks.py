@@ -58,6 +58,12 @@ def run(codes, said, function, *arguments):
     assert found == codes, f"exit codes {found}\n{said.read_text()}"
 
 
+def lines_of(said):
+    """Return the lines that isingcut printed into a file."""
+    lines = said.read_text().splitlines()
+    return [line for line in lines if line.startswith("isingcut: ")]
+
+
 def join(ranks):
     """Wait for processes and return their exit codes."""
     for rank in ranks:

@@ -6,15 +6,13 @@ import re
 import numpy as np
 
 from isingcut.files.ownership import file_sha256
-from isingcut.files.results import write_json
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.ising.problem import Problem
 from isingcut.ising.spectrum import Spectrum
 from isingcut.ising.states import states_of
-from isingcut.options.config import RunConfig
 from isingcut.report import card
 from isingcut.report import write as report
-from shared import load_json, save_json
+from shared import RunConfig, load_json, save_json, write_json
 
 KINDS = ("attention+mlp", "mamba2", "attention+mlp", "moe")
 # The stage of a file by the first part of its name.
@@ -66,9 +64,7 @@ def write_report(folder, target=None):
 
 def first_part(page):
     """Return the part of a page that one sees first."""
-    return page.partition('<header class="top">')[2].partition(
-        '<section id="compared"'
-    )[0]
+    return page.split('<header class="top">')[1].split('<section id="compared"')[0]
 
 
 def model_card(folder, removed, **patch):
@@ -92,8 +88,7 @@ def write_comparison(folders, out, *, overwrite=False):
 def fidelity(value, n, low=None):
     low = value - 0.1 if low is None and value is not None else low
     high = None if value is None else min(1.0, value + 0.05)
-    ends = (("", value), ("_low", low), ("_high", high))
-    return {"n": n, **{f"spearman{end}": v for end, v in ends}}
+    return {"n": n, "spearman": value, "spearman_low": low, "spearman_high": high}
 
 
 def text_scores(perplexity, **more):
@@ -102,10 +97,15 @@ def text_scores(perplexity, **more):
 
 
 def side(perplexity, blocks, speed):
-    sizes = {"parameters": 10**6 * (blocks + 2), "bytes": 2 * 10**6 * (blocks + 2)}
-    speeds = {"prefill_tokens_per_second": 8 * speed, "decode_tokens_per_second": speed}
-    memory = {"peak_memory_bytes": 5 * 10**8}
-    return text_scores(perplexity, blocks=blocks, **sizes, **speeds, **memory)
+    return text_scores(
+        perplexity,
+        blocks=blocks,
+        parameters=10**6 * (blocks + 2),
+        bytes=2 * 10**6 * (blocks + 2),
+        prefill_tokens_per_second=8 * speed,
+        decode_tokens_per_second=speed,
+        peak_memory_bytes=5 * 10**8,
+    )
 
 
 def hamiltonian(n, seed, unit="nats/token"):
@@ -113,8 +113,8 @@ def hamiltonian(n, seed, unit="nats/token"):
     coupling = np.triu(0.05 * rng.standard_normal((n, n)), 1)
     h = 0.2 + rng.random(n) + np.where(np.arange(n) == 0, 5.0, 0.0)
     error = 0.01 * (1 - np.eye(n))
-    meta = {"energy": "pairwise", "loss": "KL(original || cut)"}
-    meta |= {"samples": 4, "tokens": 40}
+    meta = {"energy": "pairwise", "loss": "KL(original || cut)", "samples": 4}
+    meta["tokens"] = 40
     J = coupling + coupling.T
     return Hamiltonian(h, J, 0.0, unit, meta, np.full(n, 0.02), error)
 
@@ -130,8 +130,9 @@ def write_removal(place, energy, m, *, ranked=True):
     # Random picks among the blocks of lowest h, a few more than m: low states without a solver.
     cheap = np.argsort(energy.h)[: m + 6]
     states = states_of(n, [pick(cheap) for _ in range(200)])
-    how = {"proven": True, "solver": "exact", "seconds": 0.5}
-    spectrum = Spectrum.from_states(Problem(energy), states, 20, **how)
+    spectrum = Spectrum.from_states(
+        Problem(energy), states, 20, proven=True, solver="exact", seconds=0.5
+    )
     place.mkdir(exist_ok=True)
     spectrum.save(place / "spectrum.json")
     random = [pick(n) for _ in range(30)]
@@ -184,8 +185,8 @@ def write_removal(place, energy, m, *, ranked=True):
 def baseline(name, removed, kl, **more):
     losses = {"kl": kl, "kl_se": 0.05, "nll": 3.5, "nll_se": 0.1}
     price = {"passes": 12.5, "heads": 0, "tokens_searched": 1000, "tokens_judged": 333}
-    found = {"baseline": name, "removed": removed, "violated": []}
-    return {**found, **losses, **price, **more}
+    choice = {"baseline": name, "removed": removed, "violated": []}
+    return {**choice, **losses, **price, **more}
 
 
 def patch(**more):
@@ -298,14 +299,10 @@ def _write_extras(path, main, m, chosen):
     write_removal(path / f"remove-{m + 2}", main, m + 2, ranked=False)
     removed = [b for b in range(n) if b not in chosen][:m]
     for name, kl, violated in (("sleb", 2.5, []), ("random", 9.0, ["keep 0"])):
-        found = baseline(name, removed, kl, violated=violated)
-        write_json(path / f"baseline-{name}.json", "baseline", found)
+        content = baseline(name, removed, kl, violated=violated)
+        write_json(path / f"baseline-{name}.json", "baseline", content)
     steps = [{"step": k, "tokens": 512 * k, "loss": 1.0 / k} for k in range(1, 31)]
     write_json(path / "healing.json", "healing", healing(steps, chosen, n))
-    rows = [
-        task("arc_easy", 0.62, 0.55),
-        task("piqa", 0.7, 0.66),
-        task("boolq", 0.6, 0.61),
-    ]
-    found = {"rows": rows, "engine": "lm_eval 0.4"}
-    write_json(path / "benchmarks.json", "benchmarks", found)
+    rows = [task("arc_easy", 0.62, 0.55), task("boolq", 0.6, 0.61)]
+    benchmarks = {"rows": rows, "engine": "lm_eval 0.4"}
+    write_json(path / "benchmarks.json", "benchmarks", benchmarks)

@@ -1,4 +1,4 @@
-"""Data that many tests only read, made once per session for all of its processes."""
+"""Data that many tests only read, made once per session, and what most tests import."""
 
 import contextlib
 import fcntl
@@ -7,13 +7,29 @@ import hashlib
 import json
 import os
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from isingcut.errors import InputError
+from isingcut.errors import (
+    ArchitectureError,
+    BusyError,
+    CalibrationError,
+    CheckpointError,
+    FitError,
+    InfeasibleError,
+    InputError,
+    IsingcutError,
+    MemoryExhaustedError,
+    ModelError,
+    OutputExistsError,
+    StageFileError,
+    UnknownNameError,
+    VerificationError,
+)
+from isingcut.files.results import read_document, write_json
+from isingcut.options.config import HealConfig, RunConfig
 
 # Options of a run on a tiny model that takes a few seconds.
 OPTIONS = {
@@ -53,6 +69,22 @@ def call(*arguments):
 def works(*arguments):
     """Run a command that must end well."""
     assert call(*arguments) == 0
+
+
+def run_tiny(model, text, out, **changes):
+    """Do a whole run with `OPTIONS`, and others; return its folder."""
+    import isingcut
+
+    options = {**OPTIONS, "model": model, "calibration": text, "out": out, **changes}
+    return isingcut.run(**options)
+
+
+@contextlib.contextmanager
+def without_speed():
+    """Measure no speed and memory, as `leave_speed_out` says."""
+    with pytest.MonkeyPatch.context() as patch:
+        leave_speed_out(patch.setattr)
+        yield patch
 
 
 def flags(options):
@@ -123,20 +155,18 @@ class Shared:
 
 def snapshot(folder):
     """Return every file (by its hash), link and folder below ``folder``, by relative path."""
-    found = {}
-    for place, folders, names in os.walk(folder):
-        for name in [*folders, *names]:
-            path = Path(place) / name
-            key = path.relative_to(folder).as_posix()
-            if path.is_symlink():
-                found[key] = f"-> {os.readlink(path)}"
-            elif path.is_dir():
-                found[key] = "folder"
-            elif path.is_file():
-                found[key] = hashlib.sha256(path.read_bytes()).hexdigest()
-            else:
-                found[key] = "special"
-    return found
+    entries = {}
+    for path in folder.rglob("*"):
+        key = path.relative_to(folder).as_posix()
+        if path.is_symlink():
+            entries[key] = f"-> {os.readlink(path)}"
+        elif path.is_dir():
+            entries[key] = "folder"
+        elif path.is_file():
+            entries[key] = hashlib.sha256(path.read_bytes()).hexdigest()
+        else:
+            entries[key] = "special"
+    return entries
 
 
 def write_words(path, words=900):
@@ -193,7 +223,7 @@ def leave_speed_out(put):
     from isingcut.evaluation import quality, speed
 
     names = ("prefill_tokens_per_second", "decode_tokens_per_second")
-    rates = {key: 1.0 for name in names for key in (name, f"{name}_se")}
+    rates = {f"{name}{end}": 1.0 for name in names for end in ("", "_se")}
 
     # `wraps` keeps the parameters of the replaced function, which a plan inspects.
     @functools.wraps(speed.speed)

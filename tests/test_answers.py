@@ -3,46 +3,49 @@
 import re
 from functools import partial
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from numpy.testing import assert_allclose
+from torch.autograd.functional import jacobian
 
 from calibrating import SIZES, calibrate, decoded, refused, sentences, write_texts
 from isingcut.data import corpora, healing_text
-from isingcut.data.calibration import Calibration, build
 from isingcut.data.conversations import mark_answers, render_chat, row_of
 from isingcut.data.healing_text import to_fit
 from isingcut.data.mixture import Part, describe_source, parts_of, places_in
-from isingcut.data.tokens import Encoder, TokenSet, pieces
+from isingcut.data.tokens import Encoder, pieces
 from isingcut.energies.empirical_fisher import EmpiricalFisher
-from isingcut.errors import CalibrationError, ModelError
 from isingcut.evaluation.quality import quality
 from isingcut.healing.job import keep_beginnings
 from isingcut.healing.training.batches import batch_of
 from isingcut.healing.training.student import install, split_head
-from isingcut.ising.hamiltonian import Hamiltonian
-from isingcut.ising.states import states_of
-from isingcut.measure.losses import measure
 from isingcut.measure.streams import one_pass
-from isingcut.measure.work import Work, identity
-from isingcut.options.config import RunConfig
+from isingcut.measure.work import identity
 from isingcut.runs import pipeline
 from shared import (
     OPTIONS,
-    leave_speed_out,
+    CalibrationError,
+    ModelError,
+    RunConfig,
     load_json,
     parametrize,
     refuses,
     write_jsonl,
 )
+from sweep.gates import gated_loss
 from tiny import (
+    Calibration,
+    Hamiltonian,
+    TokenSet,
+    Work,
+    build,
     in_memory,
-    plain_sums,
+    measure,
+    plain_means,
     replay_of,
+    states_of,
     streamed,
     tiny_checkpoint,
     tiny_model,
@@ -139,23 +142,16 @@ def test_a_token_over_the_edge_counts_where_an_answer_begins():
 
     found = mark_answers(talk("a", "b", "a"), render)
     assert found == "\nuser: a\nbot: b\n\nuser: a\n"
-    given = encode
-    row = row_of(given, found, 100)
     # The line break after the answer is one token with the next line break.
-    assert [words[i] for i in row if i >= 0] == [" b"]
+    assert [words[i] for i in row_of(encode, found, 100) if i >= 0] == [" b"]
 
 
-def test_a_conversation_is_searched_up_to_its_last_kept_token_only():
+def test_a_truncated_conversation_is_the_beginning_of_the_whole():
     tokenizer = tiny_tokenizer()
-    found = mark_answers(
-        talk(*["a question", "yes"] * 20), partial(render_chat, tokenizer)
-    )
-    encode = mock.Mock(side_effect=Encoder(tokenizer))
-    whole = row_of(encode, found, 1000)
-    assert encode.call_count == 1 + 2 * 20
-    encode.reset_mock()
-    assert row_of(encode, found, 60) == whole[:60]
-    assert encode.call_count < 1 + 2 * 20 / 2
+    messages = talk(*["a question", "yes"] * 20)
+    found = mark_answers(messages, partial(render_chat, tokenizer))
+    whole, part = (row_of(Encoder(tokenizer), found, most) for most in (1000, 60))
+    assert part == whole[:60]
 
 
 def test_answers_that_cannot_be_located_are_refused(tmp_path):
@@ -218,7 +214,9 @@ def test_a_source_with_answers_is_named_without_its_folder(tmp_path, monkeypatch
 # token sets -----------------------------------------------------------------------------
 
 
-def test_splits_keep_what_counts_on_disk_and_in_their_identity(tmp_path, tokenizer):
+def test_splits_keep_what_counts_on_disk_and_in_their_identity(
+    llama, tmp_path, tokenizer
+):
     file = chat_file(tmp_path / "chat.jsonl")
     size = {**SIZES, "length": 40}
     plain, found = (
@@ -229,7 +227,7 @@ def test_splits_keep_what_counts_on_disk_and_in_their_identity(tmp_path, tokeniz
         for text in counted_text(tokenizer, tokens):
             assert re.fullmatch(r"yes(\d+)</s>no\1 </s>", text)
     assert found.sha256 != plain.sha256
-    replay = in_memory(tiny_checkpoint("llama", tmp_path / "model"))
+    replay = in_memory(llama)
     one, other = (c.splits["energy"] for c in (plain, found))
     assert identity(replay, one) != identity(replay, other)
 
@@ -269,8 +267,7 @@ def test_shares_are_of_the_tokens_that_count(tmp_path, tokenizer):
     file = chat_file(tmp_path / "chat.jsonl", 200)
     text = write_texts(tmp_path / "a.jsonl", (f"river{i}. " * 4 for i in range(200)))
     source = f"{text}=1,answers:{file}=1"
-    size = {**SIZES, "samples": 60, "length": 40}
-    used = build(source, tokenizer, **size)
+    used = build(source, tokenizer, **{**SIZES, "samples": 60, "length": 40})
     split = used.splits["energy"]
     by_part = {
         name: split.select(rows).tokens for name, rows in split.rows_by_part.items()
@@ -312,12 +309,6 @@ def some_answers():
     return TokenSet.from_rows(rows)
 
 
-def directly(original, cut, tokens):
-    """Return KL and NLL per counted next token of whole conversations."""
-    sums = plain_sums(original, cut, tokens)
-    return sums[2].sum() / tokens.tokens, sums[1].sum() / tokens.tokens
-
-
 @parametrize("family", ["llama", "gemma2"])
 def test_losses_are_those_of_the_answers_in_their_context(family, tmp_path):
     """Gemma 2 caps its logits, so they are computed sample by sample."""
@@ -326,7 +317,7 @@ def test_losses_are_those_of_the_answers_in_their_context(family, tmp_path):
     replay = in_memory(folder)
     removed = [1, 3]
     cut = without(replay.model, removed)
-    kl, nll = directly(replay.model, cut, tokens)
+    kl, nll = plain_means(replay.model, cut, tokens)
     states = states_of(len(replay), [tuple(removed)])
     for model in (replay, streamed(folder)):
         found = measure(model, tokens, states, work=Work(30))
@@ -338,35 +329,25 @@ def test_losses_are_those_of_the_answers_in_their_context(family, tmp_path):
     assert after.after.nll == pytest.approx(nll, rel=1e-4)
 
 
-def test_gradients_are_of_the_answers(tmp_path):
+def test_gradients_are_of_the_answers(llama):
     """The paper's energy is x A^T A x / m, with A the gradients of each sample's mean loss."""
     tokens = some_answers()
-    rows = []
-    replay = in_memory(tiny_checkpoint("llama", tmp_path / "model"))
+    replay = in_memory(llama)
     found = EmpiricalFisher(gate="block").measure(replay, tokens, Work())
-    assert tokens.counted is not None
-    for s in range(tokens.samples):
-        ids = tokens.input_ids[s : s + 1, : int(tokens.mask[s].sum())]
-        gates = torch.ones(len(replay), requires_grad=True)
-        recording = replay.record(ids)
-        stream = recording.entered
-        for i in range(len(replay)):
-            stream = stream + gates[i] * (recording.block(i, stream) - stream)
-        logits = recording.logits(stream[0], 0)[:-1]
-        counts = tokens.counted[s, 1 : ids.shape[1]]
-        F.cross_entropy(logits[counts], ids[0, 1:][counts]).backward()
-        rows.append(gates.grad.double().numpy())
-    a = np.array(rows)
-    states = states_of(len(replay), [(0,), (1, 3), (0, 2, 4)]).astype(float)
+    ones = torch.ones(len(replay))
+    losses = [
+        partial(gated_loss, replay, tokens.select([s]), ())
+        for s in range(tokens.samples)
+    ]
+    a = np.array([jacobian(loss, ones).double().numpy() for loss in losses])
+    states = states_of(len(replay), [(0,), (1, 3), (0, 2, 4)])
     expected = ((states @ a.T) ** 2).sum(1) / len(a)
-    assert_allclose(found.energies(states.astype(bool)), expected, rtol=1e-3)
+    assert_allclose(found.energies(states), expected, rtol=1e-3)
 
 
 def test_activations_are_compared_where_answers_are_predicted():
-    model = tiny_model("llama").requires_grad_(False)
-    replay = replay_of(model)
-    rows = [~1, ~2, 9, ~0, ~4]
-    alone = TokenSet.from_rows([rows])
+    replay = replay_of(tiny_model("llama").requires_grad_(False))
+    alone = TokenSet.from_rows([[~1, ~2, 9, ~0, ~4]])
     whole = TokenSet.from_rows([[1, 2]])
     # Position 1 predicts the only counted token, and does not depend on the tokens after it.
     influence, angles = one_pass(replay, alone, Work())
@@ -381,11 +362,10 @@ def test_healing_learns_the_answers_in_their_context(family, parts):
     student = tiny_model(family, seed=1)
     assert (split_head(student) is not None) == parts
     tokens = some_answers()
-    kl, _ = directly(teacher, student, tokens)
+    kl, _ = plain_means(teacher, student, tokens)
     install(student, student, teacher)
     batch = batch_of(tokens, range(3))
-    labels = batch.pop("labels")
-    assert int((labels != -100).sum()) == tokens.tokens == 22
+    assert int((batch.pop("labels") != -100).sum()) == tokens.tokens == 22
     with torch.no_grad():
         found = student(**batch)["loss"]
     assert float(found) == pytest.approx(22 * kl, rel=1e-4)
@@ -394,13 +374,13 @@ def test_healing_learns_the_answers_in_their_context(family, parts):
 # a run ----------------------------------------------------------------------------------
 
 
-def test_a_run_counts_answers_from_the_search_to_the_healing(tmp_path, monkeypatch):
-    leave_speed_out(monkeypatch.setattr)
+@pytest.mark.usefixtures("no_speed")
+def test_a_run_counts_answers_from_the_search_to_the_healing(llama, tmp_path):
     chat = chat_file(tmp_path / "chat.jsonl")
     text = write_texts(tmp_path / "a.jsonl", sentences(200))
     trainer = {"per_device_train_batch_size": 2, "max_steps": 2}
     config = RunConfig(
-        model=tiny_checkpoint("llama", tmp_path / "model"),
+        model=llama,
         out=tmp_path / "run",
         calibration=f"{text}=1,answers:{chat}=1",
         healing={"length": 40, "report-samples": 4, "trainer": trainer},
@@ -420,24 +400,19 @@ def test_a_run_counts_answers_from_the_search_to_the_healing(tmp_path, monkeypat
         assert set(found[way].parts) == set(found.parts)
     energy = Hamiltonian.load(run / "hamiltonian.safetensors")
     assert energy.meta["tokens"] == used.splits["energy"].tokens
-    healing = load_json(run / "healing.json")
-    assert set(healing.after.parts) == set(found.parts)
+    healed = load_json(run / "healing.json").after.parts
+    assert set(healed) == set(found.parts)
     ranked = load_json(run / "candidates.json")
     rank = used.splits["rank"]
+    counts = {k: rank.select(own).tokens for k, own in rank.rows_by_part.items()}
     for row in (*ranked.candidates, ranked.chosen):
-        shares = {
-            k: rank.select(own).tokens / rank.tokens
-            for k, own in rank.rows_by_part.items()
-        }
-        assert sum(
-            shares[k] * part["kl"] for k, part in row["parts"].items()
-        ) == pytest.approx(row["kl"])
-    card, healed = ((run / n / "README.md").read_text() for n in ("model", "healed"))
-    assert re.search(
-        r"By part of that text: [\d.]+ ± [\d.]+ on a\.jsonl, .* on answers:chat", card
-    )
-    after = healing.after.parts["answers:chat.jsonl"].kl
-    assert re.search(
-        rf"\| answers:chat\.jsonl: KL to the original, .*{after:.4f} ± .* \|\n", healed
-    )
-    assert str(tmp_path) not in card + healed
+        sums = [counts[k] * part["kl"] for k, part in row["parts"].items()]
+        assert sum(sums) / rank.tokens == pytest.approx(row["kl"])
+    kl = healed["answers:chat.jsonl"].kl
+    for name, line in {
+        "model": r"By part of that text: [\d.]+ ± [\d.]+ on a\.jsonl, .* on answers:chat",
+        "healed": rf"\| answers:chat\.jsonl: KL to the original, .*{kl:.4f} ± .* \|\n",
+    }.items():
+        card = (run / name / "README.md").read_text()
+        assert re.search(line, card)
+        assert str(tmp_path) not in card

@@ -17,16 +17,16 @@ from transformers import AutoModelForCausalLM
 
 import isingcut
 from isingcut.files.cuts import CutRecord
-from isingcut.files.results import read_document
 from isingcut.healing.heal import heal
 from isingcut.models.load import load_tokenizer
 from ranks import join, start
 from shared import (
-    leave_speed_out,
     load_json,
     module_fixture,
     parametrize,
+    read_document,
     refuses,
+    without_speed,
     write_words,
 )
 from tiny import edit_tensors, tiny_checkpoint
@@ -52,9 +52,8 @@ def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("place")
     tiny_checkpoint("llama", folder / "my-model", num_hidden_layers=10)
     write_words(folder / "my-text.txt")
-    with pytest.MonkeyPatch.context() as patch:
+    with without_speed() as patch:
         patch.chdir(folder)
-        leave_speed_out(patch.setattr)
         prune(out="my-run")
     return folder
 
@@ -118,8 +117,7 @@ def test_every_public_name_has_an_example():
 
 def test_every_public_member_of_a_run_has_an_example():
     shown = {t.name.removeprefix("Run.") for t in examples("Run")}
-    members = {n for n in vars(isingcut.Run) if not n.startswith("_")}
-    assert members <= shown
+    assert {n for n in vars(isingcut.Run) if not n.startswith("_")} <= shown
 
 
 @parametrize("name", [n for n in isingcut.__all__ if n != "PoorEnergyWarning"])
@@ -224,18 +222,14 @@ def test_all_removals_of_a_run_share_one_model(place, monkeypatch):
 
     monkeypatch.setattr("isingcut.runs.ranking.rank", rank)
     run = isingcut.open_run("my-run")
-    few = run.at(4)
-    many = run.at(7)
-    for one in (few, many):
-        assert one._ranked
+    assert all(one._ranked for one in (run.at(4), run.at(7)))
     assert given == [(given[0][0], "4"), (given[0][0], "7")]
     assert run._session.config.remove == "3"
 
 
 def test_a_budget_holds_for_every_number_of_a_range(place, monkeypatch, tmp_path):
     monkeypatch.chdir(place)
-    text = {"budget": "params=5%", "random_states": 0}
-    run = prune("2..3", out=tmp_path / "run", **text)
+    run = prune("2..3", out=tmp_path / "run", budget="params=5%", random_states=0)
     assert len(run.at(3).spectrum) > 1
     assert len(isingcut.open_run(tmp_path / "run", 2).spectrum) > 1
 
@@ -250,8 +244,7 @@ def test_a_run_without_a_removal_is_shown_with_its_blocks(place, monkeypatch):
 def test_a_poor_energy_warns_once_with_what_to_do(place, monkeypatch, stub):
     monkeypatch.chdir(place)
     found = load_json(place / "my-run/candidates.json")
-    poor = {**found.fidelity.kl, "spearman": 0.1, "spearman_low": -0.1}
-    found.fidelity["kl"] = poor
+    found.fidelity["kl"] = {**found.fidelity.kl, "spearman": 0.1, "spearman_low": -0.1}
     stub("isingcut.runs.ranking.rank", found)
     with pytest.warns(isingcut.PoorEnergyWarning, match=r"poorly.*--energy") as caught:
         prune(out="my-run")

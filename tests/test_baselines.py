@@ -19,18 +19,26 @@ from isingcut.baselines.cbo import BACKWARD, Cbo
 from isingcut.baselines.evopress import Evopress
 from isingcut.baselines.random import Random
 from isingcut.baselines.sleb import Sleb
-from isingcut.data.calibration import Calibration
 from isingcut.energies.empirical_fisher import EmpiricalFisher
 from isingcut.energies.pairwise import Pairwise
-from isingcut.formats.architectures.blocks import stack_modules
-from isingcut.ising.states import states_of
-from isingcut.measure.losses import measure, tree_nodes
-from isingcut.measure.work import Work
+from isingcut.measure.losses import tree_nodes
 from isingcut.runs import pipeline
 from isingcut.runs.folder import RunFolder
-from isingcut.runs.session import Session
 from shared import OPTIONS, load_json, module_fixture, parametrize, refuses, works
-from tiny import count_rows, keep_rows, random_tokens, tiny_replay, without
+from tiny import (
+    Calibration,
+    Session,
+    Work,
+    count_calls,
+    count_rows,
+    keep_rows,
+    measure,
+    random_tokens,
+    stack_modules,
+    states_of,
+    tiny_replay,
+    without,
+)
 
 N = 6
 SAMPLES = 3
@@ -136,8 +144,7 @@ def test_a_baseline_removes_the_wanted_number_and_the_same_blocks_again(
     replay, tokens, name, remove
 ):
     first = part(name).choose(replay, tokens, remove, WORK, seed=1)
-    again = part(name).choose(replay, tokens, remove, WORK, seed=1)
-    assert first == again
+    assert first == part(name).choose(replay, tokens, remove, WORK, seed=1)
     assert list(first.removed) == sorted(set(first.removed))
     assert len(first.removed) == remove
     assert set(first.removed) <= set(range(len(replay)))
@@ -226,8 +233,9 @@ def test_cbo_is_the_ground_state_of_the_papers_energy_or_the_best_of_its_lowest(
 def test_evopress_finds_the_best_state_of_a_small_stack(replay, tokens):
     pairs = list(combinations(range(6), 2))
     kl = measure(replay, tokens, states_of(6, pairs)).kl
-    steps = {"generations": 6, "offspring": 14, "step_tokens": (1000, 1000)}
-    found = Evopress(**steps, initial=2).choose(replay, tokens, 2, WORK, seed=0)
+    found = Evopress(
+        generations=6, offspring=14, step_tokens=(1000, 1000), initial=2
+    ).choose(replay, tokens, 2, WORK, seed=0)
     # All 14 other states are children of any parent, so that one generation finds the best.
     assert found.removed == pairs[int(kl.argmin())]
     assert found.info["evaluations"] == 15
@@ -249,14 +257,10 @@ def test_an_interrupted_search_goes_on_with_the_same_result_and_price(
     work = Work(batch_tokens=30, journal=tmp_path / "j")
     first = part(name).choose(replay, tokens, 3, work, seed=0)
     keep_rows(work.journal, count_rows(work.journal) // 2)
-    ran = []
-    handle = replay.blocks[0].self_attn.register_forward_hook(
-        lambda m, a, o: ran.append(1)
-    )
+    ran = count_calls(replay.blocks[0].self_attn)
     assert part(name).choose(replay, tokens, 3, work, seed=0) == first
     half = len(ran)
     assert part(name).choose(replay, tokens, 3, work, seed=0) == first
-    handle.remove()
     assert half > 0
     assert len(ran) == half, "nothing is measured twice"
 
@@ -302,7 +306,7 @@ def test_the_claimed_price_is_what_is_called(made, part, passes, heads):
         assert found.passes == passes
     reference, others = calls.heads
     # Only a KL needs the original's head.
-    needed = reference if getattr(part, "loss", "kl") == "kl" else 0
+    needed = reference * (getattr(part, "loss", "kl") == "kl")
     assert found.heads == pytest.approx(needed + others)
     if heads is not None:
         assert found.heads == heads

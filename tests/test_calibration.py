@@ -1,13 +1,14 @@
 """Splits are disjoint, deterministic and masked at padding; bad text gets one clear line."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
+import pytest
 import torch
 
 from calibrating import COUNTS, calibrate, chats, refused, sentences, write_texts
 from isingcut.data import corpora
-from isingcut.errors import CalibrationError
-from shared import parametrize, refuses, save_json, write_jsonl
+from shared import CalibrationError, parametrize, refuses, save_json, write_jsonl
 from tiny import tiny_model, tiny_tokenizer
 
 # plain text ---------------------------------------------------------------------------
@@ -121,23 +122,12 @@ def test_wiki_without_its_package_names_the_command(tokenizer, monkeypatch):
         corpora.check("wiki=0.75,python=0.25")
 
 
-def test_wiki_reads_the_packaged_leads_without_importing(
-    tmp_path, tokenizer, monkeypatch
-):
+def test_wiki_reads_the_packaged_leads_without_importing(tmp_path, tokenizer, stub):
     file = tmp_path / "summaries_en-us.json"
-    leads = {str(i): {"extract": t} for i, t in enumerate(sentences(40))}
-    save_json(file, leads)
+    save_json(file, {str(i): {"extract": t} for i, t in enumerate(sentences(40))})
 
-    class Entry:
-        name = file.name
-
-        def locate(self):
-            return file
-
-    class Distribution:
-        files = (Entry(),)
-
-    monkeypatch.setattr("importlib.metadata.distribution", lambda name: Distribution())
+    entry = SimpleNamespace(name=file.name, locate=lambda: file)
+    stub("importlib.metadata.distribution", SimpleNamespace(files=(entry,)))
     found = calibrate("wiki", tokenizer)
     assert found.meta["kind"] == "documents"
     assert "things happened" in tokenizer.decode(
@@ -217,9 +207,8 @@ ADVICE = "'HuggingFaceFW/fineweb-edu/sample-10BT' .*; 'web' needs this data set:
         ("wiki=1,web=1", ADVICE),
     ],
 )
-def test_a_set_out_of_reach_says_what_to_do(tokenizer, monkeypatch, source, words):
-    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+@pytest.mark.usefixtures("offline")
+def test_a_set_out_of_reach_says_what_to_do(tokenizer, source, words):
     refused(source, tokenizer, f"cannot read the data set {words}")
 
 
@@ -231,8 +220,7 @@ def test_self_samples_are_full_distinct_and_reproducible(tokenizer):
     first = calibrate("self", tokenizer, model=model)
     assert torch.equal(torch.random.get_rng_state(), state)
     assert model.generation_config is own
-    again = calibrate("self", tokenizer, model=model)
-    assert again.sha256 == first.sha256
+    assert calibrate("self", tokenizer, model=model).sha256 == first.sha256
     rows = [tuple(r) for s in first.splits.values() for r in s.input_ids.tolist()]
     assert len(set(rows)) == 10
     assert all(len(r) == 16 and r[0] == tokenizer.bos_token_id for r in rows)
@@ -260,7 +248,6 @@ def test_self_follows_the_models_own_distribution(tokenizer):
 def test_self_needs_a_model_that_does_not_repeat_itself(tokenizer, stub):
     with refuses("needs a model"):
         calibrate("self", tokenizer)
-    same = torch.tensor([[1, 2, 3]] * 32)
-    stub("isingcut.data.generation._generate", same)
+    stub("isingcut.data.generation._generate", torch.tensor([[1, 2, 3]] * 32))
     with refuses("repeats itself", CalibrationError):
         calibrate("self", tokenizer, model=tiny_model("llama"))

@@ -12,18 +12,12 @@ import pytest
 import torch
 from transformers.integrations import hub_kernels
 
-import isingcut
 from cards import fake_cards
-from isingcut.errors import MemoryExhaustedError
 from isingcut.evaluation import candidates
-from isingcut.formats.cutting.checkpoint import excise
 from isingcut.healing.repairs import linear, tuned
 from isingcut.healing.repairs.linear import fit_patches
-from isingcut.measure.gradients import gate_gradients
-from isingcut.measure.losses import measure
 from isingcut.measure.packed import changed_losses
 from isingcut.measure.splitting import fewer_tokens_to_fit, split_to_fit
-from isingcut.measure.work import Work
 from isingcut.models.device import (
     BatchLimit,
     allowance,
@@ -31,16 +25,33 @@ from isingcut.models.device import (
     pick_device,
     pick_devices,
 )
-from isingcut.models.load import load
 from isingcut.models.placement import split_evenly
-from isingcut.models.replay import Replay, reuse_freed_memory
+from isingcut.models.replay import reuse_freed_memory
 from isingcut.models.sharing import open_cut, share
-from isingcut.models.streaming.replay import StreamedReplay
-from isingcut.options.config import RunConfig
 from isingcut.runs import evaluating, session
 from isingcut.testing import gpu
-from shared import OPTIONS, call, load_json, parametrize, refuses
-from tiny import load_tiny, random_tokens, replay_of, tiny_model
+from shared import (
+    MemoryExhaustedError,
+    RunConfig,
+    call,
+    load_json,
+    parametrize,
+    refuses,
+    run_tiny,
+)
+from tiny import (
+    Replay,
+    StreamedReplay,
+    Work,
+    excise,
+    gate_gradients,
+    load,
+    load_tiny,
+    measure,
+    random_tokens,
+    replay_of,
+    tiny_model,
+)
 
 KILO = torch.zeros(250)
 
@@ -169,8 +180,9 @@ def test_missing_kernels_are_named(shared, caplog):
 
 @parametrize("count", [2, 4])
 def test_cards_have_equal_shares_of_the_memory(count, shared):
-    sizes = {"hidden_size": 128, "intermediate_size": 384, "head_dim": 32}
-    folder = shared.checkpoint(**sizes, num_hidden_layers=8)
+    folder = shared.checkpoint(
+        hidden_size=128, intermediate_size=384, head_dim=32, num_hidden_layers=8
+    )
     with fake_cards(count) as cards:
         names = ",".join(str(card.device) for card in cards)
         replay = replay_of(load(folder, dtype="float32", device=names).model)
@@ -365,7 +377,6 @@ def test_a_fit_without_room_on_its_card_is_made_on_the_host(stub):
 
 
 FEW = {
-    **OPTIONS,
     "remove": 2,
     "energy": "fisher",
     "states": 3,
@@ -391,36 +402,33 @@ def test_a_run_that_runs_out_of_memory_goes_on_from_disk(
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
     monkeypatch.setattr(evaluating, "before_and_after", exhausted)
-    options = {**FEW, "model": model, "calibration": text}
-    isingcut.run(out=out, **options)
+    given = (model, text, out)
+    run_tiny(*given, **FEW)
     assert failed == [1, 1]
     streamed = load_json(out / "evaluation.json")
-    records = load_json(out / "run.json").stages
-    assert [n for n, r in records.items() if r.get("streamed")] == ["evaluation.json"]
+    stages = load_json(out / "run.json").stages
+    assert [n for n, r in stages.items() if r.get("streamed")] == ["evaluation.json"]
     # Only the evaluation is made again.
     monkeypatch.setattr(evaluating, "before_and_after", evaluate)
     (out / "evaluation.json").unlink()
-    isingcut.run(out=out, **options)
-    whole = load_json(out / "evaluation.json")
-    assert streamed.kl == pytest.approx(whole.kl, rel=1e-5)
+    run_tiny(*given, **FEW)
+    assert streamed.kl == pytest.approx(load_json(out / "evaluation.json").kl, rel=1e-5)
     monkeypatch.setattr(evaluating, "before_and_after", exhausted)
     (out / "evaluation.json").unlink()
     with refuses("2,147,483,648 more bytes were needed", MemoryExhaustedError):
-        isingcut.run(out=out, stream="off", **options)
+        run_tiny(*given, stream="off", **FEW)
 
 
 @parametrize("module, step", [(linear, "fit_patches"), (tuned, "tune")])
 def test_a_patch_that_runs_out_of_memory_leaves_the_model_resident(
     module, step, shared, text, tmp_path, monkeypatch
 ):
-    given = {**FEW, "model": shared.checkpoint(), "calibration": text}
     with fake_cards() as (card,):
         card.budget = 1 << 30
         exhausted = lambda *_, **__: torch.empty(2 << 30, device=card.device)  # noqa: E731
         monkeypatch.setattr(module, step, exhausted)
-        device = str(card.device)
-        out = tmp_path / "run"
-        isingcut.run(out=out, **{**given, "patch": "tuned", "device": device})
+        more = {**FEW, "patch": "tuned", "device": str(card.device)}
+        out = run_tiny(shared.checkpoint(), text, tmp_path / "run", **more)
     stages = load_json(out / "run.json").stages
     assert not any(record.get("streamed") for record in stages.values())
     patch = load_json(out / "model/isingcut.json").patch
@@ -445,8 +453,7 @@ def test_ranking_that_runs_out_of_memory_goes_on_from_disk(
         return rank(replay, *args, **kwargs)
 
     monkeypatch.setattr(candidates, "rank", exhausted)
-    given = {"calibration": text, "out": tmp_path / "run"}
-    isingcut.prune(**{**FEW, "model": shared.checkpoint(), **given})
+    run_tiny(shared.checkpoint(), text, tmp_path / "run", **FEW)
     assert replays == [Replay, StreamedReplay]
 
 

@@ -1,26 +1,38 @@
 """Checkpoint in, smaller checkpoint out: what is copied, renamed, rewritten and refused."""
 
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from isingcut.errors import ArchitectureError, CheckpointError, VerificationError
-from isingcut.formats.cutting.checkpoint import excise
 from isingcut.formats.safetensors_files import (
     NewTensor,
     StoredTensor,
-    read_checkpoint,
     read_header,
     write_checkpoint,
     write_file,
 )
-from isingcut.models.verify import verify
 from quantised import assert_bytes_follow
-from shared import load_json, parametrize, refuses, save_json
-from tiny import edit_tensors, tiny_checkpoint, tiny_model
+from shared import (
+    ArchitectureError,
+    CheckpointError,
+    VerificationError,
+    load_json,
+    parametrize,
+    refuses,
+    save_json,
+)
+from tiny import (
+    edit_tensors,
+    excise,
+    read_checkpoint,
+    tiny_checkpoint,
+    tiny_model,
+    verify,
+)
 
 INDEX = "model.safetensors.index.json"
 
@@ -96,15 +108,7 @@ def test_links_of_a_hub_cache_are_followed(tmp_path):
 
 def test_a_disk_that_fills_up_leaves_nothing(tmp_path, monkeypatch):
     source = sharded(tmp_path / "source")
-    calls = []
-    read = StoredTensor.read_into
-
-    def fill(*arguments):
-        calls.append(arguments)
-        if len(calls) == 3:
-            raise OSError(28, "No space left on device")
-        read(*arguments)
-
+    fill = mock.Mock(side_effect=[None, None, OSError(28, "No space left on device")])
     monkeypatch.setattr(StoredTensor, "read_into", fill)
     with refuses("no space left on the disk"):
         excise(source, [1, 3], tmp_path / "out", max_shard_bytes=30_000)
@@ -162,15 +166,13 @@ def test_slices_along_either_axis(tmp_path, monkeypatch, chunk):
     monkeypatch.setattr("isingcut.formats.safetensors_files._CHUNK", chunk)
     value = torch.arange(7 * 12, dtype=torch.int16).reshape(7, 12)
     slices = {"x": (1, 4, (0, 2)), "y": (0, 4, (1, 3))}
-    tensors = {"x": value, "y": value.T.contiguous()}
-    loaded = rewrite(tmp_path, tensors, slices)
+    loaded = rewrite(tmp_path, {"x": value, "y": value.T.contiguous()}, slices)
     assert torch.equal(loaded["x"], value.reshape(7, 4, 3)[:, [0, 2]].reshape(7, 6))
     assert torch.equal(loaded["y"], value.T.reshape(4, 3, 7)[[1, 3]].reshape(6, 7))
 
 
 def test_shards_keep_to_their_size(tmp_path):
-    source = sharded(tmp_path / "source")
-    excise(source, [2], tmp_path / "out", max_shard_bytes=20_000)
+    excise(sharded(tmp_path / "source"), [2], tmp_path / "out", max_shard_bytes=20_000)
     shards = sorted((tmp_path / "out").glob("*.safetensors"))
     assert len(shards) > 3
     for shard in shards:

@@ -11,15 +11,22 @@ import ranks
 from cards import fake_cards
 from isingcut.files.journal import Journal
 from isingcut.measure.losses import Piece, divide
-from ranks import join, start, type_in
-from shared import load_json, module_fixture, parametrize, save_json, works, write_words
+from ranks import join, lines_of, start, type_in
+from shared import (
+    flags,
+    load_json,
+    module_fixture,
+    parametrize,
+    save_json,
+    works,
+    write_words,
+)
 from tiny import count_rows, tiny_checkpoint
 
 OPTIONS = {
     "samples": 6, "length": 16, "rank_samples": 4, "report_samples": 3, "dtype": "float32",
     "batch_tokens": 32, "attention": "sdpa",
 }  # fmt: skip
-FILES = ["calibration.safetensors", "hamiltonian.safetensors"]
 
 
 def _place(folder, **sizes):
@@ -44,17 +51,12 @@ def alone(place):
 
 def _typed(place, out, name="pairwise", also=True):
     """Return a measurement as a command line."""
-    options = [x for k, v in OPTIONS.items() for x in (f"--{k.replace('_', '-')}", v)]
-    others = (
-        ["--compare-energies", "empirical-fisher"]
-        if also and name == "pairwise"
-        else []
-    )
-    others += ["--remove", 2] if name == "refined" else []
-    return [
-        "energy", place / "model", "--calibration", place / "text.txt", "--out", out,
-        "--energy", name, *others, *options,
-    ]  # fmt: skip
+    given = {"model": place / "model", "calibration": place / "text.txt", "out": out}
+    if also and name == "pairwise":
+        given["compare_energies"] = "empirical-fisher"
+    if name == "refined":
+        given["remove"] = 2
+    return ["energy", *flags({**OPTIONS, **given, "energy": name})]
 
 
 def _measure(place, out):
@@ -80,8 +82,7 @@ def _all(place, out, notes):
 
     Journal.put = noted
     _measure(place, out)
-    path = notes.with_name(f"{notes.name}.{os.environ['RANK']}")
-    save_json(path, computed)
+    save_json(notes.with_name(f"{notes.name}.{os.environ['RANK']}"), computed)
 
 
 def test_three_processes_give_the_bits_of_one(place, alone, tmp_path):
@@ -89,7 +90,8 @@ def test_three_processes_give_the_bits_of_one(place, alone, tmp_path):
     notes = tmp_path / "notes"
     ranks.run([0, 0, 0], notes.with_suffix(".err"), _all, place, out, notes)
     for name in (
-        *(f"pairwise/{name}" for name in FILES),
+        "pairwise/calibration.safetensors",
+        "pairwise/hamiltonian.safetensors",
         "pairwise/hamiltonian.empirical-fisher.safetensors",
         "pairwise/remove-2/candidates.json",
         "fisher/hamiltonian.safetensors",
@@ -100,6 +102,12 @@ def test_three_processes_give_the_bits_of_one(place, alone, tmp_path):
     assert all(others), "every process has computed a part"
     said = notes.with_suffix(".err").read_text()
     assert said.count("measuring 21 removals: done") == 1, "one process shows progress"
+
+
+def assert_as_alone(alone, out):
+    """Check that a run has the energy of a single process."""
+    name = "hamiltonian.safetensors"
+    assert (out / name).read_bytes() == (alone / "pairwise" / name).read_bytes()
 
 
 def _launcher(*words):
@@ -122,26 +130,21 @@ def test_a_launcher_starts_all_processes(place, alone, tmp_path):
     ]  # fmt: skip
     assert join([start(said, _launcher, *map(str, command))]) == [0], said.read_text()
     assert said.read_text().count("2 processes share the measurements") == 1
-    assert (out / FILES[1]).read_bytes() == (alone / "pairwise" / FILES[1]).read_bytes()
+    assert_as_alone(alone, out)
 
 
 def _fisher_and_run(place, out, given):
     """Measure one energy, and do a whole run with another, with further options."""
     with fake_cards(4) if "--device" in given else nullcontext():
         works(*_typed(place, out / "fisher", "fisher"), *given)
-        whole = [
-            "--patch=linear",
-            "--patch-tokens=256",
-            "--states=3",
-            "--random-states=0",
-        ]
-        works(
-            "run",
-            *_typed(place, out / "whole", "refined")[1:],
-            *whole,
-            "--skip-speed",
-            *given,
-        )
+        whole = {
+            "patch": "linear",
+            "patch_tokens": 256,
+            "states": 3,
+            "random_states": 0,
+        }
+        _, *energy = _typed(place, out / "whole", "refined")
+        works("run", *energy, *flags(whole), "--skip-speed", *given)
 
 
 @parametrize(
@@ -223,8 +226,7 @@ def test_an_error_anywhere_ends_all_with_one_line(place, tmp_path):
     meeting = tmp_path / "meeting"
     os.mkfifo(meeting)
     ranks.run([2, 2], said, _fails, place, tmp_path / "run", meeting)
-    lines = [x for x in said.read_text().splitlines() if x.startswith("isingcut: ")]
-    assert lines == ["isingcut: rank 1 of 2: this block cannot be run"]
+    assert lines_of(said) == ["isingcut: rank 1 of 2: this block cannot be run"]
     assert "Traceback" not in said.read_text()
     assert not list((tmp_path / "run").glob(".*")), "no half-written files"
 
@@ -255,13 +257,13 @@ def test_a_killed_process_ends_all_and_the_run_goes_on_with_another_number(
     out = tmp_path / "run"
     codes = [-signal.SIGKILL, 1]
     ranks.run(codes[:: -1 if which else 1], said, _killed, place, out, which)
-    lines = [x for x in said.read_text().splitlines() if x.startswith("isingcut: ")]
+    lines = lines_of(said)
     # Only rank 0 prints lines; if it was killed itself, there are none.
     assert len(lines) == which
     assert all("the 2 processes lost contact (" in line for line in lines)
     assert not list(out.glob(".*")), "no half-written files"
     works(*_typed(place, out, also=False))
-    assert (out / FILES[1]).read_bytes() == (alone / "pairwise" / FILES[1]).read_bytes()
+    assert_as_alone(alone, out)
 
 
 def _agent(function, arguments):
@@ -269,15 +271,8 @@ def _agent(function, arguments):
     from torch.distributed.launcher.api import elastic_launch
     from torch.distributed.run import config_from_args, parse_args
 
-    words = [
-        "--nproc-per-node",
-        "2",
-        "--rdzv-backend",
-        "c10d",
-        "--rdzv-endpoint",
-        "localhost:0",
-    ]
-    config, _command, _words = config_from_args(parse_args([*words, "none"]))
+    words = ["--nproc-per-node=2", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
+    config, *_ = config_from_args(parse_args([*words, "none"]))
     config.start_method = "fork"
     elastic_launch(config, function)(*arguments)
 
@@ -285,7 +280,7 @@ def _agent(function, arguments):
 def _torchrun(said, function, *arguments):
     """Let two processes fail under torchrun's agent; return the lines that they print."""
     assert join([start(said, _agent, function, arguments)]) == [1]
-    return [x for x in said.read_text().splitlines() if x.startswith("isingcut: ")]
+    return lines_of(said)
 
 
 def _raises(arguments):
@@ -341,7 +336,7 @@ def test_a_launcher_ends_a_run_that_lost_a_process_with_one_line(
     measured = spy(Journal, "put", lambda _, journal, rows: [*rows])
     works(*_typed(place, out, also=False))
     assert measured == [[f"{batch}:{state}" for state in range(22)] for batch in (1, 2)]
-    assert (out / FILES[1]).read_bytes() == (alone / "pairwise" / FILES[1]).read_bytes()
+    assert_as_alone(alone, out)
     assert not list(out.glob("*.journal*"))
 
 

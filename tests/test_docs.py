@@ -15,14 +15,17 @@ import yaml
 
 from isingcut.cli import main as cli
 from isingcut.energies import registry as energies
-from isingcut.errors import ArchitectureError
 from isingcut.evaluation.metrics import registry as metrics
 from isingcut.healing.repairs import registry as repairs
-from isingcut.options.config import RunConfig
 from isingcut.options.declaration import from_yaml
-from shared import load_json, parametrize, refuses, write_words
-from sweep.conformance import Report
-from sweep.mtp import MtpLayers
+from shared import (
+    ArchitectureError,
+    RunConfig,
+    load_json,
+    parametrize,
+    refuses,
+    write_words,
+)
 from tiny import tiny_checkpoint
 
 ROOT = Path(__file__).parent.parent
@@ -104,13 +107,10 @@ def wrong(found):
         named = [w for w in words if not w.startswith("-")]
         if not named or named[0] == "VERB":
             continue
-        known = {"--debug", "--help"}
-        if named[0] in VERBS:
-            known |= {o for p in VERBS[named[0]].params for o in p.opts}
-        if (
-            named[0] not in VERBS
-            or not {w.partition("=")[0] for w in words if w[:2] == "--"} <= known
-        ):
+        parameters = getattr(VERBS.get(named[0]), "params", ())
+        known = {"--debug", "--help", *(o for p in parameters for o in p.opts)}
+        typed = {w.partition("=")[0] for w in words if w[:2] == "--"}
+        if named[0] not in VERBS or not typed <= known:
             yield " ".join(words)
 
 
@@ -195,34 +195,6 @@ def test_the_architectures_are_those_of_the_sweep():
     assert make.PAGE.read_text() == make.page(), "run docs/make_architectures.py"
 
 
-def test_architectures_of_one_outcome_share_a_line():
-    named = "cuts exactly at given blocks, but is not measured: it shares: such blocks can be cut"
-    reports = [
-        Report("gemma_text", "passed"),
-        Report(
-            "gemma (image-text)", "passed", unseen="the cut is verified on text only"
-        ),
-        Report(
-            "llama", "passed", rows="block 0 stays, because it reads; block 1 stays"
-        ),
-        Report(
-            "emu",
-            "refused",
-            reason=named,
-            states=2,
-            mtp=MtpLayers("mtp.", False, 1, False),
-        ),
-    ]
-    shown = script(DOCS / "make_architectures.py").made(
-        "5.0", [r.facts() for r in reports]
-    )
-    assert "any blocks: gemma." in shown
-    assert "on text only: gemma." in shown
-    assert "| llama | cut exactly | block 0 stays; block 1 stays |" in shown
-    assert "| emu | only blocks that you name | it shares |" in shown
-    assert "| named |  | emu |" in shown
-
-
 def test_pictures_are_small_and_self_contained():
     make = script(DOCS / "pictures/make.py")
     shown = {
@@ -244,8 +216,7 @@ def test_pictures_are_drawn(tmp_path):
 
 
 def test_the_tour_shown_is_the_tour_of_the_script():
-    jupytext = pytest.importorskip("jupytext")
-    source = jupytext.read(ROOT / "examples/tour.py")
+    source = pytest.importorskip("jupytext").read(ROOT / "examples/tour.py")
     shown = load_json(ROOT / "examples/tour.ipynb")
     cells = ["".join(c["source"]) for c in shown.cells]
     assert cells == [c.source for c in source.cells]
@@ -275,5 +246,4 @@ def test_the_tour_runs(place, monkeypatch, tmp_path):
         make.NotebookClient, "execute", lambda client: execute(client.nb)
     )
     make.main(tmp_path)
-    page = (tmp_path / "tour.md").read_text()
-    assert "10 blocks before, 7 after" in page
+    assert "10 blocks before, 7 after" in (tmp_path / "tour.md").read_text()

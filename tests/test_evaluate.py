@@ -2,21 +2,21 @@
 
 import contextlib
 import itertools
+from unittest.mock import Mock, call
 
 import numpy as np
 import pytest
 import torch
 
 from isingcut.data.generation import decode_tokens, generate_text, prompt_ids
-from isingcut.errors import ModelError
 from isingcut.evaluation import quality as evaluation
 from isingcut.evaluation import speed as timing
 from isingcut.evaluation.metrics import registry
 from isingcut.files.evaluations import EvaluationFile
-from isingcut.measure.work import Work
 from isingcut.models.compute import divergence, head
-from shared import module_fixture, refuses
+from shared import ModelError, module_fixture, refuses
 from tiny import (
+    Work,
     load_tiny,
     plain_sums,
     random_tokens,
@@ -84,22 +84,25 @@ def test_speed_takes_turns_and_reports_medians(pair, tokens):
     for name, model in models.items():
         model.register_forward_pre_hook(lambda *_, n=name: order.append(n))
     clock = lambda: next(ticks) ** 2 / 100  # noqa: E731
-    sizes = {"new_tokens": 4, "repeats": 3}
-    found = timing.speed(models, tokens.select([2]), **sizes, clock=clock)
+    found = timing.speed(
+        models, tokens.select([2]), new_tokens=4, repeats=3, clock=clock
+    )
     assert [name for name, _ in itertools.groupby(order)] == ["a", "b"] * 4
     # Round r, model m: readings start at tick 12 r + 6 m; a reading from tick t lasts 2 t + 1.
     for m, speeds in enumerate(found.values()):
         readings = [(2 * (12 * r + 6 * m) + 1) / 100 for r in (1, 2, 3)]
-        reading = float(np.median(readings))
+        speed = 20 / np.median(readings)
         # Speed and seconds have the same relative standard error, that of the median.
-        error = 1.2533 * np.std(readings, ddof=1) / np.sqrt(3) / reading
-        for name, expected in (
-            ("prefill_tokens_per_second", 20 / reading),
-            ("prefill_tokens_per_second_se", 20 / reading * error),
-            ("decode_tokens_per_second", 4 / 0.04),
-            ("decode_tokens_per_second_se", 0),
-        ):
-            assert speeds[name] == pytest.approx(expected, abs=1e-9)
+        error = speed**2 / 20 * 1.2533 * np.std(readings, ddof=1) / np.sqrt(3)
+        assert speeds == pytest.approx(
+            {
+                "prefill_tokens_per_second": speed,
+                "prefill_tokens_per_second_se": error,
+                "decode_tokens_per_second": 4 / 0.04,
+                "decode_tokens_per_second_se": 0,
+            },
+            abs=1e-9,
+        )
 
 
 def test_a_speed_that_no_clock_can_tell_is_refused(pair, tokens):
@@ -169,19 +172,13 @@ def test_where_a_memory_process_fails_the_figure_is_named_and_nothing_is_lost(tm
     known = EvaluationFile.model_construct(
         dtype="float32", device="cpu", before=1, after=2
     )
-    both = {"before": tmp_path, "after": tmp_path}
-    found = timing.with_memory(known, both, length=8)
+    found = timing.with_memory(known, {"before": tmp_path, "after": tmp_path}, length=8)
     assert found.not_measured == ["peak_memory_bytes"]
     assert (found.before, found.after) == (1, 2)
 
 
 def test_evaluate_fills_the_whole_document(tmp_path, tokens, monkeypatch):
-    asked = []
-
-    def memory(folder, dtype, device, **options):
-        asked.append((folder.name, dtype, device, options["tokens"]))
-        return 123
-
+    memory = Mock(return_value=123)
     monkeypatch.setattr(timing, "peak_memory", memory)
     monkeypatch.setattr(registry, "_registered", {"means": Means})
     big, cut = (
@@ -191,7 +188,10 @@ def test_evaluate_fills_the_whole_document(tmp_path, tokens, monkeypatch):
     figures = evaluation.before_and_after(big, cut, tokens, new_tokens=4)
     folders = {"before": big.folder, "after": cut.folder}
     found = timing.with_memory(figures, folders, length=20)
-    assert asked == [(name, "float32", "cpu", 20) for name in ("big", "cut")]
+    assert memory.call_args_list == [
+        call(folder, "float32", "cpu", tokens=20, trust_remote_code=False)
+        for folder in folders.values()
+    ]
     assert (found.before.blocks, found.after.blocks) == (6, 4)
     assert (found.samples, found.tokens) == (6, tokens.tokens)
     for side, loaded in ((found.before, big), (found.after, cut)):
@@ -200,9 +200,7 @@ def test_evaluate_fills_the_whole_document(tmp_path, tokens, monkeypatch):
     assert found.before.peak_memory_bytes == 123
     assert found.before.model_fields_set == found.after.model_fields_set
     # The metric `means` has the mean NLL of a model as its figure, the mean KL as its error.
-    kl = {"before": 0.0, "after": found.kl}
-    for name, side in (("before", found.before), ("after", found.after)):
-        assert side.means == pytest.approx(side.nll)
-        assert side.means_se == pytest.approx(kl[name])
+    for side, kl in ((found.before, 0.0), (found.after, found.kl)):
+        assert (side.means, side.means_se) == pytest.approx((side.nll, kl))
     assert found.metrics["means"].unit == "nats"
     assert found.generation is not None

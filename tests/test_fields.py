@@ -4,19 +4,26 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from isingcut.errors import ArchitectureError, ModelError
 from isingcut.formats.architectures import cuts, families, fields
-from isingcut.formats.architectures.blocks import find_stack, skip_blocks
-from isingcut.formats.architectures.cuts import cut_config, legality
+from isingcut.formats.architectures.cuts import legality
 from isingcut.formats.architectures.fields import config_object
-from isingcut.formats.cutting.checkpoint import excise
-from isingcut.models.inspect import check_same_blocks, inspect_model
-from isingcut.models.replay import Replay
-from isingcut.models.verify import relative_difference, verify
-from isingcut.testing.tiny import random_model
+from isingcut.models.inspect import check_same_blocks
 from odd_models import HUB, odd_checkpoint, odd_config, odd_model, prove_cut
-from shared import load_json, parametrize, refuses
-from tiny import edit_config, forbids, replay_of
+from shared import ArchitectureError, ModelError, load_json, parametrize, refuses
+from tiny import (
+    Replay,
+    cut_config,
+    edit_config,
+    excise,
+    find_stack,
+    forbids,
+    inspect_model,
+    random_model,
+    relative_difference,
+    replay_of,
+    skip_blocks,
+    verify,
+)
 
 LLAMA = {"model_type": "llama", "num_hidden_layers": 6}
 COMPOSITE = {
@@ -109,8 +116,7 @@ def test_a_block_that_computes_with_its_place_in_a_list_keeps_it():
     with refuses("depends on how many of ple_layer_ids come before", ArchitectureError):
         cut_config(config, [1])
     rows = legality(config, find_stack(odd_model("qwen4_exp_text", **PLACES)))
-    names = {row.name for row in rows}
-    assert {"keep 0 for 1", "keep 1 for 4"} <= names
+    assert {"keep 0 for 1", "keep 1 for 4"} <= {row.name for row in rows}
 
 
 def test_what_a_block_hands_on_and_no_other_reads_does_not_hinder_measuring():
@@ -137,8 +143,9 @@ def test_linear_attention_is_told_by_what_it_does(family):
         )
         assert (block.kv_bytes_per_token == 0) == linear
         assert (block.state_bytes > 0) == linear
-    rows = {row.name for row in legality(model.config.to_dict(), stack)}
-    assert "keep attention" in rows
+    assert "keep attention" in {
+        row.name for row in legality(model.config.to_dict(), stack)
+    }
 
 
 def test_the_first_block_of_modernbert_stays():
@@ -147,15 +154,12 @@ def test_the_first_block_of_modernbert_stays():
 
 
 def test_the_decoder_of_an_encoder_decoder_has_its_own_number_of_blocks(tmp_path):
-    sizes = {
-        "d_model": 32,
-        "encoder_layers": 2,
-        "decoder_layers": 4,
-        "decoder_ffn_dim": 48,
-    }
     config = AutoConfig.for_model(
         "blenderbot",
-        **sizes,
+        d_model=32,
+        encoder_layers=2,
+        decoder_layers=4,
+        decoder_ffn_dim=48,
         vocab_size=262,
         encoder_attention_heads=4,
         decoder_attention_heads=4,
@@ -228,8 +232,7 @@ def test_what_counts_blocks_of_another_stack_is_left_alone():
         "image_token_ids": [1, 2],
         "projector_layers": 2,
     }
-    config = {**COMPOSITE, **more, "vision_config": vision}
-    cut = cut_config(config, [1])
+    cut = cut_config({**COMPOSITE, **more, "vision_config": vision}, [1])
     assert cut["vision_config"] == vision
     assert {key: cut[key] for key in more} == more
     assert cut["text_config"]["num_hidden_layers"] == 5

@@ -10,16 +10,14 @@ import torch
 from numpy.testing import assert_array_equal
 from safetensors.torch import save_file
 
-from isingcut.errors import OutputExistsError, StageFileError
 from isingcut.files.documents import check_blocks
 from isingcut.files.journal import Journal
 from isingcut.files.ownership import MARKER, edges_sha256
 from isingcut.files.provenance import versions
-from isingcut.files.results import write_json
 from isingcut.files.states import BaselineFile
 from isingcut.files.writing import atomic_file, atomic_folder
 from run_files import baseline
-from shared import parametrize, refuses
+from shared import OutputExistsError, StageFileError, parametrize, refuses, write_json
 
 
 def test_blocks_are_named_by_known_keys_alone(tmp_path):

@@ -12,16 +12,23 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import isingcut
-from gguf_files import NUMBERS, WIDE, WIDE_NUMBERS, named, write, write_gguf
-from isingcut.errors import ArchitectureError, CheckpointError
+from gguf_files import NUMBERS, named, write_gguf, write_packed
 from isingcut.formats.cutting import gguf as gguf_cuts
-from isingcut.formats.cutting.checkpoint import excise
 from isingcut.formats.cutting.gguf import Changed, changed_tensors, cut_gguf, lay_out
 from isingcut.formats.gguf_files import read_gguf, unpack_gguf
 from isingcut.formats.sources import resolve
-from shared import OPTIONS, Bars, load_json, module_fixture, parametrize, refuses, works
-from tiny import edit_tensors, tiny_checkpoint, tiny_model
+from shared import (
+    ArchitectureError,
+    Bars,
+    CheckpointError,
+    load_json,
+    module_fixture,
+    parametrize,
+    refuses,
+    run_tiny,
+    works,
+)
+from tiny import edit_tensors, excise, tiny_checkpoint
 
 
 def make(
@@ -160,8 +167,7 @@ def test_blocks_keep_their_windows(tmp_path, architecture, extra, expected):
     source = make(tmp_path / "in.gguf", architecture, 12, **extra)
     cut_gguf(source, [1, 7], tmp_path / "out.gguf")
     after = gguf.GGUFReader(tmp_path / "out.gguf")
-    key = f"{architecture}.attention.sliding_window_pattern"
-    assert field(after, key) == expected
+    assert field(after, f"{architecture}.attention.sliding_window_pattern") == expected
 
 
 Kind = gguf.GGMLQuantizationType
@@ -258,25 +264,22 @@ def test_values_are_ordered_and_shifted_as_a_converter_does():
 @module_fixture
 def packed_model(tmp_path_factory):
     """A GGUF file of a tiny llama, the layers of its blocks in Q4_1."""
-    held = named(
-        {n: t.numpy() for n, t in tiny_model("llama", **WIDE).state_dict().items()}
-    )
-    for name, values in held.items():
-        if name.startswith("blk.") and values.ndim == 2:
-            held[name] = (gguf.quantize(values, Kind.Q4_1), Kind.Q4_1)
-    file = tmp_path_factory.mktemp("packed") / "tiny-Q4_1.gguf"
-    write(file, held, **WIDE_NUMBERS)
-    return file
+    return write_packed(tmp_path_factory.mktemp("packed") / "tiny-Q4_1.gguf", Kind.Q4_1)
 
 
 @module_fixture
 def gguf_run(packed_model, text, tmp_path_factory):
     """A run on that file, without blocks 2 and 3, with a tuned patch."""
-    run = tmp_path_factory.mktemp("gguf") / "run"
-    given = {"model": packed_model, "calibration": text, "out": run}
-    more = {"energy": "fisher", "remove": 2, "must_remove": "2,3", "skip_speed": True}
-    isingcut.run(**{**OPTIONS, **more, **given})
-    return run
+    out = tmp_path_factory.mktemp("gguf") / "run"
+    return run_tiny(
+        packed_model,
+        text,
+        out,
+        energy="fisher",
+        remove=2,
+        must_remove="2,3",
+        skip_speed=True,
+    )
 
 
 def new_layers(card):
@@ -291,24 +294,22 @@ def new_layers(card):
 
 def test_the_cards_of_a_cut_gguf_say_what_is_in_the_files(gguf_run, packed_model):
     kept = [0, 1, 4, 5]
-    numbered = {f"layers.{new}.": f"layers.{old}." for new, old in enumerate(kept)}
+
+    def old_name(name):
+        """Return the name of a tensor in the original, of either format."""
+        return re.sub(r"(?<=[sk]\.)\d+(?=\.)", lambda m: str(kept[int(m[0])]), name)
+
     before = load_file(resolve(str(packed_model)) / "model.safetensors")
     after = load_file(gguf_run / "model/model.safetensors")
-    names = {
-        re.sub(r"layers\.\d+\.", lambda m: numbered[m[0]], name): name for name in after
-    }
     differ = {
-        old for old, new in names.items() if not torch.equal(before[old], after[new])
+        old_name(n) for n in after if not torch.equal(before[old_name(n)], after[n])
     }
-    assert (
-        "all other tensors are the original's"
-        in (gguf_run / "model/README.md").read_text()
-    )
-    assert new_layers(gguf_run / "model/README.md") == differ
+    card = gguf_run / "model/README.md"
+    assert "all other tensors are the original's" in card.read_text()
+    assert new_layers(card) == differ
 
     theirs, ours = map(tensors_of, (packed_model, gguf_run / "model.gguf"))
-    blocks = {f"blk.{new}.": f"blk.{old}." for new, old in enumerate(kept)}
-    old = {name: re.sub(r"blk\.\d+\.", lambda m: blocks[m[0]], name) for name in ours}
+    old = {name: old_name(name) for name in ours}
     changed = {
         n for n in ours if ours[n].data.tobytes() != theirs[old[n]].data.tobytes()
     }
@@ -367,8 +368,8 @@ def test_any_gguf_is_judged_against_its_original(
     found = load_json(out)
     assert found.kl > 0.001
     assert found.after.blocks == 4
-    assert found.after.bytes == file.stat().st_size
-    assert found.before.bytes == packed_model.stat().st_size
+    sizes = [path.stat().st_size for path in (packed_model, file)]
+    assert [found.before.bytes, found.after.bytes] == sizes
 
 
 def test_any_checkpoint_is_judged_against_its_original(
@@ -389,8 +390,7 @@ def test_a_gguf_that_llama_cpp_would_not_run_costs_no_checkpoint(
     gguf_run, monkeypatch, typed
 ):
     monkeypatch.setitem(gguf_cuts._TABLE, "cuttable", [])
-    line = ["excise", gguf_run, "--blocks", "1,2", "--json"]
-    said = typed(*line)
+    said = typed("excise", gguf_run, "--blocks", "1,2", "--json")
     assert "no GGUF file is written" in said.err
     found = json.loads(said.out)
     assert found["gguf"] is None

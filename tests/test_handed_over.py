@@ -10,10 +10,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import isingcut
 from isingcut.data.mixture import find_object, register_texts
-from isingcut.errors import CalibrationError, InputError, ModelError, OutputExistsError
 from shared import (
     OPTIONS,
-    leave_speed_out,
+    CalibrationError,
+    InputError,
+    ModelError,
+    OutputExistsError,
     load_json,
     module_fixture,
     parametrize,
@@ -29,9 +31,8 @@ TEXTS = [f"Document {i}: {i * 7919 % 1000} things happened." for i in range(40)]
 
 
 @pytest.fixture(autouse=True)
-def _quick(monkeypatch, tmp_path):
+def _quick(no_speed, monkeypatch, tmp_path):
     """Measure no speed, and make temporary folders where they can be counted."""
-    leave_speed_out(monkeypatch.setattr)
     (tmp_path / "temporary").mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
 
@@ -68,15 +69,15 @@ def test_the_same_result_as_from_the_folder_and_the_file(folder, loaded, tmp_pat
     named = prune(folder / "model", calibration=file, out=tmp_path / "a")
     given = prune(model, tokenizer=tokenizer, out=tmp_path / "b")
     # Not exactly: each run chooses by its own timings how it computes.
-    for ours, theirs in zip(energies(given), energies(named), strict=True):
-        assert ours[0] == theirs[0]
-        assert ours[1:] == pytest.approx(theirs[1:], rel=1e-3, abs=1e-5)
+    for one, other in zip(energies(given), energies(named), strict=True):
+        assert one[0] == other[0]
+        assert one[1:] == pytest.approx(other[1:], rel=1e-3, abs=1e-5)
     theirs, ours = (load_json(tmp_path / k / "run.json").provenance for k in "ab")
     assert theirs.model.sha256 == ours.model.sha256
     assert theirs.calibration.sha256 == ours.calibration.sha256
     assert ours.model.name.startswith("LlamaForCausalLM in memory (")
     assert ours.calibration.source.startswith("40 texts in memory (")
-    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
 
 
 def test_the_copy_lives_as_long_as_the_run(loaded, tmp_path):

@@ -20,18 +20,16 @@ from healings import (
     shapes,
     stored,
 )
-from isingcut.data.tokens import TokenSet
 from isingcut.files.healings import HealingCheck, HealingFile, HealingStop
-from isingcut.files.results import read_document
 from isingcut.healing import heal as home
 from isingcut.healing.heal import heal
 from isingcut.healing.job import Domains
 from isingcut.healing.training import train
 from isingcut.measure.losses import difference
-from isingcut.models.load import load
 from isingcut.report.words import healing_warnings
 from ranks import run, type_in
-from shared import parametrize
+from shared import parametrize, read_document
+from tiny import TokenSet, load
 
 __all__ = ["healed", "models"]
 
@@ -46,13 +44,12 @@ def check(step, a, b, noise=0.0):
 
 
 def test_a_difference_is_paired():
-    counts = np.full(8, 10)
-    mean, error = difference(
-        check(0, 1, 1, 9).kl_sums, check(0, 2, 2, 9).kl_sums, counts
-    )
-    assert (mean, error) == (pytest.approx(1.0), pytest.approx(0.0, abs=1e-12))
-    mean, error = difference(check(0, 1, 1).kl_sums, check(0, 1, 1, 2).kl_sums, counts)
-    assert error == pytest.approx(2 / np.sqrt(7))
+    for first, second, wanted in (
+        (check(0, 1, 1, 9), check(0, 2, 2, 9), (1, 0)),
+        (check(0, 1, 1), check(0, 1, 1, 2), (0, 2 / np.sqrt(7))),
+    ):
+        found = difference(first.kl_sums, second.kl_sums, np.full(8, 10))
+        assert found == pytest.approx(wanted, abs=1e-12)
 
 
 def test_a_part_that_gets_worse_ends_a_healing():
@@ -61,20 +58,21 @@ def test_a_part_that_gets_worse_ends_a_healing():
     better = check(5, 0.5, 0.9)
     found = judge.verdict([start, better, check(10, 0.2, 1.2)])
     assert found.kept == 5
-    assert (
-        "on b the model got worse, KL 1.0000 before, 0.9000 and then 1.2000"
-        in found.why
-    )
+    words = "on b the model got worse, KL 1.0000 before, 0.9000 and then 1.2000"
+    assert words in found.why
     # An earlier check that was worse than the start is not kept either.
     none = judge.verdict([start, check(5, 0.5, 1.1), check(10, 0.2, 1.2)])
     assert none.kept == 0
     assert "no step is kept: on b the model got worse" in none.why
-    # No stop if the part is still better than at the start, within the noise, or at once.
-    assert judge.verdict([start, better, check(10, 0.2, 0.95)]) is None
-    assert judge.verdict([start, better, check(10, 0.2, 1.2, noise=3)]) is None
-    assert judge.verdict([start, check(5, 3, 3)]) is None
-    # No stop if a part is worse than at the start but getting better.
-    assert judge.verdict([start, check(5, 3, 3), check(10, 2, 2)]) is None
+    for checks in (
+        # Still better than at the start, within the noise, or at once.
+        [better, check(10, 0.2, 0.95)],
+        [better, check(10, 0.2, 1.2, noise=3)],
+        [check(5, 3, 3)],
+        # Worse than at the start, but getting better.
+        [check(5, 3, 3), check(10, 2, 2)],
+    ):
+        assert judge.verdict([start, *checks]) is None
     whole = Domains(TokenSet.from_rows([[1] * 11] * 8)).verdict(
         [start, better, check(10, 2, 2)]
     )
@@ -89,12 +87,16 @@ class Stops(Domains):
         return HealingStop(why="enough", kept=2) if len(checks) == 3 else None
 
 
+def kl_of(healing, number):
+    """Return the KL of a check."""
+    return sum(healing.checks[number].kl_sums) / healing.report_tokens
+
+
 def test_checks_are_the_divergence_on_text_held_out(healed):
     found = result(healed)
     assert [c.step for c in found.checks] == [0, 2, 4]
-    kl = [sum(c.kl_sums) / found.report_tokens for c in found.checks]
-    assert kl[0] == pytest.approx(found.before.kl, rel=1e-4)
-    assert kl[2] == pytest.approx(found.after.kl, rel=1e-3)
+    assert kl_of(found, 0) == pytest.approx(found.before.kl, rel=1e-4)
+    assert kl_of(found, 2) == pytest.approx(found.after.kl, rel=1e-3)
     assert "stopped" not in found
 
 
@@ -105,8 +107,7 @@ def test_the_weights_of_the_check_before_are_kept(models, tmp_path, monkeypatch)
     assert found.stopped == {"why": "enough", "kept": 2}
     assert len(curve(out)) == 4
     # The kept model is the one at step 2 in a schedule of eight steps.
-    kl = sum(found.checks[1].kl_sums) / found.report_tokens
-    assert found.after.kl == pytest.approx(kl, rel=1e-3)
+    assert found.after.kl == pytest.approx(kl_of(found, 1), rel=1e-3)
     record = read_document(out / "healing.json", HealingFile)
     assert "enough" in healing_warnings(record)
     # The same after a kill between two checks, and after one right behind a check.
@@ -147,8 +148,7 @@ def test_two_processes_stop_together(models, tmp_path):
     run([0, 0], tmp_path / "said", _stopped, *words)
     found = result(tmp_path / "out")
     assert (found.processes, found.stopped.kept) == (2, 2)
-    kl = sum(found.checks[1].kl_sums) / found.report_tokens
-    assert found.after.kl == pytest.approx(kl, rel=1e-3)
+    assert found.after.kl == pytest.approx(kl_of(found, 1), rel=1e-3)
 
 
 def _trains(dies, *arguments):
@@ -207,11 +207,10 @@ def test_two_processes_train_as_one_does(
         rel = exact if mine.step > 1 else 1e-6
         assert mine.loss == pytest.approx(theirs["loss"], rel=rel)
     assert shapes(tmp_path / "out") == shapes(one)
-    weights = (
+    first, second = (
         load(f, dtype="float32").model.state_dict() for f in (one, tmp_path / "out")
     )
-    for first, second in zip(*(w.values() for w in weights), strict=True):
-        torch.testing.assert_close(second, first, rtol=1e-3, atol=min(10 * exact, 1e-2))
+    torch.testing.assert_close(second, first, rtol=1e-3, atol=min(10 * exact, 1e-2))
 
 
 def test_two_processes_patch_as_one_does(models, tmp_path):

@@ -12,8 +12,6 @@ from torch.testing import assert_close
 import card as on_card
 from cards import fake_cards
 from healings import REMOVED, models, options
-from isingcut.data.tokens import TokenSet
-from isingcut.formats.architectures.blocks import find_stack
 from isingcut.healing.heal import heal
 from isingcut.healing.job import Job
 from isingcut.healing.removed import removal_by_weights
@@ -23,11 +21,9 @@ from isingcut.healing.training import train
 from isingcut.healing.training.batches import Steps, divisions
 from isingcut.healing.training.student import prepare_training, set_dtypes
 from isingcut.models.compute import divergence as kl
-from isingcut.models.load import load
-from isingcut.options.config import HealConfig
 from isingcut.processes import Processes
-from shared import module_fixture, parametrize, refuses
-from tiny import tiny_model
+from shared import HealConfig, module_fixture, parametrize, refuses
+from tiny import TokenSet, find_stack, load, tiny_model
 
 
 def normal(*shape, seed=0):
@@ -93,27 +89,22 @@ def test_chunks_of_the_vocabulary_change_nothing(monkeypatch):
 
 
 @parametrize(
-    "method, family, changes, ends",
+    "family, tied, ends",
     [
-        ("lora", "llama", {}, torch.bfloat16),
-        ("lora", "llama", {"tie_word_embeddings": True}, torch.bfloat16),
+        ("llama", False, torch.bfloat16),
+        ("llama", True, torch.bfloat16),
         # Gemma 3's embedding computes with the dtype of its weight.
-        ("lora", "gemma3", {"tie_word_embeddings": True}, torch.float32),
+        ("gemma3", True, torch.float32),
     ],
 )
-def test_frozen_weights_are_narrowed_only_where_no_value_changes(
-    method, family, changes, ends
-):
-    plain = tiny_model(family, **changes)
+def test_frozen_weights_are_narrowed_only_where_no_value_changes(family, tied, ends):
+    plain = tiny_model(family, tie_word_embeddings=tied)
     for parameter in plain.parameters():
         parameter.data = parameter.bfloat16().float()
     # A weight with values that bfloat16 cannot hold is not narrowed.
     mlp = plain.get_submodule(f"{find_stack(plain).blocks[0].path}.mlp")
-    odd = mlp.down_proj
-    even = mlp.up_proj
-    tied = plain.get_output_embeddings().weight is plain.get_input_embeddings().weight
-    odd.weight.data += 1e-6
-    model = prepare_training(plain, HealConfig(method=method))
+    mlp.down_proj.weight.data += 1e-6
+    model = prepare_training(plain, HealConfig(method="lora"))
     ids = torch.arange(12)[None]
 
     def found():
@@ -127,13 +118,12 @@ def test_frozen_weights_are_narrowed_only_where_no_value_changes(
     after, again = found()
     assert_close(after, before, rtol=0, atol=0)
     assert_close(again, gradients, rtol=0, atol=0)
-    kinds = {p.dtype for p in model.parameters() if p.requires_grad}
-    assert kinds == {torch.float32}
-    assert plain.get_output_embeddings().weight.dtype == ends
-    read = plain.get_input_embeddings().weight
-    assert (plain.get_output_embeddings().weight is read) == tied
-    assert odd.weight.dtype == torch.float32
-    assert even.weight.dtype == torch.bfloat16
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    head = plain.get_output_embeddings().weight
+    assert head.dtype == ends
+    assert (head is plain.get_input_embeddings().weight) == tied
+    assert mlp.down_proj.weight.dtype == torch.float32
+    assert mlp.up_proj.weight.dtype == torch.bfloat16
 
 
 LENGTHS = [int(n) for n in np.random.default_rng(0).integers(20, 400, 64)]
@@ -255,8 +245,7 @@ def test_what_is_not_trained_is_the_teachers(
     train.train(job)
     # Logits are computed in chunks, however narrow the layers are.
     assert apart
-    for name, tensor in teacher.model.state_dict().items():
-        assert torch.equal(tensor, before[name]), name
+    assert_close(teacher.model.state_dict(), before, rtol=0, atol=0)
 
 
 def test_lora_and_its_teacher_fit_a_card_of_half_as_much_again(narrow_blocks):

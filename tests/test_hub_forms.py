@@ -7,31 +7,38 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
-from isingcut.data.tokens import TokenSet
-from isingcut.errors import ArchitectureError, VerificationError
 from isingcut.evaluation.quality import quality
-from isingcut.formats.architectures.blocks import (
-    find_stack,
-    language_model,
-    skip_blocks,
-)
-from isingcut.formats.architectures.cuts import cut_config
+from isingcut.formats.architectures.blocks import language_model
 from isingcut.formats.checkpoints import Checkpoint
-from isingcut.formats.cutting.checkpoint import excise
 from isingcut.formats.safetensors_files import StoredTensor
 from isingcut.healing.training.student import install
-from isingcut.models.inspect import inspect_model
 from isingcut.models.load import find_auto_class
-from isingcut.models.replay import Replay
-from isingcut.models.streaming.replay import StreamedReplay
-from isingcut.models.streaming.store import Store
-from isingcut.models.verify import random_tokens, reload, verify
-from isingcut.testing.tiny import random_model
+from isingcut.models.verify import random_tokens, reload
 from odd_models import composite_checkpoint, prove_cut
-from shared import load_json, parametrize, refuses
+from shared import (
+    ArchitectureError,
+    VerificationError,
+    load_json,
+    parametrize,
+    refuses,
+)
 from sweep.images import invent_images
 from sweep.shrink import tiny_configuration
-from tiny import replay_of, tiny_checkpoint, tiny_model
+from tiny import (
+    Replay,
+    TokenSet,
+    cut_config,
+    excise,
+    find_stack,
+    inspect_model,
+    random_model,
+    replay_of,
+    skip_blocks,
+    streamed,
+    tiny_checkpoint,
+    tiny_model,
+    verify,
+)
 
 
 @parametrize("family", ["qwen2_vl", "qwen2_5_vl", "paddleocr_vl", "hunyuan_vl"])
@@ -83,8 +90,7 @@ def test_the_right_number_of_blocks_wins_unless_far_too_small(tmp_path):
         )
 
     blocks = stored("model.layers", 6, 100)
-    images = stored("vq.up", 3, 300)
-    assert checkpoint(6, *images, *blocks).prefix == "model.layers."
+    assert checkpoint(6, *stored("vq.up", 3, 300), *blocks).prefix == "model.layers."
     # A configuration with too few blocks must not match a smaller stack of that many parts.
     few = checkpoint(3, *stored("projector", 3, 10), *blocks)
     assert few.prefix == "model.layers."
@@ -127,12 +133,10 @@ class Handed(nn.Module):
         return stream
 
 
-@parametrize("reads", [False, True])
-def test_what_blocks_hand_on_matters_where_it_is_read(reads):
-    model = Handed(reads)
-    if not reads:
-        assert len(Replay(model, list(model.layers))) == 3
-        return
+def test_what_blocks_hand_on_matters_where_it_is_read():
+    model = Handed(reads=False)
+    assert len(Replay(model, list(model.layers))) == 3
+    model = Handed(reads=True)
     with refuses("more than the residual stream", ArchitectureError):
         Replay(model, list(model.layers))
 
@@ -149,8 +153,7 @@ def test_a_period_beside_the_list_it_stands_for_says_nothing(tmp_path):
 
 
 def test_what_does_not_run_on_text_is_not_proven_either(tmp_path):
-    source = tiny_checkpoint("llama", tmp_path / "source")
-    excise(source, [1], tmp_path / "out")
+    excise(tiny_checkpoint("llama", tmp_path / "source"), [1], tmp_path / "out")
     model = tiny_model("llama")
     model.lm_head.forward = lambda hidden: SimpleNamespace().image_outputs
     one_line = "does not run on text alone, .* measured or verified: AttributeError"
@@ -210,22 +213,17 @@ def test_an_encoder_decoder_inside_is_refused():
 def test_streamed_blocks_compute_what_those_in_memory_do(family, tmp_path):
     model = composite_checkpoint(family, tmp_path / "source")
     tokens = random_tokens(model, 2, 12)
-    store = Store(tmp_path / "source", torch.float32, torch.device("cpu"))
-    resident = Replay(model).record(tokens)
-    streamed = StreamedReplay(store)
-    recording = streamed.record(tokens)
-    streams = [resident.entered, recording.entered]
+    parts = streamed(tmp_path / "source")
+    both = [replay.record(tokens) for replay in (Replay(model), parts)]
+    streams = [recording.entered for recording in both]
     with skip_blocks(model, [2]):
         expected = language_model(model)(input_ids=tokens, use_cache=False).logits
         for i in (0, 1, 3, 4, 5):
-            streams = [
-                r.block(i, s)
-                for r, s in zip((resident, recording), streams, strict=True)
-            ]
-        for replayed, stream in zip((resident, recording), streams, strict=True):
-            assert torch.equal(replayed.logits(stream[0], 0), expected[0])
+            streams = [r.block(i, s) for r, s in zip(both, streams, strict=True)]
+        for recording, stream in zip(both, streams, strict=True):
+            assert torch.equal(recording.logits(stream[0], 0), expected[0])
     excise(tmp_path / "source", [0, 3], tmp_path / "out")
-    assert verify(streamed, [0, 3], tmp_path / "out").difference <= 1e-5
+    assert verify(parts, [0, 3], tmp_path / "out").difference <= 1e-5
 
 
 def test_quality_and_distillation_read_the_language_model_inside(tmp_path):

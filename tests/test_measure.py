@@ -9,25 +9,23 @@ import torch
 from numpy.testing import assert_allclose, assert_array_equal
 
 from isingcut.energies.pairwise import Pairwise
-from isingcut.errors import ModelError
 from isingcut.files.journal import Journal
-from isingcut.ising.states import states_of
-from isingcut.measure.gradients import gate_gradients
-from isingcut.measure.losses import measure
 from isingcut.measure.streams import check_finite
-from isingcut.measure.work import Work
 from isingcut.models.compute import head as head_module
 from isingcut.models.compute.divergence import RowSums
 from isingcut.models.compute.head import OutputHead, find_head_input, sum_losses
-from isingcut.models.replay import Replay
-from shared import parametrize, refuses
-from tiny import plain_sums, random_tokens, tiny_replay, without
-
-
-def really_removed(replay, tokens, removed):
-    """Return mean KL and NLL per token of a deep copy of the model without the blocks."""
-    sums = plain_sums(replay.model, without(replay.model, removed), tokens)
-    return sums[2].sum() / tokens.tokens, sums[1].sum() / tokens.tokens
+from shared import ModelError, parametrize, refuses
+from tiny import (
+    Replay,
+    Work,
+    gate_gradients,
+    measure,
+    plain_means,
+    random_tokens,
+    states_of,
+    tiny_replay,
+    without,
+)
 
 
 @parametrize("family", ["llama", "gemma3", "gpt2"])
@@ -39,7 +37,7 @@ def test_measured_losses_are_those_of_really_removed_blocks(family):
         replay, tokens, states_of(len(replay), [tuple(r) for r in removals])
     )
     for s, removed in enumerate(removals):
-        kl, nll = really_removed(replay, tokens, removed)
+        kl, nll = plain_means(replay.model, without(replay.model, removed), tokens)
         assert found.kl[s] == pytest.approx(kl, rel=1e-4, abs=1e-6)
         assert found.nll[s] == pytest.approx(nll, rel=1e-5)
 
@@ -50,7 +48,7 @@ def test_pairwise_is_exact_up_to_two_blocks():
     n = len(replay)
     energy = Pairwise().measure(replay, tokens, Work(batch_tokens=30))
     for removed in [*[(i,) for i in range(n)], *combinations(range(n), 2)]:
-        kl, _ = really_removed(replay, tokens, list(removed))
+        kl, _ = plain_means(replay.model, without(replay.model, removed), tokens)
         value = energy.energies(states_of(n, [removed]))[0]
         assert value == pytest.approx(kl, rel=1e-4, abs=1e-6)
     assert energy.unit == "nats/token"
@@ -61,12 +59,13 @@ def test_pairwise_is_exact_up_to_two_blocks():
 def test_router_logits_in_the_outputs_change_nothing():
     # Many fine-tunes of Mixtral have this field in their config.json.
     tokens = random_tokens()
-    found = []
-    for wanted in (False, True):
+
+    def numbers(wanted):
         replay = tiny_replay("mixtral", output_router_logits=wanted)
         losses = measure(replay, tokens, states_of(len(replay), [(1,), (0, 3)]))
-        found.append([losses.kl_sums.tolist(), gate_gradients(replay, tokens).tolist()])
-    assert found[0] == found[1]
+        return losses.kl_sums.tolist(), gate_gradients(replay, tokens).tolist()
+
+    assert numbers(False) == numbers(True)
 
 
 def test_a_loss_that_is_not_finite_names_state_block_and_text():
@@ -112,14 +111,11 @@ def test_a_journal_of_another_measurement_is_not_used(job, changed, tmp_path, sp
 
     def work(journal=tmp_path / "journal"):
         computed.clear()
+        given = Work(journal=journal)
         if job == "losses":
-            found = measure(
-                replay, tokens, states_of(len(replay), states), Work(journal=journal)
-            )
-            return found.kl_sums
-        return gate_gradients(
-            replay, tokens.select([0, states[0][0]]), Work(journal=journal)
-        )
+            removed = states_of(len(replay), states)
+            return measure(replay, tokens, removed, given).kl_sums
+        return gate_gradients(replay, tokens.select([0, states[0][0]]), given)
 
     before = work()
     assert computed
@@ -188,8 +184,7 @@ def test_logits_of_unequal_vocabularies_are_refused(method):
 @parametrize("method", ["_add_compiled", "_add"])
 def test_equal_logits_have_no_divergence_however_large(method):
     reference, _ = logits(torch.float32, size=300.0)
-    sums = in_pieces(reference + 7.0, reference, 1000, method)
-    assert sums.kl.abs().max() < 1e-5
+    assert in_pieces(reference + 7.0, reference, 1000, method).kl.abs().max() < 1e-5
 
 
 @parametrize("method", ["_add_compiled", "_add"])

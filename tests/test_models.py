@@ -10,16 +10,13 @@ import torch
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from isingcut.errors import CheckpointError, ModelError
 from isingcut.formats import sources as model_sources
 from isingcut.formats.sources import hub_id, model_identity, resolve
 from isingcut.models import device
 from isingcut.models import load as models
-from isingcut.models.inspect import inspect_model
 from isingcut.models.load import load_config
-from isingcut.models.streaming.replay import load_streamed
-from shared import load_json, parametrize, refuses
-from tiny import edit_config, load_tiny, tiny_checkpoint
+from shared import CheckpointError, ModelError, load_json, parametrize, refuses
+from tiny import edit_config, inspect_model, load_streamed, load_tiny, tiny_checkpoint
 
 
 @pytest.fixture
@@ -180,8 +177,7 @@ def test_the_packaged_model_is_converted_once_and_generates(monkeypatch):
     assert loaded.model.config.num_hidden_layers == 30
     assert "quantization_config" not in load_json(folder / "config.json")
     question = prompt_ids(loaded.tokenizer, "What is the capital of France?")
-    answer = generate_text(loaded.model, loaded.tokenizer, question, 20)
-    assert "Paris" in answer
+    assert "Paris" in generate_text(loaded.model, loaded.tokenizer, question, 20)
 
 
 def test_a_configuration_may_ask_for_tuples(folder):

@@ -2,15 +2,12 @@
 
 import pytest
 
-import isingcut
 from healings import options, write_text
 from isingcut.formats.checkpoints import count_mtp_layers, is_mtp
-from isingcut.formats.cutting.checkpoint import excise
-from isingcut.formats.safetensors_files import read_checkpoint
 from isingcut.healing.heal import heal
-from shared import OPTIONS, module_fixture
+from shared import module_fixture, run_tiny
 from sweep.mtp import add_mtp_layers
-from tiny import tiny_checkpoint, tiny_model
+from tiny import excise, read_checkpoint, tiny_checkpoint, tiny_model
 
 pytestmark = pytest.mark.usefixtures("no_speed")
 OF_MTP = "model.layers.4."
@@ -24,11 +21,6 @@ def source(tmp_path_factory):
     return folder
 
 
-def run(source, text, out, **more):
-    given = {"model": source, "calibration": text, "out": out, "remove": 2}
-    return isingcut.run(**{**OPTIONS, **given, **more})
-
-
 def bytes_of(folder, start):
     """Return a block's bytes except experts, which transformers stores singly and merges again."""
     stored = {n: t for n, t in read_checkpoint(folder).items() if "experts" not in n}
@@ -40,7 +32,7 @@ def bytes_of(folder, start):
 
 
 def test_a_run_keeps_mtp_layers(source, text, tmp_path):
-    target = run(source, text, tmp_path / "run", patch="linear")
+    target = run_tiny(source, text, tmp_path / "run", remove=2, patch="linear")
     assert count_mtp_layers(target / "model") == 2
     assert bytes_of(target / "model", OF_MTP) == bytes_of(source, "model.layers.6.")
     kept = "ayers for multi-token prediction (MTP), which draft further tokens: 2, kept as they are"
@@ -55,7 +47,9 @@ def test_a_healing_keeps_mtp_layers(source, tmp_path):
 
 
 def test_dropped_mtp_layers_are_gone_everywhere_and_reported(source, text, tmp_path):
-    target = run(source, text, tmp_path / "run", patch="none", drop_mtp=True)
+    target = run_tiny(
+        source, text, tmp_path / "run", remove=2, patch="none", drop_mtp=True
+    )
     assert count_mtp_layers(target / "model") == 0
     assert not bytes_of(target / "model", OF_MTP)
     four = {"num_hidden_layers": 4, "num_nextn_predict_layers": 2}

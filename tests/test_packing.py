@@ -9,8 +9,6 @@ import torch
 
 from gguf_files import WIDE, WIDE_NUMBERS, named, write
 from isingcut.console.progress import silent
-from isingcut.errors import ArchitectureError
-from isingcut.files.results import read_document
 from isingcut.files.runs import PackingFile
 from isingcut.formats.cutting import gguf as gguf_cuts
 from isingcut.formats.cutting.gguf import cut_gguf
@@ -18,12 +16,22 @@ from isingcut.formats.gguf_files import PACKED
 from isingcut.measure.packed import changed_losses
 from isingcut.measure.work import PLAIN
 from isingcut.models.packing import Packer
-from isingcut.options.config import RunConfig
 from isingcut.processes import ALONE
 from isingcut.runs import packing, pipeline
-from isingcut.runs.session import Session
-from shared import OPTIONS, load_json, module_fixture, parametrize, refuses, works
+from shared import (
+    OPTIONS,
+    ArchitectureError,
+    RunConfig,
+    flags,
+    load_json,
+    module_fixture,
+    parametrize,
+    read_document,
+    refuses,
+    works,
+)
 from tiny import (
+    Session,
     in_memory,
     plain_sums,
     random_tokens,
@@ -49,12 +57,10 @@ def file(tmp_path_factory):
                 last.weight *= 0 if i == IDLE else 4
     held = named({n: t.numpy() for n, t in model.state_dict().items()})
     for name, values in held.items():
-        packed = (gguf.quantize(values, kind), kind) if "ffn_down" in name else values
-        held[name] = (
-            values.astype(np.float16)
-            if values.ndim == 2 and packed is values
-            else packed
-        )
+        if "ffn_down" in name:
+            held[name] = (gguf.quantize(values, kind), kind)
+        elif values.ndim == 2:
+            held[name] = values.astype(np.float16)
     out = tmp_path_factory.mktemp("packing") / "tiny.gguf"
     write(out, held, **WIDE_NUMBERS)
     return out
@@ -80,8 +86,7 @@ def test_bytes_are_those_of_the_file_written_and_weights_what_it_holds(file, tmp
     parameters = dict(session.loaded.model.named_parameters())
     there = {t.name: t for t in gguf.GGUFReader(tmp_path / "whole.gguf").tensors}
     for name, theirs in zip(parameters, named(parameters), strict=True):
-        values = parameters[name].detach()
-        found = packer.pack("Q4_0", name, values)
+        found = packer.pack("Q4_0", name, parameters[name].detach())
         if theirs == "token_embd.weight" or "ffn_down" in theirs:
             tensor = there[theirs]
             assert tensor.tensor_type.name == ("Q4_0" if "ffn" in theirs else "Q8_0")
@@ -170,19 +175,10 @@ def test_a_budget_below_every_type_is_met_by_a_cut_file(
 ):
     run = tmp_path / "run"
     size = whole(file, "Q4_0", tmp_path) / 1e3 - 1
-    line = [
-        "run",
-        file,
-        "--budget",
-        f"file={size:.3f}kB",
-        "--calibration",
-        text,
-        "--out",
-        run,
-    ]
-    options = {**OPTIONS, "random_states": 0, "effort": 2, "patch_tokens": 400}
-    words = [w for k, v in options.items() for w in (f"--{k.replace('_', '-')}", v)]
-    said = answer(*line, *words)
+    given = {"budget": f"file={size:.3f}kB", "calibration": text, "out": run}
+    few = {"random_states": 0, "effort": 2, "patch_tokens": 400}
+    line = ["run", file, *flags({**OPTIONS, **few, **given})]
+    said = answer(*line)
     best = read_document(run / "packing.json", PackingFile).best
     assert not best.fits
     assert said.chosen.removed
@@ -199,7 +195,7 @@ def test_a_budget_below_every_type_is_met_by_a_cut_file(
     assert "bit for bit" not in card
     assert said.verdict[:40].replace("-", "−") in (run / "report.html").read_text()
     # Nothing is measured again, and another limit is for the same type.
-    works(*line, *words, "--quiet")
+    works(*line, "--quiet")
     works("solve", run, "--budget", f"file={size - 1:.3f}kB")
     assert "meets --budget file=1GB; no block has to be removed" in refusal(
         "solve", run, "--budget", "file=1GB"
@@ -209,18 +205,9 @@ def test_a_budget_below_every_type_is_met_by_a_cut_file(
 def test_what_no_type_meets_is_refused_with_what_can_be_met(
     llama, text, tmp_path, refusal
 ):
-    line = [
-        "run",
-        llama,
-        "--out",
-        tmp_path / "run",
-        "--calibration",
-        text,
-        "--length",
-        16,
-    ]
+    given = {"out": tmp_path / "run", "calibration": text, "length": 16}
     for budget in ("file=1kB", "memory=2kB@1k", "decode=99%@1k"):
-        said = refusal(*line, "--budget", budget)
+        said = refusal("run", llama, *flags({**given, "budget": budget}))
         nearest = re.search(r"the nearest possible is (\S+)$", said)[1]
         session = Session(RunConfig(model=llama, dtype="float32", budget=nearest))
         assert packing.find_types(session, session.describe_blocks())
@@ -229,9 +216,9 @@ def test_what_no_type_meets_is_refused_with_what_can_be_met(
 
 def test_a_checkpoint_that_is_best_whole_is_not_cut(llama, text, tmp_path, typed):
     run = tmp_path / "run"
-    line = ["run", llama, "--budget", "decode=40%", "--calibration", text, "--out", run]
-    words = [w for k, v in OPTIONS.items() for w in (f"--{k.replace('_', '-')}", v)]
-    said = " ".join(typed(*line, *words).out.split())
+    given = {"budget": "decode=40%", "calibration": text, "out": run}
+    said = typed("run", llama, *flags({**OPTIONS, **given})).out
+    said = " ".join(said.split())
     kind = read_document(run / "packing.json", PackingFile).best.packed.type
     assert f"Do not cut: quantise to {kind} for decode=40%, KL 0.0" in said
     command = f"convert_hf_to_gguf.py {llama} --outtype bf16 --outfile model-bf16.gguf"

@@ -1,6 +1,5 @@
 """Valid and invalid texts for removals, budgets, blocks, efforts and memory."""
 
-from isingcut.options.config import HealConfig, RunConfig
 from isingcut.options.parsed import (
     BlockList,
     Budget,
@@ -10,7 +9,7 @@ from isingcut.options.parsed import (
     Removal,
     Training,
 )
-from shared import parametrize, refuses
+from shared import HealConfig, RunConfig, parametrize, refuses
 
 # Class, function of its value, and expected results by typed text.
 READ = [

@@ -12,34 +12,33 @@ from typer.testing import CliRunner
 import isingcut
 from healings import write_text
 from isingcut.cli.main import app
-from isingcut.data.calibration import Calibration
 from isingcut.data.healing_text import to_fit
-from isingcut.errors import FitError, OutputExistsError
 from isingcut.evaluation.quality import quality
 from isingcut.files.evaluations import EvaluationFile
-from isingcut.files.results import read_document
 from isingcut.files.runs import StageOptions
-from isingcut.formats.architectures.blocks import skip_blocks
-from isingcut.options.config import RunConfig
 from isingcut.report.words import patch_warnings
 from isingcut.runs import cutting, pipeline
 from isingcut.runs.folder import RunFolder
-from isingcut.runs.session import Session
 from run_files import change
 from shared import (
     OPTIONS,
+    FitError,
+    OutputExistsError,
+    RunConfig,
     flags,
-    leave_speed_out,
     load_json,
     module_fixture,
     parametrize,
+    read_document,
     refuses,
+    run_tiny,
+    without_speed,
     works,
     write_jsonl,
     write_words,
 )
 from test_tasks import arc
-from tiny import load_tiny, tiny_checkpoint
+from tiny import Calibration, Session, load_tiny, skip_blocks, tiny_checkpoint
 
 pytestmark = pytest.mark.usefixtures("no_speed")
 
@@ -48,14 +47,8 @@ REMOVED = [2, 3]
 
 def job(model, text, out, **more):
     # The patch is fitted on all of the text.
-    given = {
-        "must_remove": "2,3",
-        "energy": "fisher",
-        "remove": 2,
-        "patch_tokens": 65536,
-    }
-    given |= {"model": model, "calibration": text, "out": out}
-    return isingcut.run(**{**OPTIONS, **given, **more})
+    given = {"must_remove": "2,3", "energy": "fisher", "remove": 2}
+    return run_tiny(model, text, out, **{**given, "patch_tokens": 65536, **more})
 
 
 def weights_of(checkpoint):
@@ -77,10 +70,8 @@ def text(shared):
 
 @module_fixture
 def run(shared, llama, text):
-    with pytest.MonkeyPatch.context() as patch:
-        leave_speed_out(patch.setattr)
-        found: Path = shared.folder("patched", lambda place: job(llama, text, place))
-    return found
+    with without_speed():
+        return shared.folder("patched", lambda place: job(llama, text, place))
 
 
 @module_fixture
@@ -136,8 +127,7 @@ def test_patch_and_cut_are_judged_on_text_of_no_fit(run, exact, llama):
     scores = quality(*models, calibration.splits["report"])
     assert found.cut.kl == pytest.approx(scores.kl, rel=1e-4)
     for name in ("perplexity", "perplexity_se"):
-        expected = getattr(scores.after, name)
-        assert found.cut[name] == pytest.approx(expected, rel=1e-3)
+        assert found.cut[name] == pytest.approx(getattr(scores.after, name), rel=1e-3)
     fitted = patch_of(run / "model")["text"]
     assert fitted["searched"] == calibration.splits["energy"].samples
     assert fitted["samples"] > fitted["searched"]
@@ -218,21 +208,6 @@ def test_where_no_layer_can_take_a_map_one_line_says_why(llama, text, tmp_path, 
     assert "no weight was trained" in card
 
 
-def test_an_interrupted_fit_leaves_nothing_and_is_made_again(
-    run, llama, text, tmp_path, spy
-):
-    out = tmp_path / "run"
-    spy(cutting, "patch_checkpoint", stop=1)
-    with pytest.raises(KeyboardInterrupt):
-        job(llama, text, out)
-    assert not [p for p in out.iterdir() if "model" in p.name]
-    assert not load_json(out / "run.json").stages.model.done
-    job(llama, text, out)
-    found, expected = (weights_of(place / "model") for place in (out, run))
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
-
-
 def test_a_streamed_model_is_patched_block_by_block(llama, text, tmp_path):
     out = job(llama, text, tmp_path / "run", stream="on")
     assert "streamed from disk" in patch_of(out / "model").tuning.left_out
@@ -262,8 +237,7 @@ def test_texts_that_are_gone_leave_those_of_the_energy(llama, tmp_path):
     texts = [" ".join(words[i : i + 30]) for i in range(0, len(words), 30)]
     made = {**OPTIONS, "energy": "fisher", "samples": 6, "out": tmp_path / "run"}
     isingcut.prune(str(llama), 2, calibration=texts, must_remove="2,3", **made)
-    saved = isingcut.open_run(tmp_path / "run").save(tmp_path / "saved")
-    fitted = patch_of(saved).text
+    fitted = patch_of(isingcut.open_run(tmp_path / "run").save(tmp_path / "saved")).text
     assert fitted.samples == fitted.searched == 6
     assert fitted.short.startswith("the source was changed or cannot be read; restore")
 
@@ -290,8 +264,7 @@ def config(folder, name, **changes):
 
 @module_fixture
 def healed_run(folder):
-    with pytest.MonkeyPatch.context() as patched:
-        leave_speed_out(patched.setattr)
+    with without_speed():
         yield pipeline.run(config(folder, "run", heal=True))
 
 
@@ -328,8 +301,9 @@ def test_the_same_command_does_nothing_again(folder, healed_run, spy):
 
 def test_a_healed_model_of_an_earlier_cut_is_not_the_runs(folder, healed_run, tmp_path):
     out = Path(shutil.copytree(healed_run, tmp_path / "run"))
-    again = {"remove": "1", "patch": "none", "out": out, "overwrite": True}
-    pipeline.run(config(folder, "run", **again))
+    pipeline.run(
+        config(folder, "run", remove="1", patch="none", out=out, overwrite=True)
+    )
     found = load_json(out / "evaluation.json")
     assert (found.last, found.after.blocks) == ("cut", 5)
     assert "| | original | cut | change |" in (out / "report.md").read_text(
@@ -339,8 +313,7 @@ def test_a_healed_model_of_an_earlier_cut_is_not_the_runs(folder, healed_run, tm
 
 def test_benchmarks_of_a_run_from_the_command_line(folder, healed_run, answer):
     given = {"tasks": "arc_easy", "data": folder / "data"}
-    found = answer("evaluate", healed_run, *flags(given)).benchmarks
-    (row,) = found.rows
+    (row,) = answer("evaluate", healed_run, *flags(given)).benchmarks.rows
     assert (row.task, row.n) == ("arc_easy", 6)
     assert load_json(healed_run / "benchmarks.json").rows == [row]
     assert {"metric", "original", "original_se", "cut", "cut_se"} <= set(row)

@@ -15,24 +15,27 @@ from rich.filesize import decimal
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-import isingcut
 from isingcut.cli import show
 from isingcut.console.progress import terminal
 from isingcut.energies import registry
 from isingcut.energies.base import price_states
 from isingcut.energies.pairwise import list_removals
-from isingcut.measure.gradients import gate_gradients
-from isingcut.measure.losses import measure
-from isingcut.measure.work import Work
-from isingcut.models.replay import Replay
-from isingcut.models.streaming.replay import StreamedReplay
-from isingcut.options.config import RunConfig
 from isingcut.runs import plan as planning
 from isingcut.runs.folder import RunFolder
 from isingcut.runs.plan import Prices, make_plan
-from isingcut.runs.session import Session
-from shared import OPTIONS, flags, parametrize
-from tiny import load_tiny, random_tokens, replay_of, tiny_checkpoint
+from shared import RunConfig, flags, parametrize, run_tiny
+from tiny import (
+    Replay,
+    Session,
+    StreamedReplay,
+    Work,
+    gate_gradients,
+    load_tiny,
+    measure,
+    random_tokens,
+    replay_of,
+    tiny_checkpoint,
+)
 
 LENGTH = 16
 
@@ -57,16 +60,16 @@ class Operations(TorchDispatchMode):
 
 def prices(**given):
     """Return prices for four blocks that take one second each, and a head that takes two."""
-    found = object.__new__(Prices)
-    vars(found).update(
+    made = object.__new__(Prices)
+    vars(made).update(
         config=RunConfig(model="m", length=LENGTH, samples=5),
         latency=(1.0,) * 4, once=2.0, reading=0.1,
         n=4, remove=2, weights=60, batch=64, logits=400, stream=8, graph=100, streamed=False,
         room=0, memory=SimpleNamespace(used=1000, total=10**9),
         largest=10, dtype=torch.float32, left=0.5,
     )  # fmt: skip
-    vars(found).update(given)
-    return found
+    vars(made).update(given)
+    return made
 
 
 def stage(counted, name):
@@ -130,14 +133,15 @@ def test_a_patch_costs_passes_over_its_text():
 def test_a_range_is_ranked_at_each_of_its_removals_and_cut_at_none():
     config = RunConfig(model="m", length=LENGTH, samples=5, patch="none")
     counted = prices(config=config, n=20, latency=(1.0,) * 20)
-    each = []
-    for counted.remove in (8, 9, 10):
-        each.append((stage(counted, "rank").seconds, counted.energy("refined").seconds))
+
+    def seconds():
+        return stage(counted, "rank").seconds, counted.energy("refined").seconds
+
+    ranks, searches = zip(*(seconds() for counted.remove in (8, 9, 10)), strict=True)
     counted.config = counted.config.replace(remove="8..10")
-    ranked = stage(counted, "rank").seconds
-    searched = counted.energy("refined").seconds
-    assert ranked == pytest.approx(sum(rank for rank, _ in each))
-    assert searched > max(search for _, search in each)
+    ranked, searched = seconds()
+    assert ranked == pytest.approx(sum(ranks))
+    assert searched > max(searches)
     assert [one.name for one in counted.stages()] == ["load", "rank"]
 
 
@@ -145,9 +149,10 @@ def test_without_a_removal_the_energy_alone_is_counted(llama):
     options = {"length": 16, "samples": 3, "patch": "linear", "heal": "10min"}
     for remove, energy, stages in (("", "pairwise", 1), ("2", "refined", 6)):
         plan = make_plan(RunConfig(model=llama, remove=remove, **options))
-        (own,) = (e["seconds"] for e in plan["energies"] if e["name"] == energy)
-        later = sum(s["seconds"] for s in plan["stages"][:stages])
-        assert (plan["energy"], plan["seconds"]) == (energy, pytest.approx(own + later))
+        parts = [e for e in plan["energies"] if e["name"] == energy]
+        parts += plan["stages"][:stages]
+        seconds = sum(part["seconds"] for part in parts)
+        assert (plan["energy"], plan["seconds"]) == (energy, pytest.approx(seconds))
 
 
 def test_a_budget_of_healing_takes_its_tokens_or_its_time():
@@ -208,8 +213,8 @@ def test_an_energy_of_a_plug_in_is_planned_or_said_not_to_be(llama, monkeypatch)
     known = ["empirical-fisher", "fisher", "pairwise", "refined", "whole"]
     assert [e["name"] for e in plan["energies"]] == known
     (own,) = (e for e in plan["energies"] if e["impossible"])
-    assert (own["name"], own["samples"]) == ("whole", 7)
-    assert own["impossible"] == "not estimated"
+    keys = ("name", "samples", "impossible")
+    assert [own[key] for key in keys] == ["whole", 7, "not estimated"]
     streamed = prices(streamed=True, room=1).energy("whole")
     assert streamed.impossible == "needs the whole model in memory"
 
@@ -266,8 +271,7 @@ def test_a_run_prices_its_stages_by_the_model_in_memory(
     )
     monkeypatch.setattr(planning, "Store", None)
     folder = RunFolder.open(Path(shutil.copytree(finished, tmp_path / "run")))
-    session = Session(folder.config.replace(patch="none"))
-    found = Prices(session, folder)
+    found = Prices(Session(folder.config.replace(patch="none")), folder)
     assert (found.once, found.latency) == (2, [1] * 6)
     assert (found.batch, found.remove) == (64, 2)
     assert [one.name for one in found.times()] == [
@@ -279,14 +283,17 @@ def test_a_run_prices_its_stages_by_the_model_in_memory(
 def test_a_run_says_at_its_start_how_long_it_takes(
     llama, text, tmp_path, capsys, quick, fails
 ):
-    class Begun(Exception):
-        pass
-
-    fails("isingcut.runs.pipeline.measure_and_rank", Begun)
-    given = {**OPTIONS, "model": llama, "calibration": text, "out": tmp_path / "run"}
-    given |= {"remove": 2, "quick": quick, "heal": True, "progress": terminal}
-    with pytest.raises(Begun):
-        isingcut.run(**given)
+    fails("isingcut.runs.pipeline.measure_and_rank", KeyboardInterrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run_tiny(
+            llama,
+            text,
+            tmp_path / "run",
+            remove=2,
+            quick=quick,
+            heal=True,
+            progress=terminal,
+        )
     said = capsys.readouterr().err
     assert re.search(r"this run takes about \d+ \w+ here \((refined|rank|patch) ", said)
     assert "heal depends on the text; set a limit with --heal 10min" in said

@@ -6,13 +6,11 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
-from isingcut.errors import InfeasibleError
 from isingcut.ising import constraints as con
-from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.ising.problem import Problem
 from isingcut.ising.spectrum import Spectrum
-from isingcut.ising.states import states_of
-from shared import parametrize, refuses
+from shared import InfeasibleError, parametrize, refuses
+from tiny import Hamiltonian, states_of
 
 
 def hamiltonian(n, seed=0, **rest):
@@ -121,8 +119,7 @@ def test_penalty_form_agrees_on_feasible_states_and_its_minimum_is_feasible(sens
     bqm, penalty = problem.to_bqm()
     assert penalty > 0
     sample = dimod.ExactSolver().sample(bqm).first
-    state = np.array([[sample.sample[i] for i in range(5)]])
-    assert problem.feasible(state)[0]
+    assert problem.feasible(np.array([[sample.sample[i] for i in range(5)]]))[0]
     x = all_states(5)
     x = x[problem.feasible(x)]
     assert sample.energy == pytest.approx(
@@ -140,8 +137,7 @@ def test_energy_is_the_written_formula():
 
 
 def test_from_quadratic_is_the_form():
-    rng = np.random.default_rng(1)
-    Q = rng.normal(size=(5, 5))
+    Q = np.random.default_rng(1).normal(size=(5, 5))
     x = all_states(5)
     ham = Hamiltonian.from_quadratic(Q, c=0.5)
     assert_allclose(ham.energies(x), 0.5 + np.einsum("si,ij,sj->s", x, Q, x))
@@ -151,8 +147,7 @@ def test_save_and_load(tmp_path):
     ham = hamiltonian(
         5, unit="nats/token", meta={"model": "tiny", "seed": 3}, h_error=np.ones(5)
     )
-    path = ham.save(tmp_path / "hamiltonian.safetensors")
-    back = Hamiltonian.load(path)
+    back = Hamiltonian.load(ham.save(tmp_path / "hamiltonian.safetensors"))
     assert_array_equal(back.h, ham.h)
     assert_array_equal(back.J, ham.J)
     assert_array_equal(back.h_error, np.ones(5))
@@ -256,8 +251,7 @@ def test_budget_by_share_and_amount():
     assert obeyed([share], "0010")
     assert obeyed([share], "1100")
     assert not obeyed([share], "0100")
-    whole = con.budget("params", costs, share=0.3, total=200.0)
-    assert not obeyed([whole], "0010")
+    assert not obeyed([con.budget("params", costs, share=0.3, total=200.0)], "0010")
     assert obeyed([con.budget("params", costs, amount=40)], "0001")
     with refuses("either a share or an amount"):
         con.budget("params", costs)
@@ -266,8 +260,7 @@ def test_budget_by_share_and_amount():
 
 
 def test_exact_byte_budgets_survive_rounding():
-    costs = np.full(7, 1e9 / 3)
-    assert obeyed([con.budget("bytes", costs, share=3 / 7)], "1110000")
+    assert obeyed([con.budget("bytes", np.full(7, 1e9 / 3), share=3 / 7)], "1110000")
 
 
 def test_legality_rows():
@@ -317,8 +310,7 @@ def test_ties_are_ordered_by_bits_whatever_the_input_order():
     flat = Problem(Hamiltonian(np.zeros(6), np.zeros((6, 6))), [con.count(6, 2)])
     x = states((0, 1), (2, 3), (4, 5))
     a = Spectrum.from_states(flat, x)
-    b = Spectrum.from_states(flat, x[::-1])
-    assert_array_equal(a.states, b.states)
+    assert_array_equal(a.states, Spectrum.from_states(flat, x[::-1]).states)
     assert a.removed(0) == [4, 5]
 
 

@@ -7,25 +7,27 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from isingcut.errors import ArchitectureError, VerificationError
-from isingcut.formats.architectures.cuts import cut_config
-from isingcut.formats.cutting.checkpoint import excise
-from isingcut.models.streaming.replay import StreamedReplay
-from isingcut.models.streaming.store import Store
-from isingcut.models.verify import (
-    check_generation,
-    process_images,
-    random_tokens,
-    relative_difference,
-    verify,
-)
+from isingcut.models.verify import check_generation, process_images, random_tokens
 from isingcut.report.run_files import RunFiles
 from odd_models import composite
-from shared import load_json, parametrize, refuses
+from shared import ArchitectureError, VerificationError, load_json, parametrize, refuses
 from sweep.images import invent_images
-from tiny import forbids, tiny_model, tiny_tokenizer
+from tiny import (
+    cut_config,
+    excise,
+    forbids,
+    relative_difference,
+    streamed,
+    tiny_model,
+    tiny_tokenizer,
+    verify,
+)
 
 LOWEST = torch.finfo(torch.float32).min
+
+
+def normal_logits():
+    return torch.randn((2, 5, 40), generator=torch.Generator().manual_seed(0))
 
 
 def cut_of(model, removed, folder):
@@ -37,7 +39,7 @@ def cut_of(model, removed, folder):
 
 @parametrize("mask", [LOWEST, -math.inf, -1e4])
 def test_masked_logits_are_no_scale(mask):
-    logits = torch.randn((2, 5, 40), generator=torch.Generator().manual_seed(0))
+    logits = normal_logits()
     logits[..., 10:35] = mask
     other = logits.clone()
     other[0, 3, 2] += 0.1
@@ -48,7 +50,7 @@ def test_masked_logits_are_no_scale(mask):
 
 
 def test_few_huge_entries_are_no_scale():
-    logits = torch.randn((2, 5, 40), generator=torch.Generator().manual_seed(0))
+    logits = normal_logits()
     logits[..., :19] *= 1e9
     other = logits.clone()
     other[0, 3, 30] += 0.1
@@ -59,7 +61,7 @@ def test_few_huge_entries_are_no_scale():
 
 @parametrize("bad", [math.nan, math.inf])
 def test_what_is_no_number_on_one_side_is_infinitely_far(bad):
-    logits = torch.randn((2, 5, 40), generator=torch.Generator().manual_seed(0))
+    logits = normal_logits()
     broken = logits.clone()
     broken[1, 2, 3] = bad
     assert relative_difference(logits, broken) == math.inf
@@ -74,8 +76,7 @@ def test_a_wrong_cut_of_chameleon_is_noticed(tmp_path):
     """The logits of its image tokens are the smallest float."""
     model = composite("chameleon")
     cut = cut_of(model, [1], tmp_path)
-    proof = verify(model, [1], cut, images=invent_images)
-    assert proof.difference == 0.0
+    assert verify(model, [1], cut, images=invent_images).difference == 0.0
     with refuses("differs from the original", VerificationError):
         verify(model, [2], cut)
 
@@ -174,11 +175,11 @@ def test_only_an_image_shows_what_joins_between_blocks(family, tmp_path, stub):
 
 
 def test_blocks_that_image_features_join_in_front_of_stay_and_are_renumbered():
-    places = {
-        "deepstack_layer_map": [(0, 0), (1, 1)],
-        "spatial_target_layers": [2, 4, 4, 9],
-    }
-    model = composite("granite4_vision", **places)
+    model = composite(
+        "granite4_vision",
+        deepstack_layer_map=[(0, 0), (1, 1)],
+        spatial_target_layers=[2, 4, 4, 9],
+    )
     config = model.config.to_dict()
     cut = cut_config(config, [3, 5])
     assert cut["deepstack_layer_map"] == [[0, 0], [1, 1]]
@@ -214,12 +215,16 @@ def test_the_checkpoints_own_processor_makes_the_image(tmp_path):
     vision = model.config.vision_config
     side = {"height": vision.image_size, "width": vision.image_size}
     pixels = CLIPImageProcessor(size=side, crop_size=side)
-    given = {"image_token": "<|system|>", "num_additional_image_tokens": 1}
-    processor = LlavaProcessor(pixels, tokenizer, vision.patch_size, **given)
+    processor = LlavaProcessor(
+        pixels,
+        tokenizer,
+        vision.patch_size,
+        image_token="<|system|>",
+        num_additional_image_tokens=1,
+    )
     processor.vision_feature_select_strategy = "default"
     processor.save_pretrained(tmp_path)
-    words = random_tokens(model, 2, 24)
-    inputs = process_images(model, tmp_path, words)
+    inputs = process_images(model, tmp_path, random_tokens(model, 2, 24))
     said = tokenizer.decode(inputs["input_ids"][0], skip_special_tokens=True)
     assert "What is in this picture" in said
     assert inputs["pixel_values"].shape[-1] == vision.image_size
@@ -255,11 +260,8 @@ def test_what_a_proof_does_not_show_is_a_warning_of_the_run(finished):
 
 
 def test_a_streamed_cut_is_proven_with_an_image(tmp_path):
-    model = composite("qwen3_vl")
-    cut = cut_of(model, [3, 5], tmp_path)
-    source = StreamedReplay(
-        Store(tmp_path / "source", torch.float32, torch.device("cpu"))
-    )
+    cut = cut_of(composite("qwen3_vl"), [3, 5], tmp_path)
+    source = streamed(tmp_path / "source")
     proof = verify(source, [3, 5], cut, new_tokens=1, images=invent_images)
     assert proof.inputs == "text and an image"
     assert proof.difference == 0.0

@@ -7,26 +7,36 @@ import pytest
 from scipy import stats
 
 import isingcut
-from isingcut.data.calibration import Calibration
 from isingcut.energies.pairwise import Pairwise
-from isingcut.errors import OutputExistsError
 from isingcut.evaluation.candidates import few_samples, fidelity, random_feasible, rank
 from isingcut.evaluation.quality import sample_sums
-from isingcut.files.results import read_document
 from isingcut.files.states import CandidatesFile, ChosenState, PatchedState
 from isingcut.ising.constraints import LinearConstraint, count, keep
-from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.ising.problem import Problem
 from isingcut.ising.solvers import solve
-from isingcut.ising.states import states_of
-from isingcut.measure.losses import measure
-from isingcut.measure.work import Work
-from isingcut.options.config import RunConfig
 from isingcut.report.words import sentence
 from isingcut.runs import cutting, pipeline, trials
 from isingcut.runs.folder import RunFolder
-from shared import OPTIONS, load_json, parametrize, refuses
-from tiny import load_tiny, random_tokens, tiny_replay
+from shared import (
+    OPTIONS,
+    OutputExistsError,
+    RunConfig,
+    load_json,
+    parametrize,
+    read_document,
+    refuses,
+    run_tiny,
+)
+from tiny import (
+    Calibration,
+    Hamiltonian,
+    Work,
+    load_tiny,
+    measure,
+    random_tokens,
+    states_of,
+    tiny_replay,
+)
 
 pytestmark = [
     pytest.mark.usefixtures("no_speed"),
@@ -72,12 +82,6 @@ def test_with_several_sizes_the_states_of_a_size_are_equally_likely():
     sizes = np.bincount([int(states.sum()) for states, _ in first])
     # Of the 63 states one is empty and six have one block: 5 and 29 of 300 if all were as likely.
     assert sizes.min() > 30
-
-
-def test_there_are_never_more_random_states_than_exist():
-    problem = flat(5, count(5, 1))
-    states, _ = random_feasible(problem, 30, 0, np.zeros((0, 5), dtype=bool))
-    assert len(states) == 5
 
 
 def test_rare_feasible_states_are_found_and_their_origin_is_recorded():
@@ -139,11 +143,11 @@ def test_random_states_take_a_quarter_of_the_text_and_are_compared_on_it(ranked)
 
 def test_near_candidates_are_patched_for_the_choice(llama, text, tmp_path, spy):
     tried = spy(trials, "changed_losses", stop=2)
-    given = {"model": llama, "calibration": text, "remove": 2, "patch": "linear"}
-    options = {**OPTIONS, **given, "out": tmp_path / "run"}
+    given = (llama, text, tmp_path / "run")
+    options = {"remove": 2, "patch": "linear"}
     with pytest.raises(KeyboardInterrupt):
-        isingcut.run(**options)
-    target = isingcut.run(**options)
+        run_tiny(*given, **options)
+    target = run_tiny(*given, **options)
     found = load_json(target / "candidates.json")
     rows = sorted(found.candidates, key=lambda row: row.kl)
     lowest = rows[0].kl
@@ -154,23 +158,20 @@ def test_near_candidates_are_patched_for_the_choice(llama, text, tmp_path, spy):
     assert len(tried) == len(near) > 1
     assert not (target / "patched.journal").exists()
     best, *others = sorted(near, key=lambda row: row.patched_kl)
-    assert found.chosen.removed == best["removed"]
-    assert found.chosen.why == "patch"
-    why = sentence(
-        "why_words", read_document(target / "candidates.json", CandidatesFile)
-    )
+    ranked = read_document(target / "candidates.json", CandidatesFile)
+    assert (ranked.chosen.removed, ranked.chosen.why) == (best.removed, "patch")
+    why = sentence("why_words", ranked)
     assert f"; lower after a patch: {best['patched_kl']:.4g} against " in why
     assert all(f"{row['patched_kl']:.4g}" in why for row in others)
     with refuses(r"candidates.json was made .*patch_tokens: was", OutputExistsError):
-        isingcut.run(**{**options, "patch_tokens": 2 * RunConfig().patch_tokens})
+        run_tiny(*given, **options, patch_tokens=2 * RunConfig().patch_tokens)
     # A checkpoint with the same patch has the same KL.
     run = RunFolder.open(target)
     again = run.config.replace(patch_tokens=trials.trial_tokens(run.config))
     session = pipeline.session_of(run, again)
-    cutting.write_model(
-        session, run, best["removed"], tmp_path / "again", overwrite=False
-    )
-    both = [load_tiny(m).model for m in (llama, tmp_path / "again")]
+    out = tmp_path / "again"
+    cutting.write_model(session, run, best.removed, out, overwrite=False)
+    both = [load_tiny(m).model for m in (llama, out)]
     split = Calibration.load(target / "calibration.safetensors").splits["rank"]
     kl = sample_sums(*both, split)[2].sum() / split.tokens
     assert kl == pytest.approx(best["patched_kl"], rel=1e-4)

@@ -6,12 +6,11 @@ import shutil
 from collections import Counter
 from dataclasses import replace
 from html.parser import HTMLParser
+from itertools import permutations
 from pathlib import Path
 
 import numpy as np
 
-from isingcut.errors import OutputExistsError
-from isingcut.files.results import write_json
 from isingcut.report.figures import block_ticks
 from isingcut.report.plots import span, tick_text
 from isingcut.report.words import code
@@ -23,7 +22,16 @@ from run_files import (
     write_report,
     write_run,
 )
-from shared import load_json, module_fixture, parametrize, refuses, save_json, works
+from shared import (
+    OutputExistsError,
+    load_json,
+    module_fixture,
+    parametrize,
+    refuses,
+    save_json,
+    works,
+    write_json,
+)
 
 VOID = {"meta", "link", "br", "col", "img"}
 
@@ -135,11 +143,9 @@ def test_every_figure_holds_its_data(page):
 def test_every_coupling_has_the_colour_of_its_sign(page):
     coupling = hamiltonian(12, 1).J
     cells = [a for a in page.tagged("rect") if "fill-opacity" in a]
+    pairs = permutations(range(12), 2)
     assert [(a["class"], int(a["x"])) for a in cells] == [
-        ("p" if coupling[i, j] > 0 else "n", j)
-        for i in range(12)
-        for j in range(12)
-        if i != j
+        ("p" if coupling[pair] > 0 else "n", pair[1]) for pair in pairs
     ]
 
 
@@ -148,8 +154,8 @@ def test_pairs_that_were_never_removed_together_are_hatched(tmp_path):
     energy = hamiltonian(12, 1)
     coupling = energy.J.copy()
     coupling[2:, 2:] = 0.0
-    found = {"targets": {}}
-    energy = replace(energy, J=coupling, meta={**energy.meta, "search": found})
+    meta = {**energy.meta, "search": {"targets": {}}}
+    energy = replace(energy, J=coupling, meta=meta)
     energy.save(run / "hamiltonian.safetensors")
     page = page_of(run)
     assert len(page.classed("u")) == 90
@@ -171,8 +177,7 @@ def test_pairs_that_were_never_removed_together_are_hatched(tmp_path):
 
 def test_the_sample_answers_are_open(page):
     places = [k for k, (tag, _) in enumerate(page.elements) if tag == "pre"]
-    before = [tag for tag, _ in page.elements[: places[2]]]
-    assert "details" not in before
+    assert "details" not in [tag for tag, _ in page.elements[: places[2]]]
     assert "Because." in page.text
 
 
@@ -181,19 +186,11 @@ def test_ids_are_unique_and_links_lead_somewhere(page):
     assert len(ids) == len(set(ids))
     targets = {a["href"][1:] for a in page.tagged("a")}
     assert targets <= set(ids)
-    assert {
-        "states",
-        "interactions",
-        "fidelity",
-        "provenance",
-        "healed",
-        "benchmarks",
-    } <= targets
+    assert {"states", "interactions", "fidelity", "provenance", "healed"} <= targets
 
 
 def test_the_words_are_those_of_the_files(run, page):
-    found = load_json(run / "candidates.json")
-    chosen = found.chosen
+    chosen = load_json(run / "candidates.json").chosen
     assert f"KL {chosen['kl']:.4f} ± {chosen['kl_se']:.4f} nats per token" in page.text
     assert "a-model without 3 of its 12 blocks" in page.text
     assert "Spearman 0.90 (0.80 to 0.95) over n = 50" in page.text
@@ -348,7 +345,6 @@ def test_a_large_model_stays_under_three_megabytes(tmp_path):
     [
         (0.0, 1.0, False, ["0", "0.25", "0.5", "0.75", "1"]),
         (-0.02, 0.03, False, ["−0.02", "0", "0.02"]),
-        (3.0, 9.0, False, ["4", "6", "8"]),
         (0.5, 20.0, True, ["0.4", "0.9", "2", "5", "10", "20"]),
         (2e5, 9e5, False, ["200,000", "400,000", "600,000", "800,000"]),
     ],

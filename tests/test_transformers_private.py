@@ -10,9 +10,8 @@ import pytest
 import torch
 
 import isingcut
-from isingcut.errors import ModelError
 from isingcut.formats import transformers_private as private
-from shared import parametrize, refuses
+from shared import ModelError, parametrize, refuses
 from tiny import tiny_model
 
 LOADING = "transformers.core_model_loading"

@@ -7,19 +7,15 @@ import pytest
 import torch
 
 from cards import fake_cards
-from isingcut.errors import ArchitectureError, FitError
-from isingcut.formats.architectures.blocks import skip_blocks, stack_modules
 from isingcut.healing.job import Job
 from isingcut.healing.patch.files import apply_patches
 from isingcut.healing.repairs import tuned as tuning
 from isingcut.healing.repairs.linear import fit_patches
 from isingcut.healing.repairs.tuned import split_samples, tune
-from isingcut.measure.work import Work
 from isingcut.models.device import Allowance
-from isingcut.options.config import HealConfig
-from shared import parametrize, refuses
+from shared import ArchitectureError, FitError, HealConfig, parametrize, refuses
 from test_patch import tokens
-from tiny import replay_of, tiny_model
+from tiny import Work, plain_means, replay_of, skip_blocks, stack_modules, tiny_model
 
 REMOVED = (2, 3)
 
@@ -31,26 +27,21 @@ def tuned(model, text, removed=REMOVED):
     with contextlib.suppress(ArchitectureError):  # No map helps some random models.
         patches = fit_patches(replay, rest, removed, Work(96)).patches
     teacher = SimpleNamespace(replay=replay)
-    config = HealConfig(batch_tokens=96)
-    job = Job(teacher, removed, None, text, None, config)
+    job = Job(teacher, removed, None, text, None, HealConfig(batch_tokens=96))
     found, record = tune(job, rest, held_out, patches)
     return SimpleNamespace(patches=found, record=record)
 
 
 def divergence(model, text, found, removed=REMOVED):
     """Return KL(original || patched) from plain forward passes over the held-out samples."""
-    total = 0.0
-    count = 0
-    for s in range(7, text.samples, 8):
-        ids = text.input_ids[s : s + 1, : int(text.mask[s].sum())]
-        with torch.no_grad():
-            p = model(input_ids=ids).logits[0, :-1].double().log_softmax(-1)
-            blocks = stack_modules(model)
-            with skip_blocks(model, removed), apply_patches(blocks, found.patches):
-                q = model(input_ids=ids).logits[0, :-1].double().log_softmax(-1)
-        total += float((p.exp() * (p - q)).sum())
-        count += ids.shape[1] - 1
-    return total / count
+
+    def patched(**inputs):
+        blocks = stack_modules(model)
+        with skip_blocks(model, removed), apply_patches(blocks, found.patches):
+            return model(**inputs)
+
+    kl, _ = plain_means(model, patched, text.select(range(7, text.samples, 8)))
+    return kl
 
 
 @parametrize("family", ["llama", "gpt2", "gemma3", "mamba2"])
@@ -84,7 +75,7 @@ def test_the_original_stays_as_it_was():
     model = tiny_model("llama")
     before = {name: p.clone() for name, p in model.named_parameters()}
     tuned(model, tokens(16))
-    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    torch.testing.assert_close(dict(model.named_parameters()), before, rtol=0, atol=0)
     assert not any("forward" in module.__dict__ for module in model.modules())
 
 
@@ -105,15 +96,15 @@ def test_where_memory_is_short_the_layers_that_write_are_tuned_alone(stub):
         tuned(tiny_model("llama"), tokens(16))
     model = tiny_model("llama")
     blocks = stack_modules(model)
-    both = [
-        blocks[i].get_submodule(p)
+    write = {"self_attn.o_proj", "mlp.down_proj"}
+    sizes = [
+        blocks[i].get_submodule(path).weight.numel()
         for i in (1, 4)
-        for p in ("self_attn.o_proj", "mlp.down_proj")
+        for path in (*write, "self_attn.q_proj")
     ]
-    square = [blocks[i].get_submodule("self_attn.q_proj") for i in (1, 4)]
-    room.left = tuning.BYTES * sum(m.weight.numel() for m in [*both, *square])
+    room.left = tuning.BYTES * sum(sizes)
     paths = {layer.layer for layer in tuned(model, tokens(16)).record.layers}
-    assert {"self_attn.o_proj", "mlp.down_proj"} <= paths
+    assert write <= paths
     assert not {"mlp.up_proj", "mlp.gate_proj"} & paths
 
 

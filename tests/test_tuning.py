@@ -8,16 +8,20 @@ import numpy as np
 import torch
 
 from cards import fake_cards
-from isingcut.errors import ArchitectureError
-from isingcut.measure.gradients import gate_gradients, gate_slopes
-from isingcut.measure.losses import measure
 from isingcut.measure.splitting import choose_batch_tokens, count_graph_bytes
 from isingcut.measure.streams import one_pass
-from isingcut.measure.work import Work
-from isingcut.options.config import RunConfig
-from isingcut.runs.session import Session
-from shared import parametrize, refuses
-from tiny import random_tokens, replay_of, tiny_model, tiny_replay
+from shared import ArchitectureError, RunConfig, parametrize, refuses
+from tiny import (
+    Session,
+    Work,
+    gate_gradients,
+    gate_slopes,
+    measure,
+    random_tokens,
+    replay_of,
+    tiny_model,
+    tiny_replay,
+)
 
 
 def test_the_micro_batch_of_a_gpu_is_what_fits():
@@ -46,26 +50,22 @@ def test_a_model_whose_graph_was_measured_is_let_go():
 @parametrize("family", ["llama", "gemma3"])
 def test_measurements_use_the_chosen_attention_and_agree(family):
     replay = tiny_replay(family)
-    attention = "eager"
     tokens = random_tokens()
     states = np.eye(len(replay), dtype=bool)
-    used = {None: set(), attention: set()}
+    used = {None: set(), "eager": set()}
     replay.blocks[0].register_forward_pre_hook(
         lambda module, args: used[replay.attention].add(
             replay.model.config._attn_implementation
         )
     )
-    found = {}
-    for name in used:
-        replay.attention = name
-        found[name] = (
-            measure(replay, tokens, states).kl_sums,
-            gate_gradients(replay, tokens),
-            gate_slopes(replay, tokens, states[1], 64),
-            *one_pass(replay, tokens, Work()),
-        )
-    assert used == {None: {"sdpa"}, attention: {attention}}
-    for i, (plain, other) in enumerate(zip(found[None], found[attention], strict=True)):
+    found = []
+    for replay.attention in used:
+        losses = measure(replay, tokens, states).kl_sums
+        slopes = gate_slopes(replay, tokens, states[1], 64)
+        rows = gate_gradients(replay, tokens)
+        found.append([losses, rows, slopes, *one_pass(replay, tokens, Work())])
+    assert used == {None: {"sdpa"}, "eager": {"eager"}}
+    for i, (plain, other) in enumerate(zip(*found, strict=True)):
         # Slopes and scores of activations gather more rounding.
         rtol, atol = (1e-4, 1e-6) if i < 2 else (1e-3, 1e-5)
         np.testing.assert_allclose(plain, other, rtol=rtol, atol=atol)

@@ -1,4 +1,4 @@
-"""Tiny random models of every family, and tiny checkpoints with a tokenizer, all offline."""
+"""Tiny random models of every family, tiny checkpoints, and what most tests import with them."""
 
 import copy
 from contextlib import contextmanager
@@ -8,17 +8,31 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from isingcut.data.calibration import Calibration, build
 from isingcut.data.tokens import TokenSet
-from isingcut.formats.architectures.blocks import find_stack, stack_modules
-from isingcut.formats.architectures.cuts import legality
+from isingcut.formats.architectures.blocks import find_stack, skip_blocks, stack_modules
+from isingcut.formats.architectures.cuts import cut_config, legality
+from isingcut.formats.cutting.checkpoint import excise
+from isingcut.formats.safetensors_files import read_checkpoint
+from isingcut.ising.hamiltonian import Hamiltonian
+from isingcut.ising.states import states_of
+from isingcut.measure.gradients import gate_gradients, gate_slopes
+from isingcut.measure.losses import measure
+from isingcut.measure.work import Work
+from isingcut.models.inspect import inspect_model
 from isingcut.models.load import load
 from isingcut.models.replay import Replay
-from isingcut.models.streaming.replay import StreamedReplay
+from isingcut.models.streaming.replay import StreamedReplay, load_streamed
 from isingcut.models.streaming.store import Store
-from isingcut.testing.tiny import tiny_checkpoint, tiny_model, tiny_tokenizer
+from isingcut.models.verify import relative_difference, verify
+from isingcut.runs.session import Session
+from isingcut.testing.tiny import (
+    random_model,
+    tiny_checkpoint,
+    tiny_model,
+    tiny_tokenizer,
+)
 from shared import load_json, save_json
-
-__all__ = ["tiny_checkpoint", "tiny_model", "tiny_tokenizer", "without"]
 
 
 def replay_of(model):
@@ -108,6 +122,19 @@ def plain_sums(first, second, tokens):
         nll = [-float(d.gather(1, ids[0, 1:, None])[counts].sum()) for d in (p, q)]
         columns.append([*nll, float((p.exp() * (p - q))[counts].sum())])
     return np.array(columns).T
+
+
+def plain_means(first, second, tokens):
+    """Return KL and NLL of the second model per counted token."""
+    _, nll, kl = plain_sums(first, second, tokens).sum(1) / tokens.tokens
+    return kl, nll
+
+
+def count_calls(module):
+    """Return a list that gets an entry at each forward pass of a module."""
+    calls = []
+    module.register_forward_hook(lambda *_: calls.append(1))
+    return calls
 
 
 CPU = torch.device("cpu")

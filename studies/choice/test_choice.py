@@ -18,8 +18,7 @@ NEAR = [candidate(1.0, 0.8), candidate(1.015, 0.7), candidate(1.04, 0.6)]
 def test_rules():
     rules = {"tie_regret": 1, "near_gain": 2, "patched_choice_gain": 2}
     assert _rules(NEAR) == rules
-    far = [*NEAR[:2], candidate(1.06, 0.6)]
-    assert _rules(far) == {**rules, "near_gain": 1}
+    assert _rules([*NEAR[:2], candidate(1.06, 0.6)]) == {**rules, "near_gain": 1}
 
 
 def test_figures():

@@ -251,8 +251,7 @@ def _through_head(
     """Compute J^T L''(z) J, or J^T C(z) J, of one sample: (N, N) from its tangents (N, T, D)."""
     leaf = stream.clone().requires_grad_(True)
     logits = recording.logits(leaf, sample)
-    predicted = batch.predicted[sample].to(logits.device)
-    positions = predicted.nonzero()[:, 0]
+    positions = batch.predicted[sample].to(logits.device).nonzero()[:, 0]
     labels = batch.input_ids[sample, 1:].to(logits.device)[positions]
     if kind == "hessian":
         logp = torch.log_softmax(widen(logits[positions]), dim=-1)

@@ -51,8 +51,7 @@ def test_every_stage_is_judged(content, capsys):
 
 def stage(nll):
     sample = {"kl": [nll - 3.0, nll - 3.0], "nll": [2 * nll, 0.0], "counts": [1, 1]}
-    original = {**sample, "nll": [6.0, 0.0]}
-    return judged_stage({"c4": sample}, {"c4": original})
+    return judged_stage({"c4": sample}, {"c4": {**sample, "nll": [6.0, 0.0]}})
 
 
 def method(cut, tuned, healed):

@@ -132,8 +132,7 @@ def make_arena(world, folder, patch):
     here = Path(shutil.copytree(world, folder / "here", symlinks=True))
     manifest = here / "run/run.json"
     # Make the run's record name the copied folder.
-    text = manifest.read_text().replace(str(world), str(here))
-    manifest.write_text(text)
+    manifest.write_text(manifest.read_text().replace(str(world), str(here)))
     patch.chdir(here)
     for name, value in {"HOME": "home", "ISINGCUT_CACHE": "home/cache"}.items():
         patch.setenv(name, str(here / value))

@@ -4,8 +4,8 @@ import pytest
 from arena import make_arena
 
 import isingcut
-from isingcut.testing.tiny import tiny_checkpoint
-from shared import OPTIONS, leave_speed_out, write_words
+from shared import OPTIONS, without_speed, write_words
+from tiny import tiny_checkpoint
 
 
 @pytest.fixture(scope="session")
@@ -19,8 +19,7 @@ def _make_world(base):
     (base / "home/diary.txt").write_text("mine\n")
     write_words(base / "text.txt")
     tiny_checkpoint("llama", base / "model")
-    with pytest.MonkeyPatch.context() as patch:
-        leave_speed_out(patch.setattr)
+    with without_speed() as patch:
         patch.chdir(base)
         isingcut.run(
             model="model",

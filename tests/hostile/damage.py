@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 
 import numpy as np
 from safetensors.numpy import load_file, save_file
@@ -52,6 +53,12 @@ def edited(place, change):
 def config(place=CONFIG, **changes):
     """Set fields of a config.json; None is JSON's null."""
     return edited(place, lambda content: content.update(changes))
+
+
+def other_model(arena):
+    """Write another version of the model, `other`."""
+    shutil.copytree(arena.model, arena.here / "other")
+    config("other/config.json", rms_norm_eps=2e-6)(arena)
 
 
 def deep(place, depth=100_000):

@@ -3,9 +3,8 @@
 import hashlib
 import json
 
-from isingcut.files.results import write_json
 from run_files import baseline, healing, task
-from shared import load_json, save_json
+from shared import load_json, save_json, write_json
 
 SOLVE = "solve {run} --remove 2 --overwrite"
 REPORT = "report {run}"

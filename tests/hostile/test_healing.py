@@ -1,9 +1,9 @@
 """Healing changes no file of the user, refuses models that do not match, and can be resumed."""
 
 import errno
-import json
 import os
 import shutil
+from unittest.mock import Mock
 
 import torch
 from arena import Row, rows, tried
@@ -22,10 +22,10 @@ from damage import (
 )
 from heal_rows import RECORD, WITH_FILE, heal, record, trainer
 
+from healings import write_student
 from isingcut.files.ownership import MARKER, mark
-from isingcut.files.results import write_json
-from isingcut.formats.cutting.checkpoint import excise
-from shared import load_json, parametrize
+from isingcut.healing.patch.ridge import RidgeFit
+from shared import load_json, parametrize, write_json
 from tiny import tiny_checkpoint
 
 
@@ -145,8 +145,9 @@ def another(**options):
 
 def another_student(arena):
     """Write a student of other shapes with the record and depth of the cut."""
-    other = {"num_hidden_layers": 4, "intermediate_size": 64}
-    tiny_checkpoint("llama", arena.here / "student", **other)
+    tiny_checkpoint(
+        "llama", arena.here / "student", num_hidden_layers=4, intermediate_size=64
+    )
     shutil.copyfile(arena.here / RECORD, arena.here / "student/isingcut.json")
 
 
@@ -234,7 +235,7 @@ def types(arena, command, name="healing", **more):
     more = {"line": "", "code": 0, "makes": ("healed*", ".healed.healing*"), **more}
     arena.try_row(Row(name, command, **more))
     work = arena.here / ".healed.healing"
-    return sorted(p.name for p in work.iterdir()) if work.exists() else []
+    return sorted(os.listdir(work)) if work.exists() else []
 
 
 def stops(monkeypatch, step, error, part="_save_scaler"):
@@ -256,8 +257,7 @@ FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def curve(arena, out="healed"):
-    found = load_json(arena.here / out / "healing.json")
-    return found.steps
+    return load_json(arena.here / out / "healing.json").steps
 
 
 def half_written(arena, step):
@@ -269,8 +269,7 @@ def half_written(arena, step):
 
 
 def test_a_full_disk_at_the_second_state_keeps_the_first(arena, monkeypatch):
-    whole = heal(out="{here}/whole", save_steps=1)
-    types(arena, whole, makes=("whole*", ".whole*"))
+    types(arena, heal(out="{here}/whole", save_steps=1), makes=("whole*", ".whole*"))
     with monkeypatch.context() as patch:
         stops(patch, 2, FULL)
         line = (
@@ -278,8 +277,7 @@ def test_a_full_disk_at_the_second_state_keeps_the_first(arena, monkeypatch):
         )
         left = types(arena, SAVING, code=2, line=line)
     assert left == ["before.json", "identity.json", "memory.json", "trainer"]
-    states = sorted(p.name for p in (arena.here / ".healed.healing/trainer").iterdir())
-    assert states == ["checkpoint-1"]
+    assert os.listdir(arena.here / ".healed.healing/trainer") == ["checkpoint-1"]
     half_written(arena, 3)
     assert types(arena, SAVING) == []
     assert curve(arena) == curve(arena, "whole")
@@ -293,25 +291,18 @@ def test_used_up_memory_keeps_the_states(arena, monkeypatch):
 
 def test_a_full_disk_at_the_first_state_leaves_nothing(arena, monkeypatch):
     stops(monkeypatch, 1, FULL)
-    assert (
-        types(arena, SAVING, code=2, line="no space left .*checkpoint-1", makes=())
-        == []
-    )
+    arena.refuses(SAVING, "no space left .*checkpoint-1")
 
 
 def test_half_a_state_alone_is_begun_anew(arena, monkeypatch):
     with monkeypatch.context() as patch:
         stops(patch, 1, Stopped())
         # A kill leaves no chance to clean up.
-        patch.setattr("isingcut.healing.work_folder.release", lambda work: None)
-        patch.setattr(
-            "isingcut.healing.training.train.shutil.rmtree", lambda *a, **k: None
-        )
+        patch.setattr("isingcut.healing.work_folder.release", Mock())
+        patch.setattr("isingcut.healing.training.train.shutil.rmtree", Mock())
         left = types(arena, SAVING, code=1, line="internal error")
     assert "trainer" in left
-    assert [p.name for p in (arena.here / ".healed.healing/trainer").iterdir()] == [
-        "checkpoint-1"
-    ]
+    assert os.listdir(arena.here / ".healed.healing/trainer") == ["checkpoint-1"]
     # There is no complete state to resume from, so other options may use the folder.
     assert types(arena, heal(save_steps=1, learning_rate=1e-3)) == []
     assert len(curve(arena)) == 2
@@ -328,18 +319,15 @@ def test_a_damaged_state_is_left_out(arena, monkeypatch, name):
     assert [s["step"] for s in curve(arena)] == [1, 2]
 
 
-# Each step shrinks weights by the learning rate times this; a rate of 10 makes them overflow.
-BLOWN = {"weight_decay": 1e35, "max_steps": 4, "warmup_steps": 0}
-
-
 @parametrize("saved", [1, 50])
 def test_the_advice_after_no_number_works(arena, saved):
-    settings = {**BLOWN, "save_steps": saved}
+    # Each step shrinks weights by the rate times this; a rate of 10 makes them overflow.
+    settings = {"weight_decay": 1e35, "max_steps": 4, "warmup_steps": 0}
+    settings["save_steps"] = saved
     line = (
         "the loss of step . is nan; set a lower learning_rate with --trainer, here 10"
     )
-    first = heal("--patch none", **settings, learning_rate=10.0)
-    assert types(arena, first, code=2, line=line, makes=()) == []
+    arena.refuses(heal("--patch none", **settings, learning_rate=10.0), line)
     assert types(arena, heal("--patch none", **settings, learning_rate=1e-37)) == []
 
 
@@ -355,11 +343,8 @@ def test_the_advice_after_no_number_works(arena, saved):
     ],
 )
 def test_a_full_disk_after_the_training(arena, monkeypatch, place, error):
-    def full(*arguments, **rest):
-        raise error
-
     with monkeypatch.context() as patch:
-        patch.setattr(place, full)
+        patch.setattr(place, Mock(side_effect=error))
         left = types(arena, heal(), code=2, line="no space left on the disk.*healing")
     assert (left != []) == ("save_model" not in place)
     assert types(arena, heal()) == []
@@ -379,43 +364,29 @@ def test_an_old_record_without_a_hash_goes_on_working(arena):
 def test_a_healed_student_is_replaced(arena):
     types(arena, heal())
     types(arena, heal("--overwrite --seed 1", learning_rate=1e-2))
-    found = load_json(arena.here / "healed/healing.json")
-    assert found.options.seed == 1
+    assert load_json(arena.here / "healed/healing.json").options.seed == 1
 
 
-def test_a_patch_that_would_change_nothing_says_so(arena, monkeypatch):
+def test_a_patch_that_would_change_nothing_says_so(arena, stub):
     arena.works("excise {run} --patch none --overwrite", "run/*")
-    from isingcut.healing.repairs import linear
-
-    def none_is_better(fit, held_out, left=None):
-        return None
-
-    monkeypatch.setattr(linear, "fit_ridge", none_is_better)
+    stub("isingcut.healing.repairs.linear.fit_ridge", None)
     line = (
         r"no map of block \d's mlp.down_proj is better than none on validation tokens"
     )
-    assert (
-        types(arena, heal("--patch linear --method none"), code=2, line=line, makes=())
-        == []
-    )
+    arena.refuses(heal("--patch linear --method none"), line)
 
 
 def exact_cut(arena):
     """Write a student with the original's weights; the student of the run is patched."""
-    removed = load_json(arena.run / "model/isingcut.json")
-    record = json.dumps({key: removed[key] for key in ("removed", "of")})
-    excise(arena.model, removed.removed, arena.here / "exact")
-    (arena.here / "exact/isingcut.json").write_text(record)
+    removed = load_json(arena.run / "model/isingcut.json").removed
+    write_student(arena.model, arena.here / "exact", removed)
 
 
 def test_a_patch_that_vanished_in_rounding_says_so(arena, monkeypatch):
-    from isingcut.healing.patch.ridge import RidgeFit
-    from isingcut.healing.repairs import linear
-
     def too_small(fit, held_out, left):
         return RidgeFit(torch.zeros_like(fit.tx), 1.0, 0.99)
 
-    monkeypatch.setattr(linear, "fit_ridge", too_small)
+    monkeypatch.setattr("isingcut.healing.repairs.linear.fit_ridge", too_small)
     line = r"warning: the linear patch changed nothing \(block \d's mlp.down_proj"
     command = heal("--patch linear --method none", student="{here}/exact")
     types(arena, command, line=line, prepare=exact_cut)

@@ -3,28 +3,25 @@
 import errno
 import os
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 
 import isingcut
-from isingcut.errors import MemoryExhaustedError
 from isingcut.formats.architectures.blocks import catch_text_errors
 from isingcut.formats.libraries import catch_errors
 from isingcut.healing.heal import heal
 from isingcut.memory import is_memory_exhausted
 from isingcut.models import verify
-from shared import load_json, parametrize, refuses
+from shared import MemoryExhaustedError, load_json, parametrize, refuses
 
 TOO_MANY = 10**15
 
 
 def raises(error):
-    def raise_it(*arguments, **options):
-        raise error
-
-    return raise_it
+    return Mock(side_effect=error)
 
 
 def in_torch(*arguments, **options):

@@ -5,15 +5,22 @@ import shutil
 from hashlib import sha256
 
 import pytest
-from arena import Row, call, tried
-from damage import changed, config, linked, written
+from arena import Row, tried
+from damage import changed, linked, other_model, written
 
 import isingcut
-from isingcut.errors import InputError, OutputExistsError
 from isingcut.files.ownership import check_output
-from isingcut.options.config import RunConfig
 from isingcut.runs.folder import read_by
-from shared import load_json, parametrize, refuses, save_json, snapshot
+from shared import (
+    InputError,
+    OutputExistsError,
+    RunConfig,
+    load_json,
+    parametrize,
+    refuses,
+    save_json,
+    snapshot,
+)
 
 STAYS = r"is not replaced: .*--overwrite replaces only files of isingcut"
 FOREIGN = r"already exists and is not an isingcut run; nothing was written"
@@ -167,14 +174,10 @@ def test_a_model_card_may_be_edited(arena):
 
 def test_what_isingcut_wrote_is_replaced(arena):
     arena.works("excise {run} --blocks 0,1 --overwrite", "run/*")
-    record = load_json(arena.run / "model/isingcut.json")
-    assert record.removed == [0, 1]
+    assert load_json(arena.run / "model/isingcut.json").removed == [0, 1]
     arena.works("report {run}", "run/report*")
     for flag in ("", "--overwrite"):
-        row = Row(
-            "", f"report {{run}} {{run}} --out c.html {flag}", code=0, makes=("c.html",)
-        )
-        arena.try_row(row)
+        arena.works(f"report {{run}} {{run}} --out c.html {flag}", "c.html")
 
 
 @parametrize(
@@ -195,8 +198,7 @@ def test_save_replaces_what_it_wrote(arena):
     with refuses(r"already exists.*overwrite=True", OutputExistsError):
         run.save("mine", blocks=[0, 2])
     run.save("mine", blocks=[0, 2], overwrite=True)
-    record = load_json(arena.here / "mine/isingcut.json")
-    assert record.removed == [0, 2]
+    assert load_json(arena.here / "mine/isingcut.json").removed == [0, 2]
 
 
 def test_a_hard_link_to_a_source_is_that_source(arena):
@@ -214,21 +216,17 @@ def test_every_file_of_questions_is_an_input(arena):
 
 
 def test_another_model_may_replace_a_run_but_not_what_was_edited(arena):
-    shutil.copytree(arena.model, arena.here / "other")
-    config("other/config.json", rms_norm_eps=2e-6)(arena)
+    other_model(arena)
     words = (
         "--remove 2 --calibration text.txt --length 16 --samples 3 --rank-samples 3 "
         "--report-samples 3 --random-states 30 --dtype float32 --out run"
     )
-    code, _, err = call(f"run other {words}".split())
-    assert code == 2
-    assert "is a run of another model" in err
+    arena.refuses(f"run other {words}", "is a run of another model")
     written("run/model/README.md")(arena)
-    before = snapshot(arena.run / "model")
-    code, _, err = call(f"run other {words} --overwrite".split(), seconds=60)
-    assert code == 2, err
-    assert "is not replaced" in err
-    assert snapshot(arena.run / "model") == before
+    names = ("candidates.json", "hamiltonian.safetensors", "run.json", "spectrum.json")
+    made = tuple(f"run/{name}" for name in names)
+    line = "run/model is not replaced: README.md in it was changed"
+    arena.refuses(f"run other {words} --overwrite", line, makes=made, seconds=60)
 
 
 def test_a_forged_marker_opens_nothing(arena):

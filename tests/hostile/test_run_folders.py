@@ -5,8 +5,8 @@ import os
 import shutil
 
 import pytest
-from arena import Row, call, parametrised
-from damage import config, edited
+from arena import Row, parametrised
+from damage import config, edited, other_model
 from heal_rows import heal
 
 import isingcut
@@ -74,11 +74,6 @@ def model_moved(arena):
     arena.model.rename(arena.home / "model-now")
 
 
-def other_model(arena):
-    shutil.copytree(arena.model, arena.here / "other")
-    config("other/config.json", rms_norm_eps=2e-6)(arena)
-
-
 def replaced_model(arena):
     other_model(arena)
     shutil.rmtree(arena.model)
@@ -111,10 +106,7 @@ def test_a_run_folder_is_only_data(arena, row):
 
 
 def test_trust_is_stored_nowhere(arena):
-    code, _, err = call(
-        f"energy model {OPTIONS} --out e --trust-remote-code".split(), seconds=60
-    )
-    assert code == 0, err
+    arena.works(f"energy model {OPTIONS} --out e --trust-remote-code", "e*", "home*")
     run = load_json(arena.here / "e/run.json")
     assert "trust_remote_code" not in json.dumps({**run, "provenance": 0})
     assert not isingcut.open_run("e").config.trust_remote_code
@@ -122,24 +114,20 @@ def test_trust_is_stored_nowhere(arena):
 
 
 def test_what_auto_once_chose_stays(arena, stub):
-    words = f"energy model {OPTIONS} --out e".split()
-    stub("isingcut.models.device.dtype_name", "bfloat16")
-    assert call(words, seconds=60)[0] == 0
-    meta = isingcut.open_run("e").hamiltonian.meta
-    stub("isingcut.models.device.dtype_name", "float32")
-    code, _, err = call(words, seconds=60)
-    assert code == 0, err
-    assert isingcut.open_run("e").hamiltonian.meta == meta
-    code, _, err = call([*words, "--dtype", "float32"])
-    assert code == 2
-    assert "dtype" in err
+    energy = f"energy model {OPTIONS} --out e"
+    kept = []
+    for dtype in ("bfloat16", "float32"):
+        stub("isingcut.models.device.dtype_name", dtype)
+        arena.works(energy, "e*", "home*")
+        kept.append(isingcut.open_run("e").hamiltonian.meta)
+    assert kept[0] == kept[1]
+    arena.refuses(f"{energy} --dtype float32", "dtype")
 
 
 MEASURED = (
     "--calibration text.txt --length 16 --samples 3 --rank-samples 3 --report-samples 3 "
     "--dtype float32"
 )
-CHANGED = "text.txt was changed since it was measured on; restore the old text"
 
 
 def gone(arena):
@@ -158,12 +146,14 @@ def test_a_text_that_was_changed_is_not_read_on(arena):
     run = f"run model --remove 2 {MEASURED} --random-states 30 {patch} --out run"
     made = {"code": 0, "makes": ("run/*",)}
     arena.try_row(Row("the text is gone", run, "", gone, **made))
-    arena.refuses(run, CHANGED, back_but_changed)
+    arena.refuses(
+        run,
+        "text.txt was changed since it was measured on; restore the old text",
+        back_but_changed,
+    )
     # The text is not named here, so the patch is fitted on the stored tokens, as without the text.
-    excise = f"excise run --blocks 2,3 --overwrite {patch}"
-    arena.try_row(Row("a cut", excise, **made))
-    record = load_json(arena.run / "model/isingcut.json")
-    fitted = record.patch.text
+    arena.try_row(Row("a cut", f"excise run --blocks 2,3 --overwrite {patch}", **made))
+    fitted = load_json(arena.run / "model/isingcut.json").patch.text
     assert fitted.samples == fitted.searched
     assert fitted.short.startswith("the source was changed or cannot be read; restore")
     assert calibration.read_bytes() == measured
@@ -262,12 +252,9 @@ def test_a_broken_plugin_that_is_named_is_blamed(arena, name):
 
 @pytest.mark.usefixtures("plugins")
 def test_a_broken_plugin_that_nobody_named_harms_nothing(arena):
-    code, out, err = call(["ls", "--json"])
-    assert code == 0, err
-    found = json.loads(out)
+    found = json.loads(arena.works("ls --json"))
     assert all({*CONTENTS} <= {*found[room]} for room in ROOMS)
     arena.works("solve {run} --remove 3", "run/*")
-    again = "run model --calibration text.txt --remove 2 --out run --dtype float32 --length 16"
-    sizes = "--samples 3 --rank-samples 3 --report-samples 3 --random-states 30"
+    options = f"{OPTIONS} --random-states 30 --dtype float32"
     patch = "--patch-tokens 1000 --patch-share 0"
-    arena.works(f"{again} {sizes} {patch}", "run/*")
+    arena.works(f"run model {options} {patch} --out run", "run/*")

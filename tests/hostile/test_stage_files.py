@@ -157,10 +157,7 @@ ROWS += [
 ]
 # Other commands that read the same files as the report.
 NO_BLOCKS = edited("run.json", "blocks", drop=True)
-NO_REMOVAL = edited("model/isingcut.json", "removed", value=None)
 NO_RUN = "not an isingcut run folder"
-LOOP = "not an isingcut run folder|cannot resolve"
-DANGLING = replaced("run.json", lambda f: os.symlink("nowhere", f))
 
 
 def a_loop(arena):
@@ -173,14 +170,24 @@ ROWS += [
         "push: isingcut.json",
         "push {run}/model me/it",
         "expected a valid list",
-        NO_REMOVAL,
+        edited("model/isingcut.json", "removed", value=None),
     ),
     Row(
         "solve without run.json", SOLVE, NO_RUN, lambda a: (a.run / "run.json").unlink()
     ),
     Row("a run folder that is a file", "report {run}/run.json", NO_RUN),
-    Row("a run folder that is a loop of links", "report {here}/loop", LOOP, a_loop),
-    Row("run.json a dangling link", REPORT, NO_RUN, DANGLING),
+    Row(
+        "a run folder that is a loop of links",
+        "report {here}/loop",
+        "not an isingcut run folder|cannot resolve",
+        a_loop,
+    ),
+    Row(
+        "run.json a dangling link",
+        REPORT,
+        NO_RUN,
+        replaced("run.json", lambda f: os.symlink("nowhere", f)),
+    ),
     Row("a name too long", "report {here}/" + 300 * "a", "File name too long"),
 ]
 

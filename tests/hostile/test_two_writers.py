@@ -16,10 +16,9 @@ import pytest
 from arena import Row
 from heal_rows import heal
 
-from isingcut.errors import BusyError
 from isingcut.files.writing import LOCK, lock_beside, lock_place
-from ranks import join, launch, run, start, type_in
-from shared import leave_speed_out, parametrize
+from ranks import join, launch, lines_of, run, start, type_in
+from shared import BusyError, leave_speed_out, parametrize
 
 PUT = "isingcut.files.journal.Journal.put"
 VERIFY = "isingcut.runs.cutting.verify"
@@ -145,9 +144,8 @@ def test_a_second_run_of_several_processes_is_refused_as_one(arena, tmp_path):
         said = tmp_path / "said"
         with lock_place(arena.here / place, inside=place == "new"):
             run([2, 2], said, type_in, *typed(arena, command))
-        lines = [x for x in said.read_text().splitlines() if x.startswith("isingcut: ")]
-        assert len(lines) == 1
-        assert f"isingcut: another isingcut (pid {os.getpid()}," in lines[0]
+        (line,) = lines_of(said)
+        assert f"isingcut: another isingcut (pid {os.getpid()}," in line
         said.unlink()
     assert not left_behind(arena)
 

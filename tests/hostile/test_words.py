@@ -16,11 +16,9 @@ from arena import Arena, Row, parametrised, tried
 from damage import written
 
 import isingcut
-from isingcut.errors import IsingcutError
-from isingcut.options.config import HealConfig, RunConfig
 from isingcut.options.declaration import flag, from_yaml, parse_yaml
 from isingcut.runs.folder import RunFolder
-from shared import parametrize, refuses
+from shared import HealConfig, IsingcutError, RunConfig, parametrize, refuses
 
 RUN = "run gone --out new --calibration {here}/pipe"
 HEAL = "heal gone --teacher gone --out new --text {here}/pipe"
@@ -58,8 +56,6 @@ def test_every_number_has_both_ends(kind):
         assert high <= 2**32, f.name
 
 
-# Spellings of whole numbers that Python reads and YAML does not.
-ODD = ("1_0", "\u0663", "007")
 WORDS = [
     ("--remove two", "--remove: cannot read 'two' as a removal"),
     (
@@ -91,9 +87,11 @@ WORDS = [
     ("--calibration ''", "--calibration is empty"),
     ("--samples ''", "--samples must be a whole number, got ''"),
     ("--samples many", "--samples must be a whole number, got 'many'"),
-    *((f"--seed {n}", f"--seed must be a whole number, got '{n}'") for n in ODD),
-    *((f"--remove {n}", f"--remove: cannot read '{n}' as a removal") for n in ODD),
-    ("--budget file=142016", "no unit; known: b, k, kb, m, "),
+    # Spellings of whole numbers that Python reads and YAML does not.
+    *(
+        (f"--seed {n}", f"--seed must be a whole number, got '{n}'")
+        for n in ("1_0", "\u0663", "007")
+    ),
     ("--tasks ''", "--tasks is empty; give a value, or remove the option"),
     ("--tasks ,", "--tasks is empty; give a value, or remove the option"),
     (

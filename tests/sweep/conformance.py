@@ -15,25 +15,28 @@ from transformers.models.auto import modeling_auto
 
 from cards import fake_cards
 from isingcut.errors import ArchitectureError, IsingcutError, VerificationError
-from isingcut.formats.architectures.blocks import (
-    find_stack,
-    skip_blocks,
-    stop_rescaling,
-)
+from isingcut.formats.architectures.blocks import stop_rescaling
 from isingcut.formats.architectures.cuts import legality
-from isingcut.formats.cutting.checkpoint import excise
 from isingcut.formats.libraries import one_line, quiet_transformers
 from isingcut.ising.states import blocks_of
-from isingcut.models.inspect import inspect_model
 from isingcut.models.placement import connect, place
-from isingcut.models.replay import Replay
-from isingcut.models.verify import random_tokens, relative_difference, reload, verify
-from isingcut.testing.tiny import random_model
+from isingcut.models.verify import random_tokens, reload
 from sweep.gates import check_gates
 from sweep.images import invent_images
 from sweep.mtp import MtpLayers, add_mtp_layers, check_mtp_layers
 from sweep.shrink import tiny_configuration
-from tiny import tiny_checkpoint, tiny_model
+from tiny import (
+    Replay,
+    excise,
+    find_stack,
+    inspect_model,
+    random_model,
+    relative_difference,
+    skip_blocks,
+    tiny_checkpoint,
+    tiny_model,
+    verify,
+)
 
 _TOLERANCE = 1e-5
 _NEW_TOKENS = 8
@@ -291,8 +294,7 @@ def legal_states(stack, rows, wanted):
         ArchitectureError: the legality rows leave no state but the original.
     """
     n = len(stack)
-    numbers = np.arange(1, 2**n)
-    bits = (numbers[:, None] >> np.arange(n)) & 1 > 0
+    bits = (np.arange(1, 2**n)[:, None] >> np.arange(n)) & 1 > 0
     bits = bits[bits.sum(1) < n]
     for row in rows:
         bits = bits[row.satisfied(bits)]

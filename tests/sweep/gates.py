@@ -11,12 +11,9 @@ from torch import Tensor, nn
 from torch.autograd.functional import jacobian
 from torch.overrides import TorchFunctionMode
 
-from isingcut.data.tokens import TokenSet
 from isingcut.errors import ArchitectureError
 from isingcut.measure.gates import run_gated
-from isingcut.measure.gradients import gate_gradients
-from isingcut.models.replay import Replay
-from isingcut.models.verify import relative_difference
+from tiny import Replay, TokenSet, gate_gradients, relative_difference
 
 _ROUNDING = 1e-9
 # With float64, so small that steps rarely cross a jump of the loss (routers, sparse attention).
@@ -135,7 +132,7 @@ def _nll(logits, ids):
 
 
 def gated_loss(replay, tokens, added, alpha, *, kl=False):
-    """Return the mean token loss of the whole model with gates as hooks, one sample at a time.
+    """Return the mean loss of the counted tokens with gates as hooks, one sample at a time.
 
     Args:
         added: modules whose output a block adds to the stream, which get the gates; if empty,
@@ -153,24 +150,27 @@ def gated_loss(replay, tokens, added, alpha, *, kl=False):
 
         return hook
 
-    def predict(ids):
-        return replay.text(ids, use_cache=False).logits[0, :-1].log_softmax(-1)
+    def predict(ids, counts):
+        logits = replay.text(ids, use_cache=False).logits[0, :-1]
+        return logits[counts].log_softmax(-1)
 
     total = 0.0
-    for row, mask in zip(tokens.input_ids, tokens.mask, strict=True):
-        ids = row[None, : int(mask.sum())]
+    for s, mask in enumerate(tokens.mask):
+        ids = tokens.input_ids[s, None, : int(mask.sum())]
+        counts = tokens.predicted[s, : ids.shape[1] - 1]
         with torch.no_grad():
-            original = predict(ids) if kl else None
+            original = predict(ids, counts) if kl else None
         handles = [
             module.register_forward_hook(gate(a), with_kwargs=True)
             for block, a in zip(replay.blocks, alpha, strict=True)
             for module in ([getattr(block, name) for name in added] or [block])
         ]
-        logp = predict(ids)
+        logp = predict(ids, counts)
         for handle in handles:
             handle.remove()
         if original is None:
-            total = total + nn.functional.nll_loss(logp, ids[0, 1:], reduction="sum")
+            labels = ids[0, 1:][counts]
+            total = total + nn.functional.nll_loss(logp, labels, reduction="sum")
         else:
             total = total + (original.exp() * (original - logp)).sum()
     return total / tokens.tokens

@@ -7,12 +7,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers.modeling_layers import MtpModel
 
-from isingcut.formats.architectures.blocks import skip_blocks
 from isingcut.formats.architectures.cuts import depth, mtp_layers, read_decoder
 from isingcut.formats.architectures.fields import MTP, text_part
 from isingcut.formats.checkpoints import Checkpoint
-from isingcut.models.verify import random_tokens, relative_difference
+from isingcut.models.verify import random_tokens
 from shared import load_json, save_json
+from tiny import relative_difference, skip_blocks
 
 _TOLERANCE = 1e-5
 

@@ -279,15 +279,9 @@ def spread(values, count):
     for name, i in list(first.items())[:count]:
         there = [repr(values[k]) for k in kept]
         if name not in there and not _differ(there):
-            # Remove one of two equal entries.
-            kept.remove(
-                next(
-                    k
-                    for k, seen in zip(kept, there, strict=True)
-                    if there.count(seen) > 1
-                )
-            )
-            kept.append(i)
+            # Replace one of two equal entries.
+            place = next(p for p, seen in enumerate(there) if there.count(seen) > 1)
+            kept[place] = i
     return [values[k] for k in sorted(kept)]
 
 
