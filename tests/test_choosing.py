@@ -11,7 +11,7 @@ from isingcut.evaluation.questions import prepare_task
 from isingcut.evaluation.scores import score_states
 from isingcut.files.states import ByTasks, CandidatesFile, ChosenState
 from isingcut.report.words import sentence
-from isingcut.runs import benchmarking, evaluating
+from isingcut.runs import evaluating
 from isingcut.runs.checks import check_run_tasks
 from shared import (
     OPTIONS,
@@ -200,7 +200,7 @@ def test_a_killed_choice_goes_on_from_what_was_scored(
     out = tmp_path / "run"
     tasks = f"{questions},{more}"
     options = {**chosen_by(llama, text), "tasks": tasks, "out": out}
-    whole = benchmarking.score_states
+    whole = evaluating.score_states
     compute = likelihoods._scores
     calls = []
     computed = []
@@ -215,7 +215,7 @@ def test_a_killed_choice_goes_on_from_what_was_scored(
         computed.append(calls[-1])
         return compute(*given)
 
-    monkeypatch.setattr(benchmarking, "score_states", counted)
+    monkeypatch.setattr(evaluating, "score_states", counted)
     monkeypatch.setattr(likelihoods, "_scores", noted)
     with pytest.raises(KeyboardInterrupt):
         isingcut.prune(**options)
@@ -269,8 +269,10 @@ def test_unusable_tasks_are_refused(questions):
 def test_a_streamed_model_gives_the_same_answers(by_questions, tmp_path):
     options, whole = by_questions
     streamed = isingcut.run(**{**options, "out": tmp_path / "run", "stream": "on"})
-    for name, key in (("candidates.json", "by_tasks"), ("benchmarks.json", "rows")):
-        one, other = (load_json(place / name)[key] for place in (streamed, whole))
+    for kind, key in (("candidates", "by_tasks"), ("benchmarks", "rows")):
+        one, other = (
+            load_json(target / f"{kind}.json")[key] for target in (streamed, whole)
+        )
         assert one == other
 
 

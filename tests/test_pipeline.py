@@ -66,7 +66,7 @@ def test_a_ranking_keeps_the_blocks_that_its_spectrum_was_solved_with(
 ):
     kept = load_json(run / "candidates.json").chosen.removed[0]
     works("solve", run, "--keep", kept, "--overwrite")
-    assert "is of an earlier energy or spectrum" in refusal("excise", run)
+    assert "is of an earlier energy, spectrum or budget" in refusal("excise", run)
     with refuses("solve and rank again", StageFileError):
         _ = isingcut.open_run(run).chosen
     assert f"keep: was none, now {kept}" in refusal("rank", run)
@@ -76,7 +76,7 @@ def test_a_ranking_keeps_the_blocks_that_its_spectrum_was_solved_with(
     config = isingcut.runs.folder.RunFolder.open(run).config
     isingcut.energy(config.replace(compare_energies="", effort="3", overwrite=True))
     capsys.readouterr()
-    assert "was solved for another energy or budget; solve again" in refusal(
+    assert "spectrum.json is of an earlier energy, spectrum or budget" in refusal(
         "rank", run, "--overwrite"
     )
 
@@ -109,7 +109,7 @@ def test_a_budget_decides_how_many_blocks_go(run):
     blocks = folder.run.blocks
     costs = np.array([b.parameters for b in blocks.blocks])
     assert (spectrum.states @ costs >= 0.3 * blocks.total_parameters).all()
-    assert folder.target(config.removal) == run / "remove-params-30_"
+    assert folder.target(config) == run / "remove-params-30_"
 
 
 def test_solving_far_from_where_an_energy_was_corrected_warns(

@@ -20,9 +20,12 @@ from isingcut.console.progress import terminal
 from isingcut.energies import registry
 from isingcut.energies.base import price_states
 from isingcut.energies.pairwise import list_removals
-from isingcut.runs import plan as planning
+from isingcut.runs import measuring
+from isingcut.runs import prices as pricing
 from isingcut.runs.folder import RunFolder
-from isingcut.runs.plan import Prices, make_plan
+from isingcut.runs.measuring import price_energy
+from isingcut.runs.pipeline import make_plan, price_stages
+from isingcut.runs.prices import Prices
 from shared import RunConfig, flags, parametrize, run_tiny
 from tiny import (
     Replay,
@@ -73,7 +76,7 @@ def prices(**given):
 
 
 def stage(counted, name):
-    return {one.name: one for one in counted.stages()}.get(name)
+    return {one.name: one for one in price_stages(counted)}.get(name)
 
 
 def test_energies_take_the_passes_that_are_counted(llama):
@@ -102,11 +105,10 @@ def test_a_measurement_costs_its_blocks_heads_and_texts():
     # The original runs all four blocks; the states run what they do not share.
     states = np.array([[1, 0, 0, 0], [1, 1, 0, 0]], dtype=bool)
     each = (2 + 4) + (3 + 2) + 2 * 2
-    assert (
-        counted._measurement("rank", 5, price_states(states)).seconds
-        == 5 * LENGTH * each
+    assert counted.measurement(5, price_states(states)).seconds == 5 * LENGTH * each
+    assert price_energy(counted, "fisher").seconds == pytest.approx(
+        5 * LENGTH * 2.5 * 6
     )
-    assert counted.energy("fisher").seconds == pytest.approx(5 * LENGTH * 2.5 * 6)
 
 
 def test_a_patch_costs_passes_over_its_text():
@@ -135,14 +137,14 @@ def test_a_range_is_ranked_at_each_of_its_removals_and_cut_at_none():
     counted = prices(config=config, n=20, latency=(1.0,) * 20)
 
     def seconds():
-        return stage(counted, "rank").seconds, counted.energy("refined").seconds
+        return stage(counted, "rank").seconds, price_energy(counted, "refined").seconds
 
     ranks, searches = zip(*(seconds() for counted.remove in (8, 9, 10)), strict=True)
     counted.config = counted.config.replace(remove="8..10")
     ranked, searched = seconds()
     assert ranked == pytest.approx(sum(ranks))
     assert searched > max(searches)
-    assert [one.name for one in counted.stages()] == ["load", "rank"]
+    assert [one.name for one in price_stages(counted)] == ["rank"]
 
 
 def test_without_a_removal_the_energy_alone_is_counted(llama):
@@ -175,14 +177,14 @@ def test_a_budget_of_healing_takes_its_tokens_or_its_time():
 
 def test_a_search_costs_its_passes_or_its_minutes():
     counted = prices()
-    pairs = counted.energy("pairwise").seconds
+    pairs = price_energy(counted, "pairwise").seconds
     counted.config = counted.config.replace(effort="3")
-    three = counted.energy("refined").seconds
+    three = price_energy(counted, "refined").seconds
     assert three < pairs
     counted.config = counted.config.replace(effort="6")
-    assert counted.energy("refined").seconds == pytest.approx(2 * three)
+    assert price_energy(counted, "refined").seconds == pytest.approx(2 * three)
     counted.config = counted.config.replace(effort="2min")
-    assert counted.energy("refined").seconds == 120
+    assert price_energy(counted, "refined").seconds == 120
 
 
 def test_where_streams_do_not_fit_the_disk_sets_the_pace():
@@ -190,12 +192,15 @@ def test_where_streams_do_not_fit_the_disk_sets_the_pace():
     # With room for one byte, every byte takes a sweep.
     sweeps = 5 * LENGTH * (len(states) + 1) * 8
     slow = prices(reading=1e6, streamed=True, room=1)
-    assert slow.energy("pairwise").seconds == (sweeps + 1) * 1e6 * slow.weights
+    assert price_energy(slow, "pairwise").seconds == (sweeps + 1) * 1e6 * slow.weights
     quick = prices(reading=0.0, streamed=True, room=10**9)
-    assert quick.energy("pairwise").seconds == prices().energy("pairwise").seconds
-    assert quick.energy("pairwise").memory == quick.memory.total
+    assert (
+        price_energy(quick, "pairwise").seconds
+        == price_energy(prices(), "pairwise").seconds
+    )
+    assert price_energy(quick, "pairwise").memory == quick.memory.total
     # Gradients run every block once more.
-    once = prices(streamed=True, room=10**9).energy("fisher").seconds
+    once = price_energy(prices(streamed=True, room=10**9), "fisher").seconds
     assert once == pytest.approx(5 * LENGTH * 3.5 * 6 + 0.1 * 60)
 
 
@@ -215,7 +220,7 @@ def test_an_energy_of_a_plug_in_is_planned_or_said_not_to_be(llama, monkeypatch)
     (own,) = (e for e in plan["energies"] if e["impossible"])
     keys = ("name", "samples", "impossible")
     assert [own[key] for key in keys] == ["whole", 7, "not estimated"]
-    streamed = prices(streamed=True, room=1).energy("whole")
+    streamed = price_energy(prices(streamed=True, room=1), "whole")
     assert streamed.impossible == "needs the whole model in memory"
 
 
@@ -267,14 +272,15 @@ def test_a_run_prices_its_stages_by_the_model_in_memory(
         Replay, "latency", lambda replay, length, rows: [length * rows] * 6
     )
     monkeypatch.setattr(
-        planning, "_time_head", lambda replay, batch: 2 * batch.positions
+        pricing, "_time_head", lambda replay, batch: 2 * batch.positions
     )
-    monkeypatch.setattr(planning, "Store", None)
+    monkeypatch.setattr(pricing, "Store", None)
     folder = RunFolder.open(Path(shutil.copytree(finished, tmp_path / "run")))
     found = Prices(Session(folder.config.replace(patch="none")), folder)
     assert (found.once, found.latency) == (2, [1] * 6)
     assert (found.batch, found.remove) == (64, 2)
-    assert [one.name for one in found.times()] == [
+    lines = measuring.energy.price(found) + price_stages(found)
+    assert [line.name for line in lines] == [
         "refined", "empirical-fisher", "rank", "excise", "evaluate",
     ]  # fmt: skip
 

@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
+from isingcut.files.runs import BlockList
 from isingcut.ising import constraints as con
 from isingcut.ising.problem import Problem
 from isingcut.ising.spectrum import Spectrum
-from shared import InfeasibleError, parametrize, refuses
+from isingcut.runs.solving import removal_rows
+from shared import InfeasibleError, RunConfig, parametrize, refuses
 from tiny import Hamiltonian, states_of
 
 
@@ -343,3 +345,17 @@ def test_a_spectrum_is_saved_and_loaded(problem, tmp_path):
     assert_array_equal(back.energies, spectrum.energies)
     assert back.to_dict() == spectrum.to_dict()
     assert [p.name for p in tmp_path.iterdir()] == ["spectrum.json"]
+
+
+def test_the_largest_possible_budget_is_named():
+    each = {"kind": "mlp", "parameters": 100_000, "bytes": 1}
+    blocks = BlockList(
+        path="",
+        blocks=[{"index": i, **each} for i in range(4)],
+        total_parameters=500_000,
+        total_bytes=9,
+        legality=[],
+    )
+    for budget, most in (("params=99%", "params=60%"), ("params=490k", "params=0.3M")):
+        with refuses(f"the largest possible is {most}$", InfeasibleError):
+            removal_rows(blocks, RunConfig(model="m", budget=budget))

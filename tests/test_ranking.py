@@ -194,8 +194,9 @@ def test_a_state_of_the_search_is_chosen_if_it_is_clearly_better_after_a_patch(
     rows = [SimpleNamespace(kl=k, above_lowest_se=0.0, removed=[k]) for k in (1, 2)]
     found = SimpleNamespace(candidates=rows, one_pass=None)
     losses = {1: 1.0, 2: patched}
-    measured = SimpleNamespace(kl=lambda removed, *_: losses[removed[0]])
-    order = trials.choose_by_patch(found, True, RunConfig(), measured, [[2]])
+    order = trials.choose_by_patch(
+        found, True, RunConfig(), lambda removed, *_: losses[removed[0]], [[2]]
+    )
     assert order == [chosen, 1 - chosen]
     words = "lower" if chosen else "lowest KL, and within 5 % of the lowest"
     compared = [PatchedState(position=i, patched_kl=losses[i + 1]) for i in order]

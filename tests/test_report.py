@@ -11,7 +11,6 @@ from isingcut.cli import show
 from isingcut.files.cuts import CardParts, CutRecord, PatchRecord
 from isingcut.files.evaluations import EvaluationFile, FurtherScores, PackedScores
 from isingcut.files.healings import HealingFile
-from isingcut.files.results import read_json
 from isingcut.files.states import (
     CandidatesFile,
     ChosenState,
@@ -91,7 +90,7 @@ def test_a_finished_run_is_recognised_by_its_files(folder):
     assert data.removed == chosen.removed
     assert data.not_run == []
     for name in ("evaluation", "candidates"):
-        found = read_json(folder / f"{name}.json", name)
+        found = load_json(folder / f"{name}.json")
         assert data[name] == {
             k: v for k, v in found.items() if k not in ("format", "version")
         }

@@ -17,18 +17,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from isingcut.files.provenance import __version__ as __version__
     from isingcut.ising import constraints as constraints
-    from isingcut.ising.hamiltonian import Hamiltonian as Hamiltonian
-    from isingcut.ising.problem import Problem as Problem
-    from isingcut.ising.solvers import solve as solve
-    from isingcut.ising.spectrum import Spectrum as Spectrum
-    from isingcut.options.config import RunConfig as RunConfig
-    from isingcut.runs.api import PoorEnergyWarning as PoorEnergyWarning
-    from isingcut.runs.api import Run as Run
-    from isingcut.runs.api import State as State
-    from isingcut.runs.api import open_run as open_run
-    from isingcut.runs.api import prune as prune
-    from isingcut.runs.pipeline import energy as energy
-    from isingcut.runs.pipeline import run as run
+    from isingcut.ising.hamiltonian import Hamiltonian
+    from isingcut.ising.problem import Problem
+    from isingcut.ising.solvers import solve
+    from isingcut.ising.spectrum import Spectrum
+    from isingcut.options.config import RunConfig
+    from isingcut.runs.api import PoorEnergyWarning, Run, State, open_run, prune
+    from isingcut.runs.pipeline import energy, run
 
 _HOMES = {
     "Hamiltonian": "ising.hamiltonian",
@@ -46,7 +41,20 @@ _HOMES = {
     "solve": "ising.solvers",
 }
 
-__all__ = [name for name in _HOMES if name != "__version__"]
+__all__ = [
+    "Hamiltonian",
+    "PoorEnergyWarning",
+    "Problem",
+    "Run",
+    "RunConfig",
+    "Spectrum",
+    "State",
+    "energy",
+    "open_run",
+    "prune",
+    "run",
+    "solve",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -61,10 +61,10 @@ def exhausted_error(error: BaseException) -> MemoryExhaustedError:
 
 
 def _bytes(pattern: re.Pattern[str], error: BaseException) -> int | None:
-    found = pattern.search(str(error))
+    size = pattern.search(str(error))
     return (
-        int(float(found[1]) * 1024 ** "BKMGTPE".index(found[2][0].upper()))
-        if found
+        int(float(size[1]) * 1024 ** "BKMGTPE".index(size[2][0].upper()))
+        if size
         else None
     )
 

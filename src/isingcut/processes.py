@@ -15,7 +15,7 @@ import json
 import os
 import socket
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -59,7 +59,6 @@ class Processes:
     rank: int = 0
     size: int = 1
     group: Any = None
-    local_rank: int = field(default_factory=local_rank)
 
     @classmethod
     def join(cls) -> Processes:
@@ -110,8 +109,8 @@ class Processes:
         if self.size == 1:
             return make()
         own = b"" if self.rank else json.dumps(make()).encode()
-        found: T = json.loads(self.gather(own)[0])
-        return found
+        value: T = json.loads(self.gather(own)[0])
+        return value
 
     def wait(self) -> None:
         """Wait for all processes."""

@@ -24,33 +24,33 @@ from isingcut.errors import (
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
 
-_NOT_PARTS = {"base"}
-
 
 @dataclass
 class Registry:
     """The parts of one room, by name.
 
     Args:
-        room: sub-package with the parts, for example ``"energies"``.
+        package: name of the package with the parts; its last word is the room.
         noun: word for one part in messages, for example ``"energy"``.
-        inside: parent sub-package of the room, if it has one.
         choices: names, such as ``"auto"``, for which a run chooses the part.
     """
 
-    room: str
+    package: str
     noun: str
-    inside: str = ""
     choices: tuple[str, ...] = ()
     _registered: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def room(self) -> str:
+        """The sub-package with the parts, for example ``"energies"``."""
+        return self.package.rpartition(".")[2]
+
     def _files(self) -> dict[str, str]:
-        name = ".".join(filter(None, ("isingcut", self.inside, self.room)))
-        package = importlib.import_module(name)
+        package = importlib.import_module(self.package)
         return {
-            info.name.replace("_", "-"): f"{name}.{info.name}"
+            info.name.replace("_", "-"): f"{self.package}.{info.name}"
             for info in pkgutil.iter_modules(package.__path__)
-            if not (info.ispkg or info.name in _NOT_PARTS or info.name.startswith("_"))
+            if not (info.ispkg or info.name == "base" or info.name.startswith("_"))
         }
 
     def _entry_points(self) -> dict[str, EntryPoint]:

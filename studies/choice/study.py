@@ -168,7 +168,7 @@ class Choice(ModelStudy):
         """Search without the stopping rule; the run's own search reuses the measurements."""
         run.choose_tuning(folder)
         samples = range(measuring.samples_of(run.config, run.config.energy))
-        tokens = measuring.splits_of(folder)["energy"].select(samples)
+        tokens = measuring.read_calibration(folder).splits["energy"].select(samples)
         work = run.work(folder.path / "hamiltonian.safetensors.journal")
         targets = measuring.targets_of(folder.run.blocks, run.config)
         longer = Search(run.replay, tokens, work, targets, seed=self.options.seed)

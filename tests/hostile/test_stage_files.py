@@ -11,7 +11,6 @@ from arena import Row, tried
 from safetensors.numpy import save_file
 from stage_files import EXTRAS, REPORT, SOLVE, edited, record, replaced, rewritten
 
-from isingcut.files.results import tensor_header
 from shared import load_json, parametrize, refuses, save_json
 
 WHOLE = {
@@ -218,7 +217,7 @@ def tensors(name, change, header=None):
             arrays = {k: found.get_tensor(k) for k in found.keys()}  # noqa: SIM118
         change(arrays)
         meta |= header or {}
-        save_file(arrays, file, tensor_header(meta))
+        save_file(arrays, file, {"isingcut": json.dumps(meta)})
         record(arena, name)
 
     return prepare

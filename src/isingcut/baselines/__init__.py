@@ -2,5 +2,5 @@
 
 from isingcut.registry import Registry
 
-registry = Registry("baselines", "baseline")
+registry = Registry(__name__, "baseline")
 """All baselines by name; `registry.names()` lists them without an import."""

@@ -130,11 +130,11 @@ def _describe_error(error: Exception) -> tuple[int, str]:
 
 def _report_signal(number: int, frame: object) -> None:
     """Print the reason for a launcher's signal, which the launcher does not report, and exit."""
-    found = read_failure()
+    failure = read_failure()
     words = "stopped by a signal; launchers send one when another process has ended; "
-    say(f"isingcut: {found or words + 'run the same command again to resume'}")
+    say(f"isingcut: {failure or words + 'run the same command again to resume'}")
     # Exit at once: a library's callback may swallow an exception raised here.
-    os._exit(found.code if found else 128 + number)
+    os._exit(failure.code if failure else 128 + number)
 
 
 def main() -> None:

@@ -110,12 +110,15 @@ def show_spectrum(spectrum: Spectrum, remove: str, file: Path) -> None:
     show_lines(f"wrote {file}")
 
 
-def show_ranking(found: states.CandidatesFile) -> None:
+def show_ranking(ranking: states.CandidatesFile) -> None:
     """Print how well the energy ranks, and the chosen state."""
-    chosen = found.chosen
+    chosen = ranking.chosen
     lines = []
-    why = words.sentence("why_words", found)
-    for name, judged in {"energy": found.fidelity, **found.fidelity_of_others}.items():
+    why = words.sentence("why_words", ranking)
+    for name, judged in {
+        "energy": ranking.fidelity,
+        **ranking.fidelity_of_others,
+    }.items():
         figures = judged.kl
         if not figures.n:
             lines.append(f"{name}: rank correlation not measured (--random-states 0)")
@@ -126,11 +129,11 @@ def show_ranking(found: states.CandidatesFile) -> None:
                 f"{name}: Spearman {words.correlation_text(figures)}, with the measured KL of "
                 f"n = {figures.n} states"
             )
-    if line := words.sentence("one_pass_words", found):
+    if line := words.sentence("one_pass_words", ranking):
         lines.append(line.replace("`", ""))
-    if found.by_tasks is not None:
+    if ranking.by_tasks is not None:
         headings = ("removed", "right", "difference", "log-probability")
-        answers = words.table("question_rows", found.by_tasks)
+        answers = words.table("question_rows", ranking.by_tasks)
         _show_table("choice by questions", headings, answers, headings[:1])
     show_lines(
         *lines,
@@ -139,54 +142,52 @@ def show_ranking(found: states.CandidatesFile) -> None:
     )
 
 
-def show_baseline(found: states.BaselineFile, file: Path) -> None:
+def show_baseline(choice: states.BaselineFile, file: Path) -> None:
     """Print the choice of a baseline, its loss and its cost."""
-    broken = f"it breaks constraints it does not know: {', '.join(found.violated)}"
+    broken = f"it breaks constraints it does not know: {', '.join(choice.violated)}"
     show_lines(
-        f"{found.baseline}: blocks {words.join_blocks(found.removed)}: "
-        f"KL ({CUT_RANKING}) {kl_of(found).text()} nats/token; found "
-        f"with {found.passes:.3g} forward passes over {found.tokens_searched} tokens",
-        *([broken] if found.violated else []),
+        f"{choice.baseline}: blocks {words.join_blocks(choice.removed)}: "
+        f"KL ({CUT_RANKING}) {kl_of(choice).text()} nats/token; choice "
+        f"with {choice.passes:.3g} forward passes over {choice.tokens_searched} tokens",
+        *([broken] if choice.violated else []),
         f"wrote {file}",
     )
 
 
-def inspection_data(found: Inspection) -> dict[str, Any]:
+def inspection_data(model: Inspection) -> dict[str, Any]:
     """Return the `--json` content of the verb `inspect`."""
     return {
-        "model_type": found.model_type,
-        "path": found.stack.path,
+        "model_type": model.model_type,
+        "path": model.stack.path,
         # Index and path come first.
         "blocks": [
             {"index": b.index, "path": b.path, **b.content()}
-            for b in found.stack.blocks
+            for b in model.stack.blocks
         ],
-        "rules": found.rules(),
-        "refusal": found.refusal,
-        "quantisation": found.quantisation,
-        "other_bytes": found.other_bytes,
-        "placement": found.placement,
+        "rules": model.rules(),
+        "refusal": model.refusal,
+        "quantisation": model.quantisation,
+        "other_bytes": model.other_bytes,
+        "placement": model.placement,
     }
 
 
-def _words_of_placement(placement: dict[str, tuple[int, int]]) -> list[str]:
-    return [f"blocks {a} to {b}: {device}" for device, (a, b) in placement.items()]
-
-
-def show_inspection(found: Inspection) -> None:
+def show_inspection(model: Inspection) -> None:
     """Print a model's blocks, their costs and the rules that states obey."""
-    header, *rows = found.table()
-    title = f"{found.model_type}: {len(found.stack)} blocks in {found.stack.path}; costs of each"
+    header, *rows = model.table()
+    title = f"{model.model_type}: {len(model.stack)} blocks in {model.stack.path}; costs of each"
     _show_table(title, header, rows, ["kind"], foot=1)
-    if found.quantisation:
-        show_lines(f"quantised: {found.quantisation}")
-    rules = [f"rule: {rule}" for rule in found.rules()]
-    if found.refusal:
-        rules = [f"cannot be cut: {found.refusal}"]
-    elif len(found.stack) == 1:
+    if model.quantisation:
+        show_lines(f"quantised: {model.quantisation}")
+    rules = [f"rule: {rule}" for rule in model.rules()]
+    if model.refusal:
+        rules = [f"cannot be cut: {model.refusal}"]
+    elif len(model.stack) == 1:
         rules.append("its one block stays: none can be removed")
     rules = rules or ["any blocks may be removed, as long as one stays"]
-    show_lines(*rules, *_words_of_placement(found.placement))
+    for device, (first, last) in model.placement.items():
+        rules.append(f"blocks {first} to {last}: {device}")
+    show_lines(*rules)
 
 
 def open_finished(target: Path) -> RunFiles:
@@ -201,7 +202,7 @@ def run_data(files: RunFiles) -> dict[str, Any]:
     target = files.target
     ranking = files.candidates
     evaluation = files.evaluation
-    found: dict[str, Any] = {
+    data: dict[str, Any] = {
         "folder": str(target),
         "checkpoint": files.checkpoint,
         "gguf": files.gguf and str(files.gguf),
@@ -210,11 +211,11 @@ def run_data(files: RunFiles) -> dict[str, Any]:
         "verdict": files.verdict,
     }
     if files.packing is not None:
-        found["packing"] = files.packing.content()
+        data["packing"] = files.packing.content()
     if ranking is None or evaluation is None:
         # No cut: the whole model meets the budget best.
-        return found
-    found |= {
+        return data
+    data |= {
         "chosen": {**ranking.chosen.content(), **CUT_ON_RANKING},
         "fidelity": ranking.fidelity.kl.content(),
         "fidelity_of_others": {
@@ -224,29 +225,29 @@ def run_data(files: RunFiles) -> dict[str, Any]:
         "evaluation": evaluation.content(),
     }
     if (scores := files.benchmarks) is not None:
-        found["benchmarks"] = {
+        data["benchmarks"] = {
             "file": str(target / "benchmarks.json"),
             **scores.content(),
         }
-    return found
+    return data
 
 
 def curve_data(folder: Path) -> list[dict[str, Any]]:
     """Return the chosen state of every ranked removal of a run folder, fewest blocks first."""
     rows = [
         {
-            "remove": found.remove,
-            "removed": found.chosen.removed,
+            "remove": ranking.remove,
+            "removed": ranking.chosen.removed,
             **CUT_ON_RANKING,
-            **{k: getattr(found.chosen, k) for k in ("kl", "kl_se", "nll", "nll_se")},
-            "lowest_kl": min(row.kl for row in found.candidates),
-            "spearman": found.fidelity.kl.spearman,
+            **{k: getattr(ranking.chosen, k) for k in ("kl", "kl_se", "nll", "nll_se")},
+            "lowest_kl": min(row.kl for row in ranking.candidates),
+            "spearman": ranking.fidelity.kl.spearman,
             "report": str(page)
             if (page := files.target / "report.html").is_file()
             else None,
         }
         for files in RunFiles(folder).removals
-        if (found := files.candidates) is not None
+        if (ranking := files.candidates) is not None
     ]
     return sorted(rows, key=lambda row: (len(row["removed"]), row["kl"]))
 
@@ -265,10 +266,15 @@ def show_plan(plan: dict[str, Any]) -> None:
         ("energies", "energy", "energies, each with its default number of samples"),
         ("stages", "stage", f"later stages, {plan['remove']} blocks removed"),
     ):
-        rows = []
-        for e in plan[key]:
-            figures = [e["impossible"] or duration(e["seconds"]), decimal(e["memory"])]
-            rows.append([e["name"], str(e["samples"] or ""), *figures])
+        rows = [
+            [
+                line["name"],
+                str(line["samples"] or ""),
+                line["impossible"] or duration(line["seconds"]),
+                decimal(line["memory"]),
+            ]
+            for line in plan[key]
+        ]
         _show_table(title, (name, "samples", "time", "memory"), rows, [name])
     show_lines(
         f"times are right within a factor of 2; the checkpoint has {decimal(plan['checkpoint'])}",
@@ -281,9 +287,9 @@ def show_plan(plan: dict[str, Any]) -> None:
 def show_curve(folder: Path) -> None:
     """Print the quality for each number of blocks, and the command that cuts one of the states."""
     names = [f"{name} ({CUT_RANKING})" for name in ("KL, nats/token", "perplexity")]
-    found = curve_data(folder)
+    chosen = curve_data(folder)
     rows = []
-    for row in found:
+    for row in chosen:
         # Infinite on overflow.
         perplexity = math.exp(row["nll"]) if row["nll"] < 700 else math.inf
         star = " *" * (row["kl"] > row["lowest_kl"])
@@ -297,42 +303,42 @@ def show_curve(folder: Path) -> None:
     _show_table(title, ("removed", *names, "blocks"), rows, ["blocks"])
     show_lines(
         f"cut one: isingcut excise {shlex.quote(str(folder))} --remove "
-        f"{found[len(found) // 2]['remove']}",
+        f"{chosen[len(chosen) // 2]['remove']}",
         "reports (each shows the whole curve):",
         *(
             f"{row['remove']}: {row['report']}"
-            for row in found
+            for row in chosen
             if row["report"] is not None
         ),
     )
 
 
-def show_evaluation(found: evaluations.EvaluationFile) -> None:
+def show_evaluation(scores: evaluations.EvaluationFile) -> None:
     """Print the before/after table, without the NLL (the report has it)."""
-    title = f"unseen text: {found.tokens} tokens in {found.samples} samples"
-    rows = evaluation_rows(found)
+    title = f"unseen text: {scores.tokens} tokens in {scores.samples} samples"
+    rows = evaluation_rows(scores)
     _show_rows(title, [row for row in rows if row.key != "nll"], "change")
 
 
-def show_healing(found: healings.HealingFile, folder: Path) -> None:
+def show_healing(healing: healings.HealingFile, folder: Path) -> None:
     """Print the quality before and after healing, on unseen text."""
     title = (
-        f"unseen text: {found.report_tokens} tokens; trained on {found.tokens_seen} tokens "
-        f"in {len(found.steps)} steps"
+        f"unseen text: {healing.report_tokens} tokens; trained on {healing.tokens_seen} tokens "
+        f"in {len(healing.steps)} steps"
     )
-    rows = [row for row in healing_rows(found) if row.key != "nll"]
+    rows = [row for row in healing_rows(healing) if row.key != "nll"]
     _show_rows(title, rows, "change" if any(row.change for row in rows) else "")
-    show_lines(f"wrote {folder}", words.sentence("healing_verdict", found))
+    show_lines(f"wrote {folder}", words.sentence("healing_verdict", healing))
 
 
 def show_benchmarks(
-    found: evaluations.BenchmarksFile, file: Path, *, last: str = "cut"
+    scores: evaluations.BenchmarksFile, file: Path, *, last: str = "cut"
 ) -> None:
     """Print the scores of both models, and whether each difference is more than noise."""
     title = "benchmarks, the same questions for both models"
-    if found.left_out:
-        title += f", without the {found.left_out} used to choose the blocks"
-    _show_rows(title, benchmark_rows(found, last=last), "difference (95 %)")
+    if scores.left_out:
+        title += f", without the {scores.left_out} used to choose the blocks"
+    _show_rows(title, benchmark_rows(scores, last=last), "difference (95 %)")
     show_lines(f"wrote {file}")
 
 

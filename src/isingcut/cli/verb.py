@@ -138,7 +138,6 @@ class _Command(TyperCommand):
 def verb(
     *names: str,
     group: str,
-    repeat: tuple[str, ...] = (),
     name: str | None = None,
     of: type[Options] = RunConfig,
     together: bool = False,
@@ -150,7 +149,6 @@ def verb(
             supply the others before the default does. A name with dashes in front (``--model``)
             becomes an option even if the field is a positional argument.
         group: a heading of `isingcut --help`.
-        repeat: options among ``names`` that may be given several times; they are passed as lists.
         name: the verb, if it differs from the function's name.
         of: the class that declares the options.
         together: whether the verb runs in all processes of a launcher, or in rank 0 only.
@@ -169,7 +167,7 @@ def verb(
             for p in own.values()
             if p.name != "progress" and p.kind != inspect.Parameter.VAR_KEYWORD
         ]
-        parameters += [_parameter(of, n, repeated=n in repeat) for n in names]
+        parameters += [_parameter(of, n) for n in names]
         if of is RunConfig and len(names) > _LONG:
             parameters = _in_panels(parameters)
 
@@ -177,19 +175,16 @@ def verb(
         def command(as_json: bool, quiet: bool, **typed: Any) -> None:
             options = [n.removeprefix("--") for n in names]
             given = {k: v for k in options if (v := typed.pop(k)) is not None}
-            typed |= _check(of, given, repeat)
+            # Check them before the verb starts.
+            typed |= read_options(of, given)
             for key, value in typed.items():
                 typed[key] = user_path(value) if isinstance(value, Path) else value
             if "progress" in own:
                 typed["progress"] = silent if quiet else terminal
             # Libraries may print to stdout, which must contain nothing but the JSON.
-            aside = (
-                contextlib.redirect_stdout(sys.stderr)
-                if as_json
-                else contextlib.nullcontext()
-            )
+            aside = sys.stderr if as_json else sys.stdout
             try:
-                with aside:
+                with contextlib.redirect_stdout(aside):
                     output = handler(**typed)
             except KeyboardInterrupt:
                 say("isingcut: interrupted; run the same command again to resume")
@@ -206,9 +201,7 @@ def verb(
     return decorate
 
 
-def _parameter(
-    of: type[Options], flag_or_name: str, *, repeated: bool
-) -> inspect.Parameter:
+def _parameter(of: type[Options], flag_or_name: str) -> inspect.Parameter:
     """Return the command-line parameter of an option."""
     name = flag_or_name.removeprefix("--")
     kind: Any = plain_type(of, name)
@@ -231,7 +224,7 @@ def _parameter(
         name,
         inspect.Parameter.KEYWORD_ONLY,
         default=None,
-        annotation=Annotated[(list[kind] if repeated else kind) | None, info],
+        annotation=Annotated[kind | None, info],
     )
 
 
@@ -244,16 +237,6 @@ def _in_panels(parameters: Sequence[inspect.Parameter]) -> list[inspect.Paramete
             info.rich_help_panel = headings[parameter.name]
     order = ["model", *headings]
     return sorted(parameters, key=lambda parameter: order.index(parameter.name))
-
-
-def _check(
-    of: type[Options], typed: Mapping[str, Any], repeat: Sequence[str]
-) -> dict[str, Any]:
-    """Check the typed options of a verb before the verb starts."""
-    checked = read_options(of, {k: v for k, v in typed.items() if k not in repeat})
-    for name in typed.keys() & {*repeat}:
-        checked[name] = [read_options(of, {name: v})[name] for v in typed[name]]
-    return checked
 
 
 def _print_output(
@@ -327,7 +310,7 @@ def reopen(
     config = config.replace(**typed).validate()
     if not config.removal:
         raise InputError(f"{directory} was made without --remove; add --remove M")
-    if not several and len(config.remove.counts) > 1:
+    if not several and config.remove.is_range:
         raise InputError(
             f"expected one removal, got {config.remove}; choose one with --remove M"
         )

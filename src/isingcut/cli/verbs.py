@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 import json
 from pathlib import Path
@@ -30,15 +29,13 @@ from isingcut.errors import InputError
 from isingcut.files.results import read_document
 from isingcut.healing import RECORD
 from isingcut.options.config import HealConfig, RunConfig
+from isingcut.options.declaration import read_options
 from isingcut.processes import Processes, is_launched, launched_rank
 
 if TYPE_CHECKING:
-    from isingcut import baselines
     from isingcut.cli import show
-    from isingcut.files import cuts, healings
     from isingcut.report import words
     from isingcut.runs import (
-        benchmarking,
         cutting,
         evaluating,
         pipeline,
@@ -56,27 +53,16 @@ else:
         def __getattr__(self, attribute: str) -> Any:
             return getattr(importlib.import_module(self.name), attribute)
 
-    baselines, cuts, healings = map(
-        LazyModule, ("baselines", "files.cuts", "files.healings")
-    )
     show, words = map(LazyModule, ("cli.show", "report.words"))
-    runs = ("benchmarking", "cutting", "evaluating", "pipeline", "ranking", "solving")
-    benchmarking, cutting, evaluating, pipeline, ranking, solving = (
+    runs = ("cutting", "evaluating", "pipeline", "ranking", "solving")
+    cutting, evaluating, pipeline, ranking, solving = (
         LazyModule(f"runs.{name}") for name in runs
     )
 
-_FIELDS = dataclasses.fields(RunConfig)
-# The energy search needs the removal before it measures anything.
-_NEAR = ("remove", "budget", "keep", "must_remove")
-_MEASURE = tuple(
-    f.name
-    for f in _FIELDS
-    if f.metadata["stage"] in ("model", "calibration", "energy")
-    or f.name in ("out", "overwrite", *_NEAR)
-)
+_ALL = RunConfig.__dataclass_fields__
 
 
-@verb(*(f.name for f in _FIELDS), group=WHOLE, together=True)
+@verb(*_ALL, group=WHOLE, together=True)
 def run(progress: Any, config: ConfigFile = None, **options: Any) -> Output:
     """Measure, solve, rank, cut, patch, evaluate and report.
 
@@ -85,7 +71,7 @@ def run(progress: Any, config: ConfigFile = None, **options: Any) -> Output:
     wanted = collect(RunConfig, config, options)
     _check_early(wanted, "isingcut.run")
     target = pipeline.run(wanted, progress=progress)
-    if len(wanted.remove.counts) < 2:
+    if not wanted.remove.is_range:
         return _make_output(target)
 
     data = {"folder": str(target), "curve": show.curve_data(target)}
@@ -121,7 +107,15 @@ def _make_output(target: Path, *, generation: bool = False) -> Output:
     )
 
 
-@verb(*_MEASURE, group=STAGES, together=True)
+@verb(
+    "model",
+    *OF_RUN[1:],
+    *("keep", "must_remove", "out", "calibration", "energy", "compare_energies"),
+    *("samples", "length", "rank_samples", "report_samples", "seed", "effort"),
+    *("dtype", "attention", "batch_tokens"),
+    group=STAGES,
+    together=True,
+)
 def energy(progress: Any, config: ConfigFile = None, **options: Any) -> Output:
     """Measure the Hamiltonian once, so that `solve` takes seconds for any removal.
 
@@ -142,40 +136,52 @@ def energy(progress: Any, config: ConfigFile = None, **options: Any) -> Output:
     return Output(data, lambda: show.show_energy(data), brief=file, warnings=warnings)
 
 
-_SOLVE = (*(f.name for f in _FIELDS if f.metadata["stage"] == "solve"), "overwrite")
-
-
-@verb(*_SOLVE, repeat=("remove",), group=STAGES)
-def solve(directory: Folder, progress: Any, **options: Any) -> Output:
+@verb(
+    *("solver", "states", "budget", "solve_seconds", "keep", "must_remove"),
+    "overwrite",
+    group=STAGES,
+)
+def solve(
+    directory: Folder,
+    progress: Any,
+    remove: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="M",
+            help="How many blocks to remove: 6, 4..15 for a curve, or attention=2,mlp=1.",
+        ),
+    ] = None,
+    **options: Any,
+) -> Output:
     """Find the low-energy states of a measured Hamiltonian, for any number of blocks.
 
     Example: isingcut solve my-run --remove 4 --remove 8 --remove 12
     """
-    from isingcut.ising.hamiltonian import Hamiltonian
     from isingcut.runs.folder import each_removal
 
-    found = []
-    for one in [{"remove": remove} for remove in options.pop("remove", ())] or [{}]:
+    solved = []
+    typed = [read_options(RunConfig, {"remove": removal}) for removal in remove or ()]
+    for one in typed or [{}]:
         folder, combined = reopen(directory, options | one, several=True)
         for config in each_removal(combined):
             spectrum = solving.solve(folder, config, progress)
-            file = folder.target(config.removal) / "spectrum.json"
-            found.append((config.removal, spectrum, file))
+            file = folder.target(config) / "spectrum.json"
+            solved.append((config.removal, spectrum, file))
 
     def show_all() -> None:
-        for removal, spectrum, file in found:
+        for removal, spectrum, file in solved:
             show.show_spectrum(spectrum, removal, file)
 
     removals = [
         {"removal": removal, "file": str(file), **spectrum.to_dict()}
-        for removal, spectrum, file in found
+        for removal, spectrum, file in solved
     ]
-    meta = folder.load(folder.path / "hamiltonian.safetensors", Hamiltonian.load).meta
+    meta = solving.read_energy(folder).meta
     return Output(
         {"removals": removals},
         show_all,
-        brief="\n".join(str(file) for *_, file in found),
-        warnings=words.search_warnings(meta, [removal for removal, *_ in found]),
+        brief="\n".join(str(file) for *_, file in solved),
+        warnings=words.search_warnings(meta, [removal for removal, *_ in solved]),
     )
 
 
@@ -201,13 +207,13 @@ def rank(directory: Folder, progress: Any, **options: Any) -> Output:
             "isingcut evaluate"
         )
     session = pipeline.session_of(folder, config, progress, Processes.join())
-    found = ranking.rank(session, folder)
-    file = folder.target(config.removal) / "candidates.json"
+    ranked = ranking.rank(session, folder)
+    file = folder.target(config) / "candidates.json"
     return Output(
-        {"file": str(file), **show.CUT_ON_RANKING, **found.content()},
-        lambda: show.show_ranking(found),
-        brief=",".join(map(str, found.chosen.removed)),
-        warnings=words.ranking_warnings(config.energy, found),
+        {"file": str(file), **show.CUT_ON_RANKING, **ranked.content()},
+        lambda: show.show_ranking(ranked),
+        brief=",".join(map(str, ranked.chosen.removed)),
+        warnings=words.ranking_warnings(config.energy, ranked),
     )
 
 
@@ -228,15 +234,17 @@ def baseline(
 
     Example: isingcut baseline sleb my-run --remove 8
     """
+    from isingcut.baselines import registry
+
     # Check the typed name before the run folder.
-    baselines.registry.get(name)
+    registry.get(name)
     folder, config = reopen(directory, options)
     session = pipeline.session_of(folder, config, progress, Processes.join())
-    found = ranking.compare(session, folder, name)
-    file = folder.target(config.removal) / f"baseline-{name}.json"
+    choice = ranking.compare(session, folder, name)
+    file = folder.target(config) / f"baseline-{name}.json"
     return Output(
-        {"file": str(file), **show.CUT_ON_RANKING, **found.content()},
-        lambda: show.show_baseline(found, file),
+        {"file": str(file), **show.CUT_ON_RANKING, **choice.content()},
+        lambda: show.show_baseline(choice, file),
         brief=str(file),
     )
 
@@ -260,25 +268,26 @@ def excise(
     Examples: isingcut excise my-run --remove 8;
     isingcut excise my-run --blocks 3,4,9
     """
+    from isingcut.files.cuts import CutRecord
+
     folder, config, removed = reopen_at(directory, options, blocks)
     session = pipeline.session_of(folder, config, progress)
     if gguf is not None:
         cutting.check_gguf(session, folder, gguf)
     model = cutting.make_model(session, folder, removed)
     packed = cutting.make_gguf(session, folder, model, gguf)
-    data = {
-        "removed": removed
-        if removed is not None
-        else solving.chosen_blocks(folder, config),
-        "checkpoint": str(model),
-        "gguf": packed and str(packed),
-    }
+    record = read_document(model / "isingcut.json", CutRecord)
+    remarks = record.proof.remarks if record.proof else []
     lines = [str(path) for path in (model, packed) if path]
-    record = read_document(model / "isingcut.json", cuts.CutRecord)
-    remarks = [] if record.proof is None else record.proof.remarks
-    warnings = [*remarks, *words.patch_warnings(record)]
     return Output(
-        data, lambda: show.show_lines(*lines), brief=lines[0], warnings=warnings
+        {
+            "removed": record.removed,
+            "checkpoint": str(model),
+            "gguf": packed and str(packed),
+        },
+        lambda: show.show_lines(*lines),
+        brief=lines[0],
+        warnings=[*remarks, *words.patch_warnings(record)],
     )
 
 
@@ -291,6 +300,7 @@ def heal(progress: Any, config: ConfigFile = None, **options: Any) -> Output:
 
     Example: isingcut heal my-run/model --train 10min --out healed
     """
+    from isingcut.files.healings import HealingFile
     from isingcut.healing.checks import check_inputs
 
     wanted = collect(HealConfig, config, options)
@@ -303,12 +313,12 @@ def heal(progress: Any, config: ConfigFile = None, **options: Any) -> Output:
     if launched_rank():
         # Only rank 0 prints the result.
         raise typer.Exit
-    found = read_document(folder / RECORD, healings.HealingFile)
+    healing = read_document(folder / RECORD, HealingFile)
     return Output(
-        {"checkpoint": str(folder), **found.content()},
-        lambda: show.show_healing(found, folder),
+        {"checkpoint": str(folder), **healing.content()},
+        lambda: show.show_healing(healing, folder),
         brief=str(folder),
-        warnings=words.healing_warnings(found),
+        warnings=words.healing_warnings(healing),
     )
 
 
@@ -357,25 +367,24 @@ def evaluate(
             "of its run"
         )
     if original is not None:
-        of_run: list[str] = [n for n in ("model", "remove", "budget") if n in options]
-        of_run += ["blocks"] * (blocks is not None)
-        if of_run:
-            raise InputError(
-                f"--{of_run[-1]} is for a run folder, --original for a checkpoint; use one"
-            )
-        config = RunConfig(**typed, **options, model=original).validate()
+        for name in ("model", "remove", "budget", "blocks"):
+            if name in options or (name == "blocks" and blocks is not None):
+                raise InputError(
+                    f"--{name} is for a run folder, --original for a checkpoint; use one"
+                )
+        config = asked.replace(**options)
         check_name(original, trust_remote_code=config.trust_remote_code)
         if not config.tasks:
-            found, file = evaluating.evaluate_checkpoint(config, directory, out)
+            scores, file = evaluating.evaluate_checkpoint(config, directory, out)
             return Output(
-                {"file": str(file), **found.content()},
-                lambda: show.show_evaluation(found),
-                brief=f"{found.kl:.4f}",
+                {"file": str(file), **scores.content()},
+                lambda: show.show_evaluation(scores),
+                brief=f"{scores.kl:.4f}",
             )
-        scores, file = benchmarking.benchmark_checkpoint(config, directory, out)
+        rows, file = evaluating.benchmark_checkpoint(config, directory, out)
         return Output(
-            {"benchmarks": {"file": str(file), **scores.content()}},
-            lambda: show.show_benchmarks(scores, file),
+            {"benchmarks": {"file": str(file), **rows.content()}},
+            lambda: show.show_benchmarks(rows, file),
             brief=str(file),
         )
     if out is not None:
@@ -394,17 +403,17 @@ def evaluate(
     target = cutting.product(folder, config, removed).parent
     output = {"file": str(target / "evaluation.json"), "split": "report"}
     if not typed:
-        found = evaluating.evaluate(session, folder, removed)
+        scores = evaluating.evaluate(session, folder, removed)
         return Output(
-            output | found.content(),
-            lambda: show.show_evaluation(found),
-            brief=f"{found.kl:.4f}",
+            output | scores.content(),
+            lambda: show.show_evaluation(scores),
+            brief=f"{scores.kl:.4f}",
             warnings=[
-                *words.paragraphs("harm_words", found),
-                *words.patch_warnings(found),
+                *words.paragraphs("harm_words", scores),
+                *words.patch_warnings(scores),
             ],
         )
-    rows = benchmarking.benchmarks(session, folder, removed)
+    rows = evaluating.benchmarks(session, folder, removed)
     file = target / "benchmarks.json"
     files = RunFiles(folder.path, target)
     before = {} if files.evaluation is None else output | files.evaluation.content()
@@ -440,25 +449,24 @@ def report(
 
     if out is not None and len(directories) == 1:
         raise InputError("--out is for the comparison page; give two or more DIRs")
-    found = [
-        removal_at(directory, options, len(directories) == 1)
-        for directory in directories
-    ]
-    if len(found) == 1:
-        file = solving.report(*found[0])
-        data: dict[str, Any] = {
-            "report": str(file),
-            "html": str(file.with_suffix(".html")),
-        }
+    alone = len(directories) == 1
+    removals = [removal_at(directory, options, alone) for directory in directories]
+    if alone:
+        file = solving.report(*removals[0])
+        page = str(file.with_suffix(".html"))
         return Output(
-            data, lambda: show.show_lines(data["html"], str(file)), brief=str(file)
+            {"report": str(file), "html": page},
+            lambda: show.show_lines(page, str(file)),
+            brief=str(file),
         )
     whole = out or Path("compare.html")
-    places = [(folder.path, target) for folder, target in found]
+    places = [(folder.path, target) for folder, target in removals]
     warnings = write_comparison(places, whole, overwrite=bool(options.get("overwrite")))
-    data = {"comparison": str(whole), "folders": [str(target) for _, target in places]}
     return Output(
-        data, lambda: show.show_lines(str(whole)), brief=str(whole), warnings=warnings
+        {"comparison": str(whole), "folders": [str(target) for _, target in places]},
+        lambda: show.show_lines(str(whole)),
+        brief=str(whole),
+        warnings=warnings,
     )
 
 
@@ -513,11 +521,13 @@ def push(
         "records": uploading.read_records(files),
     }
     if dry_run:
-        shown = json.dumps(data, indent=1).splitlines()
         brief = f"dry run: {decimal(sum(sizes.values()))} for {repository}; nothing was uploaded"
-        return Output(data, lambda: show.show_lines(*shown, brief), brief=brief)
-    url = uploading.push(files, repository, private=private, message=message)
-    return Output({**data, "url": url}, lambda: show.show_lines(url), brief=url)
+        lines = [*json.dumps(data, indent=1).splitlines(), brief]
+    else:
+        brief = uploading.push(files, repository, private=private, message=message)
+        data["url"] = brief
+        lines = [brief]
+    return Output(data, lambda: show.show_lines(*lines), brief=brief)
 
 
 _PLACING = ("dtype", "device", "memory_limit", "cards_per_process", "trust_remote_code")
@@ -538,13 +548,13 @@ def inspect_blocks(**options: Any) -> Output:
     # Imported last, because it imports torch.
     from isingcut.models.inspect import inspect_model
 
-    found = inspect_model(source, **{name: getattr(config, name) for name in _PLACING})
-    data = show.inspection_data(found)
-    blocks = str(len(found.stack))
-    return Output(data, lambda: show.show_inspection(found), brief=blocks)
+    model = inspect_model(source, **{name: getattr(config, name) for name in _PLACING})
+    data = show.inspection_data(model)
+    blocks = str(len(model.stack))
+    return Output(data, lambda: show.show_inspection(model), brief=blocks)
 
 
-@verb(*(f.name for f in _FIELDS), group=LOOK)
+@verb(*_ALL, group=LOOK)
 def plan(**options: Any) -> Output:
     """Estimate the time and memory of each energy and stage from a timed forward pass.
 
@@ -554,12 +564,9 @@ def plan(**options: Any) -> Output:
 
     config = RunConfig(**options).validate()
     locate(config.model, trust_remote_code=config.trust_remote_code, weights=False)
-    # Imported last, because it imports torch.
-    from isingcut.runs.plan import make_plan
-
-    found = make_plan(config)
-    brief = f"{found['seconds']:.0f}"
-    return Output(found, lambda: show.show_plan(found), brief=brief)
+    plan = pipeline.make_plan(config)
+    brief = f"{plan['seconds']:.0f}"
+    return Output(plan, lambda: show.show_plan(plan), brief=brief)
 
 
 @verb(name="ls", group=LOOK)

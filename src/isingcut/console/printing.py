@@ -21,16 +21,18 @@ from isingcut.errors import InputError
 _UNSAFE = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
 )
-_PLAIN = {
-    "±": "+-",
-    "·": ".",
-    "×": "x",
-    "→": "->",
-    "‖": "||",
-    "−": "-",
-    "–": "-",
-    "…": "...",
-}
+_PLAIN = str.maketrans(
+    {
+        "±": "+-",
+        "·": ".",
+        "×": "x",
+        "→": "->",
+        "‖": "||",
+        "−": "-",
+        "–": "-",
+        "…": "...",
+    }
+)
 
 
 def printable(text: str) -> str:
@@ -41,18 +43,13 @@ def printable(text: str) -> str:
     >>> printable("red \\x1b[31m")
     'red \\\\x1b[31m'
     """
-    return _UNSAFE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
-
-
-def _in_ascii(character: str) -> str:
-    return (
-        _PLAIN.get(character) or character.encode("ascii", "backslashreplace").decode()
-    )
+    return _UNSAFE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 def _spell_out(error: UnicodeError) -> tuple[str, int]:
     assert isinstance(error, UnicodeEncodeError)
-    return "".join(map(_in_ascii, error.object[error.start : error.end])), error.end
+    text = error.object[error.start : error.end].translate(_PLAIN)
+    return text.encode("ascii", "backslashreplace").decode(), error.end
 
 
 ASCII = "isingcut.ascii"

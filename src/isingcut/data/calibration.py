@@ -50,9 +50,8 @@ from isingcut.data.tokens import (
     overlap,
 )
 from isingcut.errors import CalibrationError, InputError
-from isingcut.files import documents
-from isingcut.files.results import read_tensors, tensor_header
-from isingcut.files.writing import atomic_file
+from isingcut.files.results import damaged_error, read_tensors, write_tensors
+from isingcut.files.states import CalibrationHeader
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -94,23 +93,19 @@ class Calibration:
 
     def save(self, path: Path) -> None:
         """Write a safetensors file, atomically."""
-        from safetensors.torch import save
-
         tensors = {}
         for name, tokens in self.splits.items():
             for key in ("input_ids", "mask", "counted"):
                 if (values := getattr(tokens, key)) is not None:
-                    tensors[f"{name}.{key}"] = values.contiguous()
-        header = {
-            "format": "isingcut-calibration",
-            "version": 1,
-            "source": self.source,
-            "sha256": self.sha256,
-            "meta": dict(self.meta),
-        }
-        with atomic_file(path) as temporary:
-            # Not by `save_file` of safetensors, which hides errors of the operating system.
-            temporary.write_bytes(save(tensors, tensor_header(header)))
+                    tensors[f"{name}.{key}"] = values.numpy()
+        write_tensors(
+            path,
+            CalibrationHeader.kind,
+            tensors,
+            source=self.source,
+            sha256=self.sha256,
+            meta=dict(self.meta),
+        )
 
     @classmethod
     def load(cls, path: Path) -> Calibration:
@@ -119,7 +114,7 @@ class Calibration:
         Raises:
             StageFileError: the file is missing, damaged, of another kind, or of a newer version.
         """
-        header, arrays = read_tensors(path, "calibration", _list_arrays)
+        header, arrays = read_tensors(path, CalibrationHeader, _list_arrays)
         splits = {}
         for name in SPLITS:
             ids = arrays[f"{name}.input_ids"]
@@ -134,7 +129,7 @@ class Calibration:
             )
         loaded = cls(splits, header["source"], header["meta"])
         if loaded.sha256 != header["sha256"]:
-            raise documents.damaged_error(path, "its tokens do not match its hash")
+            raise damaged_error(path, "its tokens do not match its hash")
         return loaded
 
 
@@ -147,9 +142,7 @@ def _part_names(path: Path, meta: Any, split: str, samples: int) -> tuple[str, .
         found = meta["part_of_sample"][split]
         if len(found) == samples and all(type(i) is int and i >= 0 for i in found):
             return tuple(names[i] for i in found)
-    raise documents.damaged_error(
-        path, f"some samples of {split} have no source in the mixture"
-    )
+    raise damaged_error(path, f"some samples of {split} have no source in the mixture")
 
 
 def _list_arrays(

@@ -9,5 +9,5 @@ of an energy of ``n`` blocks to remove ``sizes`` of.
 
 from isingcut.registry import Registry
 
-registry = Registry("energies", "energy", choices=("auto",))
+registry = Registry(__name__, "energy", choices=("auto",))
 """All energies by name; `registry.names()` lists them without an import."""

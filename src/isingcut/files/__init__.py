@@ -2,9 +2,9 @@
 
 `inputs`: read user files, within size limits; `writing`: write files and folders atomically, under
 a lock; `ownership`: distinguish isingcut's files from user files, which are never replaced;
-`results`: write and read results files; `documents`: check their content by its kind; `states`,
-`cuts`, `evaluations`, `healings`, `runs`: pydantic models of that content, by stage; `schema`,
-`values`: base classes and types of these models; `journal`: rows of a measurement, for resuming;
+`results`: write, read and check results files; `states`,
+`cuts`, `evaluations`, `healings`, `runs`: pydantic models of that content, by stage; `schema`:
+base classes and types of these models; `journal`: rows of a measurement, for resuming;
 `provenance`: versions, machine and sources of a result; `stages`: the
 files of the stages, what each depends on, and which are out of date.
 """

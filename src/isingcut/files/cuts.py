@@ -6,8 +6,17 @@ from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
-from isingcut.files.schema import Document, Strict
-from isingcut.files.values import Blocks, Count, Index, Number, Positive, Scalar, Some
+from isingcut.files.schema import (
+    Blocks,
+    Count,
+    Document,
+    Index,
+    Number,
+    Positive,
+    Scalar,
+    Some,
+    Strict,
+)
 
 
 class PatchedCut(Strict):

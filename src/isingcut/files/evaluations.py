@@ -8,8 +8,7 @@ from typing import Literal
 from pydantic import Field
 
 from isingcut.files.cuts import UnpatchedCut
-from isingcut.files.schema import Document, Strict
-from isingcut.files.values import Count, Number, Positive, Some
+from isingcut.files.schema import Count, Document, Number, Positive, Some, Strict
 
 
 class Perplexity(Strict):

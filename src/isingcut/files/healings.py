@@ -8,8 +8,16 @@ from pydantic import Field
 
 from isingcut.files.cuts import PatchedCut, PatchTuning, UnpatchedCut
 from isingcut.files.evaluations import FurtherPart
-from isingcut.files.schema import Document, Strict
-from isingcut.files.values import Blocks, Count, Number, Positive, Scalar, Some
+from isingcut.files.schema import (
+    Blocks,
+    Count,
+    Document,
+    Number,
+    Positive,
+    Scalar,
+    Some,
+    Strict,
+)
 
 
 class HealedPart(FurtherPart):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import codecs
 import json
+import math
 import os
 import stat
 from pathlib import Path
@@ -19,6 +20,7 @@ from isingcut.errors import InputError, IsingcutError
 
 SMALL = 64 * 2**20
 """Largest size in bytes of a configuration, a list or a results file."""
+_KINDS = {"d": "a folder", "p": "a pipe", "c": "a device", "b": "a device"}
 
 
 def user_path(text: str | os.PathLike[str]) -> Path:
@@ -47,7 +49,7 @@ def regular_file(
     what: str,
     error: type[IsingcutError] = InputError,
     *,
-    limit: int | None = None,
+    limit: float = math.inf,
 ) -> None:
     """Raise if a path is not a regular file (links are followed).
 
@@ -61,19 +63,18 @@ def regular_file(
             accessible.
     """
     try:
-        found = path.stat()
+        state = path.stat()
     except FileNotFoundError as e:
         gone = "is a broken link" if path.is_symlink() else "does not exist"
         raise error(f"{what} {path} {gone}; expected a file") from e
     except (OSError, ValueError) as e:
         raise error(f"{what} {path} cannot be read: {_reason(e)}") from e
-    if not stat.S_ISREG(found.st_mode):
+    if not stat.S_ISREG(state.st_mode):
+        kind = _KINDS.get(stat.filemode(state.st_mode)[0], "not a regular file")
+        raise error(f"{what} {path} is {kind}; expected a regular file")
+    if state.st_size > limit:
         raise error(
-            f"{what} {path} is {_name_kind(found.st_mode)}; expected a regular file"
-        )
-    if limit is not None and found.st_size > limit:
-        raise error(
-            f"{what} {path} has {found.st_size} bytes; expected at most {limit}"
+            f"{what} {path} has {state.st_size} bytes; expected at most {limit}"
         )
 
 
@@ -159,17 +160,6 @@ def find_surrogate(text: str) -> str:
     except UnicodeEncodeError as e:
         return f"{text[e.start]!a}, a lone surrogate (half of a character)"
     return ""
-
-
-def _name_kind(mode: int) -> str:
-    kinds = {
-        "d": "a folder",
-        "p": "a pipe",
-        "c": "a device",
-        "b": "a device",
-        "s": "a socket",
-    }
-    return kinds.get(stat.filemode(mode)[0], "not a regular file")
 
 
 def _reason(error: Exception) -> str:

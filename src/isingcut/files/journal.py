@@ -20,15 +20,6 @@ from isingcut.files.writing import atomic_file, clear_os_errors
 Values = npt.NDArray[np.float64]
 
 _BEGIN = b'{"format": "isingcut-journal", "version": 2, "of": "'
-_UNFIT = (
-    ValueError,
-    TypeError,
-    LookupError,
-    AttributeError,
-    OverflowError,
-    RecursionError,
-)
-"""The exceptions that parsing an arbitrary row may raise."""
 
 
 class Journal:
@@ -56,11 +47,13 @@ class Journal:
         with clear_os_errors(path):
             lines = _read_lines(path) if os.path.lexists(path) else []
             if lines[:1] != [header]:
+                lines = []
                 with atomic_file(path) as temporary:
                     temporary.write_bytes(header)
-        for line in lines[1:] if lines[:1] == [header] else ():
+        for line in lines[1:]:
             checksum, _, text = line.partition(b" ")
-            with contextlib.suppress(*_UNFIT):
+            # Parsing an arbitrary row may raise anything.
+            with contextlib.suppress(Exception):
                 key, shape, data = json.loads(text)
                 row = np.frombuffer(base64.b64decode(data), dtype=np.float64).reshape(
                     shape
@@ -72,10 +65,6 @@ class Journal:
     def get(self, key: str) -> Values | None:
         """Return the row stored under ``key``, or None."""
         return self._rows.get(key)
-
-    def keys(self) -> list[str]:
-        """Return the keys of all rows, in the order in which they were stored."""
-        return list(self._rows)
 
     def put(self, rows: Mapping[str, Values]) -> None:
         """Store rows under their keys and sync them to disk."""

@@ -68,12 +68,11 @@ def refuse_source(path: Path, sources: Iterable[str | os.PathLike[str]]) -> None
     Raises:
         InputError: the output is, contains or lies in a source; the message has both paths.
     """
-    real = _real(path)
-    for source in map(Path, sources):
-        if not os.path.lexists(source):
-            continue
-        read = _real(source)
-        if real == read or _same_file(path, source):
+    real = Path(os.path.realpath(path))
+    for source in filter(os.path.lexists, map(Path, sources)):
+        read = Path(os.path.realpath(source))
+        hard_link = path.exists() and source.exists() and path.samefile(source)
+        if real == read or hard_link:
             how = "is"
         elif read.is_relative_to(real):
             how = "contains"
@@ -85,22 +84,6 @@ def refuse_source(path: Path, sources: Iterable[str | os.PathLike[str]]) -> None
             f"the output {path} {how} {source}, an input of this command; nothing was written: "
             "choose another place for the output"
         )
-
-
-def _real(path: Path) -> Path:
-    try:
-        return path.resolve()
-    except (OSError, RuntimeError) as e:
-        raise InputError(
-            f"cannot resolve {path}: {e}; give a path without such links"
-        ) from e
-
-
-def _same_file(a: Path, b: Path) -> bool:
-    try:
-        return os.path.samefile(a, b)
-    except OSError:
-        return False
 
 
 # Folders --------------------------------------------------------------------------------
@@ -145,13 +128,16 @@ def foreign_in(folder: Path) -> str | None:
         if MARKER in present:
             return f"its {MARKER} was changed"
         return f"it has {_some(present)} and no marker of isingcut"
-    if more := present - files.keys() - {MARKER}:
+    own = present - {MARKER}
+    if more := own - files.keys():
         return f"isingcut did not write {_some(more)} in it"
-    changed = {
-        name
-        for name in present - {MARKER}
-        if files[name] != edges_sha256(folder / name)
-    }
+    return _describe_changes(folder, files, own)
+
+
+def _describe_changes(
+    folder: Path, files: Mapping[str, str], names: Iterable[str]
+) -> str | None:
+    changed = {name for name in names if edges_sha256(folder / name) != files[name]}
     return f"{_some(changed)} in it was changed" if changed else None
 
 
@@ -172,14 +158,9 @@ def find_change(folder: Path, recorded: str, *, gone: bool = True) -> str | None
     files = _read_marker(folder)
     if files is None or hash_of(files) != recorded:
         return f"its {MARKER} was changed"
-    changed = {
-        name
-        for name, found in files.items()
-        if not name.endswith(".md")
-        and (gone or (folder / name).exists())
-        and edges_sha256(folder / name) != found
-    }
-    return f"{_some(changed)} in it was changed" if changed else None
+    checked = [n for n in files if not n.endswith(".md")]
+    there = [n for n in checked if gone or (folder / n).exists()]
+    return _describe_changes(folder, files, there)
 
 
 def refuse_changed(folder: Path) -> None:
@@ -296,11 +277,11 @@ def _foreign_file(path: Path) -> str | None:
         if path.suffix == ".json":
             document = parse_json(text)
             seal = document.pop("seal")
-            found = hash_of(document)
+            own = hash_of(document)
         else:
             body, _, last = text.removesuffix("\n").rpartition("\n")
-            found = hashlib.sha256(f"{body}\n".encode()).hexdigest()
+            own = hashlib.sha256(f"{body}\n".encode()).hexdigest()
             seal = _SEAL.findall(last)[0]
     except (IsingcutError, ValueError, LookupError, AttributeError, TypeError):
         return "it has no seal of isingcut"
-    return None if seal == found else "it was changed after isingcut wrote it"
+    return None if seal == own else "it was changed after isingcut wrote it"

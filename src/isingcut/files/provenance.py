@@ -47,5 +47,5 @@ def cpu_name() -> str:
     """Return the name of the processor."""
     info = Path("/proc/cpuinfo")
     text = info.read_text(encoding="utf-8", errors="replace") if info.is_file() else ""
-    found = re.search(r"^model name\s*:(.*)$", text, re.MULTILINE)
-    return found[1].strip() if found else platform.processor() or "unknown"
+    name = re.search(r"^model name\s*:(.*)$", text, re.MULTILINE)
+    return name[1].strip() if name else platform.processor() or "unknown"

@@ -1,6 +1,8 @@
 """Write and read results files: JSON documents, sealed text, and arrays with a header.
 
-Files are written atomically. Reading checks their format, their version and their content.
+Files are written atomically. Reading checks their format, their version and their content. The
+pydantic model of each kind of document is in the module of the stages that write it: `states`,
+`cuts`, `evaluations`, `healings`, `runs`. The headers of safetensors files are documents too.
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -57,64 +59,94 @@ def write_document(path: Path, document: Document, *, seal: bool = False) -> Non
 
 
 def read_document(path: Path, model: type[D]) -> D:
-    """Read the document in a results file, see `documents`.
+    """Read the document in a results file.
 
     Raises:
         StageFileError: the file is missing, not JSON, of another kind or a newer version, or
-            damaged.
+            damaged; the message names the key.
     """
-    found = check_document(path, _load(path), model.kind)
-    assert isinstance(found, model)
-    return found
-
-
-def read_json(path: Path, kind: str) -> dict[str, Any]:
-    """Read and check a results file; return it as plain JSON with its header."""
-    document = _load(path)
-    check_document(path, document, kind)
-    assert isinstance(document, dict)
-    return document
-
-
-def _load(path: Path) -> Any:
     if not os.path.lexists(path):
         raise StageFileError(
             f"the file {path} does not exist; run the stage that writes it first"
         )
-    return load_json(path, "the results file", StageFileError)
+    return _parse(path, load_json(path, "the results file", StageFileError), model)
 
 
-def check_document(path: Path, document: Any, kind: str) -> Document:
-    """Check a document and return its content.
+def _parse(path: Path, document: Any, model: type[D]) -> D:
+    """Check a document with its header, and return its content."""
+    # Imported here because `--help` does not need it.
+    from pydantic import ValidationError
 
-    Raises:
-        StageFileError: another format, a newer version, or damaged content.
-    """
-    # Imported here because building the models takes 50 ms.
-    from isingcut.files import documents
-
-    found = document.get("format") if isinstance(document, dict) else None
-    if found != f"isingcut-{kind}":
+    header = document if isinstance(document, dict) else {}
+    kind = f"isingcut-{model.kind}"
+    if header.get("format") != kind:
         raise StageFileError(
-            f"{path} is not an isingcut {kind} file (expected format 'isingcut-{kind}', "
-            f"found {repr(found)[:60]}); give the right file, or delete it and run its stage again"
+            f"{path} is not an isingcut {model.kind} file (expected format {kind!r}, "
+            f"found {repr(header.get('format'))[:60]}); give the right file, or delete it and run "
+            "its stage again"
         )
-    written = document.get("version")
+    written = header.get("version")
     if type(written) is not int or written < 1:
-        raise documents.damaged_error(
-            path, f"version: expected 1 or more, got {written!r:.60}"
-        )
+        raise damaged_error(path, f"version: expected 1 or more, got {written!r:.60}")
     if written > _VERSION:
         raise StageFileError(
             f"{path} was written by a newer isingcut (file version {written}, "
             f"this one reads up to {_VERSION}); upgrade isingcut"
         )
-    return documents.parse_content(path, kind, without_header(document))
+    content = {k: v for k, v in header.items() if k not in ("format", "version")}
+    try:
+        return model.model_validate(content)
+    except ValidationError as e:
+        first = e.errors(include_url=False)[0]
+        words = first["msg"].removeprefix("Value error, ")
+        words = words.replace("Input should be", "expected")
+        if first["type"] == "missing":
+            words = "missing"
+        elif isinstance(first["input"], str | int | float | None):
+            words += f", got {repr(first['input'])[:60]}"
+        place = ".".join(map(str, first["loc"]))
+        raise damaged_error(path, f"{place}: {words}" if place else words) from None
 
 
-def without_header(document: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the content of a results file without its format and version."""
-    return {k: v for k, v in document.items() if k not in ("format", "version")}
+def damaged_error(path: Path, what: str) -> StageFileError:
+    """Return the error for a file with unusable content."""
+    return StageFileError(
+        f"{path} is damaged: {what}; restore the file, or delete it and run its stage again"
+    )
+
+
+def check_blocks(path: Path, content: Any, blocks: int) -> None:
+    """Check that a file of a run has the run's number of blocks.
+
+    Args:
+        content: a document, a `Spectrum` or a `Hamiltonian`; other objects have no blocks and pass.
+        blocks: number of blocks in `run.json`.
+
+    Raises:
+        StageFileError: another number of blocks, or a block that the model does not have.
+    """
+    shape = getattr(getattr(content, "states", None), "shape", None)
+    of = getattr(content, "n", getattr(content, "of", blocks))
+    n = int(shape[1]) if shape else of
+    highest = max(_list_blocks(content), default=-1)
+    if n != blocks:
+        raise damaged_error(
+            path, f"it is for {n} blocks, but the run's model has {blocks}"
+        )
+    if highest >= blocks:
+        raise damaged_error(
+            path, f"it names block {highest}; the run's model has {blocks} blocks"
+        )
+
+
+def _list_blocks(value: Any) -> Iterator[int]:
+    """Yield every block number in a document; unknown keys and free dictionaries name none."""
+    if isinstance(value, dict | list):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _list_blocks(inner)
+    for key in getattr(type(value), "model_fields", ()):
+        inner = getattr(value, key)
+        yield from (inner or ()) if key == "removed" else _list_blocks(inner)
 
 
 def without_infinities(value: Any) -> Any:
@@ -144,21 +176,32 @@ Shape = tuple[int, ...]
 Wanted = Callable[[Mapping[str, Shape]], Mapping[str, tuple[str, Shape]]]
 
 
-def tensor_header(content: dict[str, Any]) -> dict[str, str]:
-    """Make the metadata of a safetensors file: one key, because the library does not sort keys.
+def write_tensors(
+    path: Path, kind: str, tensors: Mapping[str, npt.NDArray[Any]], **content: Any
+) -> None:
+    """Write arrays, and a header of a kind with this content, to a safetensors file.
 
-    Two files of the same content then have the same bytes.
+    Two files of the same content have the same bytes.
     """
-    return {"isingcut": json.dumps(content, sort_keys=True, allow_nan=False)}
+    import numpy as np
+    from safetensors.numpy import save
+
+    header = {"format": f"isingcut-{kind}", "version": _VERSION, **content}
+    # One key, because the library does not sort keys.
+    metadata = {"isingcut": json.dumps(header, sort_keys=True, allow_nan=False)}
+    arrays = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
+    with atomic_file(path) as temporary:
+        # Not by `save_file` of safetensors, which hides errors of the operating system.
+        temporary.write_bytes(save(arrays, metadata))
 
 
 def read_tensors(
-    path: Path, kind: str, wanted: Wanted
+    path: Path, model: type[D], wanted: Wanted
 ) -> tuple[dict[str, Any], dict[str, npt.NDArray[Any]]]:
-    """Read the header and the arrays of a file with a `tensor_header`.
+    """Read the header and the arrays of a file that `write_tensors` wrote.
 
     Args:
-        kind: the kind of the header's document.
+        model: the document of the header.
         wanted: function from the shapes in the file to the dtype (as in safetensors, ``"F64"``) and
             shape that each array must have; other arrays are not read.
 
@@ -169,32 +212,28 @@ def read_tensors(
     import numpy as np
     from safetensors import SafetensorError, safe_open
 
-    from isingcut.files import documents
-
-    regular_file(path, f"the {kind} file", StageFileError, limit=LARGEST)
+    regular_file(path, f"the {model.kind} file", StageFileError, limit=LARGEST)
     arrays = {}
     try:
         with safe_open(path, framework="numpy") as file:
             header = parse_json((file.metadata() or {}).get("isingcut", "{}"))
-            check_document(path, header, kind)
+            _parse(path, header, model)
             slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
-            shapes = {key: tuple(found.get_shape()) for key, found in slices.items()}
+            shapes = {key: tuple(own.get_shape()) for key, own in slices.items()}
             for key, (dtype, shape) in wanted(shapes).items():
                 if key not in slices:
-                    raise documents.damaged_error(path, f"the tensor {key} is missing")
-                found = (slices[key].get_dtype(), shapes[key])
-                if found != (dtype, shape):
-                    came = f"{found[0]} of shape {found[1]}"[:120]
-                    expected = f"expected {dtype} of shape {shape}, got {came}"
-                    raise documents.damaged_error(path, f"{key}: {expected}")
+                    raise damaged_error(path, f"the tensor {key} is missing")
+                came = slices[key].get_dtype()
+                if (came, shapes[key]) != (dtype, shape):
+                    words = f"{came} of shape {shapes[key]}"[:120]
+                    expected = f"expected {dtype} of shape {shape}, got {words}"
+                    raise damaged_error(path, f"{key}: {expected}")
                 arrays[key] = file.get_tensor(key)
     except (SafetensorError, OSError, ValueError) as e:
-        raise documents.damaged_error(
-            path, f"it is not a readable safetensors file ({e})"
-        ) from e
+        raise damaged_error(path, f"it is not a readable safetensors file ({e})") from e
     for key, array in arrays.items():
         if array.dtype.kind == "f" and not np.isfinite(array).all():
-            raise documents.damaged_error(
+            raise damaged_error(
                 path, f"the tensor {key} has values that are not finite"
             )
     return header, arrays

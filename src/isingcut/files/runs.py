@@ -1,6 +1,6 @@
 """A run's options, provenance, blocks and stages: `run.json`.
 
-Two more documents describe a whole run: `packing.json` and `report.json`.
+One more document describes a whole run: `packing.json`.
 """
 
 from __future__ import annotations
@@ -10,8 +10,17 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import ConfigDict, Field, model_validator
 
-from isingcut.files.schema import Document, Strict
-from isingcut.files.values import Blocks, Count, Index, Number, Positive, Scalar, Some
+from isingcut.files.schema import (
+    Blocks,
+    Count,
+    Document,
+    Index,
+    Number,
+    Positive,
+    Scalar,
+    Some,
+    Strict,
+)
 
 _MOST_BLOCKS = 4096
 """Limit above the blocks of any model. The size of a run's plots grows with their square."""
@@ -101,7 +110,6 @@ class Config(Strict):
     energy: str
     seed: int
     budget: str = ""
-    linear: bool = False
     quick: bool = False
 
 
@@ -250,8 +258,8 @@ class PackedLosses(Strict):
     @property
     def loss(self) -> float:
         """The measured KL of the model or state that meets the budget; infinite if unknown."""
-        found = self.kl if self.fits else self.measured
-        return float("inf") if found is None else found
+        kl = self.kl if self.fits else self.measured
+        return float("inf") if kl is None else kl
 
 
 class PackingFile(Document, kind="packing"):
@@ -300,7 +308,3 @@ class RunFile(Document, kind="run"):
         ):
             raise ValueError(f"a stage removes a block outside 0 to {n - 1}")
         return self
-
-
-class ReportFile(Document, kind="report"):
-    """`report.json`, which isingcut never reads."""

@@ -1,4 +1,4 @@
-"""The base classes of all documents, and of the objects in them.
+"""The base classes of all documents and of the objects in them, and the types of their values.
 
 A pydantic model lists the keys of version 1, with types, sizes and ranges, so that code that reads
 a document can rely on them. Unknown keys are allowed, so that newer files of the same version can
@@ -7,9 +7,28 @@ be read.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+# Limited so that squares and sums are finite too: a report scales, adds and plots these numbers.
+Number = Annotated[float, Field(ge=-1e30, le=1e30)]
+Positive = Annotated[float, Field(ge=0, le=1e30)]
+Count = Annotated[int, Field(ge=0, le=10**18)]
+Some = Annotated[int, Field(ge=1, le=10**18)]
+Scalar = str | int | float | bool | None
+
+
+def _check_distinct(blocks: list[int]) -> list[int]:
+    if len(set(blocks)) < len(blocks):
+        raise ValueError("a block appears twice")
+    return blocks
+
+
+Index = Annotated[int, Field(ge=0, le=2**31)]
+Blocks = Annotated[
+    list[Index], Field(max_length=2**20), AfterValidator(_check_distinct)
+]
 
 
 class Strict(BaseModel):

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 
-from isingcut.files.runs import RunFile, StageRecord
+from isingcut.files.runs import RunFile
 
 
 @dataclass(frozen=True)
@@ -87,14 +87,6 @@ STAGE_FILES = {
 """The stages, in the order of a run."""
 
 
-def find_stage(file: Path) -> StageFile | None:
-    """Return the stage that writes a file or folder, by its name; None for other files."""
-    return next(
-        (stage for stage in STAGE_FILES.values() if fnmatch(file.name, stage.file)),
-        None,
-    )
-
-
 def find_product(run: RunFile, folder: Path, target: Path) -> Path:
     """Return the final checkpoint of a removal: the healed one of the current cut, else `model/`.
 
@@ -118,35 +110,26 @@ def find_outdated(run: RunFile, folder: Path, file: Path) -> str:
     Returns:
         ``"calibration"``, ``"energy"``, ``"spectrum"`` or ``"model"``; empty if it is up to date.
     """
-    stage = find_stage(file)
     made = run.find_record(folder, file)
-    if stage is None or made is None:
+    if made is None:
         return ""
     read = made.options.content()
-    places = {
-        "calibration": ("calibration", folder / STAGE_FILES["calibration"].file),
-        "energy": ("energy", folder / STAGE_FILES["energy"].main),
-        "model": ("model", file.with_name(STAGE_FILES["cut"].file)),
-    }
-    for name in stage.reads:
+    stages = [s for s in STAGE_FILES.values() if fnmatch(file.name, s.file)]
+    for name in stages[0].reads if stages else ():
         if name == "spectrum":
             solved = run.find_record(folder, file.with_name(STAGE_FILES["solve"].file))
-            if solved is not None and not _has_options(made, solved):
+            options = solved.options.content() if solved else {}
+            if any(read.get(key, value) != value for key, value in options.items()):
                 return name
             continue
         if name == "product":
-            key = "model"
             source = find_product(run, folder, file.parent)
+        elif name == "model":
+            source = file.with_name(STAGE_FILES["cut"].file)
         else:
-            key, source = places[name]
+            source = folder / STAGE_FILES[name].main
+        key = "model" if name == "product" else name
         now = run.find_record(folder, source)
         if now is not None and read.get(key) not in (None, now.fingerprint):
             return key
     return ""
-
-
-def _has_options(made: StageRecord, solved: StageRecord) -> bool:
-    """Whether a ranking has the options of a spectrum."""
-    read = made.options.content()
-    now = solved.options.content()
-    return all(read[key] == value for key, value in now.items() if key in read)

@@ -10,8 +10,15 @@ from typing import Annotated, Any, Self
 
 from pydantic import Field, model_validator
 
-from isingcut.files.schema import Document, Strict
-from isingcut.files.values import Blocks, Count, Number, Positive, Some
+from isingcut.files.schema import (
+    Blocks,
+    Count,
+    Document,
+    Number,
+    Positive,
+    Some,
+    Strict,
+)
 
 _MOST_CELLS = 2**28
 

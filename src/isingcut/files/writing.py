@@ -45,10 +45,7 @@ def clear_os_errors(target: Path) -> Iterator[None]:
         yield
     except Exception as e:
         # torch's writer reports the position where it stopped, but not the reason: a full disk.
-        stopped = any(
-            words in str(e)
-            for words in ("PytorchStreamWriter failed", "unexpected pos")
-        )
+        stopped = re.search("PytorchStreamWriter failed|unexpected pos", str(e))
         if (code := _code_of(e)) in (errno.ENOSPC, errno.EDQUOT) or stopped:
             raise InputError(
                 f"no space left on the disk, {target} was not written; free some space or choose "
@@ -85,14 +82,10 @@ def _code_of(error: Exception) -> int:
     """
     if isinstance(error, OSError) and not isinstance(error, shutil.Error):
         return error.errno or 0
-    worded = (
-        isinstance(error, shutil.Error) or type(error).__name__ == "SafetensorError"
-    )
-    found = _CODE.search(str(error)) if worded else None
-    return int(found[1]) if found else 0
-
-
-_CODE = re.compile(r"(?:os error |\[Errno )(\d+)")
+    if not isinstance(error, OSError) and type(error).__name__ != "SafetensorError":
+        return 0
+    code = re.search(r"(?:os error |\[Errno )(\d+)", str(error))
+    return int(code[1]) if code else 0
 
 
 @contextlib.contextmanager
@@ -142,18 +135,9 @@ def atomic_folder(
                 if stat.S_IMODE(file.lstat().st_mode) == 0o600:
                     file.chmod(0o666 & ~_umask())
             mark(temporary)
-            if os.path.lexists(path):
-                # It may have been created after the first check.
-                check_output(path, overwrite=overwrite, sources=sources)
-                # Move the old folder aside first: a kill between the two renames leaves one whole
-                # folder under a recognisable name, not a mixture.
-                aside = Path(
-                    tempfile.mkdtemp(".old", temporary_prefix(path), path.parent)
-                )
-                os.replace(path, aside / path.name)
-                os.replace(temporary, path)
-                shutil.rmtree(aside)
-            else:
+            # It may have been created after the first check.
+            check_output(path, overwrite=overwrite, sources=sources)
+            with _moved_aside(path):
                 os.replace(temporary, path)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -161,11 +145,25 @@ def atomic_folder(
 
 def delete(path: Path) -> None:
     """Delete a file or folder; after a kill it is unchanged, or no longer at ``path``."""
-    if not path.is_dir():
+    if path.is_dir():
+        with _moved_aside(path):
+            pass
+    else:
         path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _moved_aside(path: Path) -> Iterator[None]:
+    """Move a file or folder aside, if there is one, and delete it after the context.
+
+    A kill leaves one whole folder under a recognisable name, not a mixture.
+    """
+    if not os.path.lexists(path):
+        yield
         return
     aside = Path(tempfile.mkdtemp(".old", temporary_prefix(path), path.parent))
     os.replace(path, aside / path.name)
+    yield
     shutil.rmtree(aside)
 
 
@@ -206,12 +204,13 @@ def clear_leftovers(folder: Path, name: str = "") -> None:
             outputs with their own lock file.
     """
     for path in sorted(folder.glob(f".{glob.escape(name) or '*'}.isingcut-*")):
-        found = _TEMPORARY.fullmatch(path.name)
-        if found is None or (not name and lock_beside(folder / found["name"]).exists()):
+        left = _TEMPORARY.fullmatch(path.name)
+        if left is None or (not name and lock_beside(folder / left["name"]).exists()):
             continue
-        if found["kind"] == "old" and not (folder / found["name"]).exists():
+        own = folder / left["name"]
+        if left["kind"] == "old" and not own.exists():
             with contextlib.suppress(FileNotFoundError):
-                os.replace(path / found["name"], folder / found["name"])
+                os.replace(path / own.name, own)
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:
@@ -316,10 +315,11 @@ def _acquire(lock: FileLock, file: Path, place: Path, *, wait: bool) -> None:
 
 def _who(file: Path, place: Path) -> str:
     """Return the message of a `BusyError`, with the process that has the lock."""
-    found = None
+    who = since = ""
     with contextlib.suppress(InputError):
-        found = _HOLDER.fullmatch(read_text(file, "the lock", limit=1000))
-    who, since = (f" ({found[1]})", f" since {found[2]}") if found else ("", "")
+        if holder := _HOLDER.fullmatch(read_text(file, "the lock", limit=1000)):
+            who = f" ({holder[1]})"
+            since = f" since {holder[2]}"
     return (
         f"another isingcut{who} is writing to {place}{since}; wait for it, or stop it"
     )

@@ -18,9 +18,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from isingcut.errors import InputError
-from isingcut.files import documents
-from isingcut.files.results import read_tensors, tensor_header
-from isingcut.files.writing import atomic_file
+from isingcut.files.results import damaged_error, read_tensors, write_tensors
+from isingcut.files.states import HamiltonianHeader
 from isingcut.ising.states import Floats
 
 if TYPE_CHECKING:
@@ -175,24 +174,12 @@ class Hamiltonian:
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write tensors and metadata to one safetensors file, atomically."""
-        from safetensors.numpy import save
-
         tensors = {"h": self.h, "J": self.J, "c": np.array([self.c])}
         errors = {"h_error": self.h_error, "J_error": self.J_error}
         tensors |= {name: error for name, error in errors.items() if error is not None}
-        header = {
-            "format": "isingcut-hamiltonian",
-            "version": 1,
-            "unit": self.unit,
-            "meta": self.meta,
-        }
         target = Path(path)
-        content = save(
-            {k: np.ascontiguousarray(v) for k, v in tensors.items()},
-            tensor_header(header),
-        )
-        with atomic_file(target) as temporary:
-            temporary.write_bytes(content)
+        kind = HamiltonianHeader.kind
+        write_tensors(target, kind, tensors, unit=self.unit, meta=self.meta)
         return target
 
     @classmethod
@@ -203,7 +190,7 @@ class Hamiltonian:
             StageFileError: the file is missing, damaged, of a later version, or of another program.
         """
         source = Path(path)
-        header, tensors = read_tensors(source, "hamiltonian", _list_arrays)
+        header, tensors = read_tensors(source, HamiltonianHeader, _list_arrays)
         try:
             return cls(
                 tensors["h"],
@@ -215,7 +202,7 @@ class Hamiltonian:
                 tensors.get("J_error"),
             )
         except InputError as e:
-            raise documents.damaged_error(source, str(e)) from e
+            raise damaged_error(source, str(e)) from e
 
 
 def _list_arrays(

@@ -16,7 +16,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from isingcut.errors import InputError
-from isingcut.files.results import read_json, without_infinities, write_json
+from isingcut.files.results import read_document, without_infinities, write_json
+from isingcut.files.states import SpectrumFile
 from isingcut.ising.problem import Problem
 from isingcut.ising.states import Floats, States, blocks_of, states_of
 
@@ -152,7 +153,7 @@ class Spectrum:
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write a JSON file, atomically."""
         target = Path(path)
-        write_json(target, KIND, without_infinities(self.to_dict()))
+        write_json(target, SpectrumFile.kind, without_infinities(self.to_dict()))
         return target
 
     @classmethod
@@ -162,14 +163,14 @@ class Spectrum:
         Raises:
             StageFileError: the file is missing, damaged, of a later version, or of another program.
         """
-        data = read_json(Path(path), KIND)
+        file = read_document(Path(path), SpectrumFile)
         return cls(
-            states_of(data["n"], (entry["removed"] for entry in data["states"])),
-            np.array([entry["energy"] for entry in data["states"]], dtype=np.float64),
-            data["proven"],
-            data["lower_bound"],
-            data["solver"],
-            data["seconds"],
-            data["unit"],
-            data["info"],
+            states_of(file.n, (state.removed for state in file.states)),
+            np.array([state.energy for state in file.states], dtype=np.float64),
+            file.proven,
+            file.lower_bound,
+            file.solver,
+            file.seconds,
+            file.unit,
+            file.info,
         )

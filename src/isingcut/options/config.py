@@ -1,4 +1,4 @@
-"""The options of a run and of healing: type, default, help and the first stage that each changes.
+"""The options of a run and of healing: type, default and help.
 
 The command line, `run.yaml` and Python all use these declarations and these defaults.
 """
@@ -63,18 +63,14 @@ class RunConfig(Options):
     model: str = option(
         "",
         "Local Hugging Face folder, hub id, .gguf file, or 'smollm2'.",
-        "model",
         argument=True,
     )
     remove: parsed.Removal = option(
         parsed.Removal(),
         "How many blocks to remove: 6, 4..15 for a curve, or attention=2,mlp=1.",
-        "solve",
         metavar="M",
     )
-    out: str = option(
-        "", "Folder for the run; every stage writes its file there.", "report"
-    )
+    out: str = option("", "Folder for the run; every stage writes its file there.")
 
     calibration: str = option(
         TEXT,
@@ -83,79 +79,64 @@ class RunConfig(Options):
         "library code); 'manual' (Python's manual); or 'self' (the model writes it). "
         "answers:SOURCE counts only the assistant's tokens of a chat. Mix sources by their share "
         "of tokens: wiki=0.75,python=0.25.",
-        "calibration",
     )
     samples: Count | None = option(
         None,
         "Samples that --energy is measured on (default: set by --energy).",
-        "calibration",
     )
-    length: Length = option(256, "Tokens per sample.", "calibration")
-    rank_samples: Few = option(
-        16, "Further samples, to rank the candidates on.", "calibration"
-    )
-    report_samples: Few = option(
-        32, "Unseen samples, for the reported perplexity.", "calibration"
-    )
-    seed: Seed = option(0, "Random seed.", "calibration")
+    length: Length = option(256, "Tokens per sample.")
+    rank_samples: Few = option(16, "Further samples, to rank the candidates on.")
+    report_samples: Few = option(32, "Unseen samples, for the reported perplexity.")
+    seed: Seed = option(0, "Random seed.")
 
     energy: str = option(
         "auto",
         "How the Hamiltonian is measured. auto: refined with --remove or --budget, else pairwise.",
-        "energy",
     )
     compare_energies: str = option(
         "",
         "Further energies to measure and to compare on the same states, comma-separated.",
-        "energy",
     )
     effort: parsed.Effort = option(
         parsed.Effort(),
         "Search limit of refined and auto: passes over the text (150) or a time (20min); default: "
         "0.4 of the cost of a greedy search; most searches take half of that.",
-        "energy",
     )
     dtype: Dtype = option(
-        "auto", "Dtype of the weights: auto, float32, bfloat16 or float16.", "energy"
+        "auto", "Dtype of the weights: auto, float32, bfloat16 or float16."
     )
     device: parsed.Device = option(
         "auto",
         "Device: auto, cpu, cuda, cuda:N; several (cuda:0,cuda:1) have a part of the model each.",
-        "energy",
     )
     cards_per_process: Count | None = option(
         None,
         "GPUs for each process of torchrun (default: one); without it, as many as hold the model.",
-        "energy",
     )
     attention: Literal["auto", "sdpa", "eager"] = option(
         "auto",
         "How measurements compute attention: sdpa, eager, or auto (as transformers chooses).",
-        "energy",
     )
     batch_tokens: Tokens | None = option(
         None,
         "Tokens per micro-batch (default: 1,024 on a CPU, as many as fit on a GPU).",
-        "energy",
     )
     stream: Literal["auto", "on", "off"] = option(
         "auto",
         "Read the blocks from disk one at a time: on, off, or auto (on if the weights exceed "
         "--memory-limit).",
-        "energy",
     )
     memory_limit: parsed.Memory = option(
         parsed.Memory(),
         "Memory for weights and hidden states: 8GB or 50% (default: 80% of the free memory).",
-        "energy",
     )
     trust_remote_code: bool = option(
-        False, "Allow the model's own Python code to run.", "model", typed=True
+        False, "Allow the model's own Python code to run.", typed=True
     )
 
-    solver: str = option("auto", "Solver of low-energy states.", "solve")
+    solver: str = option("auto", "Solver of low-energy states.")
     states: Annotated[int, Bounds(ge=1, le=100_000)] = option(
-        20, "States kept in the spectrum.", "solve"
+        20, "States kept in the spectrum."
     )
     budget: parsed.Budgets = option(
         parsed.Budgets(),
@@ -163,23 +144,21 @@ class RunConfig(Options):
         "Or let `run` choose a GGUF type and how many blocks go with it, none if quantising is "
         "better: file=90MB (the largest file), memory=2GB@8k (the same with the cache of 8k "
         "tokens), decode=25% (fewer bytes to read per token, which bound decoding).",
-        "solve",
     )
     solve_seconds: Annotated[float, Bounds(gt=0, le=3600 * 24 * 365)] = option(
-        60.0, "Time limit of the solver, in seconds.", "solve"
+        60.0, "Time limit of the solver, in seconds."
     )
     keep: parsed.BlockList = option(
-        parsed.BlockList(), "Blocks to keep, for example 0,1,29.", "solve"
+        parsed.BlockList(), "Blocks to keep, for example 0,1,29."
     )
     must_remove: parsed.BlockList = option(
-        parsed.BlockList(), "Blocks to remove in any case.", "solve"
+        parsed.BlockList(), "Blocks to remove in any case."
     )
 
     random_states: Annotated[int, Bounds(ge=0, le=100_000)] = option(
         40,
         "Random states to measure on a quarter of the text, which show how well the energy ranks "
         "(at least 30; 0 skips this).",
-        "rank",
     )
     choose: Literal["measured", "ground", "tasks"] = option(
         "measured",
@@ -187,29 +166,23 @@ class RunConfig(Options):
         "if 40 % of the blocks go, also states of a search over patched states and the best state "
         "of one pass), ground (lowest energy), or tasks (the best on --tasks among a few "
         "candidates of low KL).",
-        "rank",
     )
     tasks: str = option(
         "",
         "Benchmarks for both models, comma-separated: lm-evaluation-harness tasks, with --data "
         "the tasks that isingcut ships, or your own .jsonl files of questions.",
-        "rank",
     )
     data: str = option(
         "",
         "Folder with the questions of --tasks (default: the hub).",
-        "rank",
     )
-    questions: Count | None = option(
-        None, "Most questions per task (default: all).", "rank"
-    )
+    questions: Count | None = option(None, "Most questions per task (default: all).")
 
     patch: str = option(
         "tuned",
         "linear: fold a least-squares map into the block before each cut, where possible. tuned: "
         "linear, then train the layers next to the cuts for a few steps (not with --heal, which "
         "trains all layers). none: no patch.",
-        room="healing.repairs",
     )
     patch_tokens: PatchTokens = option(
         65536,
@@ -234,22 +207,19 @@ class RunConfig(Options):
     drop_mtp: bool = option(
         False,
         "Leave out the layers for multi-token prediction (MTP); without it they are kept.",
-        "excise",
     )
     skip_speed: bool = option(
         False,
         "Do not measure speed and memory (slow for a small model); `evaluate` can add them later.",
-        "evaluate",
     )
 
     quick: bool = option(
         False,
         "Take a first look in about a quarter of the time: less text, a shorter search, a smaller "
         "patch, no speed test. The figures are marked as rough.",
-        "report",
     )
 
-    overwrite: bool = option(False, "Replace an existing output.", "report")
+    overwrite: bool = option(False, "Replace an existing output.")
 
     @property
     def removal(self) -> str:
@@ -350,7 +320,6 @@ class HealConfig(Options):
         "linear: fold a least-squares map into the block before each cut. tuned: linear, then "
         "train the layers next to the cuts. none: no patch. (Default: linear unless the "
         "checkpoint is patched already; tuned with --method none.)",
-        room="healing.repairs",
     )
     patch_tokens: PatchTokens = option(65536, "Tokens to fit the patch on.")
 
@@ -431,34 +400,24 @@ def heal_config(config: RunConfig) -> HealConfig:
         InputError: an option that the run itself sets, or an unknown one.
     """
     values = read_options(HealConfig, config.healing.values, "--healing")
-    set_by_run = {
-        "student",
-        "teacher",
-        "out",
-        "device",
-        "trust_remote_code",
-        "overwrite",
+    own: dict[str, Any] = {
+        "patch": "none" if config.patch == "none" else None,
+        "patch_tokens": config.patch_tokens,
+        "train": "" if config.heal == "all" else config.heal,
+        "device": config.device,
+        "trust_remote_code": config.trust_remote_code,
     }
-    set_by_run |= {"other_teacher", "patch", "patch_tokens", "train"}
-    if taken := sorted(set_by_run & values.keys()):
+    others = ("student", "teacher", "out", "overwrite", "other_teacher")
+    if taken := sorted({*own, *others} & values.keys()):
         raise InputError(
             f"--healing: the run itself sets {', '.join(taken)}; remove it here"
         )
-    base = {
-        "text": config.calibration,
-        "seed": config.seed,
-        "dtype": config.dtype,
-        **({"batch_tokens": config.batch_tokens} if config.batch_tokens else {}),
-    }
-    found = options_from(HealConfig, {**base, **values}, "--healing")
-    return found.replace(
-        patch="none" if config.patch == "none" else None,
-        patch_tokens=config.patch_tokens,
-        method=found.method if config.heal else "none",
-        train="" if config.heal == "all" else config.heal,
-        device=config.device,
-        trust_remote_code=config.trust_remote_code,
-    )
+    base = {"text": config.calibration, "seed": config.seed, "dtype": config.dtype}
+    if config.batch_tokens:
+        base["batch_tokens"] = config.batch_tokens
+    if not config.heal:
+        own["method"] = "none"
+    return options_from(HealConfig, base | values | own, "--healing")
 
 
 def distil_config(config: RunConfig) -> HealConfig:

@@ -39,17 +39,16 @@ RENAMED = {"also": "compare_energies", "drop": "must_remove", "effort": "train"}
 """New names of options by the old ones, which are accepted for one more release."""
 
 
-def option(default: Any, help_: str, stage: str = "heal", **further: Any) -> Any:
+def option(default: Any, help_: str, **further: Any) -> Any:
     """Declare a dataclass field that is an option.
 
     Args:
         default: value of the field's type; None if the value is decided later.
         help_: help text, one line.
-        stage: first stage of a run that the option can change.
         further: ``typed``: must be given on each command line or call, never in a file.
             ``argument``: a positional argument. ``metavar``: the name of the value in the help.
     """
-    metadata = {**_FURTHER, **further, "stage": stage, "help": help_}
+    metadata = {**_FURTHER, **further, "help": help_}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -198,16 +197,17 @@ def read_options(
     options = options_from(kind, values, source)
     names = {str(k).replace("-", "_") for k in values}
     names |= {RENAMED.get(name, name) for name in names}
-    given = {
-        f: getattr(options, f.name) for f in dataclasses.fields(kind) if f.name in names
-    }
-    for f, value in given.items():
+    given = {}
+    for f in dataclasses.fields(kind):
+        if f.name not in names:
+            continue
+        value = given[f.name] = getattr(options, f.name)
         # A file may repeat the default, as run.json does.
         repeated = source and value == f.default
         if isinstance(value, str) and not value.strip(" ,") and not repeated:
             called = f"{source}: {f.name}" if source else flag(f)
             raise InputError(f"{called} is empty; give a value, or remove the option")
-    return {f.name: value for f, value in given.items()}
+    return given
 
 
 def from_yaml(kind: type[Options], path: Path) -> dict[str, Any]:

@@ -142,6 +142,11 @@ class Removal(Parsed):
         if self.counts[:1] == range(1) or not (self.counts or any(self.kinds.values())):
             raise InputError(f"{_cut(text)} removes nothing; remove at least 1 block")
 
+    @property
+    def is_range(self) -> bool:
+        """Whether it stands for several removals."""
+        return len(self.counts) > 1
+
 
 class Budgets(Parsed):
     """The least removal: a share ``"params=25%"``, or amounts ``"bytes=1.5GB,kv=3kB"``.
@@ -180,17 +185,17 @@ def _read_budget(text: str) -> Budget:
         raise InputError(
             f"{what}: unknown quantity {_cut(name)}{suggest(name, QUANTITIES)}"
         )
-    found = QUANTITIES[name]
+    quantity = QUANTITIES[name]
     tokens = 0
-    if found.context:
+    if quantity.context:
         value, at, context = (part.strip() for part in value.partition("@"))
         match = re.fullmatch(r"([0-9]{1,9})\s*(k?)", context.lower())
         tokens = int(match[1]) * (1024 if match[2] else 1) if match else 0
-        if not tokens and (at or found.units is _BYTES):
+        if not tokens and (at or quantity.units is _BYTES):
             raise InputError(
                 f"{what}: expected a context in tokens behind @, as {name}={value}@8k"
             )
-    return Budget(name, *_measure(value, found.units, what), tokens)
+    return Budget(name, *_measure(value, quantity.units, what), tokens)
 
 
 class Memory(Parsed):
@@ -233,7 +238,7 @@ class BlockList(Parsed):
     """
 
     def __init__(self, text: str = "") -> None:
-        found: set[int] = set()
+        numbers = set[int]()
         parts = re.split(r"[\s,;]+", re.sub(r"\s*-\s*", "-", text.strip("[]() \t\n")))
         for part in dict.fromkeys(parts) if text else ():
             match = re.fullmatch(rf"{_WHOLE}(?:-{_WHOLE})?", part)
@@ -243,8 +248,8 @@ class BlockList(Parsed):
                 raise InputError(
                     f"cannot read {_cut(text)} as block numbers; write for example 0,1,5-8"
                 )
-            found.update(range(first, last + 1))
-        self.numbers = sorted(found)
+            numbers.update(range(first, last + 1))
+        self.numbers = sorted(numbers)
 
 
 class Training(Parsed):
@@ -266,26 +271,33 @@ class Training(Parsed):
             )
 
 
-class Device(Parsed):
-    """The torch name of a device, or of several devices, separated by commas."""
+class Named(Parsed):
+    """One of a few forms of a name.
 
-    def __init__(self, text: str = "auto") -> None:
-        if not re.fullmatch(
-            rf"auto|({_DEVICES})(:[0-9]{{1,3}}(,\1:[0-9]{{1,3}})*)?", text
-        ):
-            raise InputError(
-                f"must be auto, cpu, cuda, cuda:N or cuda:N,cuda:M; got {_cut(text)}"
-            )
+    Attributes:
+        pattern: pattern of these forms; ``forms`` describes them.
+    """
 
-
-class Method(Parsed):
-    """What a healing trains: all weights, low-rank matrices or nothing."""
+    pattern: str
+    forms: str
 
     def __init__(self, text: str) -> None:
-        if not re.fullmatch(r"full|none|lora(:[1-9][0-9]{0,4})?", text):
-            raise InputError(
-                f"must be one of full, lora or lora:RANK, none; got {text!r}"
-            )
+        if not re.fullmatch(self.pattern, text):
+            raise InputError(f"must be {self.forms}; got {_cut(text)}")
+
+
+class Device(Named):
+    """The torch name of a device, or of several devices, separated by commas."""
+
+    pattern = rf"auto|({_DEVICES})(:[0-9]{{1,3}}(,\1:[0-9]{{1,3}})*)?"
+    forms = "auto, cpu, cuda, cuda:N or cuda:N,cuda:M"
+
+
+class Method(Named):
+    """What a healing trains: all weights, low-rank matrices or nothing."""
+
+    pattern = r"full|none|lora(:[1-9][0-9]{0,4})?"
+    forms = "one of full, lora or lora:RANK, none"
 
 
 def _read_limit(text: str, counted: str) -> tuple[float | None, float | None]:

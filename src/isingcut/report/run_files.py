@@ -14,7 +14,6 @@ from typing import TypeVar
 
 from isingcut.files import (
     cuts,
-    documents,
     evaluations,
     healings,
     runs,
@@ -23,7 +22,7 @@ from isingcut.files import (
     states,
 )
 from isingcut.files.ownership import check_recorded
-from isingcut.files.results import read_document
+from isingcut.files.results import check_blocks, read_document
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.report import words
 from isingcut.report.rows import Row, evaluation_rows
@@ -114,7 +113,7 @@ class RunFiles:
         if not made_with:
             check_recorded(begun, path)
         found = read(path)
-        documents.check_blocks(path, found, len(self.blocks))
+        check_blocks(path, found, len(self.blocks))
         return found
 
     candidates = _document("candidates.json", states.CandidatesFile)

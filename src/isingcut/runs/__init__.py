@@ -5,6 +5,6 @@
 `solving`: constraints, and the stages without a model (no torch); `session`: the model and the
 processes that share it; `measuring`: text and energy; `cutting`: cut, patch and heal the model;
 `packing`: choose a GGUF type; `ranking`: measure candidates and baseline choices; `trials`: patched
-candidates; `evaluating`, `benchmarking`: score models on text and on tasks; `api`: the Python API;
-`uploading`: upload to the hub; `plan`: estimates of time and memory.
+candidates; `evaluating`: score models on text and on tasks; `api`: the Python API;
+`uploading`: upload to the hub; `prices`: the costs of a model, which plans are made from.
 """

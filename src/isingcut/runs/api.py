@@ -109,9 +109,8 @@ class Run:
 
     def __repr__(self) -> str:
         removal = self.config.removal
-        go = " go" if removal.isdecimal() else ""
         what = (
-            f"{removal} of {self.blocks} blocks{go}"
+            f"{removal} of {self.blocks} blocks go"
             if removal
             else f"{self.blocks} blocks"
         )
@@ -125,7 +124,7 @@ class Run:
             >>> isingcut.open_run("my-run").path.name
             'my-run'
         """
-        return self._folder.target(self.config.removal)
+        return self._folder.target(self.config)
 
     @property
     def blocks(self) -> int:
@@ -145,9 +144,7 @@ class Run:
             >>> isingcut.open_run("my-run").hamiltonian.unit
             'nats/token'
         """
-        return self._folder.load(
-            self._folder.path / "hamiltonian.safetensors", Hamiltonian.load
-        )
+        return solving.read_energy(self._folder)
 
     @cached_property
     def spectrum(self) -> Spectrum:
@@ -197,7 +194,8 @@ class Run:
             >>> isingcut.open_run("my-run").chosen.kl > 0
             True
         """
-        return _state(self._ranked.chosen, self._ranked.chosen.position)
+        row = self._ranked.chosen
+        return _state(row, row.position)
 
     @property
     def curve(self) -> list[State]:
@@ -208,7 +206,8 @@ class Run:
             [3]
         """
         ranked = [files.candidates for files in RunFiles(self._folder.path).removals]
-        states = [_state(f.chosen, f.chosen.position) for f in ranked if f is not None]
+        chosen = [file.chosen for file in ranked if file is not None]
+        states = [_state(row, row.position) for row in chosen]
         return sorted(states, key=lambda s: (len(s.removed), s.kl))
 
     @property
@@ -275,17 +274,16 @@ class Run:
         sources = [self._session.source, *self._folder.sources, self._folder.path]
         ownership.check_output(target, overwrite=overwrite, sources=sources)
         with writing.lock_place(target):
-            if removed is None and (self.config.patch != "none" or self.config.heal):
-                product = self._product()
-                with writing.atomic_folder(
-                    target, overwrite=overwrite, sources=sources
-                ) as temporary:
-                    shutil.copytree(product, temporary, dirs_exist_ok=True)
+            if removed is not None:
+                cutting.write_model(
+                    self._session, self._folder, removed, target, overwrite=overwrite
+                )
                 return target
-            removed = list(self.chosen.removed) if removed is None else removed
-            cutting.write_model(
-                self._session, self._folder, removed, target, overwrite=overwrite
-            )
+            product = self._product()
+            with writing.atomic_folder(
+                target, overwrite=overwrite, sources=sources
+            ) as temporary:
+                shutil.copytree(product, temporary, dirs_exist_ok=True)
         return target
 
     def _product(self) -> Path:
@@ -304,8 +302,8 @@ class Run:
             patched model also the exact ``cut``, for a healed one also ``patched``.
 
         Examples:
-            >>> found = isingcut.open_run("my-run").evaluate()
-            >>> found["after"]["blocks"], found["before"]["blocks"]
+            >>> scores = isingcut.open_run("my-run").evaluate()
+            >>> scores["after"]["blocks"], scores["before"]["blocks"]
             (7, 10)
         """
         self._product()
@@ -323,9 +321,9 @@ class Run:
 
 def _numbers(blocks: Sequence[int]) -> list[int]:
     with contextlib.suppress(TypeError, InputError):
-        found = sorted({read_whole(b, "a block") for b in blocks})
-        if found and found[0] >= 0:
-            return found
+        numbers = sorted({read_whole(b, "a block") for b in blocks})
+        if numbers and numbers[0] >= 0:
+            return numbers
     raise InputError(f"blocks must be a list of block numbers, got {blocks!r:.60}")
 
 
@@ -421,7 +419,7 @@ def prune(
     if processes.rank:
         return run
     texts = [
-        text for found in rankings for text in ranking_warnings(config.energy, found)
+        text for ranked in rankings for text in ranking_warnings(config.energy, ranked)
     ]
     for text in dict.fromkeys(texts):
         warnings.warn(text, PoorEnergyWarning, stacklevel=3)
@@ -455,13 +453,13 @@ def open_run(
         10
     """
     shown = as_progress(progress)
-    found = RunFolder.open(user_path(folder), overwrite=overwrite)
+    run = RunFolder.open(user_path(folder), overwrite=overwrite)
     if model is not None and os.path.lexists(user_path(model)):
         model = user_path(model).absolute()
-    config = found.config if remove is None else found.config.at(remove)
+    config = run.config if remove is None else run.config.at(remove)
     config = config.replace(
         model=config.model if model is None else model,
         overwrite=overwrite,
         trust_remote_code=trust_remote_code,
     ).validate()
-    return Run(found, config, cache(lambda: session_of(found, config, shown)))
+    return Run(run, config, cache(lambda: session_of(run, config, shown)))

@@ -111,14 +111,13 @@ def check_healing_options(config: RunConfig) -> None:
         raise InputError(
             "healing needs real text; name some with --healing '{text: SOURCE}'"
         )
-    if pipes := [
-        source for source in sources if source in measured and is_read_once(source)
-    ]:
-        raise InputError(
-            f"healing needs further text, but {pipes[0]} is a pipe and can be read only once; save "
-            "it to a file, or name another text with --healing '{text: SOURCE}'"
-        )
-    if len(config.remove.counts) > 1:
+    for source in sources:
+        if source in measured and is_read_once(source):
+            raise InputError(
+                f"healing needs further text, but {source} is a pipe and can be read only once; "
+                "save it to a file, or name another text with --healing '{text: SOURCE}'"
+            )
+    if config.remove.is_range:
         raise InputError(
             "a run over a range of removals cuts no checkpoint, so --heal has none; give one "
             "number with --remove"
@@ -138,7 +137,7 @@ def check_run_tasks(config: RunConfig) -> None:
     """
     if not config.tasks:
         return
-    if config.choose != "tasks" and len(config.remove.counts) > 1:
+    if config.choose != "tasks" and config.remove.is_range:
         raise InputError(
             "--tasks needs a checkpoint, but a range of removals cuts none; omit it"
         )

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from isingcut.console.printing import say
 from isingcut.console.progress import Progress
-from isingcut.data.calibration import Calibration
 from isingcut.data.healing_text import is_mixed, to_fit
 from isingcut.errors import ArchitectureError, InputError
 from isingcut.files import cuts, healings, ownership, results, writing
@@ -52,13 +51,20 @@ from isingcut.models.load import (
     load_config,
 )
 from isingcut.models.verify import verify
-from isingcut.options.config import HealConfig, RunConfig, distil_config, heal_config
+from isingcut.options.config import (
+    LENGTH,
+    HealConfig,
+    RunConfig,
+    distil_config,
+    heal_config,
+)
 from isingcut.report.card import card_parts, model_card
 from isingcut.runs.folder import RunFolder, slug
-from isingcut.runs.measuring import calibration_options
+from isingcut.runs.measuring import calibration_options, read_calibration
+from isingcut.runs.prices import Prices
 from isingcut.runs.session import Session
 from isingcut.runs.solving import chosen_blocks, load_candidates, require
-from isingcut.runs.stages import Making, Stage
+from isingcut.runs.stages import Estimate, Making, Stage
 
 HEALED = "healed"
 
@@ -66,6 +72,8 @@ HEALED = "healed"
 _OF_STATE = ("model", "model.gguf")
 # Maximum characters of a block list in a folder name; a longer list is replaced by a hash.
 _LONGEST_NAME = 100
+# Bytes per trained number (weight, gradient, two moments).
+_TRAINED = 16
 
 
 def output_folder(
@@ -79,7 +87,7 @@ def output_folder(
     Args:
         removed: the blocks given by `--blocks`; None is the chosen state.
     """
-    target = folder.target(config.removal)
+    target = folder.target(config)
     if removed is None or folder.overwrite:
         return target
     cut = [folder.find_record(target / name) for name in _OF_STATE]
@@ -107,9 +115,9 @@ def product(
         InputError: no checkpoint without these blocks was cut.
         StageFileError: there is no `model/` yet; the message has the next command.
     """
-    target = folder.target(config.removal)
+    place = target = folder.target(config)
     if removed is None:
-        place = require(folder, config, "model").parent
+        require(folder, config, "model")
     else:
         place = _place_without(folder, config, removed)
     if place == target and config.heal and not folder.find_finished(target / HEALED):
@@ -123,7 +131,7 @@ def _place_without(
     """Find the checkpoint without these blocks, first in the folder for their number."""
     keys = [key for key in folder.run.stages if key.endswith("model")]
     others = ((folder.path / key).parent for key in keys)
-    for place in (folder.target(config.removal), *others):
+    for place in (folder.target(config), *others):
         made = folder.find_record(place / "model")
         if made and made.done and sorted(made.options.removed or ()) == sorted(removed):
             return place
@@ -147,7 +155,7 @@ def _write_exact(
     trust = config.trust_remote_code
     original = load_config(session.source, trust_remote_code=trust)
     loads_with = find_auto_class(original).__name__
-    parts = card_parts(folder.path, folder.target(config.removal), blocks, loads_with)
+    parts = card_parts(folder.path, folder.target(config), blocks, loads_with)
     unused = find_unused(Checkpoint.read(session.source), session.loaded.model)
     write_cut(session.source, blocks, out, drop_mtp=config.drop_mtp, unused=unused)
     proof = verify(
@@ -203,15 +211,15 @@ def make_gguf(
     Raises:
         ArchitectureError: ``source`` cannot be cut, or stores a changed tensor differently.
     """
-    found = source or find_gguf(session.config.model)
-    if found is None:
+    original = source or find_gguf(session.config.model)
+    if original is None:
         return None
     out = checkpoint.with_name("model.gguf")
     if source is None and folder.find_finished(out) and not folder.find_outdated(out):
         return out  # also if it was made from another GGUF file
-    ownership.refuse_source(out, [found])
+    ownership.refuse_source(out, [original])
     try:
-        return cut_gguf(session, folder, checkpoint, found)
+        return cut_gguf(session, folder, checkpoint, original)
     except ArchitectureError as e:
         if source is not None:
             raise
@@ -233,20 +241,18 @@ def _cut_gguf(
     if packed is not None:
         options["type"] = packed.type
 
-    def make(path: Path) -> None:
-        header = read_gguf(source)
-        changed = gguf.changed_tensors(header, session.source, checkpoint, removed)
-        gguf.cut_gguf(
-            source,
-            removed,
-            path,
-            drop_mtp=config.drop_mtp,
-            changed=changed,
-            packed=options.get("type"),
-            progress=session.progress,
-        )
-
-    return folder, checkpoint.with_name("model.gguf"), options, make
+    path = yield folder, checkpoint.with_name("model.gguf"), options
+    header = read_gguf(source)
+    changed = gguf.changed_tensors(header, session.source, checkpoint, removed)
+    gguf.cut_gguf(
+        source,
+        removed,
+        path,
+        drop_mtp=config.drop_mtp,
+        changed=changed,
+        packed=options.get("type"),
+        progress=session.progress,
+    )
 
 
 cut_gguf = Stage("excise", _cut_gguf, Path)
@@ -274,14 +280,30 @@ def _make_model(
             how["healing"] = {key: getattr(healing, key) for key in keys}
         options["patch"] = {**how, **calibration_options(folder)}
 
-    def make(path: Path) -> None:
-        session.choose_tuning(folder)
-        write_model(session, folder, blocks, path, overwrite=True)
-
-    return folder, output_folder(folder, config, removed) / "model", options, make
+    path = yield folder, output_folder(folder, config, removed) / "model", options
+    session.choose_tuning(folder)
+    write_model(session, folder, blocks, path, overwrite=True)
 
 
-make_model = Stage("excise", _make_model, Path)
+def _price_model(prices: Prices) -> list[Estimate]:
+    """Estimate the exact cut, and its patch."""
+    config = prices.config
+    # A checkpoint is read, written, and read again to verify it.
+    cut = prices.estimate(reads=3)
+    if config.patch == "none":
+        return [cut]
+    trained = config.heal or prices.streamed
+    name = before_training(config.patch) if trained else config.patch
+    patch = prices.estimate(
+        samples=-(-config.patch_tokens // config.length),
+        tokens=registry.get(name).passes * config.patch_tokens,
+        reads=3,
+        work=4 * config.patch_tokens * prices.stream,
+    )
+    return [cut, dataclasses.replace(patch, name="patch")]
+
+
+make_model = Stage("excise", _make_model, Path, price=_price_model)
 
 
 def write_model(
@@ -330,7 +352,7 @@ def _patch_job(
     session: Session, folder: RunFolder, removed: Sequence[int], cut: Path, work: Path
 ) -> tuple[Job, cuts.FittedText]:
     loaded = session.loaded
-    own = folder.load(folder.path / "calibration.safetensors", Calibration.load)
+    own = read_calibration(folder)
     config = session.config
     later = None
     if config.heal:
@@ -402,7 +424,7 @@ def _heal(session: Session, folder: RunFolder) -> Making:
     config = session.config
     # The stage has checked the old output.
     healing = distil_config(config).replace(overwrite=True)
-    target = folder.target(config.removal)
+    target = folder.target(config)
     start = target / "model"
     made = folder.record(start)
     removed = tuple(made.options.removed or ())
@@ -412,20 +434,37 @@ def _heal(session: Session, folder: RunFolder) -> Making:
         | {"model": made.fingerprint}
     )
 
-    def make(path: Path) -> None:
-        if (target / HEALING).exists():
-            # It is replaced at the end; refuse now a file that is not a record of a healing.
-            results.read_document(target / HEALING, healings.HealingFile)
-        # Text outside all splits of the run.
-        used = folder.load(folder.path / "calibration.safetensors", Calibration.load)
-        text = build_text(healing, session.loaded, used)
-        job = Job(
-            session.loaded, removed, start, text.train, path, healing, session.progress
-        )
-        heal_checkpoint(job, text, path)
-        shutil.copyfile(path / HEALING, target / HEALING)
-
-    return folder, target / HEALED, options, make
+    path = yield folder, target / HEALED, options
+    if (target / HEALING).exists():
+        # It is replaced at the end; refuse now a file that is not a record of a healing.
+        results.read_document(target / HEALING, healings.HealingFile)
+    # Text outside all splits of the run.
+    used = read_calibration(folder)
+    text = build_text(healing, session.loaded, used)
+    job = Job(
+        session.loaded, removed, start, text.train, path, healing, session.progress
+    )
+    heal_checkpoint(job, text, path)
+    shutil.copyfile(path / HEALING, target / HEALING)
 
 
-heal = Stage("heal", _heal, Path, check=check_healing)
+def _price_healing(prices: Prices) -> list[Estimate]:
+    """Estimate healing with a budget of time or tokens."""
+    if not prices.config.heal:
+        return []
+    if prices.streamed:
+        return [Estimate(impossible="needs the whole model in memory")]
+    # A pass of the original, then forward and backward through the remaining blocks.
+    passes = 1 + 3 * prices.left
+    tokens = prices.config.heal.tokens or 0
+    if seconds := prices.config.heal.seconds:
+        tokens = seconds / passes / prices.forward
+    if not tokens:
+        why = "depends on the text; set a limit with --heal 10min"
+        return [Estimate(impossible=why)]
+    trained = _TRAINED * prices.left * prices.weights / prices.dtype.itemsize
+    work = trained + prices.batch * prices.graph
+    return [prices.estimate(int(tokens) // LENGTH, passes * tokens, work=work)]
+
+
+heal = Stage("heal", _heal, Path, check=check_healing, price=_price_healing)

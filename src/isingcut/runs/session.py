@@ -46,7 +46,7 @@ from isingcut.models.sharing import open_cut
 from isingcut.models.streaming.replay import load_streamed
 from isingcut.models.streaming.store import Buffers
 from isingcut.options.config import BATCH_TOKENS, RunConfig
-from isingcut.processes import ALONE, Processes
+from isingcut.processes import ALONE, Processes, local_rank
 from isingcut.runs.folder import RunFolder, each_removal
 from isingcut.runs.solving import (
     TIMED_TOKENS,
@@ -131,17 +131,17 @@ class Session:
             self.config.model, trust_remote_code=trust, progress=self.progress
         )
         # A later change of the working folder must not move it.
-        found = place.absolute()
-        self._stamp = weights_stamp(found)
-        return found
+        folder = place.absolute()
+        self._stamp = weights_stamp(folder)
+        return folder
 
     @cached_property
     def identity(self) -> ModelIdentity:
         """Name and hash of the model, and the bytes of the file or files that the user has."""
-        found = model_identity(self.source) | {"name": self.config.model}
+        identity = model_identity(self.source) | {"name": self.config.model}
         if (packed := find_gguf(self.config.model)) is not None:
-            found["weight_bytes"] = packed.stat().st_size
-        return ModelIdentity(**found)
+            identity["weight_bytes"] = packed.stat().st_size
+        return ModelIdentity(**identity)
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -157,9 +157,8 @@ class Session:
     def device(self) -> str:
         """The device, or several, separated by commas; a streamed model uses the first."""
         given = (self.config.memory_limit, self.config.cards_per_process)
-        return ",".join(
-            map(str, devices.pick_devices(self.config.device, self.weights, *given))
-        )
+        cards = devices.pick_devices(self.config.device, self.weights, *given)
+        return ",".join(map(str, cards))
 
     @cached_property
     def streaming(self) -> bool:
@@ -169,9 +168,9 @@ class Session:
             InputError: the memory limit cannot be parsed, or a device is not available.
         """
         places = map(torch.device, self.device.split(","))
-        limit = self.config.memory_limit
-        too_large = self.weights > sum(allowance(limit, place).left for place in places)
-        return too_large if self.config.stream == "auto" else self.config.stream == "on"
+        left = sum(allowance(self.config.memory_limit, place).left for place in places)
+        wanted = self.config.stream
+        return self.weights > left if wanted == "auto" else wanted == "on"
 
     @cached_property
     def loaded(self) -> models.LoadedModel:
@@ -180,14 +179,10 @@ class Session:
 
     def _open(self, folder: Path, buffers: Buffers | None = None) -> models.LoadedModel:
         """Open a checkpoint; if the model is streamed, with buffers of another one if given."""
-        trust = self.config.trust_remote_code
-        limit = self.config.memory_limit
-        how: Any = {
-            "dtype": self.dtype,
-            "device": self.device,
-            "trust_remote_code": trust,
-        }
+        how: Any = {"dtype": self.dtype, "device": self.device}
+        how["trust_remote_code"] = self.config.trust_remote_code
         if self.streaming:
+            limit = self.config.memory_limit
             return load_streamed(folder, **how, memory_limit=limit, buffers=buffers)
         return models.load(folder, **how)
 
@@ -277,7 +272,7 @@ def join_processes(session: Session, processes: Processes) -> None:
     # Rank 0 chooses, because processes must not differ by free memory or by the speed of bfloat16.
     # The model is resolved first, so that each machine downloads or converts it once.
     chosen = processes.decide(lambda: _choices(session, processes.size))
-    if processes.local_rank == 0:
+    if local_rank() == 0:
         _ = session.identity
     processes.wait()
     if session.identity.sha256 != chosen.pop("sha256"):
@@ -294,7 +289,7 @@ def _choices(session: Session, size: int) -> dict[str, Any]:
     # Printed because a launcher with wrong options silently starts one process.
     if session.progress is not silent:
         say(f"{size} processes share the measurements")
-    found = {"sha256": session.identity.sha256, "dtype": session.dtype}
+    own = {"sha256": session.identity.sha256, "dtype": session.dtype}
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
     device = pick_device(session.config.device)
     if device.type != "cuda" and local_size > 1 and not session.config.memory_limit:
@@ -303,7 +298,7 @@ def _choices(session: Session, size: int) -> dict[str, Any]:
         each = memory.used + memory.left // local_size
         session.config = session.config.replace(memory_limit=f"{each / 1e6:.0f}MB")
     stream = "on" if session.streaming else "off"
-    return found | {"memory_limit": session.config.memory_limit, "stream": stream}
+    return own | {"memory_limit": session.config.memory_limit, "stream": stream}
 
 
 def _use_own_card(config: RunConfig, processes: Processes) -> None:
@@ -320,11 +315,11 @@ def _use_own_card(config: RunConfig, processes: Processes) -> None:
         number = first_card(present, config.cards_per_process) % present
         torch.cuda.set_device(number)
         own = f"{socket.gethostname()} {torch.cuda.get_device_properties(number).uuid}"
-    found = [card.decode() for card in processes.gather(own.encode())]
-    for rank, card in enumerate(found):
-        if card and card in found[:rank]:
+    cards = [card.decode() for card in processes.gather(own.encode())]
+    for rank, card in enumerate(cards):
+        if card and card in cards[:rank]:
             raise InputError(
-                f"processes {found.index(card)} and {rank} have the same GPU of "
+                f"processes {cards.index(card)} and {rank} have the same GPU of "
                 f"{card.partition(' ')[0]}; start one process per GPU, or all on the CPU "
                 "(--device cpu)"
             )
@@ -343,24 +338,24 @@ def check_by_config(folder: Path, config: RunConfig, *, needed: bool) -> Inspect
             than its positions.
         InfeasibleError: the constraints conflict, as far as known without the weights.
     """
-    found = inspect_model(folder, trust_remote_code=config.trust_remote_code)
-    if found.refusal:
-        raise ArchitectureError(found.refusal)
-    if found.unused:
-        say(f"isingcut: warning: {models.explain_unused(found.unused)}")
+    model = inspect_model(folder, trust_remote_code=config.trust_remote_code)
+    if model.refusal:
+        raise ArchitectureError(model.refusal)
+    if model.unused:
+        say(f"isingcut: warning: {models.explain_unused(model.unused)}")
     if needed or config.removal:
-        blocks = describe_blocks(found.stack, found.rows, found.parameters, 0)
-        if len(config.remove.counts) > 1:
+        blocks = describe_blocks(model.stack, model.rows, model.parameters, 0)
+        if config.remove.is_range:
             # Check the end of a range first: thousands of impossible removals take long to build.
             last = config.replace(remove=config.remove.counts[-1])
             removal_rows(blocks, last, early=True)
         for one in each_removal(config):
             removal_rows(blocks, one, early=True)
     else:
-        kept_and_dropped(len(found.stack), config)
-    if found.positions is not None and config.length > found.positions:
+        kept_and_dropped(len(model.stack), config)
+    if model.positions is not None and config.length > model.positions:
         raise InputError(
-            f"--length {config.length} is more than this model's {found.positions} positions; give "
-            f"--length {found.positions} or less"
+            f"--length {config.length} is more than this model's {model.positions} positions; give "
+            f"--length {model.positions} or less"
         )
-    return found
+    return model

@@ -10,6 +10,7 @@ import inspect
 import math
 import shlex
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,7 +58,7 @@ def removal_rows(
         InfeasibleError: the constraints conflict; the message has them and the nearest possible
             number of blocks or the largest budgets.
     """
-    if len(config.remove.counts) > 1:
+    if config.remove.is_range:
         raise InputError(
             f"--remove {config.remove} is a range, which only `run` and the search accept; "
             "give one number here (in Python: Run.at)"
@@ -104,7 +105,7 @@ def removal_rows(
             )
             raise InfeasibleError(f"{e}{hint}") from e
         pairs = zip(bounds, budgets, strict=True)
-        each = [_furthest(blocks, plain, row, b) for row, b in pairs if row.rhs > 0]
+        each = [_furthest(blocks, plain, b) for row, b in pairs if row.rhs > 0]
         alone = "each alone " if len(each) > 1 else ""
         most = "nearest" if config.budget.packed else "largest"
         raise InfeasibleError(
@@ -122,76 +123,68 @@ def kept_and_dropped(n: int, config: RunConfig) -> list[LinearConstraint]:
     return [*rows.keep(n, config.keep.numbers), *rows.drop(n, config.drop.numbers)]
 
 
-def budget_row(blocks: BlockList, wanted: Budget) -> LinearConstraint:
+def budget_row(blocks: BlockList, budget: Budget) -> LinearConstraint:
     """Make the row of one `--budget`: at least this much of a quantity is removed.
 
     For a packed model, this is the excess over the limit; 0 or less if the whole model meets it.
     """
-    quantity = wanted.quantity
+    quantity = budget.quantity
+    costs, before, now = _costs(blocks, budget)
     if quantity.packed:
-        each, before, now = _packed_costs(blocks, wanted)
-        most = (
-            (1 - wanted.share) * before if wanted.share is not None else wanted.amount
-        )
-        assert most is not None
-        reason = f"{wanted.name} of at most {most:.6g} bytes"
-        return LinearConstraint(f"budget {wanted.name}", each, ">=", now - most, reason)
-    costs = [getattr(b, quantity.cost) for b in blocks.blocks]
-    total = (
-        float(getattr(blocks, quantity.whole)) if quantity.whole else float(sum(costs))
-    )
+        most = budget.amount or (1 - (budget.share or 0.0)) * before
+        reason = f"{budget.name} of at most {most:.6g} bytes"
+        name = f"budget {budget.name}"
+        return LinearConstraint(name, costs, ">=", now - most, reason)
     row = rows.budget(
-        wanted.name, costs, share=wanted.share, amount=wanted.amount, total=total
+        budget.name, costs, share=budget.share, amount=budget.amount, total=before
     )
     unit = quantity.unit
     amount = f"{row.rhs / quantity.units[unit.lower()]:.6g}{unit}"
     return dataclasses.replace(
-        row, reason=f"{wanted.name} of at least {amount} removed"
+        row, reason=f"{budget.name} of at least {amount} removed"
     )
 
 
-def _packed_costs(blocks: BlockList, wanted: Budget) -> tuple[Floats, float, float]:
-    """Return the costs of the packed blocks, of the whole model before packing, and after it."""
+def _costs(blocks: BlockList, budget: Budget) -> tuple[Floats, float, float]:
+    """Return the costs of the blocks, and of the whole model before and after any packing."""
+    quantity = budget.quantity
+    if not quantity.packed:
+        costs = np.array([getattr(b, quantity.cost) for b in blocks.blocks], float)
+        total = float(getattr(blocks, quantity.whole, costs.sum()))
+        return costs, total, total
     packed = blocks.packed
-    quantity = wanted.quantity
-    cache = np.zeros(len(blocks.blocks))
     if packed is None:
         raise InputError(
-            f"--budget {wanted.name} chooses a type by measurement, which only `isingcut run` "
+            f"--budget {budget.name} chooses a type by measurement, which only `isingcut run` "
             "does; give --remove M, or a budget of params, bytes, kv or latency"
         )
-    if wanted.context:
+    cache = np.zeros(len(blocks.blocks))
+    if budget.context:
         # Keys and values in float16, llama.cpp's default.
         each = [
             2 * b.parameters / b.bytes * b.kv_bytes_per_token for b in blocks.blocks
         ]
-        cache = np.array(each) * wanted.context + [b.state_bytes for b in blocks.blocks]
+        cache = np.array(each) * budget.context + [b.state_bytes for b in blocks.blocks]
     costs = getattr(packed, quantity.cost) + cache
     now = float(costs.sum()) + getattr(packed, quantity.whole)
     return costs, packed.read_before + float(cache.sum()), now
 
 
-def _furthest(
-    blocks: BlockList, problem: Problem, row: LinearConstraint, budget: Budget
-) -> str:
+def _furthest(blocks: BlockList, problem: Problem, budget: Budget) -> str:
     """Return the strictest feasible value of one budget, as text for `--budget`."""
-    costs = row.coefficients
+    costs, before, now = _costs(blocks, budget)
     # The energy decreases with the removed amount, so its lowest state removes the most.
     falling = Hamiltonian(-costs, np.zeros((problem.n, problem.n)))
     most = float(costs @ Problem(falling, problem.constraints).a_state())
     unit = budget.quantity.unit
     at = f"@{budget.context}" if budget.context else ""
-    packed = budget.quantity.packed
-    _, before, now = _packed_costs(blocks, budget) if packed else (0, 0.0, 0.0)
     # Rounded so that the printed value is feasible.
     if budget.share is not None:
-        share = most * budget.share / row.rhs
-        if packed:
-            share = (before - now + most) / before
+        share = (before - now + most) / before
         return f"{budget.name}={math.floor(1000 * share) / 10:g}%{at}"
     scale = budget.quantity.units[unit.lower()]
     amount = math.floor(1e6 * most / scale) / 1e6
-    if packed:
+    if budget.quantity.packed:
         amount = math.ceil(1e3 * (now - most) / scale) / 1e3
     return f"{budget.name}={amount:.12g}{unit}{at}"
 
@@ -251,24 +244,22 @@ def _solve(folder: RunFolder, config: RunConfig, progress: Progress = silent) ->
             f"{file} does not exist; run: isingcut energy MODEL --out {folder.path}"
         )
     # An unusable solver is named before the result of another one.
-    registry.get(config.solver)
+    known = inspect.signature(registry.get(config.solver)).parameters
+    given = {"seed": config.seed, "seconds": config.solve_seconds}
+    own = {k: v for k, v in given.items() if k in known}
     problem = problem_of(folder, config)
     options = solve_options(folder, config)
 
-    def make(path: Path) -> None:
-        if imports(config.solver) and folder.typed_solver != config.solver:
-            raise InputError(
-                f"the options of {folder.path} have --solver {config.solver}, which imports "
-                f"third-party code; if you trust it, type --solver {config.solver} yourself"
-            )
-        with progress(f"solving for {config.removal}", 0) as bar:
-            spectrum = find(
-                problem, config.solver, config.states, **_solver_options(config)
-            )
-            bar.advance(0, f"lowest energy {spectrum.energies[0]:.4g}")
-        spectrum.save(path)
-
-    return folder, folder.target(config.removal) / "spectrum.json", options, make
+    path = yield folder, folder.target(config) / "spectrum.json", options
+    if imports(config.solver) and folder.typed_solver != config.solver:
+        raise InputError(
+            f"the options of {folder.path} have --solver {config.solver}, which imports "
+            f"third-party code; if you trust it, type --solver {config.solver} yourself"
+        )
+    with progress(f"solving for {config.removal}", 0) as bar:
+        spectrum = find(problem, config.solver, config.states, **own)
+        bar.advance(0, f"lowest energy {spectrum.energies[0]:.4g}")
+    spectrum.save(path)
 
 
 solve = Stage("solve", _solve, Spectrum.load)
@@ -276,15 +267,12 @@ solve = Stage("solve", _solve, Spectrum.load)
 
 def problem_of(folder: RunFolder, config: RunConfig) -> Problem:
     """Make the constrained problem of one removal, with this folder's Hamiltonian."""
-    hamiltonian = folder.load(folder.path / "hamiltonian.safetensors", Hamiltonian.load)
-    return Problem(hamiltonian, removal_rows(folder.run.blocks, config))
+    return Problem(read_energy(folder), removal_rows(folder.run.blocks, config))
 
 
-def _solver_options(config: RunConfig) -> dict[str, Any]:
-    """Return seed and time limit, if the solver has such options."""
-    known = inspect.signature(registry.get(config.solver)).parameters
-    given = {"seed": config.seed, "seconds": config.solve_seconds}
-    return {k: v for k, v in given.items() if k in known}
+def read_energy(folder: RunFolder) -> Hamiltonian:
+    """Read the main energy of a run."""
+    return folder.load(folder.path / "hamiltonian.safetensors", Hamiltonian.load)
 
 
 def solve_options(folder: RunFolder, config: RunConfig) -> dict[str, Any]:
@@ -301,25 +289,19 @@ def with_solved(folder: RunFolder, config: RunConfig) -> RunConfig:
     """
     file = require(folder, config, "spectrum.json")
     made = folder.record(file).options.content()
-    solved = config.replace(**{key: made[key] for key in SOLVING if key in made})
-    other = any(
-        made.get(key) != getattr(config, key) for key in ("remove", "budget", "seed")
-    )
-    if other or folder.find_outdated(file):
-        raise StageFileError(
-            f"{file} was solved for another energy or budget; solve again, with --overwrite: "
-            f"isingcut solve {shlex.quote(str(folder.path))}"
-        )
-    return solved
+    if any(made.get(k) != getattr(config, k) for k in ("remove", "budget", "seed")):
+        raise _outdated_error(folder, file)
+    return config.replace(**{key: made[key] for key in SOLVING if key in made})
 
 
 def require(folder: RunFolder, config: RunConfig, name: str) -> Path:
     """Return a file of an earlier stage of this removal; with an empty name, its folder.
 
     Raises:
-        StageFileError: it does not exist; the message names the first stage that is missing.
+        StageFileError: it is of an earlier energy or spectrum, or does not exist; the message names
+            the first stage that is missing.
     """
-    target = folder.target(config.removal)
+    target = folder.target(config)
     path = target / name
     if not path.exists():
         which = (
@@ -333,26 +315,29 @@ def require(folder: RunFolder, config: RunConfig, name: str) -> Path:
         )
         command = shlex.join(["isingcut", verb, *map(str, (folder.path, *which))])
         raise StageFileError(f"{path} does not exist; first type: {command}")
+    if folder.find_outdated(path):
+        raise _outdated_error(folder, path)
     return path
 
 
-def load_candidates(path: Path) -> CandidatesFile:
-    """Read the ranking in a `candidates.json`."""
-    return read_document(path, CandidatesFile)
+def _outdated_error(folder: RunFolder, file: Path) -> StageFileError:
+    return StageFileError(
+        f"{file} is of an earlier energy, spectrum or budget; solve and rank again, with "
+        f"--overwrite: isingcut solve {shlex.quote(str(folder.path))}"
+    )
+
+
+load_candidates = partial(read_document, model=CandidatesFile)
+"""Reads the ranking in a `candidates.json`."""
 
 
 def read_ranking(folder: RunFolder, config: RunConfig) -> CandidatesFile:
     """Read the ranking of one removal.
 
     Raises:
-        StageFileError: no ranking, or the energy was measured or solved again since.
+        StageFileError: as `require`.
     """
-    file = require(folder, config, "candidates.json")
-    if folder.find_outdated(file):
-        raise StageFileError(
-            f"{file} is of an earlier energy or spectrum; solve and rank again, with --overwrite"
-        )
-    return folder.load(file, load_candidates)
+    return folder.load(require(folder, config, "candidates.json"), load_candidates)
 
 
 def chosen_blocks(folder: RunFolder, config: RunConfig) -> list[int]:

@@ -11,7 +11,7 @@ import os
 import re
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, ParamSpec, TypeVar
@@ -26,9 +26,21 @@ from isingcut.runs.folder import RunFolder, each_removal
 P = ParamSpec("P")
 T = TypeVar("T")
 
-Making = tuple[RunFolder, Path, dict[str, Any], Callable[[Path], None]]
-"""The run, the file or folder that a stage writes there, everything that the result depends on, and
-the function that makes it at a path."""
+
+@dataclass
+class Estimate:
+    """One line of a plan, memory in bytes; ``impossible`` is the reason if it cannot run."""
+
+    name: str = ""
+    samples: int = 0
+    seconds: float = 0.0
+    memory: float = 0.0
+    impossible: str = ""
+
+
+Making = Generator[tuple[RunFolder, Path, dict[str, Any]], Path, None]
+"""Yields the run, the file or folder that a stage writes there, and everything that the result
+depends on; if the path to write to is sent back, makes the result there."""
 
 _JOURNAL = re.compile(r".+\.journal(\.\d+)?")
 _FINGERPRINT = re.compile("[0-9a-f]{16}|[0-9a-f]{64}")
@@ -40,7 +52,7 @@ class Stage(Generic[P, T]):
 
     Attributes:
         name: its name in `run.json`.
-        make: returns what it makes for its arguments, and how.
+        make: makes its result for its arguments.
         load: reads its file or folder.
         check: raises if it is impossible; gets the session and the model's blocks, before a run
             writes its first file.
@@ -48,6 +60,8 @@ class Stage(Generic[P, T]):
         journals: patterns of the journals next to the file, ``{}`` for its name. They are deleted
             once the result is recorded, so that a kill before that loses nothing.
         additions: options whose change needs no `--overwrite`, because nothing else is lost.
+        price: estimates its time and memory from `prices.Prices`, for `plan`; a line without a name
+            gets that of the stage.
     """
 
     name: str
@@ -57,6 +71,7 @@ class Stage(Generic[P, T]):
     together: bool = False
     journals: tuple[str, ...] = ()
     additions: tuple[str, ...] = ()
+    price: Callable[[Any], list[Estimate]] = lambda prices: []
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> T:
         """Return the result; make it unless a result with the same options exists.
@@ -67,24 +82,24 @@ class Stage(Generic[P, T]):
             BusyError: the stage must run, and another process writes to the folder.
             ModelError: the model's weights changed meanwhile.
         """
-        folder, file, options, make = self.make(*args, **kwargs)
+        making = self.make(*args, **kwargs)
+        folder, file, options = next(making)
         processes = folder.processes
         if processes.rank:
             if processes.decide(bool):
                 with tempfile.TemporaryDirectory() as aside:
-                    make(Path(aside) / file.name)
+                    _is_done(making, Path(aside) / file.name, folder)
             folder.share()
             return folder.load(file, self.load)
         ownership.refuse_source(file, folder.sources)
-        with contextlib.ExitStack() as held:
-            if not folder.is_made(file, options):
-                held.enter_context(folder.lock())
+        made = folder.is_made(file, options)
+        with contextlib.nullcontext() if made else folder.lock():
             # Another process may have finished it meanwhile.
             if folder.is_made(file, options):
                 if writing.is_locked(folder.path):
                     # Left by a kill right after the record was written.
                     self._forget(file)
-                processes.decide(lambda: False)
+                processes.decide(bool)
                 folder.share()
                 return folder.load(file, self.load)
             before = folder.find_record(file)
@@ -101,8 +116,9 @@ class Stage(Generic[P, T]):
             began = time.monotonic()
             processes.decide(lambda: self.together)
             try:
-                while not _is_done(make, file, folder):
-                    pass
+                while not _is_done(making, file, folder):
+                    making = self.make(*args, **kwargs)
+                    next(making)
                 try:
                     if folder.session is not None:
                         folder.session.check_model()
@@ -122,15 +138,14 @@ class Stage(Generic[P, T]):
                     folder.run.stages[key] = before
                 folder.save()
                 raise
-            seconds = round(time.monotonic() - began, 3)
+            begun.seconds = round(time.monotonic() - began, 3)
             if file.is_dir():
-                sha256 = ownership.folder_hash(file)
+                begun.sha256 = ownership.folder_hash(file)
             else:
-                sha256 = ownership.file_sha256(file, folder.progress)
-            done: dict[str, Any] = {"done": True, "seconds": seconds, "sha256": sha256}
+                begun.sha256 = ownership.file_sha256(file, folder.progress)
             if folder.session is not None and folder.session.streaming:
-                done["streamed"] = True
-            folder.run.stages[key] = begun.model_copy(update=done)
+                begun.streamed = True
+            begun.done = True
             folder.save()
             folder.share()
             self._forget(file)
@@ -159,12 +174,13 @@ class Stage(Generic[P, T]):
                 f"{file} was not written by this run and is not replaced; move it away"
             )
         made = before.options.content()
-        differs = any(
-            made.get(key) != options.get(key)
-            for key in {*made, *options} - {*self.additions}
+        others = {*made, *options} - {*self.additions}
+        only_added = (
+            before.fingerprint
+            and self.additions
+            and all(made.get(key) == options.get(key) for key in others)
         )
-        fits = before.fingerprint and self.additions and not differs
-        fits = fits or before.fingerprint == folder.fingerprint(options)
+        fits = only_added or before.fingerprint == folder.fingerprint(options)
         if not (fits or folder.overwrite):
             raise _changed_error(file, _list_changes(made, options))
         changed = ownership.find_change_since(file, before, folder.progress)
@@ -177,14 +193,15 @@ class Stage(Generic[P, T]):
             ownership.check_output(file, overwrite=True)
 
 
-def _is_done(make: Callable[[Path], None], file: Path, folder: RunFolder) -> bool:
+def _is_done(making: Making, file: Path, folder: RunFolder) -> bool:
     """Make a stage's file; return False if memory ran out and some could be freed.
 
     Raises:
         MemoryExhaustedError: memory ran out, and none can be freed.
     """
     try:
-        make(file)
+        with contextlib.suppress(StopIteration):
+            making.send(file)
         return True
     except Exception as error:
         if not is_memory_exhausted(error):
@@ -216,7 +233,7 @@ def refuse_changes(folder: RunFolder, config: RunConfig, *, ranks: bool) -> None
     ranks &= max(config.remove.counts, default=0) < len(folder.run.blocks.blocks)
     for one in each_removal(config) if ranks else [config]:
         for name, stage in STAGE_FILES.items():
-            place = folder.path if stage.of_run else folder.target(one.removal)
+            place = folder.path if stage.of_run else folder.target(one)
             record = folder.find_finished(file := place / stage.main)
             if record is None or not (ranks or stage.of_run):
                 continue
@@ -257,7 +274,6 @@ def _list_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str
 
 
 def _in_words(value: Any) -> str:
-    words = (
-        ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
-    )
-    return "none" if value is None else words or "none"
+    if isinstance(value, list | tuple):
+        value = ", ".join(map(str, value))
+    return "none" if value is None else str(value) or "none"

@@ -13,7 +13,7 @@ cut (docs/experiments/deep.md). So the search there measures states after a patc
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -51,6 +51,9 @@ TOKENS = 2048
 are measured again; rounds without a better state after which it ends; states beyond the number of
 blocks after which it ends; and tokens to fit the patch of each state, and to measure it."""
 
+PatchedLoss = Callable[[Sequence[int], str, int], float]
+"""Returns the KL of a state after a patch of a kind, fitted on so many tokens."""
+
 
 def trial_tokens(config: RunConfig) -> int:
     """Return the number of tokens for patches of near candidates; 0 if none are patched."""
@@ -71,9 +74,15 @@ def is_searched(
     return is_deep(removed, blocks) and trial_tokens(config) > TOKENS and not streamed
 
 
-@dataclasses.dataclass
-class Trials:
-    """The measured KL of patched states.
+def patched_losses(
+    session: Session,
+    folder: RunFolder,
+    text: TokenSet,
+    journal: Path,
+    progress: Progress,
+    kept: Kept | None = None,
+) -> PatchedLoss:
+    """Return the function that measures states after a patch.
 
     Args:
         text: text to measure on.
@@ -81,42 +90,32 @@ class Trials:
         progress: display of one measurement.
         kept: as in `make_patches`, for the text of the fits.
     """
+    measured = dict[int, list[Tensor]]()
+    work = dataclasses.replace(session.work(journal), progress=progress)
+    ledger = Ledger(session.replay, text, work)
 
-    session: Session
-    folder: RunFolder
-    text: TokenSet
-    journal: Path
-    progress: Progress
-    kept: Kept | None = None
-
-    def __post_init__(self) -> None:
-        self._measured = dict[int, list[Tensor]]()
-        work = self.session.work(self.journal)
-        self._work = dataclasses.replace(work, progress=self.progress)
-        self._ledger = Ledger(self.session.replay, self.text, self._work)
-
-    def kl(self, removed: Sequence[int], kind: str, tokens: int) -> float:
-        """Return the KL of a state after a patch of a kind, fitted on so many tokens."""
-        session = self.session
+    def measure(removed: Sequence[int], kind: str, tokens: int) -> float:
         # With `--heal` a patch would be least-squares only, but a tuned one predicts the healing.
         trial = session.config.replace(patch=kind, patch_tokens=tokens, heal="")
 
         def make() -> Floats:
             with session.at(trial):
-                new = fit_patch(session, self.folder, removed, self.progress, self.kept)
+                new = fit_patch(session, folder, removed, progress, kept)
             return changed_losses(
                 session.replay,
-                self.text,
+                text,
                 lambda name, _: new.get(name),
-                self._work,
+                work,
                 f"without {join_blocks(removed)}, patched",
                 removed,
-                self._measured,
+                measured,
             )
 
         key = f"{list(removed)}:{kind}:{tokens}"
-        sums = self._ledger.measure_once(key, 0.0, 0.0, make)
-        return float(sums.sum() / self._ledger.counts.sum())
+        sums = ledger.measure_once(key, 0.0, 0.0, make)
+        return float(sums.sum() / ledger.counts.sum())
+
+    return measure
 
 
 def search_patched(
@@ -141,7 +140,8 @@ def search_patched(
 
     Complexity: about N + `MORE` states.
     """
-    trials = Trials(session, folder, text.first(TOKENS), journal, silent, {})
+    few = text.first(TOKENS)
+    patched_kl = patched_losses(session, folder, few, journal, silent, {})
     target = Target(session.config.removal, problem.constraints)
     states = dict[str, Bools]()
     kl = dict[str, float]()
@@ -152,7 +152,7 @@ def search_patched(
             key = key_of(state)
             if key not in kl:
                 states[key] = state
-                kl[key] = trials.kl(blocks_of(state), "linear", TOKENS)
+                kl[key] = patched_kl(blocks_of(state), "linear", TOKENS)
                 bar.advance(1, f"KL {kl[key]:.4f}")
             return kl[key]
 
@@ -190,10 +190,10 @@ def search_patched(
 
 
 def choose_by_patch(
-    found: states.CandidatesFile,
+    ranking: states.CandidatesFile,
     deep: bool,
     config: RunConfig,
-    trials: Trials,
+    patched_kl: PatchedLoss,
     searched: Sequence[list[int]],
 ) -> list[int]:
     """Choose among the candidates near the lowest, by their KL after a patch.
@@ -205,14 +205,14 @@ def choose_by_patch(
     lowest KL. `patched_kl` is set in the rows of the patched candidates.
 
     Args:
-        found: the ranked candidates.
+        ranking: the ranked candidates.
         deep: whether the cut is deep.
         searched: the result of `search_patched`; empty without such a search.
 
     Returns:
         the indices of the patched candidates, the chosen first; one index if no other is near.
     """
-    rows = found.candidates
+    rows = ranking.candidates
     lowest = min(row.kl for row in rows)
 
     def is_near(row: states.MeasuredState) -> bool:
@@ -223,7 +223,7 @@ def choose_by_patch(
     near = [i for i, row in enumerate(rows) if is_near(row)]
     near = sorted(near, key=lambda i: rows[i].kl)[: 1 if searched else TRIED]
     if deep:
-        quick = found.one_pass.states if found.one_pass else []
+        quick = ranking.one_pass.states if ranking.one_pass else []
         best = [min(quick, key=lambda row: row.kl).removed] if quick else []
         more = [*searched, *best]
         near += [
@@ -234,7 +234,7 @@ def choose_by_patch(
     kind = config.patch if deep else "linear"
     count = trial_tokens(config)
     for row in (rows[i] for i in near):
-        row.patched_kl = trials.kl(row.removed, kind, count)
+        row.patched_kl = patched_kl(row.removed, kind, count)
     kl = {i: rows[i].patched_kl or 0.0 for i in near}
     first = near[0]
     near = sorted(near, key=kl.__getitem__)

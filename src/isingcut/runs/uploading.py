@@ -113,10 +113,10 @@ def _clean(path: Path, name: str) -> Path | bytes:
 
 def read_records(files: Files) -> dict[str, Any]:
     """Return the content of isingcut's records among the files that `prepare` returned."""
-    found = {name: files[name] for name in RECORDS if name in files}
     return {
-        k: json.loads(f if isinstance(f, bytes) else f.read_bytes())
-        for k, f in found.items()
+        name: json.loads(file if isinstance(file, bytes) else file.read_bytes())
+        for name, file in files.items()
+        if name in RECORDS
     }
 
 

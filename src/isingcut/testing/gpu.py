@@ -60,25 +60,25 @@ def states() -> Any:
     return np.random.default_rng(1).random((6, 8)) < 0.3
 
 
-def close(found: Any, expected: Any, most: float = CLOSE) -> str:
+def close(actual: Any, expected: Any, most: float = CLOSE) -> str:
     """Check that numbers are close, relative to the largest, and describe their difference.
 
     Raises:
         AssertionError: the numbers are not close.
     """
-    found = np.asarray(found)
+    actual = np.asarray(actual)
     expected = np.asarray(expected)
-    off = float(np.abs(found - expected).max() / np.abs(expected).max())
+    off = float(np.abs(actual - expected).max() / np.abs(expected).max())
     assert off <= most, (
         f"differs by {off:.1e} of its size, at most {most:.0e} is expected"
     )
     return f"differs by {off:.1e}" if off else "equal bits"
 
 
-def compare(found: Replay, expected: Replay) -> str:
+def compare(actual: Replay, expected: Replay) -> str:
     """Compare losses and gradients of a model on two devices."""
-    kl = [measure(replay, tokens(), states()).kl for replay in (found, expected)]
-    rows = [gate_gradients(replay, tokens()) for replay in (found, expected)]
+    kl = [measure(replay, tokens(), states()).kl for replay in (actual, expected)]
+    rows = [gate_gradients(replay, tokens()) for replay in (actual, expected)]
     return f"losses: {close(kl[0], kl[1])}; gradients: {close(rows[0], rows[1])}"
 
 
@@ -150,8 +150,8 @@ class Checks(unittest.TestCase):
         """Compare losses and gradients of the GPU with those of the CPU, of two families."""
         devices = (self.device, torch.device("cpu"))
         for family in ("llama", "qwen3_moe"):
-            found, expected = (replay_on(d, family=family) for d in devices)
-            print(family, compare(found, expected))
+            actual, expected = (replay_on(d, family=family) for d in devices)
+            print(family, compare(actual, expected))
 
     def test_run(self) -> None:
         """Check that a default run, from text to report, chooses the same blocks as on the CPU."""
@@ -159,16 +159,10 @@ class Checks(unittest.TestCase):
         for device in (str(self.device), "cpu"):
             name = f"run-{device.replace(':', '-')}"
             out = self.run_in(name, dtype="float32", device=device)
-            found = read(out / "candidates.json")["chosen"]
-            chosen.append((found["removed"], found["kl"]))
+            state = read(out / "candidates.json")["chosen"]
+            chosen.append((state["removed"], state["kl"]))
         assert chosen[0][0] == chosen[1][0], f"GPU {chosen[0]}, CPU {chosen[1]}"
         print(f"blocks {chosen[0][0]}; KL: {close(chosen[0][1], chosen[1][1])}")
-
-    def test_half(self) -> None:
-        """Run in the default dtype of the GPU."""
-        found = read(self.run_in("run-auto") / "evaluation.json")
-        speed = found["before"].get("decode_tokens_per_second")
-        print(f"{found['dtype']}, KL {found['kl']:.4f}, decodes {speed:.0f} tokens/s")
 
     def test_streamed(self) -> None:
         """Check that a streamed model gives the losses of the model in memory to the last bit.
@@ -197,7 +191,7 @@ class Checks(unittest.TestCase):
     def test_placed_run(self) -> None:
         """Check that a run over two GPUs, healed with LoRA, agrees with one on a single GPU."""
         names = list(map(str, self.two_cards()))
-        found = []
+        healed = []
         given: dict[str, Any] = {
             "dtype": "float32",
             "skip_speed": True,
@@ -208,8 +202,8 @@ class Checks(unittest.TestCase):
         for device in (",".join(names), names[0]):
             folder = f"cards-{device.replace(':', '-').replace(',', '-')}"
             out = self.run_in(folder, device=device, **given)
-            found.append(read(out / "healing.json")["after"]["kl"])
-        print(f"healed KL: {close(found[0], found[1])}")
+            healed.append(read(out / "healing.json")["after"]["kl"])
+        print(f"healed KL: {close(*healed)}")
 
     def test_processes(self) -> None:
         """Check that two processes with a GPU each write the same files as one."""

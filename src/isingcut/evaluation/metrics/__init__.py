@@ -9,5 +9,5 @@ registered metric is measured.
 
 from isingcut.registry import Registry
 
-registry = Registry("metrics", "metric", inside="evaluation")
+registry = Registry(__name__, "metric")
 """All metrics by name."""

@@ -9,5 +9,5 @@ the model next.
 
 from isingcut.registry import Registry
 
-registry = Registry("repairs", "repair", inside="healing")
+registry = Registry(__name__, "repair")
 """All repairs by name; `registry.names()` lists them without an import."""

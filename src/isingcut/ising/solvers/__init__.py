@@ -54,7 +54,7 @@ def imports(name: str) -> bool:
     return str(name).startswith("dimod:")
 
 
-registry = Solvers("solvers", "solver", "ising")
+registry = Solvers(__name__, "solver")
 
 
 def make(solver: str, **options: Any) -> Any:
