@@ -44,11 +44,12 @@ from isingcut.healing.heal import heal
 from isingcut.healing.patch.ridge import bytes_of
 from isingcut.healing.repairs import linear
 from isingcut.healing.repairs import tuned as tuning
+from isingcut.measure.splitting import bytes_of_backward
 from isingcut.memory import is_memory_exhausted
-from isingcut.models.compute.batching import bytes_of_backward
 from isingcut.models.device import allowance
 from isingcut.models.load import load
 from isingcut.models.streaming import replay as streamed
+from isingcut.models.streaming.store import Store
 from isingcut.models.verify import verify
 from isingcut.options.config import HealConfig
 from isingcut.options.declaration import options_from
@@ -310,9 +311,7 @@ def fit_local(place: Path) -> tuple[float, ...]:
 def streamed_budget(place: Path, family: str) -> tuple[float, float]:
     """Return the smallest budget of a streamed run and its model's largest part, both in W."""
     model = checkpoint(place / f"{family}-{NEIGHBOURS[1]}", family, NEIGHBOURS)
-    _, store, _ = streamed.open_model(
-        model, dtype=torch.bfloat16, device=torch.device("cpu"), trust_remote_code=False
-    )
+    store = Store(model, torch.bfloat16, torch.device("cpu"))
     part = store.largest / weights(model)
     job = partial(run, place, model, stream="on", memory_limit="100%")
     return smallest(job, "patched", low=part), part

@@ -45,7 +45,8 @@ from isingcut.measure.losses import tree_nodes
 from isingcut.measure.work import Work
 from isingcut.models.inspect import inspect_model
 from isingcut.models.replay import BLOCK_STREAMS, Recording
-from isingcut.models.streaming.replay import StreamedReplay, open_model
+from isingcut.models.streaming.replay import StreamedReplay
+from isingcut.models.streaming.store import Store
 from isingcut.models.verify import verify
 from isingcut.options.config import LENGTH, HealConfig, RunConfig
 from isingcut.runs.trials import MORE, TOKENS, TRIED, is_deep, is_searched, trial_tokens
@@ -219,8 +220,8 @@ def count(n: int, removed: int) -> Counts:
         mock.patch.object(Recording, "block", block),
     ):
         source = tiny_checkpoint("llama", Path(folder), num_hidden_layers=n)
-        opened = open_model(source, dtype=torch.float32, device=torch.device("cpu"))
-        replay = StreamedReplay(*opened)
+        store = Store(source, torch.float32, torch.device("cpu"))
+        replay = StreamedReplay(store)
         ids = np.random.default_rng(0).integers(8, 256, (SAMPLES, SHORT))
         began = time.process_time()
         before = replay.store.count_sweeps()

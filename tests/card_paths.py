@@ -264,7 +264,7 @@ def gates(place):
     before = recording.entered
     after = recording.block(0, before)
     for gate in GATES:
-        found = run_gated(recording, 0, before, alpha, gate, ones=False)
+        found = run_gated(recording, 0, before, alpha, gate)
         torch.testing.assert_close(found[2].cpu(), after[2].cpu())
 
 

@@ -163,7 +163,7 @@ def test_what_is_not_understood_is_named(changes, message):
 @parametrize(
     "family, removed, message",
     [
-        ("nemotron_h", [2, 6], "every attention block"),
+        ("nemotron_h", [2, 6], "at least one attention block stays"),
         ("zamba2", [2], "take turns with shared weights"),
         ("gemma3n", [4], "read the keys and values of this sliding_attention block"),
         ("gemma4", [7], "has to be full attention in this family"),
@@ -285,10 +285,11 @@ def test_a_block_that_returns_no_stream_is_refused():
             return {"hidden": hidden_states}
 
     class Model(nn.Module):
+        device = torch.device("cpu")
+
         def __init__(self):
             super().__init__()
             self.layers = nn.ModuleList([Odd()])
-            self.weight = nn.Parameter(torch.zeros(1))
 
         def forward(self, input_ids, use_cache):
             return self.layers[0](torch.zeros(1, 4, 2))

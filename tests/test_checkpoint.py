@@ -124,7 +124,7 @@ def test_a_shard_that_shrinks_meanwhile_is_noticed(tmp_path):
 
 
 def test_a_tensor_larger_than_the_buffer_is_copied_whole(tmp_path, monkeypatch):
-    monkeypatch.setattr("isingcut.formats.safetensors_files._BUFFER", 7)
+    monkeypatch.setattr("isingcut.formats.safetensors_files._CHUNK", 7)
     path = tmp_path / "x"
     path.write_bytes(bytes(range(30)))
     stored = StoredTensor("t", path, "U8", (20,), 5, 20)

@@ -29,11 +29,11 @@ from isingcut.models.replay import Recording
 from shared import parametrize, run_tiny
 from test_baselines import part
 from tiny import (
+    Store,
     StreamedReplay,
     Work,
     gate_gradients,
     measure,
-    open_model,
     random_tokens,
     replay_of,
     tiny_model,
@@ -70,8 +70,7 @@ class Place:
     def replay(self, family="llama", streamed=False):
         if not streamed:
             return replay_of(self.model(family))
-        opened = open_model(self.folder, dtype=torch.float32, device=self.device)
-        return StreamedReplay(*opened)
+        return StreamedReplay(Store(self.folder, torch.float32, self.device))
 
 
 def losses(place, family="llama", streamed=False):

@@ -342,17 +342,17 @@ def test_a_launcher_ends_a_run_that_lost_a_process_with_one_line(
 
 @parametrize("count", [1, 2, 3, 4, 7, 16])
 def test_pieces_cover_every_missing_state_once(count):
-    missing = [Piece(0, range(5, 20)), Piece(1, [0, 1, 2, 9, 10, 11]), Piece(4, [7])]
-    found = divide(missing, count, 0.03)
-    assert [key for part in found for key in part.keys] == [
-        k for piece in missing for k in piece.keys
-    ]
-    assert all(part.places for part in found)
+    pieces = [(0, range(5, 20)), (1, [0, 1, 2, 9, 10, 11]), (4, [7])]
+    missing = [Piece(None, None, *piece) for piece in pieces]
+    parts = divide(missing, count, 0.03)
+    found = [(part.batch, place) for part in parts for place in part.places]
+    assert found == [(batch, place) for batch, places in pieces for place in places]
+    assert all(part.places for part in parts)
 
 
 def test_few_micro_batches_are_parted_for_many_processes():
     def whole(batches, states):
-        return [Piece(batch, range(states)) for batch in range(batches)]
+        return [Piece(None, None, b, range(states)) for b in range(batches)]
 
     assert divide(whole(2, 100), 1, 0.03) == whole(2, 100)
     assert len(divide(whole(2, 100), 4, 0.03)) == 4

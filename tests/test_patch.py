@@ -24,7 +24,7 @@ from isingcut.healing.repairs.base import patch_checkpoint
 from isingcut.healing.repairs.linear import _Fitting, fit_patches
 from isingcut.models.device import Allowance
 from isingcut.models.replay import Recording
-from isingcut.models.streaming.store import StoredPart
+from isingcut.models.streaming.reader import StoredPart
 from isingcut.testing.tiny import FAMILIES
 from shared import ArchitectureError, HealConfig, parametrize, refuses
 from tiny import (

@@ -274,7 +274,7 @@ def test_a_run_prices_its_stages_by_the_model_in_memory(
     monkeypatch.setattr(
         pricing, "_time_head", lambda replay, batch: 2 * batch.positions
     )
-    monkeypatch.setattr(pricing, "open_model", None)
+    monkeypatch.setattr(pricing, "Store", None)
     folder = RunFolder.open(Path(shutil.copytree(finished, tmp_path / "run")))
     found = Prices(Session(folder.config.replace(patch="none")), folder)
     assert (found.once, found.latency) == (2, [1] * 6)

@@ -18,6 +18,7 @@ from isingcut.models.compute.head import OutputHead
 from shared import ArchitectureError, MemoryExhaustedError, parametrize, refuses
 from tiny import (
     Replay,
+    Store,
     StreamedReplay,
     Work,
     count_calls,
@@ -28,7 +29,6 @@ from tiny import (
     in_memory,
     keep_rows,
     measure,
-    open_model,
     random_tokens,
     samples,
     some_states,
@@ -138,9 +138,7 @@ def test_a_device_holds_two_parts_and_the_hidden_states(job, tmp_path):
     )
     weights = (tmp_path / "model.safetensors").stat().st_size
     with fake_cards(budget=weights // 2) as (card,):
-        replay = StreamedReplay(
-            *open_model(folder, dtype=torch.float32, device=card.device)
-        )
+        replay = StreamedReplay(Store(folder, torch.float32, card.device))
         card.reset_peak()
         JOBS[job](replay, samples(), np.arange(8) < 2)
         assert card.peak < 2.5 * replay.store.largest + 0.1 * weights

@@ -17,7 +17,7 @@ from isingcut.models.device import Allowance, allowance, container_room, weight_
 from isingcut.models.load import build_skeleton
 from isingcut.models.streaming import reader
 from isingcut.models.streaming.reader import Reader
-from isingcut.models.streaming.store import Buffers
+from isingcut.models.streaming.store import Buffers, Store
 from quantised import quantise
 from shared import (
     CheckpointError,
@@ -41,7 +41,6 @@ from tiny import (
     load_streamed,
     load_tiny,
     measure,
-    open_model,
     samples,
     some_states,
     streamed,
@@ -103,8 +102,12 @@ def everything(folder, dtype):
     model = build_skeleton(folder, dtype)
     reader = Reader(folder, model, dtype)
     values = {}
-    for part, plan in reader.plans.items():
-        values |= reader.fill(part, torch.zeros(plan.size, dtype=torch.uint8))
+    for part in reader.parts.values():
+        buffer = torch.zeros(part.size, dtype=torch.uint8)
+        part.fill(buffer)
+        values |= {
+            name: part.view(buffer)[target] for name, target in part.names.items()
+        }
     for name, buffer in model.named_buffers():
         values.setdefault(name, buffer)
     return values
@@ -151,19 +154,17 @@ def test_reads_shards_and_old_names(tmp_path):
 def test_experts_are_read_into_their_place_and_other_conversions_are_transformers_own(
     tmp_path,
 ):
-    from isingcut.models.streaming.reader import ConversionStep, CopyStep
-
     for family in ("mixtral", "nemotron_h", "ernie4_5_moe"):
         folder = tiny_checkpoint(family, tmp_path / family)
         model = build_skeleton(folder, torch.float32)
-        plans = Reader(folder, model, torch.float32).plans.values()
-        steps = [step for plan in plans for step in plan.steps]
-        assert any(isinstance(s, CopyStep) and s.place for s in steps)
-        assert not any(isinstance(s, ConversionStep) for s in steps)
+        parts = Reader(folder, model, torch.float32).parts.values()
+        steps = [step for part in parts for step in part.steps]
+        assert any(place for s in steps for _, place in s.sources)
+        assert not any(s.convert for s in steps)
 
 
 def test_a_conversion_that_computes_is_run(tmp_path, stub):
-    stub("isingcut.models.streaming.reader._slices", None)
+    stub("isingcut.models.streaming.reader._find_slices", None)
     reads_what_is_loaded(tiny_checkpoint("mixtral", tmp_path), "float32")
 
 
@@ -190,8 +191,9 @@ def test_numbers_are_checked_once(llama, monkeypatch):
     replay = streamed(llama)
     for _ in range(2):
         measure(replay, samples(), some_states(len(replay)))
-    plans = replay.store.reader.plans.values()
-    assert seen == {name: 1 for plan in plans for name in plan.targets}
+    parts = replay.store.reader.parts.values()
+    steps = (step for part in parts for step in part.steps)
+    assert seen == {name: 1 for step in steps for name in step.targets}
 
 
 pytestmark = pytest.mark.usefixtures("one_layout")
@@ -251,14 +253,13 @@ def test_a_cut_is_proven_block_by_block(llama, cut):
 
 def test_a_cut_with_wrong_layer_numbers_is_noticed(llama, cut, monkeypatch):
     replay = streamed(llama)
-    build = open_model
 
     def wrong(*args, **kwargs):
-        model, store, memory = build(*args, **kwargs)
-        model.model.layers[2].self_attn.layer_idx = 1
-        return model, store, memory
+        store = Store(*args, **kwargs)
+        store.model.model.layers[2].self_attn.layer_idx = 1
+        return store
 
-    monkeypatch.setattr("isingcut.models.verify.open_model", wrong)
+    monkeypatch.setattr("isingcut.models.verify.Store", wrong)
     with refuses(r"does not generate|differs from generation", VerificationError):
         verify(replay, [1, 4], cut, new_tokens=6)
 

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 
 from cards import fake_cards
+from isingcut.measure.splitting import choose_batch_tokens, count_graph_bytes
 from isingcut.measure.streams import one_pass
-from isingcut.models.compute.batching import choose_batch_tokens, count_graph_bytes
 from shared import ArchitectureError, RunConfig, parametrize, refuses
 from tiny import (
     Session,

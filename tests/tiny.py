@@ -22,7 +22,8 @@ from isingcut.measure.work import Work
 from isingcut.models.inspect import inspect_model
 from isingcut.models.load import load
 from isingcut.models.replay import Replay
-from isingcut.models.streaming.replay import StreamedReplay, load_streamed, open_model
+from isingcut.models.streaming.replay import StreamedReplay, load_streamed
+from isingcut.models.streaming.store import Store
 from isingcut.models.verify import relative_difference, verify
 from isingcut.runs.session import Session
 from isingcut.testing.tiny import (
@@ -50,7 +51,9 @@ def forbids(model, removed):
     stack = find_stack(model)
     state = np.zeros((1, len(stack)), dtype=bool)
     state[0, list(removed)] = True
-    return not all(row.satisfied(state)[0] for row in legality(model.config, stack))
+    return not all(
+        row.satisfied(state)[0] for row in legality(model.config.to_dict(), stack)
+    )
 
 
 @contextmanager
@@ -155,7 +158,7 @@ def in_memory(folder):
 
 
 def streamed(folder):
-    return StreamedReplay(*open_model(folder, dtype=torch.float32, device=CPU))
+    return StreamedReplay(Store(folder, torch.float32, CPU))
 
 
 def watch(replay):

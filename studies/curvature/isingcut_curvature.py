@@ -197,10 +197,9 @@ def _through_blocks(
     ]
     hidden = recording.entered
     for i, alpha in enumerate(alphas):
-        # Not `ones=True`: that shortcut omits the gates from the graph of the backward pass.
-        hidden = run_gated(recording, i, hidden, alpha, gate, ones=False)
+        hidden = run_gated(recording, i, hidden, alpha, gate)
     stream = hidden.detach()
-    toward = loss_gradient(recording, stream, batch, None, head).requires_grad_(True)
+    toward = loss_gradient(recording, batch, stream, None, head).requires_grad_(True)
     first = torch.autograd.grad(hidden, alphas, toward, create_graph=True)
     wanted = [toward, *alphas] if kind == "hessian" else [toward]
     own = []

@@ -32,8 +32,6 @@ LINES = {
     "a key of others": put("slopes", [6], ONES),
     "a batch beyond": put("77:1", [2, 3], ONES),
     "states beyond": put("0:99", [2, 3], ONES),
-    "another shape": put("0:1", [6], ONES),
-    "a shape that wraps": put("0:1", [-1, 3], 2 * ONES),
     "a huge shape": put("0:1", [10**30], ONES),
     "no number": put("0:1", [2, 3], np.full((2, 3), np.nan).tobytes()),
 }

@@ -211,7 +211,7 @@ def _check(model, mtp, folder, states):
     assert shown.stack.kinds == stack.kinds, (
         "inspection shows other blocks than the model has"
     )
-    rows = legality(model.config, stack)
+    rows = legality(model.config.to_dict(), stack)
     tokens = random_tokens(model, 2, 20)
     chosen = legal_states(stack, rows, states)
     worst = 0.0

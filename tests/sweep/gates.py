@@ -108,7 +108,7 @@ def _gated(recording, block, stream, alpha):
     """Return the stream after a block whose sublayer gates are set to a number."""
     with torch.no_grad():
         value = torch.full((len(stream),), alpha)
-        return run_gated(recording, block, stream, value, "sublayer", ones=False)
+        return run_gated(recording, block, stream, value, "sublayer")
 
 
 def _losses(recording, block, entered, alpha):

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from transformers.modeling_layers import MtpModel
 
 from isingcut.formats.architectures.cuts import depth, mtp_layers, read_decoder
-from isingcut.formats.architectures.fields import MTP, config_object, text_part
+from isingcut.formats.architectures.fields import MTP, text_part
 from isingcut.formats.checkpoints import Checkpoint
 from isingcut.models.verify import random_tokens
 from shared import load_json, save_json
@@ -87,7 +87,7 @@ def add_mtp_layers(model, folder):
 
 def _write_fields(config, text, count):
     """Set the fields of a configuration for MTP layers, of the same type as the last block."""
-    part = text_part(config, config_object(config))
+    part = text_part(config)
     known = [field for field in MTP if hasattr(text, field)]
     part.update(dict.fromkeys(known[:1] or ["num_nextn_predict_layers"], count))
     for name in known[1:]:

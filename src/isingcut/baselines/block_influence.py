@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from isingcut.baselines.base import Outcome, check_count
 from isingcut.data.tokens import TokenSet
-from isingcut.measure.streams import block_means, pick_blocks
+from isingcut.measure.streams import one_pass, pick_blocks
 from isingcut.measure.work import Work
 from isingcut.models.replay import Replay
 
@@ -31,6 +31,6 @@ class BlockInfluence:
     ) -> Outcome:
         """Choose the blocks of lowest influence; ``seed`` has no effect."""
         check_count(replay, remove)
-        scores = block_means(replay, tokens, work)
+        scores = one_pass(replay, tokens, work)[0]
         info = {"influence": scores.tolist()}
         return Outcome(pick_blocks(scores, remove), passes=1.0, heads=0.0, info=info)

@@ -7,7 +7,7 @@ import contextlib
 import json
 import os
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -31,19 +31,13 @@ class Journal:
     Args:
         path: the file; None keeps the rows in memory only.
         fingerprint: fingerprint of the measured model, tokens and states.
-        fits: function of key and row, whether the row can belong to this measurement.
 
     Raises:
         InputError: the disk is full, or the file cannot be read or written.
         StageFileError: ``path`` is not a journal of this version.
     """
 
-    def __init__(
-        self,
-        path: Path | None,
-        fingerprint: str,
-        fits: Callable[[str, Values], bool] = lambda key, row: True,
-    ) -> None:
+    def __init__(self, path: Path | None, fingerprint: str) -> None:
         self.fingerprint = fingerprint
         self._path = path
         self._rows = dict[str, Values]()
@@ -65,7 +59,7 @@ class Journal:
                     shape
                 )
                 whole = isinstance(key, str) and checksum == _checksum(text)
-                if whole and np.isfinite(row).all() and fits(key, row):
+                if whole and np.isfinite(row).all():
                     self._rows[key] = row
 
     def get(self, key: str) -> Values | None:

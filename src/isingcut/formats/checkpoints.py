@@ -9,7 +9,7 @@ import contextlib
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -70,13 +70,56 @@ class Checkpoint:
     stored: Mapping[str, StoredTensor]
 
     @classmethod
-    def read(cls, folder: Path) -> Checkpoint:
-        """Read a checkpoint's configuration and headers, which may contradict each other.
+    def read(cls, folder: Path, *, weights: bool = True) -> Checkpoint:
+        """Read a checkpoint's configuration and headers, and check that they match.
+
+        Args:
+            weights: whether weights are required, in a supported packing.
 
         Raises:
-            CheckpointError: configuration or headers are missing or damaged.
+            CheckpointError: configuration or headers are damaged, or a block has no tensors.
+            ModelError: a number in the configuration is larger than any model's, or configuration
+                and tensors have different numbers of blocks; the message has both.
+            ArchitectureError: the configuration is not valid, or the weights' packing not
+                supported.
         """
-        return cls(folder, read_config(folder), read_checkpoint(folder))
+        config = read_config(folder)
+        for name, kind in _FORMS.items():
+            if config.get(name) is not None and not isinstance(config[name], kind):
+                raise ModelError(
+                    f"{folder / 'config.json'} has {name}={config[name]!r:.60}; expected "
+                    f"{'an object' if kind is dict else 'a text'}"
+                )
+        _refuse_huge(folder, config)
+        stored = {}
+        if weights or any(folder.glob("*.safetensors")):
+            stored = read_checkpoint(folder)
+        if weights:
+            refuse_packing(config)
+        checkpoint = cls(folder, config, stored)
+        if not config.get("is_encoder_decoder"):
+            checkpoint._check_blocks()
+        return checkpoint
+
+    def _check_blocks(self) -> None:
+        count = self.depth
+        _, numbers = self._stack
+        if not numbers:
+            return
+        there = max(numbers) + 1
+        if count <= there <= count + self.mtp_layers:
+            there = count
+        if gaps := set(range(there)) - numbers:
+            raise CheckpointError(
+                f"the checkpoint in {self.folder} has tensors of blocks up to {max(numbers)}, but "
+                f"none of block {min(gaps)}; complete the download"
+            )
+        if there != count:
+            raise ModelError(
+                explain_uncuttable(self.text)
+                or f"config.json says {count} blocks, but the checkpoint has tensors of {there}; "
+                f"write {there} into {self.folder / 'config.json'}, or get its weights"
+            )
 
     @cached_property
     def text(self) -> dict[str, Any]:
@@ -94,34 +137,51 @@ class Checkpoint:
         return mtp_layers(self.text)
 
     @cached_property
+    def _stack(self) -> tuple[str, set[int]]:
+        """The name prefix of the block tensors, and their block numbers.
+
+        Prefixes with the right numbers win, unless their tensors are far too small; then the
+        largest.
+        """
+        numbers = defaultdict[str, set[int]](set)
+        sizes = Counter[str]()
+        for name, tensor in self.stored.items():
+            match = _NUMBERED.match(name)
+            if match is not None and not is_mtp(before := match[1] or ""):
+                prefix = f"{before}{match[2]}."
+                numbers[prefix].add(int(match[3]))
+                sizes[prefix] += tensor.size
+        # Leave out blocks of other modalities, unless the model is an encoder (BERT as a decoder).
+        ours = [p for p in sizes if not any(word in p for word in OTHER_STACKS)]
+        ours = ours or list(sizes)
+        least = max((sizes[p] for p in ours), default=0) / _SMALLER
+        blocks = set(range(self.depth))
+        most = set(range(self.depth + self.mtp_layers))
+        fits = [p for p in ours if sizes[p] >= least and blocks <= numbers[p] <= most]
+        prefix = max(fits or ours, key=lambda p: sizes[p], default="")
+        return prefix, numbers[prefix]
+
+    @property
     def prefix(self) -> str:
         """Common prefix of the names of all block tensors, up to the block number.
 
         Raises:
-            CheckpointError: no tensor has such a name, or the tensors have another number of
-                blocks than the configuration.
+            CheckpointError: no tensor has such a name.
         """
-        prefix, found = _stack(self.stored.values(), self.depth, self.mtp_layers)
-        if not found:
+        prefix, numbers = self._stack
+        if not numbers:
             raise CheckpointError("the checkpoint has no tensors of numbered blocks")
-        if not _fits(found, self.depth, self.mtp_layers):
-            missing = sorted(set(range(self.depth)) - found)
-            detail = f"; block {missing[0]} is missing" if missing else ""
-            raise CheckpointError(
-                f"the configuration says {self.depth} blocks but the tensors {prefix}* have "
-                f"{len(found)}{detail}"
-            )
         return prefix
 
     def by_block(self) -> list[dict[str, StoredTensor]]:
         """Return the tensors of each block, with their names inside it; errors as `prefix`."""
-        found: dict[str, dict[str, StoredTensor]] = {
+        blocks: dict[str, dict[str, StoredTensor]] = {
             f"{self.prefix}{i}": {} for i in range(self.depth)
         }
         for name, tensor in self.stored.items():
             number, _, rest = name.removeprefix(self.prefix).partition(".")
-            found.get(self.prefix + number, {})[rest] = tensor
-        return list(found.values())
+            blocks.get(self.prefix + number, {})[rest] = tensor
+        return list(blocks.values())
 
     def mtp_tensors(self) -> dict[str, StoredTensor]:
         """Return the tensors of the layers for multi-token prediction, by name."""
@@ -132,52 +192,6 @@ class Checkpoint:
         """Largest number of weights in its tensors; None without weights."""
         numbers = (tensor.most_numbers for tensor in self.stored.values())
         return sum(numbers) if self.stored else None
-
-
-def check_fit(folder: Path, *, weights: bool = True) -> Checkpoint:
-    """Read a checkpoint's configuration and headers, and check that they match.
-
-    Args:
-        weights: whether weights are required, in a supported packing.
-
-    Raises:
-        CheckpointError: configuration or headers are damaged, or a block has no tensors.
-        ModelError: a number in the configuration is larger than any model's, or configuration and
-            tensors have different numbers of blocks; the message has both.
-        ArchitectureError: the configuration is not valid, or the weights' packing not supported.
-    """
-    config = read_config(folder)
-    for name, kind in _FORMS.items():
-        if config.get(name) is not None and not isinstance(config[name], kind):
-            raise ModelError(
-                f"{folder / 'config.json'} has {name}={config[name]!r:.60}; expected "
-                f"{'an object' if kind is dict else 'a text'}"
-            )
-    _refuse_huge(folder, config)
-    stored = {}
-    if weights or any(folder.glob("*.safetensors")):
-        stored = read_checkpoint(folder)
-    if weights:
-        refuse_packing(config)
-    checkpoint = Checkpoint(folder, config, stored)
-    count = checkpoint.depth
-    numbers = _stack(stored.values(), count, checkpoint.mtp_layers)[1]
-    if numbers and not config.get("is_encoder_decoder"):
-        found = max(numbers) + 1
-        if count <= found <= count + checkpoint.mtp_layers:
-            found = count
-        if gaps := set(range(found)) - numbers:
-            raise CheckpointError(
-                f"the checkpoint in {folder} has tensors of blocks up to {max(numbers)}, but none "
-                f"of block {min(gaps)}; complete the download"
-            )
-        if found != count:
-            raise ModelError(
-                explain_uncuttable(checkpoint.text)
-                or f"config.json says {count} blocks, but the checkpoint has tensors of {found}; "
-                f"write {found} into {folder / 'config.json'}, or get its weights"
-            )
-    return checkpoint
 
 
 def check_sizes(seen: Checkpoint, model: Any) -> None:
@@ -220,34 +234,6 @@ def count_mtp_layers(folder: Path) -> int:
     """Return the number of layers for multi-token prediction, or 0 if none has tensors."""
     checkpoint = Checkpoint.read(folder)
     return max(1, checkpoint.mtp_layers) if checkpoint.mtp_tensors() else 0
-
-
-def _fits(numbers: set[int], count: int, heads: int) -> bool:
-    return set(range(count)) <= numbers <= set(range(count + heads))
-
-
-def _stack(
-    tensors: Iterable[StoredTensor], count: int, heads: int
-) -> tuple[str, set[int]]:
-    """Return the name prefix of the block tensors, and their block numbers.
-
-    Prefixes with the right numbers win, unless their tensors are far too small; then the largest.
-    """
-    numbers = defaultdict[str, set[int]](set)
-    sizes = Counter[str]()
-    for tensor in tensors:
-        match = _NUMBERED.match(tensor.name)
-        if match is not None and not is_mtp(before := match[1] or ""):
-            prefix = f"{before}{match[2]}."
-            numbers[prefix].add(int(match[3]))
-            sizes[prefix] += tensor.size
-    # Leave out blocks of other modalities, unless the model is an encoder (BERT as a decoder).
-    ours = [p for p in sizes if not any(word in p for word in OTHER_STACKS)]
-    ours = ours or list(sizes)
-    least = max((sizes[p] for p in ours), default=0) / _SMALLER
-    fits = [p for p in ours if sizes[p] >= least and _fits(numbers[p], count, heads)]
-    prefix = max(fits or ours, key=lambda p: sizes[p], default="")
-    return prefix, numbers[prefix]
 
 
 def _refuse_huge(folder: Path, value: Any, key: str = "") -> None:

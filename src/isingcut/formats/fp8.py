@@ -58,9 +58,7 @@ def fp8_layout(folder: Path, config: Mapping[str, Any]) -> str | None:
     if method == "fp8":
         return "fp8"
     if method == "compressed-tensors":
-        groups = _object(quantisation.get("config_groups")).values()
-        weights = [_object(_object(group).get("weights")) for group in groups]
-        kinds = [[w.get("num_bits"), w.get("type")] for w in weights]
+        kinds = [[w.get("num_bits"), w.get("type")] for w in _groups(quantisation)]
         fits = kinds and kinds == [[8, "float"]] * len(kinds)
         return "compressed-tensors" if fits else None
     algorithm = quantisation.get("quant_algo")
@@ -197,8 +195,8 @@ def tile_of(config: Mapping[str, Any]) -> tuple[int, int] | None:
     """
     quantisation = _object(config.get("quantization_config"))
     sizes = quantisation.get("weight_block_size")
-    for group in _object(quantisation.get("config_groups")).values():
-        sizes = sizes or _object(_object(group).get("weights")).get("block_structure")
+    for weights in _groups(quantisation):
+        sizes = sizes or weights.get("block_structure")
     if sizes is None:
         return None
     whole = isinstance(sizes, list) and all(type(n) is int and n > 0 for n in sizes)
@@ -207,6 +205,12 @@ def tile_of(config: Mapping[str, Any]) -> tuple[int, int] | None:
     raise CheckpointError(
         f"the config's quantisation has tiles of {sizes!r}; expected two positive whole numbers"
     )
+
+
+def _groups(quantisation: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Return how each group of weights of a compressed-tensors checkpoint is packed."""
+    groups = _object(quantisation.get("config_groups")).values()
+    return [_object(_object(group).get("weights")) for group in groups]
 
 
 def _object(value: Any) -> Mapping[str, Any]:

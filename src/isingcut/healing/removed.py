@@ -17,7 +17,7 @@ from torch import nn
 from isingcut.data.tokens import Encoder
 from isingcut.errors import InputError
 from isingcut.formats.architectures.blocks import stack_modules
-from isingcut.formats.checkpoints import Checkpoint, check_fit
+from isingcut.formats.checkpoints import Checkpoint
 from isingcut.formats.sources import model_identity
 from isingcut.healing import CUT
 from isingcut.healing.checks import Removal, original_of
@@ -40,7 +40,7 @@ def check_pair(
         InputError: the teacher is not the recorded model, vocabulary, width or tokenizer differ,
             the record does not fit the checkpoint, or the options do not fit the model.
     """
-    ours, theirs = map(check_fit, (student, teacher))
+    ours, theirs = map(Checkpoint.read, (student, teacher))
     if removal is not None:
         if (wanted := original_of(removal)) and not config.other_teacher:
             given = model_identity(teacher)

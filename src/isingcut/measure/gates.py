@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from isingcut.errors import ArchitectureError, InputError
-from isingcut.models.compute.divergence import bits, can_compile, fill_row_dots
+from isingcut.models.compute.divergence import bits, can_compile, fill_row_dots, widen
 from isingcut.models.replay import Recording
 
 GATES = ("sublayer", "block")
@@ -51,28 +51,18 @@ _SAME_STREAM = {
 
 
 class _Scale(torch.autograd.Function):
-    """The product added * alpha per sample, with the gradient of alpha summed in float32.
-
-    With ``ones`` (alpha = 1) the forward pass makes no copy.
-    """
+    """The product added * alpha per sample, with the gradient of alpha summed in float32."""
 
     @staticmethod
-    def forward(ctx: Any, added: Tensor, alpha: Tensor, ones: bool) -> Tensor:
+    def forward(ctx: Any, added: Tensor, alpha: Tensor) -> Tensor:
         ctx.save_for_backward(added, alpha)
-        ctx.ones = ones
-        if ones:
-            return added.view_as(added)
-        return (added.float() * _column(alpha, added)).to(added.dtype)
+        return _scale(added, alpha)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
         (grad,) = grads
         added, alpha = ctx.saved_tensors
-        rows = row_dots(grad, added)
-        through = (
-            grad if ctx.ones else (grad.float() * _column(alpha, grad)).to(grad.dtype)
-        )
-        return through, rows, None
+        return _scale(grad, alpha), row_dots(grad, added)
 
 
 def row_dots(a: Tensor, b: Tensor) -> Tensor:
@@ -87,8 +77,8 @@ def row_dots(a: Tensor, b: Tensor) -> Tensor:
     return (a.float() * b.float()).sum(1)
 
 
-def _column(alpha: Tensor, like: Tensor) -> Tensor:
-    return alpha.view(-1, *([1] * (like.dim() - 1)))
+def _scale(x: Tensor, alpha: Tensor) -> Tensor:
+    return (widen(x) * alpha.view(-1, *([1] * (x.dim() - 1)))).to(x.dtype)
 
 
 class _ResidualGate(TorchFunctionMode):
@@ -137,8 +127,6 @@ def run_gated(
     hidden: Tensor,
     alpha: Tensor,
     gate: str,
-    *,
-    ones: bool,
 ) -> Tensor:
     """Return the hidden states (B, T, D) after block ``i`` with its gate at ``alpha``.
 
@@ -148,7 +136,6 @@ def run_gated(
         hidden: (B, T, D), input of the block.
         alpha: (B,) float32, one gate per sample.
         gate: ``"sublayer"`` or ``"block"``.
-        ones: whether alpha is all ones, which saves the multiplication in the forward pass.
 
     Raises:
         ArchitectureError: a sublayer gate found no residual addition to act on.
@@ -161,7 +148,7 @@ def run_gated(
         # OPT adds (B T, D) to (B T, D): every token of a sample has the sample's gate.
         repeats = len(added) // len(alpha)
         each = alpha if repeats == 1 else alpha.repeat_interleave(repeats)
-        result: Tensor = _Scale.apply(added, each, ones)  # type: ignore[no-untyped-call]
+        result: Tensor = _Scale.apply(added, each)  # type: ignore[no-untyped-call]
         return result
 
     if gate == "block":

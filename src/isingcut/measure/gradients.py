@@ -53,7 +53,7 @@ def _run_gated(
     if not before.requires_grad:
         before = before.detach().requires_grad_(block > 0)
     edges = [get_gradient_edge(x) for x in (alpha, before) if x.requires_grad]
-    after = run_gated(recording, block, before, alpha, gate, ones=True)
+    after = run_gated(recording, block, before, alpha, gate)
     end = get_gradient_edge(after)
 
     def backward(toward: Tensor) -> tuple[Tensor, Tensor]:
@@ -61,6 +61,20 @@ def _run_gated(
         return gradients[0], gradients[-1]
 
     return after, backward
+
+
+def _run_removed(recording: Recording, block: int, before: Tensor) -> Backward:
+    """Return the backward pass of a block whose gate is 0: the gradient of its output is also that
+    of its input."""
+
+    @torch.no_grad()
+    def backward(toward: Tensor) -> tuple[Tensor, Tensor]:
+        own = recording.move_to_block(block, before)
+        change = recording.block(block, own) - own
+        toward = toward.to(change.device)
+        return row_dots(toward, change), toward
+
+    return backward
 
 
 Toward = Callable[[Recording, TokenSet, Tensor, Tensor], Tensor]
@@ -94,6 +108,7 @@ def gate_rows(
     kept, as many as fit; the other blocks are computed once more.
     """
     n = len(replay)
+    state = np.zeros(n, bool) if removed is None else removed
     # Hidden states before and after every block, the input of the blocks (in the recording), those
     # of the original before and after one block, and two gradients. Kept graphs need fewer.
     streams = n + 6
@@ -113,95 +128,71 @@ def gate_rows(
             # while the next weights load.
             graphs = left // (BLOCK_STREAMS * max(each)) // replay.devices
             graphs = 0 if replay.streamed else graphs
-            ways = [_Way(replay, batch, gate, removed, graphs) for batch in some]
-            for step, part in enumerate(replay.store.sweep(order)):
-                for way in ways:
-                    if part == EMBED:
-                        way.enter()
-                    elif part == HEAD:
-                        way.turn(toward)
-                    else:
-                        (way.there if step <= n else way.back)(int(part))
+            rows = [torch.zeros(b.samples, n, device=replay.device) for b in some]
+            passes = [
+                _fill_rows(replay, batch, gate, toward, state, graphs, own)
+                for batch, own in zip(some, rows, strict=True)
+            ]
+            for part in replay.store.sweep(order):
+                for steps in passes:
+                    next(steps)
+                    if part not in (EMBED, HEAD):
                         advance(1 / (2 * n))
-            return [way.rows for way in ways]
+            return rows
 
         yield from split_to_fit(
             replay.limit, batches[chunk], compute, lambda a, b: torch.cat([a, b])
         )
 
 
-class _Way:
-    """The forward and backward pass of one micro-batch.
+def _fill_rows(
+    replay: Replay,
+    batch: TokenSet,
+    gate: str,
+    toward: Toward,
+    removed: Bools,
+    graphs: int,
+    rows: Tensor,
+) -> Iterator[None]:
+    """Fill the rows of one micro-batch by a forward and a backward pass; yield after each part.
 
-    The graphs of the last blocks of each device are kept.
+    No local variable keeps a graph at a yield, because that would take memory until the next part.
+
+    Args:
+        graphs: number of graphs to keep on each device, those of its last blocks.
     """
-
-    def __init__(
-        self,
-        replay: Replay,
-        batch: TokenSet,
-        gate: str,
-        removed: Bools | None,
-        graphs: int,
-    ) -> None:
-        self._replay = replay
-        self._batch = batch
-        self._gate = gate
-        self._removed = np.zeros(len(replay), bool) if removed is None else removed
-        self._graphs = graphs
-        self._kept: dict[int, Backward] = {}
-        self._streams: dict[int, Tensor] = {}
-        self.rows = torch.zeros(batch.samples, len(replay), device=replay.device)
-
-    def enter(self) -> None:
-        """Run the embedding."""
-        with torch.no_grad():
-            self._recording = self._replay.record(self._batch.input_ids)
-        self._original = self._streams[0] = self._recording.entered
-
-    def there(self, block: int) -> None:
-        """Run a block; keep its graph if those of all later blocks on its device fit too."""
-        before = self._streams[block]
-        places = self._replay.places[block:]
-        if self._removed.any():
+    with torch.no_grad():
+        recording = replay.record(batch.input_ids)
+    original = recording.entered
+    streams = {0: original}
+    kept: dict[int, Backward] = {}
+    yield
+    for block in range(len(replay)):
+        later = replay.places[block:]
+        if removed.any():
             with torch.no_grad():
-                self._original = self._recording.block(block, self._original)
-        if self._removed[block]:
-            after = before
-        elif places.count(places[0]) <= self._graphs:
-            del self._streams[block]
-            after, self._kept[block] = _run_gated(
-                self._recording, block, before, self._gate
+                original = recording.block(block, original)
+        if removed[block]:
+            streams[block + 1] = streams[block]
+            kept[block] = _run_removed(recording, block, streams.pop(block))
+        elif later.count(later[0]) <= graphs:
+            streams[block + 1], kept[block] = _run_gated(
+                recording, block, streams.pop(block), gate
             )
         else:
-            ones = torch.ones(len(before), device=before.device)
-            with torch.no_grad():
-                after = run_gated(
-                    self._recording, block, before, ones, self._gate, ones=True
-                )
-        self._streams[block + 1] = after
-
-    def turn(self, toward: Toward) -> None:
-        """Run the head, and compute the gradient to propagate back."""
-        stream = self._streams.pop(len(self._replay)).detach()
-        original = self._original if self._removed.any() else stream
-        self._toward = toward(self._recording, self._batch, stream, original)
-
-    def back(self, block: int) -> None:
-        """Propagate the gradient back through a block."""
-        backward = self._kept.pop(block, None)
-        if backward is None:
-            before = self._streams.pop(block)
-            if self._removed[block]:
-                # With a gate at 0, the gradient of the output is also that of the input.
-                with torch.no_grad():
-                    before = self._recording.move_to_block(block, before)
-                    change = self._recording.block(block, before) - before
-                    self._toward = self._toward.to(change.device)
-                    self.rows[:, block] = row_dots(self._toward, change)
-                return
-            _, backward = _run_gated(self._recording, block, before, self._gate)
-        self.rows[:, block], self._toward = backward(self._toward)
+            result = _run_gated(recording, block, streams[block], gate)
+            streams[block + 1] = result[0].detach()
+            del result
+        yield
+    stream = streams.pop(len(replay)).detach()
+    gradient = toward(recording, batch, stream, original if removed.any() else stream)
+    del stream
+    yield
+    for block in reversed(range(len(replay))):
+        if block not in kept:
+            kept[block] = _run_gated(recording, block, streams.pop(block), gate)[1]
+        rows[:, block], gradient = kept.pop(block)(gradient)
+        yield
 
 
 def measure_batches(
@@ -210,33 +201,27 @@ def measure_batches(
     work: Work,
     words: str,
     shape: tuple[int, ...],
-    found: Callable[[Sequence[TokenSet], Bar], Iterator[Floats]],
+    measure: Callable[[Sequence[TokenSet], Bar], Iterator[Floats]],
     **how: Any,
 ) -> Floats:
     """Measure rows (m, *shape) of the samples, per micro-batch, and keep them in the journal.
 
     Args:
         words: description for the progress display.
-        found: function that yields the rows of each given micro-batch, in order.
+        measure: function that yields the rows of each given micro-batch, in order.
         how: everything else that the numbers depend on.
     """
-    for name, parameter in replay.model.named_parameters():
-        assert not parameter.requires_grad, f"{name} requires a gradient"
     batches = {
         str(b): batch for b, batch in enumerate(tokens.batches(work.batch_tokens))
     }
-
-    def fits(key: str, row: Floats) -> bool:
-        return key in batches and row.shape == (batches[key].samples, *shape)
-
     measured = identity(replay, tokens, batch_tokens=work.batch_tokens, **how)
-    kept = SharedJournal(work.journal, measured, fits, replay.processes)
+    kept = SharedJournal(work.journal, measured, replay.processes)
     with work.progress(words, len(batches)) as bar, use_attention(replay):
         todo = [key for key in batches if kept.get(key) is None]
         bar.advance(len(batches) - len(todo))
         own, bar = kept.share(todo, bar)
         mine = [batches[key] for key in own]
-        for key, batch, row in zip(own, mine, found(mine, bar), strict=True):
+        for key, batch, row in zip(own, mine, measure(mine, bar), strict=True):
             check_finite(replay, batch, row)
             kept.put({key: row})
         kept.gather()
@@ -273,21 +258,23 @@ def gate_gradients(
     Source: arXiv 2602.00161 (its gate gradients; the sign is that of d loss / d alpha).
     """
 
-    def found(mine: Sequence[TokenSet], bar: Bar) -> Iterator[Floats]:
+    def measure(mine: Sequence[TokenSet], bar: Bar) -> Iterator[Floats]:
         head = OutputHead(replay)
-
-        def toward(
-            recording: Recording, batch: TokenSet, stream: Tensor, _: Tensor
-        ) -> Tensor:
-            return loss_gradient(recording, stream, batch, label_seed, head)
-
-        for row in gate_rows(replay, mine, gate, toward, advance=bar.advance):
+        for row in gate_rows(
+            replay,
+            mine,
+            gate,
+            lambda recording, batch, stream, _: loss_gradient(
+                recording, batch, stream, label_seed, head
+            ),
+            advance=bar.advance,
+        ):
             yield row.double().cpu().numpy()
 
     words = f"gradients of {tokens.samples} samples"
     shape = (len(replay),)
     return measure_batches(
-        replay, tokens, work, words, shape, found, gate=gate, label_seed=label_seed
+        replay, tokens, work, words, shape, measure, gate=gate, label_seed=label_seed
     )
 
 
@@ -306,16 +293,11 @@ def gate_slopes(
     Args:
         state: (N,) bool; the gates of removed blocks are 0, all others 1.
     """
-
-    def toward(
-        recording: Recording, batch: TokenSet, cut: Tensor, original: Tensor
-    ) -> Tensor:
-        return divergence_gradient(recording, original, cut, batch)
-
     total = np.zeros(len(replay))
+    batches = tokens.batches(batch_tokens)
     with use_attention(replay):
         for rows in gate_rows(
-            replay, tokens.batches(batch_tokens), "block", toward, removed=state
+            replay, batches, "block", divergence_gradient, removed=state
         ):
             total += rows.T.contiguous().sum(1).double().cpu().numpy()
     return total / tokens.tokens

@@ -10,7 +10,7 @@ import numpy as np
 
 from isingcut.data.tokens import TokenSet
 from isingcut.errors import InputError
-from isingcut.ising.states import Floats, States, key_of
+from isingcut.ising.states import Bools, Floats, States, key_of
 from isingcut.measure.losses import measure_together, tree_nodes
 from isingcut.measure.work import SharedJournal, Work, identity
 from isingcut.models.replay import Replay
@@ -54,7 +54,7 @@ class Ledger:
         self.counts = tokens.counts
         self._real = tokens.mask.sum(1).numpy()
         measured = identity(replay, tokens, loss=loss, batch_tokens=work.batch_tokens)
-        self._kept = SharedJournal(work.journal, measured, processes=replay.processes)
+        self._kept = SharedJournal(work.journal, measured, replay.processes)
         self._paid: set[str] = set()
         self.runs = self.heads = 0.0
         self.evaluations = 0
@@ -78,21 +78,21 @@ class Ledger:
     def measure_once(
         self,
         key: str,
-        length: int,
         runs: float,
         heads: float,
         make: Callable[[], Floats],
     ) -> Floats:
-        """Make and charge once a measurement (length,) other than losses, and return it.
+        """Make and charge once a measurement (R,) other than losses, and return it.
 
         Every process uses the numbers of rank 0: a backward pass of attention is not always
         bitwise reproducible, and processes with different numbers would diverge.
         """
         self.pay(key, runs, heads)
-        row = self._row(key, length)
+        row = self._kept.get(key)
         if row is None:
-            found = self._replay.processes.gather(make().astype(np.float64).tobytes())
-            row = np.frombuffer(found[0], dtype=np.float64).copy()
+            made = make().astype(np.float64).tobytes()
+            first, *_ = self._replay.processes.gather(made)
+            row = np.frombuffer(first, dtype=np.float64).copy()
             self._kept.put({key: row})
         return row
 
@@ -100,29 +100,28 @@ class Ledger:
         self, wanted: Sequence[tuple[States, Sequence[int]]], description: str
     ) -> list[Floats]:
         """Return for each set of states (S, N) losses (S, R) on its samples, summed over tokens."""
-        missing: list[tuple[list[str], tuple[TokenSet, States]]] = []
+        missing: list[tuple[dict[str, Bools], TokenSet]] = []
         keys: list[list[str]] = []
         for states, rows in wanted:
             samples = np.array(rows, dtype=np.int64).tobytes()
             named = hashlib.sha256(samples).hexdigest()[:16]
             keys.append([f"{key_of(state)}:{named}" for state in states])
             by_key = dict(zip(keys[-1], states, strict=True))
-            unpaid = [key for key in by_key if key not in self._paid]
+            unpaid = {k: state for k, state in by_key.items() if k not in self._paid}
             if unpaid:
                 share = self.share(rows)
-                self._paid |= set(unpaid)
-                self.runs += tree_nodes(np.array([by_key[k] for k in unpaid])) * share
+                self._paid |= unpaid.keys()
+                self.runs += tree_nodes(np.array([*unpaid.values()])) * share
                 self.heads += len(unpaid) * share
                 self.evaluations += len(unpaid)
-            absent = [key for key in unpaid if self._row(key, len(rows)) is None]
+            absent = {k: s for k, s in unpaid.items() if self._kept.get(k) is None}
             if absent:
-                new = np.array([by_key[key] for key in absent])
-                missing.append((absent, (self._tokens.select(rows), new)))
+                missing.append((absent, self._tokens.select(rows)))
         if missing:
-            sets = [one for _, one in missing]
+            sets = [(text, np.array([*new.values()])) for new, text in missing]
             measured = measure_together(self._replay, sets, self._work, description)
-            for (absent, _), found in zip(missing, measured, strict=True):
-                sums = found.kl_sums if self._loss == "kl" else found.nll_sums
+            for (absent, _), losses in zip(missing, measured, strict=True):
+                sums = losses.kl_sums if self._loss == "kl" else losses.nll_sums
                 self._kept.put(dict(zip(absent, sums, strict=True)))
         return [
             np.array([self._kept.get(key) for key in own]).reshape(len(own), len(rows))
@@ -139,8 +138,3 @@ class Ledger:
         chosen = range(len(self.counts)) if rows is None else sorted(rows)
         (sums,) = self.sums([(states, chosen)], f"{description}: {len(states)} states")
         return np.asarray(sums.sum(1) / self.counts[list(chosen)].sum())
-
-    def _row(self, key: str, length: int) -> Floats | None:
-        """Return the journal's row of a key, or None if it is missing or has another length."""
-        row = self._kept.get(key)
-        return row if row is not None and row.shape == (length,) else None

@@ -113,27 +113,40 @@ def walk(
 
 @dataclass(frozen=True)
 class Piece:
-    """Some states on one micro-batch.
+    """Some states of a task on one micro-batch, or on some of its samples.
 
     Attributes:
+        tokens: the samples.
         batch: index of the micro-batch.
         places: places of the states in the walk, ascending; place 0 is the original model.
     """
 
+    task: _Task
+    tokens: TokenSet
     batch: int
     places: Sequence[int]
 
     @property
-    def keys(self) -> list[str]:
-        """The keys of the piece's rows in a journal, one for each state."""
-        return [f"{self.batch}:{place}" for place in self.places]
+    def samples(self) -> int:
+        """Number of samples."""
+        return self.tokens.samples
+
+    @property
+    def positions(self) -> int:
+        """Number of positions, padding included."""
+        return self.tokens.positions
+
+    def halves(self) -> tuple[Piece, Piece]:
+        """Divide the samples into two halves."""
+        first, second = self.tokens.halves()
+        return replace(self, tokens=first), replace(self, tokens=second)
 
     def cut(self, parts: int) -> list[Piece]:
-        """Divide the piece into at most ``parts`` parts of similar size."""
+        """Divide the states into at most ``parts`` parts of similar size."""
         count = len(self.places)
         parts = min(parts, count)
         ends = [count * i // parts for i in range(parts + 1)]
-        return [Piece(self.batch, self.places[a:b]) for a, b in pairwise(ends)]
+        return [replace(self, places=self.places[a:b]) for a, b in pairwise(ends)]
 
 
 def divide(pieces: Sequence[Piece], processes: int, repeated: float) -> list[Piece]:
@@ -180,16 +193,6 @@ class Measurement:
         """The mean NLL per token (S,)."""
         return np.asarray(self.nll_sums.sum(1) / self.counts.sum())
 
-    @property
-    def kl_se(self) -> Floats:
-        """The standard error (S,) of `kl` over samples (ratio estimator)."""
-        return standard_error(self.kl_sums, self.counts)
-
-    @property
-    def nll_se(self) -> Floats:
-        """The standard error (S,) of `nll` over samples (ratio estimator)."""
-        return standard_error(self.nll_sums, self.counts)
-
     def of_samples(self, rows: Sequence[int]) -> Measurement:
         """Return the measurement on some samples; the block counts are still those of all."""
         sums = {name: getattr(self, name)[..., rows] for name in _BY_SAMPLE}
@@ -197,11 +200,15 @@ class Measurement:
 
     def losses(self, state: int) -> dict[str, Any]:
         """Return KL and NLL of one state with standard errors (or None), as in results files."""
+        errors = [
+            without_infinities(float(standard_error(sums[state], self.counts)))
+            for sums in (self.kl_sums, self.nll_sums)
+        ]
         return {
             "kl": float(self.kl[state]),
-            "kl_se": without_infinities(float(self.kl_se[state])),
+            "kl_se": errors[0],
             "nll": float(self.nll[state]),
-            "nll_se": without_infinities(float(self.nll_se[state])),
+            "nll_se": errors[1],
         }
 
 
@@ -280,18 +287,19 @@ def measure_together(
         head = OutputHead(replay)
         for task in tasks:
             task.begin(bar)
-        todo = [part for task in tasks for part in task.todo]
-        streams = [len(part.piece.places) + _OTHERS for part in todo]
-        for chunk, _ in chunks(replay, [part.batch for part in todo], streams):
-            found = split_to_fit(
+        todo = [piece for task in tasks for piece in task.todo]
+        streams = [len(piece.places) + _OTHERS for piece in todo]
+        for chunk, _ in chunks(replay, [piece.tokens for piece in todo], streams):
+            losses = split_to_fit(
                 replay.limit,
                 todo[chunk],
                 partial(_measure, replay, head),
                 lambda a, b: np.concatenate([a, b], -1),
             )
-            for part, rows in zip(todo[chunk], found, strict=True):
+            for piece, rows in zip(todo[chunk], losses, strict=True):
+                keys = (f"{piece.batch}:{place}" for place in piece.places)
                 by_state = rows.swapaxes(0, 1)
-                part.task.kept.put(dict(zip(part.piece.keys, by_state, strict=True)))
+                piece.task.kept.put(dict(zip(keys, by_state, strict=True)))
         return [task.result() for task in tasks]
 
 
@@ -302,7 +310,7 @@ class _Task:
         batches: micro-batches of the text.
         ordered: (S + 1, N) bool, the original model and the sorted states.
         kept: journal with a row (2, B) for each finished state on each micro-batch.
-        todo: parts that this process measures.
+        todo: pieces that this process measures.
         all_blocks: number of block evaluations of the whole measurement.
         bar: progress bar; a step of this process counts for all processes.
     """
@@ -329,50 +337,41 @@ class _Task:
             shape=list(wanted.shape),
             batch_tokens=work.batch_tokens,
         )
-        whole = (Piece(b, range(len(self.ordered))) for b in range(len(self.batches)))
-        self._rows = {key: (p.batch, k) for p in whole for k, key in enumerate(p.keys)}
-        shapes = {
-            key: (2, self.batches[batch].samples)
-            for key, (batch, _) in self._rows.items()
-        }
-        self.kept = SharedJournal(
-            work.journal,
-            measured,
-            lambda key, row: row.shape == shapes.get(key),
-            replay.processes,
-        )
+        self.kept = SharedJournal(work.journal, measured, replay.processes)
         self._counts = tokens.counts
 
     def begin(self, bar: Bar) -> None:
-        """Read the journal, and collect the remaining parts of this process, each with as many
+        """Read the journal, and collect the remaining pieces of this process, each with as many
         states as fit the memory limit.
 
         Raises:
             InputError: one state does not fit.
         """
-        missing: dict[int, list[int]] = {}
-        for key, (batch, place) in self._rows.items():
-            if self.kept.get(key) is None:
-                missing.setdefault(batch, []).append(place)
-        left = [Piece(*item) for item in missing.items()]
+        left = []
+        for b, tokens in enumerate(self.batches):
+            missing = [place for place, row in enumerate(self._rows(b)) if row is None]
+            if missing:
+                left.append(Piece(self, tokens, b, missing))
         bar.advance(self.all_blocks - sum(map(self.blocks_run, left)))
         again = 2 * len(self._replay) / int(self._nodes.sum())
         pieces = divide(left, self._replay.processes.size, again)
         own, self.bar = self.kept.share(pieces, bar)
         self.todo = []
         for piece in sorted(own, key=lambda piece: piece.places[0]):
-            tokens = self.batches[piece.batch]
-            each = self._replay.stream_bytes(tokens)
-            room = self._replay.room(tokens)
+            each = self._replay.stream_bytes(piece.tokens)
+            room = self._replay.room(piece.tokens)
             fit = room // each - _OTHERS
             if fit < 1:
                 raise InputError(
                     f"hidden states may take {room / 1e6:.0f} MB, but one state of "
-                    f"{tokens.input_ids.numel()} tokens takes {(_OTHERS + 1) * each / 1e6:.0f} "
+                    f"{piece.positions} tokens takes {(_OTHERS + 1) * each / 1e6:.0f} "
                     "MB; raise --memory-limit or lower --batch-tokens"
                 )
-            parts = piece.cut(-(-len(piece.places) // fit))
-            self.todo += [_Part(self, part, tokens) for part in parts]
+            self.todo += piece.cut(-(-len(piece.places) // fit))
+
+    def _rows(self, batch: int) -> list[Any]:
+        """Return the row (2, B) of each state on a micro-batch, or None if it is missing."""
+        return [self.kept.get(f"{batch}:{k}") for k in range(len(self.ordered))]
 
     def blocks_run(self, piece: Piece) -> int:
         """Return the number of block evaluations of a piece."""
@@ -382,53 +381,30 @@ class _Task:
         """Return the measurement, with the rows of all processes."""
         self.kept.gather()
         sums = np.zeros((2, len(self.ordered), len(self._counts)))
-        for key, (batch, place) in self._rows.items():
-            sums[:, place, self.batches[batch].index.numpy()] = self.kept.get(key)
+        for b, tokens in enumerate(self.batches):
+            sums[:, :, tokens.index.numpy()] = np.stack(self._rows(b), 1)
         kl, nll = sums[:, 1 + np.argsort(self._order)]
         run = int(self._nodes.sum())
         return Measurement(self._wanted, kl, nll, sums[1, 0], self._counts, run)
 
 
-@dataclass(frozen=True)
-class _Part:
-    """A piece on its micro-batch, or on some of the samples."""
-
-    task: _Task
-    piece: Piece
-    batch: TokenSet
-
-    @property
-    def samples(self) -> int:
-        return self.batch.samples
-
-    @property
-    def positions(self) -> int:
-        return self.batch.positions
-
-    def halves(self) -> tuple[_Part, _Part]:
-        first, second = self.batch.halves()
-        return replace(self, batch=first), replace(self, batch=second)
-
-
-def _measure(replay: Replay, head: OutputHead, todo: Sequence[_Part]) -> list[Floats]:
-    """Return for each part (2, K, B): KL and NLL sums of its K states.
+def _measure(replay: Replay, head: OutputHead, todo: Sequence[Piece]) -> list[Floats]:
+    """Return for each piece (2, K, B): KL and NLL sums of its K states.
 
     Raises:
         ModelError: a loss is not finite.
     """
-    batches = [part.batch for part in todo]
-    recordings = [replay.record(batch.input_ids) for batch in batches]
+    recordings = [replay.record(piece.tokens.input_ids) for piece in todo]
     trees = []
     steps = []
-    for part, recording in zip(todo, recordings, strict=True):
-        task = part.task
-        piece = part.piece
-        # The states of every part are compared with the original.
+    for piece, recording in zip(todo, recordings, strict=True):
+        task = piece.task
+        # The states of every piece are compared with the original.
         tree = task.ordered[[0, *filter(None, piece.places)]]
         trees.append((tree, recording.entered))
         # Repeated blocks of a divided micro-batch do not count as progress.
         runs = len(replay) + int(own_blocks(tree).sum())
-        share = part.samples / task.batches[piece.batch].samples
+        share = piece.samples / task.batches[piece.batch].samples
         steps.append(share * task.blocks_run(piece) / runs)
 
     def run(tree: int, block: int, stream: Tensor) -> Tensor:
@@ -438,18 +414,18 @@ def _measure(replay: Replay, head: OutputHead, todo: Sequence[_Part]) -> list[Fl
     sums = []
     leaves = walk(trees, run, by_block=replay.streamed)
     for tree, group in groupby(leaves, key=itemgetter(0)):
-        batch = batches[tree]
-        found = []
+        batch = todo[tree].tokens
+        losses = []
         lengths = []
         for _, first, last, end in group:
             logits = head.logits(recordings[tree], end, batch)
             if first == 0:
                 original = Comparison(logits, batch)
-            found.append(original.compare(logits) if first else original.own)
+            losses.append(original.compare(logits) if first else original.own)
             lengths.append(last - first)
         # Before this line, nothing is read from the device.
-        rows = np.repeat(original.sum_samples(found), lengths, axis=1)
+        rows = np.repeat(original.sum_samples(losses), lengths, axis=1)
         del original
         check_finite(replay, batch, rows, trees[tree][0])
-        sums.append(rows[:, -len(todo[tree].piece.places) :])
+        sums.append(rows[:, -len(todo[tree].places) :])
     return sums

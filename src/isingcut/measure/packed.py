@@ -54,35 +54,34 @@ def changed_losses(
         own = () if module is None else module.named_parameters(prefix=paths[module])
         return [(p, new) for name, p in own if (new := change(name, p)) is not None]
 
+    finals = {} if kept is None else kept
+
     @torch.no_grad()
     def measure_with(batch_tokens: int) -> Floats:
         batches = tokens.batches(batch_tokens)
-        found = np.zeros(tokens.samples)
+        sums = np.zeros(tokens.samples)
         with work.progress(description, len(replay) + 1) as bar, use_attention(replay):
             head = OutputHead(replay)
             recordings = [replay.record(batch.input_ids) for batch in batches]
-            known = None if kept is None else kept.get(len(batches))
+
+            def run(block: int, streams: list[Tensor]) -> list[Tensor]:
+                pairs = zip(recordings, streams, strict=True)
+                return [recording.block(block, stream) for recording, stream in pairs]
+
+            known = finals.get(len(batches))
             streams = known or [recording.entered for recording in recordings]
             for _ in replay.store.sweep([EMBED]):
                 with _swapped(changed(embedding)):
                     others = [
                         replay.record(batch.input_ids).entered for batch in batches
                     ]
-            for part in replay.store.sweep(range(len(replay))):
-                i = int(part)
-                if known is None:
-                    streams = [
-                        r.block(i, s) for r, s in zip(recordings, streams, strict=True)
-                    ]
+            for i in map(int, replay.store.sweep(range(len(replay)))):
+                streams = known or run(i, streams)
                 if i not in removed:
                     with _swapped(changed(replay.blocks[i])):
-                        others = [
-                            r.block(i, s)
-                            for r, s in zip(recordings, others, strict=True)
-                        ]
+                        others = run(i, others)
                 bar.advance(1)
-            if kept is not None:
-                kept[len(batches)] = streams
+            finals[len(batches)] = streams
             for _ in replay.store.sweep([HEAD]):
                 new = changed(output)
                 ends = zip(batches, recordings, streams, others, strict=True)
@@ -94,9 +93,9 @@ def changed_losses(
                             [original.compare(changed_logits)]
                         )[:, 0]
                     check_finite(replay, batch, kl)
-                    found[batch.index.numpy()] = kl
-            bar.advance(1, f"KL {found.sum() / tokens.tokens:.4f}")
-        return found
+                    sums[batch.index.numpy()] = kl
+            bar.advance(1, f"KL {sums.sum() / tokens.tokens:.4f}")
+        return sums
 
     most = min(work.batch_tokens, replay.limit.tokens)
     longest = int(tokens.mask.sum(1).max())

@@ -65,7 +65,7 @@ def _check_stream(
 def check_finite(
     model: Any,
     batch: TokenSet,
-    found: Floats,
+    numbers: Floats,
     states: States | None = None,
     what: str = "a loss or gradient",
 ) -> None:
@@ -75,14 +75,14 @@ def check_finite(
 
     Args:
         model: a `Replay` or a model of transformers.
-        found: numbers (R, ...) of the original model, or (K, S, R) of S states; R samples.
-        states: (S, N) states, if ``found`` is of states.
+        numbers: (R, ...) of the original model, or (K, S, R) of S states; R samples.
+        states: (S, N) states, if ``numbers`` are of states.
         what: name of the numbers in the message.
 
     Raises:
         ModelError: a number is NaN or infinite; the message names model, block and text.
     """
-    bad = ~np.isfinite(found)
+    bad = ~np.isfinite(numbers)
     if not bad.any():
         return
     removed = list[int]()
@@ -99,57 +99,35 @@ def check_finite(
     raise explain_nan(model, what, one.input_ids[0].tolist(), removed)
 
 
-def block_means(replay: Replay, tokens: TokenSet, work: Work) -> Floats:
-    """Average the `influence` of each block over tokens: (N,) float64."""
-    total = _sum_scores(replay, tokens, work)[-1, :-1]
-    return np.asarray(total / int(tokens.compared.sum()))
-
-
 def one_pass(replay: Replay, tokens: TokenSet, work: Work) -> tuple[Floats, Floats]:
     """Score blocks by one forward pass of the original model.
+
+    For a model in memory, micro-batches are processed one after the other.
 
     Returns:
         (N,) block influence, the mean `influence` over all tokens; and (N + 1, N + 1) the mean
         `angle` between the hidden states at any two boundaries, at each sample's last token.
-    """
-    total = _sum_scores(replay, tokens, work, angles=True)
-    angles = total[:-1]
-    influences = total[-1, :-1] / int(tokens.compared.sum())
-    return influences, (angles + angles.T) / tokens.samples
-
-
-def _sum_scores(
-    replay: Replay,
-    tokens: TokenSet,
-    work: Work,
-    *,
-    angles: bool = False,
-) -> Floats:
-    """Return sums over tokens: angles (N + 1, N + 1) of two boundaries, and influences as last row.
-
-    For a model in memory, micro-batches are processed one after the other.
     """
     n = len(replay)
     batches = tokens.batches(work.batch_tokens)
     with work.progress("comparing block outputs", len(batches) * n) as bar:
 
         def compute(some: Sequence[TokenSet]) -> list[Floats]:
-            found = np.zeros((len(some), n + 2, n + 1))
+            # Sums over tokens: angles of two boundaries, and influences as last row.
+            sums = np.zeros((len(some), n + 2, n + 1))
             streams: list[list[Tensor]] = [[] for _ in some]
             for b, i, before, after in boundaries(replay, some):
                 real = some[b].compared.to(after.device)
-                own = streams[b]
                 values = influence(before[real].float(), after[real].float())
-                found[b, -1, i] = float(values.sum(dtype=torch.float64))
-                if angles:
-                    end = some[b].last_compared.to(after.device)
-                    new = [before] * (not own) + [after]
-                    own += [x[end].float().to(replay.device) for x in new]
+                sums[b, -1, i] = float(values.sum(dtype=torch.float64))
+                end = some[b].last_compared.to(after.device)
+                new = [after] if streams[b] else [before, after]
+                streams[b] += [x[end].float().to(replay.device) for x in new]
                 bar.advance(1)
             for b, own in enumerate(streams):
-                for i, j in itertools.combinations(range(len(own)), 2):
-                    found[b, i, j] = float(angle(own[i], own[j]).sum())
-            return list(found)
+                for i, j in itertools.combinations(range(n + 1), 2):
+                    sums[b, i, j] = float(angle(own[i], own[j]).sum())
+            return list(sums)
 
         groups = [batches] if replay.streamed else [[batch] for batch in batches]
         with torch.inference_mode(), use_attention(replay):
@@ -157,7 +135,10 @@ def _sum_scores(
                 split_to_fit(replay.limit, group, compute, operator.add)
                 for group in groups
             ]
-    return np.asarray(sum(itertools.chain.from_iterable(sums)))
+    total = np.asarray(sum(itertools.chain.from_iterable(sums)))
+    angles = total[:-1]
+    influences = total[-1, :-1] / int(tokens.compared.sum())
+    return influences, (angles + angles.T) / tokens.samples
 
 
 def pick_blocks(scores: Floats, count: int) -> tuple[int, ...]:

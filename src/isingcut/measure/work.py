@@ -8,7 +8,7 @@ bitwise equal to that of one process. Rows in any of the journals are not measur
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -63,7 +63,6 @@ class SharedJournal(Journal):
     Args:
         path: file of rank 0; other ranks have files next to it. None keeps rows in memory.
         fingerprint: fingerprint of the measured model, tokens and states.
-        fits: function that checks by key and shape if a row can belong to this measurement.
         processes: the processes; all of them must call the constructor.
 
     Raises:
@@ -76,20 +75,19 @@ class SharedJournal(Journal):
         self,
         path: Path | None,
         fingerprint: str,
-        fits: Callable[[str, Values], bool] = lambda key, row: True,
         processes: Processes = ALONE,
     ) -> None:
         self._processes = processes
         rank = processes.rank
         size = processes.size
         own = path.with_name(f"{path.name}.{rank}") if path and rank else path
-        super().__init__(own, fingerprint, fits)
+        super().__init__(own, fingerprint)
         self._new = dict(self._rows)
         if path is not None and not rank:
             # Journals from an earlier run with more processes.
             for number, left in _others(path):
                 if number >= size:
-                    self._new |= Journal(left, fingerprint, fits)._rows
+                    self._new |= Journal(left, fingerprint)._rows
         self.gather()
 
     def put(self, rows: Mapping[str, Values]) -> None:
@@ -133,10 +131,10 @@ class _ForAll:
 
 def _others(path: Path) -> Iterator[tuple[int, Path]]:
     """Yield the journals of the other ranks."""
-    for found in sorted(path.parent.glob("*")):
-        of = re.fullmatch(re.escape(path.name) + r"\.([1-9]\d{0,5})", found.name)
+    for file in sorted(path.parent.glob("*")):
+        of = re.fullmatch(re.escape(path.name) + r"\.([1-9]\d{0,5})", file.name)
         if of:
-            yield int(of[1]), found
+            yield int(of[1]), file
 
 
 def forget(path: Path) -> None:

@@ -75,17 +75,17 @@ def pick_devices(
     """
     import torch
 
-    found = [pick_device(name) for name in device.split(",")]
-    if len(set(found)) < len(found):
+    wanted = [pick_device(name) for name in device.split(",")]
+    if len(set(wanted)) < len(wanted):
         raise InputError(f"--device {device} names a device twice")
-    first = found[0]
+    first = wanted[0]
     named = first.type == "cpu" or ":" in device
     if cards and named:
         raise InputError(
             f"--cards-per-process needs --device cuda or auto on GPUs; got {device}"
         )
     if named or (is_launched() and not cards):
-        return found
+        return wanted
     present = device_module(first).device_count()
     begin = first_card(present, cards) if cards else 0
     own = [torch.device(first.type, begin + i) for i in range(cards or present)]
@@ -100,8 +100,8 @@ def pick_devices(
     for i, card in enumerate(own):
         room += allowance(limit, card).left
         if size <= room:
-            return own[: i + 1] if i else found
-    return found
+            return own[: i + 1] if i else wanted
+    return wanted
 
 
 def first_card(present: int, cards: int | None = None) -> int:
@@ -163,13 +163,9 @@ def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
     """
     import torch
 
-    named = {
-        "float32": torch.float32,
-        "bfloat16": torch.bfloat16,
-        "float16": torch.float16,
-    }
-    if dtype in named:
-        return named[dtype]
+    if dtype in ("float32", "bfloat16", "float16"):
+        number: torch.dtype = getattr(torch, dtype)
+        return number
     if dtype != "auto":
         raise InputError(
             f"--dtype must be auto, float32, bfloat16 or float16; got {dtype!r}"
@@ -193,13 +189,13 @@ def dtype_name(dtype: str, device: str) -> str:
 
     It prints a warning if ``"auto"`` is float16, in which large numbers overflow.
     """
-    found = str(pick_dtype(dtype, pick_device(device))).removeprefix("torch.")
-    if dtype == "auto" and found == "float16":
+    name = str(pick_dtype(dtype, pick_device(device))).removeprefix("torch.")
+    if dtype == "auto" and name == "float16":
         say(
             "isingcut: this GPU has no bfloat16, so the weights are float16, whose largest number "
             "is 65,504; if a loss is NaN, pass --dtype float32"
         )
-    return found
+    return name
 
 
 # Share of the free memory, if no limit is given; the rest is for the system and estimation errors.

@@ -28,7 +28,7 @@ from isingcut.formats.architectures import fields
 from isingcut.formats.architectures.blocks import BlockStack, find_stack, text_config
 from isingcut.formats.architectures.cuts import cut_config, legality
 from isingcut.formats.architectures.fields import config_object
-from isingcut.formats.checkpoints import Checkpoint, check_fit, check_sizes
+from isingcut.formats.checkpoints import Checkpoint, check_sizes
 from isingcut.formats.libraries import quiet_transformers
 from isingcut.ising.constraints import LinearConstraint
 from isingcut.models.device import pick_device, pick_devices, pick_dtype
@@ -114,13 +114,14 @@ def _difference(old: nn.Module, new: nn.Module) -> str:
     for name, module in left.items():
         there = _plain_values(right[name])
         for key, value in _plain_values(module).items():
-            found = there.get(key)
-            if isinstance(value, float) and isinstance(found, float):
-                # Rescaled scales differ by rounding.
-                found = value if math.isclose(value, found, rel_tol=1e-12) else found
-            if value != found:
+            other: Any = there.get(key)
+            # Rescaled scales differ by rounding.
+            floats = isinstance(value, float) and isinstance(other, float)
+            if floats and math.isclose(value, other, rel_tol=1e-12):
+                continue
+            if value != other:
                 place = f"{name}.{key}".strip(".")
-                return f"{place} is {value!r:.40} and would be {found!r:.40}"
+                return f"{place} is {value!r:.40} and would be {other!r:.40}"
     return ""
 
 
@@ -228,7 +229,7 @@ def inspect_model(
         CheckpointError: the configuration or a header is damaged.
         ArchitectureError: the model has no block stack.
     """
-    seen = check_fit(Path(folder), weights=False)
+    seen = Checkpoint.read(folder, weights=False)
     model, _ = build_on_meta(seen, trust_remote_code=trust_remote_code)
     check_sizes(seen, model)
     stack = find_stack(model)
@@ -239,7 +240,12 @@ def inspect_model(
         check_same_blocks(seen.config, stack, rows)
     except ArchitectureError as error:
         refusal = str(error)
-    other = _count_stored(seen, stack)
+    other = 0
+    if seen.stored:
+        for block, tensors in zip(stack.blocks, seen.by_block(), strict=True):
+            block.bytes = sum(tensor.size for tensor in tensors.values())
+        other = sum(t.size for t in seen.stored.values())
+        other -= sum(block.bytes for block in stack.blocks)
     parameters = sum(p.numel() for p in model.parameters())
     size = parameters * pick_dtype(dtype, pick_device(device)).itemsize
     devices = pick_devices(device, size, memory_limit, cards_per_process)
@@ -265,13 +271,3 @@ def inspect_model(
         unused=find_unused(seen, model),
         placement=placement,
     )
-
-
-def _count_stored(seen: Checkpoint, stack: BlockStack) -> int:
-    """Set each block's bytes to those that the checkpoint stores; return the bytes outside them."""
-    if not seen.stored:
-        return 0
-    for block, tensors in zip(stack.blocks, seen.by_block(), strict=True):
-        block.bytes = sum(tensor.size for tensor in tensors.values())
-    inside = sum(block.bytes for block in stack.blocks)
-    return sum(t.size for t in seen.stored.values()) - inside

@@ -18,7 +18,7 @@ from isingcut.formats.architectures.blocks import (
     stop_rescaling,
     text_config,
 )
-from isingcut.formats.checkpoints import Checkpoint, check_fit, is_mtp, limit_structure
+from isingcut.formats.checkpoints import Checkpoint, is_mtp, limit_structure
 from isingcut.formats.fp8 import dequantise_checkpoint, fp8_layout, weights_of
 from isingcut.formats.libraries import (
     catch_errors,
@@ -58,10 +58,11 @@ def find_auto_class(config: Any) -> Any:
     # The causal class of a multimodal checkpoint may fit only its text part.
     saved = getattr(config, "architectures", None) or []
     known = [f for f in factories if type(config) in model_classes(f)]
-    named = [f for f in factories if f.__name__ in remote]
-    named += [f for f in known if model_classes(f)[type(config)].__name__ in saved]
-    if found := [*named, *known]:
-        return found[0]
+    fitting = [f for f in factories if f.__name__ in remote]
+    fitting += [f for f in known if model_classes(f)[type(config)].__name__ in saved]
+    fitting += known
+    if fitting:
+        return fitting[0]
     raise ArchitectureError(
         f"transformers has no text-generating decoder of the model type {config.model_type!r}; "
         "isingcut cuts decoders with one stack of residual blocks"
@@ -81,12 +82,12 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
     # Checked first, because transformers would look for a deleted folder on the hub.
     read_config(folder)
     with catch_errors(f"the configuration in {folder}"):
-        found = configs.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        config = configs.from_pretrained(folder, trust_remote_code=trust_remote_code)
     if (folder / "generation_config.json").is_file():
         # The weights are loaded much later, and then fail on it.
         with catch_errors(f"generation_config.json in {folder}"):
             GenerationConfig.from_pretrained(folder)
-    return found
+    return config
 
 
 _TOKENIZERS = (
@@ -156,7 +157,7 @@ def load(
     """
     number = pick_dtype(dtype, pick_device(device))
     trust = trust_remote_code
-    seen = check_fit(folder)
+    seen = Checkpoint.read(folder)
     tokenizer = load_tokenizer(folder, trust_remote_code=trust)
     devices = pick_devices(device, weight_bytes(folder, number))
     places = dict[str, torch.device]()
@@ -170,10 +171,10 @@ def load(
         catch_errors(f"the model in {folder}"),
         limit_structure(seen.most_numbers, str(folder)),
     ):
-        model, found = load_plain(
+        model, report = load_plain(
             folder, number, places=tensors, trust_remote_code=trust
         )
-    refuse_incomplete(found, folder)
+    refuse_incomplete(report, folder)
     refuse_infinite(model.named_parameters(), folder)
     if not places:
         model.to(devices[0])
@@ -182,7 +183,7 @@ def load(
     reuse_freed_memory()
     if devices[0].type != "cpu":
         report_missing_kernels()
-    return LoadedModel(model, tokenizer, Path(folder), number, devices[0], trust)
+    return LoadedModel(model, tokenizer, folder, number, devices[0], trust)
 
 
 def load_tokenizer(
@@ -201,10 +202,10 @@ def load_tokenizer(
         )
     factory: Any = AutoTokenizer
     with catch_errors(f"the tokenizer in {folder}"):
-        found: PreTrainedTokenizerBase = factory.from_pretrained(
+        tokenizer: PreTrainedTokenizerBase = factory.from_pretrained(
             folder, trust_remote_code=trust_remote_code
         )
-    return found
+    return tokenizer
 
 
 def load_plain(
@@ -225,7 +226,6 @@ def load_plain(
         missing, unexpected or of another shape. Errors of transformers are not converted.
     """
     from accelerate.hooks import remove_hook_from_module
-    from transformers import GenerationConfig
 
     raw = read_config(folder)
     config = load_config(folder, trust_remote_code=trust_remote_code)
@@ -248,7 +248,7 @@ def load_plain(
 
         # Otherwise measurements would depend on the installed kernels.
         options["quantization_config"] = Mxfp4Config(dequantize=True)
-    model, found = loader.from_pretrained(
+    model, report = loader.from_pretrained(
         source,
         **options,
         dtype=dtype,
@@ -257,15 +257,18 @@ def load_plain(
         ignore_mismatched_sizes=True,
         output_loading_info=True,
     )
-    if source is None and (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
     # Hooks of accelerate move the input of every layer, and the logits back to the first device.
     remove_hook_from_module(model, recurse=True)
-    _prepare(model)
-    return model.eval(), found
+    _prepare(model, folder)
+    return model, report
 
 
-def _prepare(model: Any) -> None:
+def _prepare(model: Any, folder: Path) -> None:
+    from transformers import GenerationConfig
+
+    model.eval()
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
     stop_rescaling(model)
     # A configuration may ask for tuples.
     for config in (model.config, text_config(model)):
@@ -333,10 +336,15 @@ def build_skeleton(
             or the weights are packed in a way that can only be loaded whole.
     """
     from accelerate import init_empty_weights
-    from transformers import GenerationConfig
 
-    seen = check_fit(folder)
-    _refuse_packed(folder, seen.config)
+    seen = Checkpoint.read(folder)
+    packed = seen.config.get("quantization_config")
+    if packed and not fp8_layout(folder, seen.config):
+        method = packed.get("quant_method") or packed.get("quant_algo") or "unknown"
+        raise ModelError(
+            f"the weights in {folder} are packed by {method!r} and cannot be streamed; "
+            "pass --stream off, or give a checkpoint in bfloat16, float32 or FP8"
+        )
     # Built on the meta device first, because buffers need memory below.
     config = build_on_meta(seen, trust_remote_code=trust_remote_code)[1]
     config.name_or_path = str(folder)
@@ -350,10 +358,7 @@ def build_skeleton(
                 config, dtype=dtype, trust_remote_code=trust_remote_code
             )
         model.tie_weights()
-        _prepare(model)
-        if (folder / "generation_config.json").is_file():
-            model.generation_config = GenerationConfig.from_pretrained(folder)
-    model.eval()
+        _prepare(model, folder)
     freeze(model)
     return model
 
@@ -373,16 +378,6 @@ def freeze(model: Any) -> None:
 def _fold(_: Any, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     stream, *rest = given
     return stream.flatten(0, -2).contiguous().view(stream.shape), *rest
-
-
-def _refuse_packed(folder: Path, raw: Mapping[str, Any]) -> None:
-    packed = raw.get("quantization_config")
-    if packed and not fp8_layout(folder, raw):
-        method = packed.get("quant_method") or packed.get("quant_algo") or "unknown"
-        raise ModelError(
-            f"the weights in {folder} are packed by {method!r} and cannot be streamed; "
-            "pass --stream off, or give a checkpoint in bfloat16, float32 or FP8"
-        )
 
 
 _SHOWN = 12

@@ -135,8 +135,8 @@ class Packer:
         value = own if new is None else new
         kind = self._types.get(name, self._kinds.BF16)
         given = {"inside": self._block(name) >= 0, "new": new is not None}
-        found = packed_type(name, value.shape, kind, wanted, **given)
-        if found.name in PLAIN_TYPES or (found == kind and new is None):
+        target = packed_type(name, value.shape, kind, wanted, **given)
+        if target.name in PLAIN_TYPES or (target == kind and new is None):
             return None if new is None else new.to(own)
         rows = value.detach().float().cpu().contiguous().numpy()
-        return torch.from_numpy(dequantize(quantize(rows, found), found)).to(own)
+        return torch.from_numpy(dequantize(quantize(rows, target), target)).to(own)

@@ -46,8 +46,9 @@ def split_evenly(sizes: Sequence[int], rooms: Sequence[int]) -> list[int]:
     """
     ends = np.cumsum(rooms, dtype=np.float64) / np.sum(rooms, dtype=np.float64)
     middles = (np.cumsum(sizes) - np.asarray(sizes) / 2) / np.sum(sizes)
-    found = np.minimum(np.searchsorted(ends, middles), len(rooms) - 1).tolist()
-    return [0, *found[1:-1], len(rooms) - 1]
+    last = len(rooms) - 1
+    between = np.minimum(np.searchsorted(ends, middles[1:-1]), last).tolist()
+    return [0, *between, last]
 
 
 def place(
@@ -79,8 +80,8 @@ def place(
     # Blocks may share tensors.
     begin = max(0, _bytes(model) - sum(inner) - end)
     where = split_evenly([begin, *inner, end], rooms)
-    found = dict(zip(["", *blocks], (devices[i] for i in where), strict=False))
-    return found | dict.fromkeys(behind, devices[0 if tied else -1])
+    places = dict(zip(["", *blocks], (devices[i] for i in where), strict=False))
+    return places | dict.fromkeys(behind, devices[0 if tied else -1])
 
 
 def _bytes(module: nn.Module) -> int:
@@ -144,10 +145,10 @@ def move(value: Any, device: torch.device, known: dict[Any, Any] | None = None) 
     if isinstance(value, UserDict):
         move(value.data, device, known)
     elif isinstance(value, dict):
-        found = {name: move(part, device, known) for name, part in value.items()}
+        moved = {name: move(part, device, known) for name, part in value.items()}
         if known is not None:
-            return found
-        value.update(found)
+            return moved
+        value.update(moved)
     elif type(value) in (tuple, list):
         return type(value)(move(part, device, known) for part in value)
     return value

@@ -34,7 +34,7 @@ from isingcut.formats.architectures.blocks import (
     stack_modules,
     stop_rescaling,
 )
-from isingcut.formats.libraries import quiet_transformers
+from isingcut.formats.libraries import convert_errors, quiet_transformers
 from isingcut.formats.transformers_private import attention_of
 from isingcut.memory import raise_if_exhausted
 from isingcut.models.device import BatchLimit, least_left, synchronise
@@ -109,57 +109,56 @@ def learn_outputs(
             not run on text alone.
     """
     ids = torch.zeros((1, 4), dtype=torch.long, device=device)
+    called: list[nn.Module] = []
     streams: list[Tensor] = []
     rest: list[tuple[Any, ...] | None] = []
-    calls: list[tuple[nn.Module, Tensor, BlockCall]] = []
     # What blocks may hand on, by its id, with what stands in for it in a test.
     handed: dict[int, Any] = {}
 
-    def before(module: nn.Module, args: Any, kwargs: Any) -> None:
-        stream, call = BlockCall.split(args, kwargs, len(rest))
-        for value in kwargs.values():
-            if isinstance(value, MutableMapping):
-                handed.setdefault(id(value), copy.copy(value))
-        if (
-            streams
-            and stream is not streams[-1]
-            and not torch.equal(stream, streams[-1])
-        ):
-            raise ArchitectureError(
-                f"the model changes the residual stream before block {len(rest)} "
-                f"({type(module).__name__}): {_NOT_ONE_AT_A_TIME}"
-            )
-        calls.append((module, stream, call))
+    def watch(block: nn.Module) -> Callable[..., Any]:
+        run = block.forward
 
-    def after(module: nn.Module, args: Any, output: Any) -> None:
-        stream = output[0] if isinstance(output, (list, tuple)) and output else output
-        if not isinstance(stream, Tensor):
-            raise ArchitectureError(
-                f"block {len(rest)} ({type(module).__name__}) returns {type(output).__name__}; "
-                "expected hidden states, or a tuple that starts with them"
-            )
-        if stream.shape[:2] != ids.shape:
-            raise ArchitectureError(
-                f"block {len(rest)} ({type(module).__name__}) passes on a stream of shape "
-                f"{list(stream.shape)}, expected (batch, tokens, width): {_NOT_ONE_AT_A_TIME}"
-            )
-        if _reads_another(*calls[-1], stream, handed):
-            raise ArchitectureError(
-                "blocks pass more than the residual stream to later blocks: "
-                + _NOT_ONE_AT_A_TIME
-            )
-        streams.append(stream)
-        rest.append(tuple(output[1:]) if isinstance(output, (list, tuple)) else None)
-        handed.update((id(v), None) for v in rest[-1] or () if isinstance(v, Tensor))
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            name = f"block {len(called)} ({type(block).__name__})"
+            hidden, call = BlockCall.split(args, kwargs, len(called))
+            called.append(block)
+            for value in kwargs.values():
+                if isinstance(value, MutableMapping):
+                    handed.setdefault(id(value), copy.copy(value))
+            before = streams[-1] if streams else hidden
+            if hidden is not before and not torch.equal(hidden, before):
+                raise ArchitectureError(
+                    f"the model changes the residual stream before {name}: {_NOT_ONE_AT_A_TIME}"
+                )
+            output = run(*args, **kwargs)
+            several = isinstance(output, (list, tuple))
+            stream = output[0] if several and output else output
+            if not isinstance(stream, Tensor):
+                raise ArchitectureError(
+                    f"{name} returns {type(output).__name__}; expected hidden states, or a tuple "
+                    "that starts with them"
+                )
+            if stream.shape[:2] != ids.shape:
+                raise ArchitectureError(
+                    f"{name} passes on a stream of shape {list(stream.shape)}, expected (batch, "
+                    f"tokens, width): {_NOT_ONE_AT_A_TIME}"
+                )
+            if _reads_another(run, hidden, call, stream, handed):
+                raise ArchitectureError(
+                    "blocks pass more than the residual stream to later blocks: "
+                    + _NOT_ONE_AT_A_TIME
+                )
+            streams.append(stream)
+            others = tuple(output[1:]) if several else None
+            rest.append(others)
+            handed.update((id(v), None) for v in others or () if isinstance(v, Tensor))
+            return output
 
-    with torch.no_grad(), catch_text_errors(model), contextlib.ExitStack() as hooks:
-        for block in blocks:
-            hooks.enter_context(
-                block.register_forward_pre_hook(before, with_kwargs=True)
-            )
-            hooks.enter_context(block.register_forward_hook(after))
+        return forward
+
+    watching = replace_forwards(blocks, list(map(watch, blocks)))
+    with torch.no_grad(), catch_text_errors(model), watching:
         model(input_ids=ids, use_cache=False)
-    called = [module for module, *_ in calls]
     silent = [i for i, block in enumerate(blocks) if block not in called]
     if silent:
         raise ArchitectureError(
@@ -175,7 +174,7 @@ def learn_outputs(
 
 
 def _reads_another(
-    block: nn.Module,
+    run: Callable[..., Any],
     hidden: Tensor,
     call: BlockCall,
     stream: Tensor,
@@ -196,7 +195,7 @@ def _reads_another(
     kwargs = {k: stand_in(v) for k, v in call.kwargs.items()}
     again = BlockCall(tuple(map(stand_in, call.args)), kwargs)
     try:
-        output = again.repeat(block.forward, hidden)
+        output = again.repeat(run, hidden)
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise_if_exhausted(error)
         return True
@@ -205,8 +204,8 @@ def _reads_another(
     )
 
 
-class _StackReached(Exception):
-    """Raised by the last stub, because recording does not need the modules after the blocks."""
+class Reached(Exception):
+    """Raised by a stub, because the modules after it are not needed."""
 
 
 class Replay:
@@ -215,7 +214,6 @@ class Replay:
     Args:
         model: a causal language model; it is put in evaluation mode.
         blocks: blocks of the model, in order; None takes all removable ones.
-        device: device of the input; None takes that of the parameters.
         store: store of the weights; None if they are in memory.
 
     Attributes:
@@ -236,9 +234,8 @@ class Replay:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Any,
         blocks: Sequence[nn.Module] | None = None,
-        device: torch.device | None = None,
         store: Weights | None = None,
     ) -> None:
         reuse_freed_memory()
@@ -250,7 +247,7 @@ class Replay:
                 # Only for a loss in training; computing it fails if the blocks do not run.
                 config.output_router_logits = False
         self.blocks = list(blocks or stack_modules(model))
-        self.device = device or next(model.parameters()).device
+        self.device: torch.device = model.device
         # A block that is streamed or has no weights takes the device of the input.
         self.places = [
             next((p.device for p in b.parameters() if not p.is_meta), self.device)
@@ -311,14 +308,14 @@ class Replay:
             def forward(*args: Any, **kwargs: Any) -> Any:
                 calls.append(BlockCall.split(args, kwargs, i))
                 if i == last:
-                    raise _StackReached
+                    raise Reached
                 return self._as_output(i, calls[-1][0])
 
             return forward
 
         ids = input_ids.to(self.device)
         stubs = [stub(i) for i in range(len(self.blocks))]
-        with replace_forwards(self.blocks, stubs), contextlib.suppress(_StackReached):
+        with replace_forwards(self.blocks, stubs), contextlib.suppress(Reached):
             self.text(input_ids=ids, use_cache=False)
         known: dict[Any, Tensor] = {}
         for (_, call), place in zip(calls, self.places, strict=True):
@@ -354,10 +351,8 @@ class Replay:
     def tail(self, hidden: Tensor, input_ids: Tensor) -> Tensor:
         """Compute logits (B, T, V) from the residual stream (B, T, D) after the last block."""
 
-        def stub(i: int) -> Callable[..., Any]:
-            return lambda *args, **kwargs: self._as_output(i, hidden)
-
-        stubs = [stub(i) for i in range(len(self.blocks))]
+        outputs = [self._as_output(i, hidden) for i in range(len(self.blocks))]
+        stubs = [lambda *_, out=out, **__: out for out in outputs]
         with replace_forwards(self.blocks, stubs):
             logits: Tensor = self.text(input_ids=input_ids, use_cache=False).logits
         return logits
@@ -452,18 +447,12 @@ def use_attention(replay: Replay) -> Iterator[None]:
     if wanted is None or wanted == before:
         yield
         return
-    reason = f"it uses {before!r}"
-    try:
-        with quiet_transformers():
-            model.set_attn_implementation(wanted)  # type: ignore[operator]
-    except (ValueError, ImportError, AttributeError) as e:
-        reason = " ".join(str(e).split())
-    if attention_of(model) != wanted:
-        raise ArchitectureError(
-            f"{type(model).__name__} cannot compute attention as {wanted!r} ({reason}); "
-            "choose another with --attention"
-        )
+    what = f"{type(model).__name__} cannot compute attention as {wanted!r}; choose another with "
+    with quiet_transformers(), convert_errors(ArchitectureError, f"{what}--attention"):
+        model.set_attn_implementation(wanted)
+        if attention_of(model) != wanted:
+            raise ValueError(f"it uses {before!r}")
     try:
         yield
     finally:
-        model.set_attn_implementation(before)  # type: ignore[operator]
+        model.set_attn_implementation(before)

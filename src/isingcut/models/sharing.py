@@ -34,15 +34,13 @@ def open_cut(
     Raises:
         ModelError: the checkpoint cannot be loaded.
     """
-    dtype = original.dtype_name
-    trust = original.trusted
+    how: Any = {"dtype": original.dtype_name, "trust_remote_code": original.trusted}
     if fits(folder, original.dtype):
-        cut = load(folder, dtype=dtype, device="cpu", trust_remote_code=trust)
+        cut = load(folder, device="cpu", **how)
         if share(cut.model, original.model, removed):
             return replace(cut, device=original.device)
         del cut
-    device = str(original.device)
-    return load_streamed(folder, dtype=dtype, device=device, trust_remote_code=trust)
+    return load_streamed(folder, device=str(original.device), **how)
 
 
 def fits(folder: Path, dtype: torch.dtype) -> bool:

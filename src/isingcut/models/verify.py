@@ -32,8 +32,8 @@ from isingcut.formats.safetensors_files import read_config
 from isingcut.memory import raise_if_exhausted
 from isingcut.models.load import freeze, load_plain
 from isingcut.models.sharing import fits, share
-from isingcut.models.streaming.replay import StreamedReplay, open_model
-from isingcut.models.streaming.store import Buffers
+from isingcut.models.streaming.replay import StreamedReplay
+from isingcut.models.streaming.store import Buffers, Store
 
 ImageInputs = dict[str, Tensor]
 
@@ -193,7 +193,7 @@ def check_generation(
     tokens: torch.Tensor,
     new_tokens: int,
     name: str,
-    reference: Callable[[torch.Tensor, dict[str, Any]], torch.Tensor] | None = None,
+    reference: Callable[[torch.Tensor, dict[str, Any]], Any] | None = None,
 ) -> None:
     """Check that greedy generation gives the same tokens with and without a cache, up to near-ties.
 
@@ -212,10 +212,15 @@ def check_generation(
     Raises:
         VerificationError: the tokens differ, or `generate` fails.
     """
-    lengths = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens}
-    # Settings of the model's generation_config.json that need a tokenizer, or always a cache.
-    unset = {"stop_strings": None, "prompt_lookup_num_tokens": None}
-    greedy = {**lengths, **unset, "do_sample": False, "num_beams": 1}
+    greedy = {
+        "max_new_tokens": new_tokens,
+        "min_new_tokens": new_tokens,
+        "do_sample": False,
+        "num_beams": 1,
+        # Settings of the model's generation_config.json that need a tokenizer, or always a cache.
+        "stop_strings": None,
+        "prompt_lookup_num_tokens": None,
+    }
     for row in torch.split(tokens, 1):
         options = {**greedy, "attention_mask": torch.ones_like(row)}
         broken = convert_errors(
@@ -305,18 +310,14 @@ def verify(
             )
         return difference
 
-    def generate(row: torch.Tensor, options: dict[str, Any]) -> torch.Tensor:
+    def generate(row: torch.Tensor, options: dict[str, Any]) -> Any:
         with skip_blocks(model, removed):
-            result: torch.Tensor = inner.generate(row, use_cache=True, **options)
-        return result
+            return inner.generate(row, use_cache=True, **options)
 
-    def on_text(whole: Any) -> torch.Tensor:
+    def on_text(whole: Any) -> Any:
         # If the original does not run on text, it is refused. If only the cut fails, it is wrong.
         with catch_text_errors(whole) if whole is model else nullcontext():
-            logits: torch.Tensor = language_model(whole)(
-                input_ids=tokens, use_cache=False
-            ).logits
-        return logits
+            return language_model(whole)(input_ids=tokens, use_cache=False).logits
 
     inner = language_model(model)
     remarks = []
@@ -369,23 +370,21 @@ def _open_cut(
     place = {"dtype": original.dtype, "device": original.device}
     try:
         with quiet_transformers():
-            cut, store, _ = open_model(
-                out, **place, trust_remote_code=trust, buffers=buffers
-            )
+            store = Store(out, **place, buffers=buffers, trust_remote_code=trust)
     except (ModelError, CheckpointError) as error:
         raise VerificationError(
             f"the checkpoint {out} does not load: {error}"
         ) from error
     _refuse_keys(out, {"unexpected_keys": store.reader.unexpected})
-    return cut, True
+    return store.model, True
 
 
 def _refuse_keys(out: Path, report: Mapping[str, Collection[object]]) -> None:
     # Models are loaded without their layers for multi-token prediction.
     text = read_decoder(read_config(out)) if report.get("unexpected_keys") else {}
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        found = sorted(map(str, report.get(problem, ())))
-        if names := [name for name in found if not text or not is_mtp(name, text)][:3]:
+        keys = sorted(map(str, report.get(problem, ())))
+        if names := [name for name in keys if not text or not is_mtp(name, text)][:3]:
             raise VerificationError(
                 f"the checkpoint {out} reloads with {problem.replace('_', ' ')}: {', '.join(names)}"
             )

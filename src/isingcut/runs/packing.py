@@ -153,7 +153,7 @@ def _measure(
             if removed
             else kind
         )
-        sums = evaluator.ledger.measure_once(key, len(counts), 0.0, 0.0, make)
+        sums = evaluator.ledger.measure_once(key, 0.0, 0.0, make)
         error = without_infinities(float(standard_error(sums, counts)))
         # Rounding may give a negative KL.
         return max(0.0, float(sums.sum() / counts.sum())), error

@@ -22,7 +22,8 @@ from isingcut.models.compute.divergence import CHUNK_ELEMENTS
 from isingcut.models.compute.head import Comparison, OutputHead
 from isingcut.models.device import allowance
 from isingcut.models.replay import BLOCK_STREAMS, EMBED, HEAD, Replay
-from isingcut.models.streaming.replay import StreamedReplay, open_model
+from isingcut.models.streaming.replay import StreamedReplay
+from isingcut.models.streaming.store import Store
 from isingcut.runs.folder import RunFolder, each_removal
 from isingcut.runs.session import Session, check_by_config
 from isingcut.runs.solving import TIMED_TOKENS, describe_blocks, removal_rows
@@ -64,14 +65,15 @@ class Prices:
             session.choose_tuning(folder)
             replay = session.replay
         else:
-            model, store, self.memory = open_model(
+            store = Store(
                 session.source,
-                dtype=self.dtype,
-                device=device,
-                memory_limit=config.memory_limit,
+                self.dtype,
+                device,
+                config.memory_limit,
                 trust_remote_code=config.trust_remote_code,
             )
-            replay = StreamedReplay(model, store, self.memory)
+            replay = StreamedReplay(store)
+            self.memory = store.memory
             # Keep the parts in memory, so that the timing below includes no reading.
             parts: list[int | str] = [EMBED, HEAD, 0]
             self.reading = sum(map(store.keep, parts)) / sum(map(store.size, parts))

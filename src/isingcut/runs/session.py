@@ -28,10 +28,10 @@ from isingcut.formats.sources import (
     resolve,
     weights_stamp,
 )
+from isingcut.measure.splitting import choose_batch_tokens
 from isingcut.measure.work import Work
 from isingcut.models import device as devices
 from isingcut.models import load as models
-from isingcut.models.compute.batching import choose_batch_tokens
 from isingcut.models.device import (
     allowance,
     first_card,
@@ -248,7 +248,7 @@ class Session:
     def describe_blocks(self) -> BlockList:
         """Describe blocks and legality rows for `run.json`."""
         model = self.loaded.model
-        legal = legality(model.config, self.stack)
+        legal = legality(model.config.to_dict(), self.stack)
         longest = getattr(text_config(model), "max_position_embeddings", None)
         seconds = self.replay.latency(min(TIMED_TOKENS, int(longest or TIMED_TOKENS)))
         parameters = list(model.parameters())

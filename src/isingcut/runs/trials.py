@@ -112,7 +112,7 @@ def patched_losses(
             )
 
         key = f"{list(removed)}:{kind}:{tokens}"
-        sums = ledger.measure_once(key, text.samples, 0.0, 0.0, make)
+        sums = ledger.measure_once(key, 0.0, 0.0, make)
         return float(sums.sum() / ledger.counts.sum())
 
     return measure

@@ -157,9 +157,7 @@ class Evaluator:
             return gate_slopes(self._replay, few, state, self._batch_tokens)
 
         key = f"slopes:{key_of(state)}:{n}"
-        return self.ledger.measure_once(
-            key, self.blocks, self.blocks * price, price, make
-        )
+        return self.ledger.measure_once(key, self.blocks * price, price, make)
 
     def one_pass(self, n: int) -> tuple[Floats, Floats]:
         """Return (N,) block influence and (N + 1, N + 1) angles, see `streams.one_pass`."""
@@ -171,8 +169,7 @@ class Evaluator:
             return np.concatenate([part.ravel() for part in measured])
 
         runs = self.blocks * self.ledger.share(range(n))
-        length = self.blocks + boundaries**2
-        row = self.ledger.measure_once(f"one-pass:{n}", length, runs, 0.0, make)
+        row = self.ledger.measure_once(f"one-pass:{n}", runs, 0.0, make)
         return row[: self.blocks], row[self.blocks :].reshape(boundaries, boundaries)
 
     def price(self, states: States | Sequence[Bools], n: int) -> float:

@@ -182,7 +182,7 @@ class Search:
         if callable(passes):
             timed = passes
             once = self.evaluator.ledger.measure_once
-            row = once("budget", 1, 0.0, 0.0, lambda: np.array([timed()]))
+            row = once("budget", 0.0, 0.0, lambda: np.array([timed()]))
             passes = float(row[0])
         self.budget = passes or default_passes(len(replay), targets)
         self.evaluator.budget = self.budget

@@ -270,16 +270,15 @@ def stack_modules(model: nn.Module) -> list[nn.Module]:
 
 def _stack_path(model: nn.Module, count: int | None) -> str | None:
     text: Any = model
-    inner = text.get_decoder()
-    decoder = next((name for name, m in model.named_modules() if m is inner), "")
-    found: dict[str, tuple[bool, int]] = {}
+    decoder = set(text.get_decoder().modules())
+    sizes: dict[str, tuple[bool, int]] = {}
     for path, module in model.named_modules():
         listed = isinstance(module, nn.ModuleList) and len(module) == count
         # Experts and the like: a list inside a block is not a stack.
-        if listed and not any(path.startswith(f"{outer}.") for outer in found):
-            inside = decoder == "" or path.startswith(f"{decoder}.")
-            found[path] = inside, sum(p.numel() for p in module.parameters())
-    return max(found, key=lambda path: found[path], default=None)
+        if listed and not any(path.startswith(f"{outer}.") for outer in sizes):
+            size = sum(p.numel() for p in module.parameters())
+            sizes[path] = module in decoder, size
+    return max(sizes, key=lambda path: sizes[path], default=None)
 
 
 def stop_rescaling(model: Any) -> None:

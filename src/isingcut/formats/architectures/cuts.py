@@ -17,9 +17,9 @@ from isingcut.formats.architectures.fields import (
     COUNTED_BY,
     PER_MODALITY,
     UNCUTTABLE,
-    config_object,
     count_of,
     counted_by,
+    decoder_object,
     of_type,
     text_part,
 )
@@ -72,15 +72,13 @@ def refuse_unknown(
         ArchitectureError: there is such a field; the message names it.
     """
     for key, value in part.items():
-        if not isinstance(key, str):
-            continue  # a key of another type, as configuration objects may have
-        if key in _KNOWN or key.startswith("_") or "token_id" in key:
+        # Configuration objects may have keys of another type.
+        if not isinstance(key, str) or key in _KNOWN or key.startswith("_"):
             continue
-        if not decoder and _ELSEWHERE.search(key):
+        if "token_id" in key or (not decoder and _ELSEWHERE.search(key)):
             continue
-        if _speaks_of_blocks(
-            key, value, count, {count, count + mtp} if decoder else set()
-        ):
+        lengths = {count, count + mtp} if decoder else set()
+        if _speaks_of_blocks(key, value, count, lengths):
             raise ArchitectureError(
                 f"the configuration field {key!r} looks per-layer (value {value!r:.60}), but "
                 "isingcut does not know it; add it to architectures/fields.py"
@@ -88,14 +86,14 @@ def refuse_unknown(
 
 
 def _speaks_of_blocks(key: str, value: Any, count: int, lengths: set[int]) -> bool:
-    if _is_whole(value):
+    if type(value) is int:
         periodish = value > 1 and _PERIODISH.search(key)
         return bool(periodish or (value > 0 and _COUNTS.search(key)))
     layerish = bool(_LAYERISH.search(key))
     if isinstance(value, (list, tuple)):
         rows = (item if isinstance(item, (list, tuple)) else [item] for item in value)
         flat = [*itertools.chain.from_iterable(rows)]
-        numbers = all(_is_whole(i) and -count <= i <= count for i in flat)
+        numbers = all(type(i) is int and -count <= i <= count for i in flat)
         return len(value) in lengths or (layerish and numbers and bool(flat))
     if isinstance(value, dict):
         return layerish and bool(value) and all(str(k).isdigit() for k in value)
@@ -104,10 +102,6 @@ def _speaks_of_blocks(key: str, value: Any, count: int, lengths: set[int]) -> bo
         pattern_like = len(value) in lengths and _PATTERNISH.search(key)
         return bool(listed or pattern_like)
     return False
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def find_parts(
@@ -259,21 +253,18 @@ def cut_config(
         ArchitectureError: a number out of range, an illegal state, a block that computes with
             its own number, or a per-layer field that is not in the tables.
     """
-    refuse_packing(config)
-    result = copy.deepcopy(config)
-    text = materialise(result)
-    count = depth(text)
+    result, text, count = _open_config(config)
     mapping = renumber_blocks(count, removed)
-    _refuse_unclear(result, text, count)
     families.write_out(text, count)
+    read, types = _read_depth(config)
     state = np.array([[i not in mapping for i in range(count)]])
-    for row in families.legality(result, text, count):
+    attention = [i for i, kind in enumerate(types) if families.fills_cache(kind)]
+    for row in families.legality(result, text, count, attention):
         if not row.satisfied(state)[0]:
             raise ArchitectureError(
                 f"blocks {', '.join(map(str, removed))} cannot be removed: {row.describe()}"
             )
     families.move_images(result, mapping)
-    read, types = _read_depth(config)
     numbers = renumber_blocks(count, removed, 0 if drop_mtp else mtp_layers(text))
     for part, _ in find_parts(result, text):
         cut_fields(part, count, numbers)
@@ -293,10 +284,6 @@ def cut_config(
             f"transformers would read {new_read} blocks from the cut configuration, and "
             f"{len(mapping)} stay"
         )
-    if families.has_attention(types) and not families.has_attention(kept_types):
-        raise ArchitectureError(
-            f"every attention block would be removed; {families.ATTENTION}"
-        )
     for part in (result, text) if text is not result else (result,):
         quantisation = part.get("quantization_config")
         if isinstance(quantisation, dict):
@@ -304,24 +291,21 @@ def cut_config(
     return result
 
 
-def legality(config: Any, stack: BlockStack) -> list[LinearConstraint]:
+def legality(config: dict[str, Any], stack: BlockStack) -> list[LinearConstraint]:
     """Return the linear constraints that every state of a model must satisfy, for the solver.
 
     Args:
-        config: the model's configuration, an object or its dictionary.
+        config: the model's configuration.
         stack: the model's blocks, as from `find_stack`.
 
     Raises:
         ArchitectureError: the configuration cannot be cut in any state.
     """
-    whole = copy.deepcopy(config) if isinstance(config, dict) else config.to_dict()
-    text = materialise(whole)
-    refuse_packing(whole)
-    _refuse_unclear(whole, text, len(stack))
+    whole, text, count = _open_config(config)
     attention = [
         i for i, kind in enumerate(stack.kinds) if _CACHED & set(kind.split("+"))
     ]
-    return families.legality(whole, text, len(stack), attention)
+    return families.legality(whole, text, count, attention)
 
 
 def cut_quantisation(value: Any, mapping: dict[int, int]) -> Any:
@@ -329,7 +313,7 @@ def cut_quantisation(value: Any, mapping: dict[int, int]) -> Any:
 
     def rename(item: Any) -> list[Any]:
         if isinstance(item, str):
-            return list(rename_pattern(item, mapping))
+            return rename_pattern(item, mapping)
         return [cut_quantisation(item, mapping)]
 
     if isinstance(value, dict):
@@ -448,12 +432,12 @@ def depth(text: Mapping[str, Any]) -> int:
             return len(text[key])
     for key in counted_by(model_type):
         value: Any = text.get(key)
-        if _is_whole(value):
+        if type(value) is int:
             if value < 1:
                 raise ArchitectureError(
                     f"the configuration says {key}={value}; expected at least 1"
                 )
-            return int(value)
+            return value
     raise ArchitectureError(
         explain_uncuttable(text)
         or "the configuration does not say how many blocks the model has: expected one of "
@@ -472,11 +456,10 @@ def materialise(config: dict[str, Any]) -> dict[str, Any]:
     Returns:
         the decoder's part of ``config``, as from `text_part`.
     """
-    derived = config_object(config)
-    text = text_part(config, derived)
-    if derived is None:
+    text = text_part(config)
+    full = decoder_object(config)
+    if full is None:
         return text
-    full = derived.get_text_config(decoder=True)
     values = full.to_dict()
     kinds = ("layer_types", "layers_block_type", "hybrid_override_pattern")
     has_types = any(text.get(key) is not None for key in kinds)
@@ -498,27 +481,36 @@ def _read_depth(config: dict[str, Any]) -> tuple[int | None, list[str]]:
 
     None and an empty list stand for unknown values.
     """
-    derived = config_object(config)
-    text = None if derived is None else derived.get_text_config(decoder=True)
+    text = decoder_object(config)
     types = getattr(text, "layer_types", None)
     listed = list(types) if isinstance(types, (list, tuple)) else []
     return None if text is None else count_of(text), listed
 
 
-def _refuse_unclear(config: dict[str, Any], text: dict[str, Any], count: int) -> None:
-    """Raise if a configuration cannot be cut exactly, or has an unknown per-layer field."""
+def _open_config(config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], int]:
+    """Return a copy of a configuration, the decoder's part of it with its per-layer fields written
+    out, and its number of blocks.
+
+    Raises:
+        ArchitectureError: it cannot be cut exactly, or has an unknown per-layer field.
+    """
+    refuse_packing(config)
+    whole = copy.deepcopy(config)
+    text = materialise(whole)
     if reason := explain_uncuttable(text):
         raise ArchitectureError(reason)
+    count = depth(text)
     layers = mtp_layers(text)
-    for part, decoder in find_parts(config, text):
+    for part, decoder in find_parts(whole, text):
         # A cut without removed blocks checks that each field has a known form.
         cut_fields(dict(part), count, {i: i for i in range(count)})
         refuse_unknown(part, count, layers, decoder=decoder)
-    derived = config_object(config)
-    if derived is not None:
-        values = derived.get_text_config(decoder=True).to_dict()
+    decoder_config = decoder_object(whole)
+    if decoder_config is not None:
+        values = decoder_config.to_dict()
         more = {key: value for key, value in values.items() if key not in text}
         refuse_unknown(more, count, layers, decoder=True)
+    return whole, text, count
 
 
 def explain_uncuttable(text: Mapping[str, Any]) -> str:
@@ -533,5 +525,5 @@ def explain_uncuttable(text: Mapping[str, Any]) -> str:
 
 def mtp_layers(text: Mapping[str, Any]) -> int:
     """Count the layers for multi-token prediction (MTP), which draft further tokens."""
-    found = [text.get(key) for key in fields.MTP]
-    return max((n for n in found if isinstance(n, int)), default=0)
+    counts = [text.get(key) for key in fields.MTP]
+    return max((n for n in counts if isinstance(n, int)), default=0)

@@ -22,9 +22,9 @@ from isingcut.formats.architectures import fields
 from isingcut.formats.architectures.fields import STAY, TWO_STAY, config_object, of_type
 from isingcut.ising.constraints import LinearConstraint
 
-ATTENTION = (
-    "one attention block stays, because generation reads the sequence length from an attention "
-    "cache"
+_ATTENTION = (
+    "at least one attention block stays, because generation reads the sequence length from an "
+    "attention cache"
 )
 _RECEIVES = "image features (DeepStack) join the stream behind the first {} blocks, by their number"
 _ENTERS = "image features join the stream in front of blocks {}"
@@ -53,8 +53,8 @@ def find_fixed_blocks(
     """
     fixed: dict[int, str] = {}
     model_type = str(text.get("model_type", ""))
-    if found := of_type(STAY, model_type):
-        fixed[found[0] % count] = found[1]
+    if rule := of_type(STAY, model_type):
+        fixed[rule[0] % count] = rule[1]
     if model_type in {"zamba", "zamba2"}:
         types = text.get("layers_block_type") or text.get("layer_types") or []
         reason = "hybrid blocks take turns with shared weights, so their number and order are fixed"
@@ -113,9 +113,9 @@ def _sources(name: str, value: Any, count: int) -> Iterator[tuple[int, int, str]
             )
 
 
-def has_attention(types: list[str]) -> bool:
-    """Whether any of these transformers layer types fills an attention cache."""
-    return any(("attention" in t and "linear" not in t) or "hybrid" in t for t in types)
+def fills_cache(kind: str) -> bool:
+    """Whether blocks of a transformers layer type fill an attention cache."""
+    return ("attention" in kind and "linear" not in kind) or "hybrid" in kind
 
 
 def legality(
@@ -145,8 +145,7 @@ def legality(
     if 0 < len(attention) < n:
         row = _row(n, attention)
         most = len(attention) - 1.0
-        reason = f"at least {ATTENTION}"
-        rows.append(LinearConstraint("keep attention", row, "<=", most, reason))
+        rows.append(LinearConstraint("keep attention", row, "<=", most, _ATTENTION))
     if why := of_type(TWO_STAY, text.get("model_type")):
         rows.append(LinearConstraint("keep two", np.ones(n), "<=", n - 2.0, why))
     periods = [v for p in fields.PERIODS if isinstance(v := text.get(p), int)]

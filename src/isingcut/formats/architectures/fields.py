@@ -314,7 +314,7 @@ DEPTH_SHAPED = dict.fromkeys(("gemma3n_text", "gemma4_text"), _PER_LAYER_EMBEDDI
 _NAMES = ("text_config", "llm_config", "language_config")
 
 
-def text_part(config: dict[str, Any], derived: Any | None) -> dict[str, Any]:
+def text_part(config: dict[str, Any]) -> dict[str, Any]:
     """Return the dictionary in ``config``, or ``config`` itself, that has the decoder's fields.
 
     Some published multimodal configurations lack the part that their class has for text: its
@@ -323,8 +323,8 @@ def text_part(config: dict[str, Any], derived: Any | None) -> dict[str, Any]:
 
     Args:
         config: a checkpoint's ``config.json``; a missing part is added, empty.
-        derived: its configuration object, as from `config_object`.
     """
+    derived = config_object(config)
     if derived is None:
         parts = (config[name] for name in _NAMES if isinstance(config.get(name), dict))
         return next(parts, config)
@@ -373,6 +373,12 @@ def config_object(config: dict[str, Any]) -> Any | None:
         return CONFIG_MAPPING[model_type].from_dict(_decode_floats(plain))
 
 
+def decoder_object(config: dict[str, Any]) -> Any | None:
+    """Return the decoder's part of `config_object`; None for an unsupported model type."""
+    whole = config_object(config)
+    return whole and whole.get_text_config(decoder=True)
+
+
 @contextlib.contextmanager
 def catch_unknown_form(key: str, value: Any) -> Iterator[None]:
     """Convert errors of code that reads a field, within the context, to one that names the field.
@@ -401,8 +407,7 @@ def _is_read(config: dict[str, Any], part: dict[str, Any]) -> bool:
         return False
     changed = {**part, "vocab_size": size + 1}
     whole = {key: changed if value is part else value for key, value in config.items()}
-    derived: Any = config_object(changed if part is config else whole)
-    text = derived.get_text_config(decoder=True)
+    text = decoder_object(changed if part is config else whole)
     return bool(getattr(text, "vocab_size", None) == size + 1)
 
 

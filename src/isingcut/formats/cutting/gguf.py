@@ -59,13 +59,13 @@ def check_same_model(header: GgufHeader, model: Path) -> None:
     count = header.check_blocks()
     width = header.number("embedding_length")
     widths = [v for k in _WIDTHS if isinstance(v := theirs.text.get(k), int)]
-    for what, found, wanted in (
+    for what, number, wanted in (
         ("blocks", count, theirs.depth),
         ("numbers in its stream", width, [*widths, width][0]),
     ):
-        if found != wanted:
+        if number != wanted:
             raise InputError(
-                f"{header.path} is of another model: it has {found} {what}, the run's model "
+                f"{header.path} is of another model: it has {number} {what}, the run's model "
                 f"{wanted}"
             )
     for name, stored in names_in_gguf(header, count, theirs.stored).items():
@@ -88,12 +88,12 @@ def names_in_gguf(
     if header.architecture not in architectures:
         return {}
     known = gguf.get_tensor_name_map(architectures[header.architecture], count)
-    found = {}
+    named = {}
     for name, tensor in stored.items():
         theirs = known.get_name(name, try_suffixes=(".weight", ".bias"))
         if theirs is not None and not _COMPUTED.search(theirs):
-            found[str(theirs)] = tensor
-    return found
+            named[str(theirs)] = tensor
+    return named
 
 
 def _is_equal(tensor: Any, stored: StoredTensor) -> bool:
@@ -149,7 +149,7 @@ def changed_tensors(
         f"{new.prefix}{place}.": f"{old.prefix}{i}."
         for i, place in renumber_blocks(old.depth, removed, old.mtp_layers).items()
     }
-    found = {}
+    changed = {}
     for name, stored in new.stored.items():
         start = next((start for start in places if name.startswith(start)), "")
         before = places.get(start, "") + name.removeprefix(start)
@@ -158,16 +158,16 @@ def changed_tensors(
             continue
         if was is None or theirs.get(before) not in header.tensors:
             raise ArchitectureError(_cannot(header.path, before))
-        found[theirs[before]] = Changed(
+        changed[theirs[before]] = Changed(
             before, partial(_values, old, before), partial(_values, new, name)
         )
-    return found
+    return changed
 
 
 def _values(checkpoint: Checkpoint, name: str) -> NDArray[np.float32]:
     value = read_plain(name, checkpoint.stored, tile_of(checkpoint.config))
-    found: NDArray[np.float32] = value.float().numpy()
-    return found
+    numbers: NDArray[np.float32] = value.float().numpy()
+    return numbers
 
 
 def lay_out(path: Path, tensor: Any, changed: Changed) -> NDArray[np.float32]:
@@ -210,9 +210,9 @@ def _interleave(values: NDArray[np.float32], size: int) -> NDArray[np.float32]:
     return halves.swapaxes(1, 2).reshape(values.shape)
 
 
-def _difference(found: NDArray[np.float32], wanted: NDArray[np.float32]) -> float:
+def _difference(values: NDArray[np.float32], wanted: NDArray[np.float32]) -> float:
     size = float(np.linalg.norm(wanted.astype(np.float64)))
-    return float(np.linalg.norm(found.astype(np.float64) - wanted)) / (size or 1.0)
+    return float(np.linalg.norm(values.astype(np.float64) - wanted)) / (size or 1.0)
 
 
 def _cannot(path: Path, name: str) -> str:

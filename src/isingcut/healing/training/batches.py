@@ -27,8 +27,7 @@ from isingcut.errors import InputError
 from isingcut.files.healings import HealingMemory
 from isingcut.formats.architectures.blocks import find_stack, text_config
 from isingcut.healing.job import Job, is_sharded, trainer_settings
-from isingcut.measure.splitting import fewer_tokens_to_fit
-from isingcut.models.compute.batching import count_graph_bytes
+from isingcut.measure.splitting import count_graph_bytes, fewer_tokens_to_fit
 from isingcut.models.compute.divergence import CHUNK_ELEMENTS
 from isingcut.models.device import BatchLimit, least_left
 from isingcut.models.placement import devices_of, name_devices

@@ -221,9 +221,7 @@ def install(student: Any, plain: Any, original: Any) -> None:
             with torch.no_grad(), torch.autocast(input_ids.device.type, enabled=False):
                 target = read(teacher, parts and other, input_ids, rows)
         if parts:
-            loss = divergence_from_stream(
-                given, parts[1], target, head, vocabulary=size
-            )
+            loss = divergence_from_stream(given, parts[1], target, head, size)
         else:
             loss = divergence(given, target)
         return {"loss": loss.to(input_ids.device)}

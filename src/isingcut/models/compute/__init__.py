@@ -1,4 +1,4 @@
 """Performance-critical computations.
 
-`head`: output head with the loss; `divergence`: KL and NLL of logits; `batching`: micro-batch size.
+`head`: output head with the loss; `divergence`: KL and NLL of logits.
 """

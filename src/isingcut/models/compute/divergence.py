@@ -93,8 +93,8 @@ def stored_as(value: Any, like: Any) -> Any:
 @overload(stored_as)
 def _stored_as(value, like):  # type: ignore[no-untyped-def]
     def round_to_upper(value, like):  # type: ignore[no-untyped-def]
-        found = np.float32(value).view(np.int32)
-        return np.int16((found + ((found >> 16) & 1) + 0x7FFF) >> 16)
+        whole = np.float32(value).view(np.int32)
+        return np.int16((whole + ((whole >> 16) & 1) + 0x7FFF) >> 16)
 
     if like == types.int16:
         return round_to_upper
@@ -281,22 +281,12 @@ class RowSums:
         else:
             self._add(logits, offset, reference)
 
-    def _add_compiled(
-        self, logits: Tensor, offset: int, reference: Tensor | None
-    ) -> None:
-        # `expand_as` fails if the sizes are unequal; the loops would read beyond the end.
-        same = bits(logits[:, :0] if reference is None else reference.expand_as(logits))
-        q = bits(logits)
-        kept = (self._top, self._total, self._difference, self._picked)
-        arrays = [x.numpy() for x in (self._reference_log_z, self.labels, *kept)]
-        run_in_threads(partial(accumulate, q, same, offset, *arrays), len(q), q.size)
-
     def _add(self, logits: Tensor, offset: int, reference: Tensor | None) -> None:
         q = widen(logits)
         label = self.labels - offset
         inside = (label >= 0) & (label < q.shape[1])
-        found = q.gather(1, label.clamp(0, q.shape[1] - 1)[:, None])[:, 0].float()
-        self._picked = torch.where(inside, found, self._picked)
+        picked = q.gather(1, label.clamp(0, q.shape[1] - 1)[:, None])[:, 0].float()
+        self._picked = torch.where(inside, picked, self._picked)
         top = torch.maximum(self._top, q.amax(1).float())
         exponentials = (q - top[:, None]).exp_().sum(1, dtype=torch.float64)
         self._total = self._total * (self._top.double() - top).exp() + exponentials
@@ -306,6 +296,16 @@ class RowSums:
             p = (same - self._reference_log_z.to(same.dtype)[:, None]).exp_()
             apart = torch.where(same > -3.0e38, same - q, 0.0)
             self._difference += torch.linalg.vecdot(p, apart).double()
+
+    def _add_compiled(
+        self, logits: Tensor, offset: int, reference: Tensor | None
+    ) -> None:
+        # `expand_as` fails if the sizes are unequal; the loops would read beyond the end.
+        same = bits(logits[:, :0] if reference is None else reference.expand_as(logits))
+        q = bits(logits)
+        kept = (self._top, self._total, self._difference, self._picked)
+        arrays = [x.numpy() for x in (self._reference_log_z, self.labels, *kept)]
+        run_in_threads(partial(accumulate, q, same, offset, *arrays), len(q), q.size)
 
     @property
     def log_z(self) -> Tensor:
@@ -377,8 +377,8 @@ def divergence(student: Tensor, teacher: Tensor) -> Tensor:
     """Sum KL(teacher || student) of logits (n, V) over the rows, in nats; differentiable in the
     student."""
     summed: Any = _Divergence
-    found: Tensor = summed.apply(student, teacher)
-    return found
+    total: Tensor = summed.apply(student, teacher)
+    return total
 
 
 Head = Callable[[Tensor], Tensor]
@@ -389,8 +389,7 @@ def divergence_from_stream(
     head: Head,
     teacher: Tensor,
     teacher_head: Head,
-    chunk_elements: int = CHUNK_ELEMENTS,
-    vocabulary: int = 1,
+    vocabulary: int,
 ) -> Tensor:
     """Compute `divergence` from the inputs of the heads, with the logits of one chunk of rows at a
     time.
@@ -399,12 +398,11 @@ def divergence_from_stream(
         student: (n, D), input of the student's head.
         head: the student's head, from (m, D) to logits (m, V).
         teacher: (n, D'), input of the teacher's head.
-        chunk_elements: number of logits computed at a time.
         vocabulary: size V of the vocabulary.
 
     Memory: the gradient of all logits, n V in the logits' dtype, until the backward pass.
     """
-    rows = max(1, chunk_elements // vocabulary)
+    rows = max(1, CHUNK_ELEMENTS // vocabulary)
     total = torch.zeros((), device=student.device)
     pairs = zip(torch.split(student, rows), torch.split(teacher, rows), strict=True)
     for hidden, other in pairs:

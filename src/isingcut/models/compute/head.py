@@ -33,7 +33,7 @@ from isingcut.models.compute.divergence import (
     softmax,
     softmax_gradient,
 )
-from isingcut.models.replay import Recording, Replay, replace_forwards
+from isingcut.models.replay import Reached, Recording, Replay, replace_forwards
 
 
 def piece_elements(device: torch.device) -> int:
@@ -46,10 +46,6 @@ _TRANSPOSED_BYTES = 1 << 28
 
 Pieces = Iterable[tuple[int, Tensor]]
 """Logits (R, C) of pieces of the vocabulary, each with the index of its first token."""
-
-
-class _HeadReached(Exception):
-    """Raised instead of running the output layer, because only its input is needed."""
 
 
 def find_head_input(layer: nn.Module, logits: Callable[[], Tensor]) -> Tensor | None:
@@ -67,14 +63,14 @@ def find_head_input(layer: nn.Module, logits: Callable[[], Tensor]) -> Tensor | 
         lambda m, args, out: seen.append((args, out.clone()))
     )
     with hook, torch.no_grad():
-        found = logits()
+        whole = logits()
     if len(seen) != 1 or len(seen[0][0]) != 1:
         return None
     (inputs,), out = seen[0]
     plain = (
-        out.device == found.device
-        and out.dtype == found.dtype
-        and torch.equal(out, found)
+        out.device == whole.device
+        and out.dtype == whole.dtype
+        and torch.equal(out, whole)
     )
     return inputs if plain else None
 
@@ -91,12 +87,12 @@ class OutputHead:
 
     def __init__(self, replay: Replay) -> None:
         self._replay = replay
-        found: Any = replay.text.get_output_embeddings()
+        layer: Any = replay.text.get_output_embeddings()
         if replay.plain_head is None:
             # Tested once for each model: for a streamed one it reads embedding and head.
-            replay.plain_head = type(found) is nn.Linear and self._is_last(found)
+            replay.plain_head = type(layer) is nn.Linear and self._is_last(layer)
         self.plain = replay.plain_head
-        self._linear = found
+        self._linear = layer
 
     def _is_last(self, linear: nn.Linear) -> bool:
         replay = self._replay
@@ -121,11 +117,11 @@ class OutputHead:
 
         def stub(x: Tensor) -> Any:
             caught.append(x)
-            raise _HeadReached
+            raise Reached
 
         with (
             replace_forwards([self._linear], [stub]),
-            contextlib.suppress(_HeadReached),
+            contextlib.suppress(Reached),
         ):
             self._replay.tail(stream, input_ids)
         return caught[0]
@@ -243,17 +239,17 @@ class Comparison:
         Args:
             logits: those of the other model, in the form of the original's.
         """
-        found = []
+        losses = []
         for pieces, (labels, kept, log_z) in zip(logits, self._kept, strict=True):
             sums = RowSums(labels, log_z)
             for (start, piece), reference in zip(pieces, kept, strict=True):
                 sums.add(piece.to(labels.device), start, reference)
-            found.append(torch.stack([sums.kl, sums.nll]))
-        return torch.cat(found, 1)
+            losses.append(torch.stack([sums.kl, sums.nll]))
+        return torch.cat(losses, 1)
 
-    def sum_samples(self, found: Sequence[Tensor]) -> Floats:
+    def sum_samples(self, losses: Sequence[Tensor]) -> Floats:
         """Sum K results of `compare` over the tokens of each sample: (2, K, B)."""
-        values = torch.stack([*found], 1).cpu().numpy()
+        values = torch.stack([*losses], 1).cpu().numpy()
         samples = np.split(values, self._counts.cumsum(0)[:-1].numpy(), 2)
         return np.stack([sample.sum(2) for sample in samples], 2)
 
@@ -270,8 +266,8 @@ def sum_losses(
 
 def loss_gradient(
     recording: Recording,
-    hidden: Tensor,
     batch: TokenSet,
+    hidden: Tensor,
     label_seed: int | None,
     head: OutputHead,
 ) -> Tensor:
@@ -281,8 +277,8 @@ def loss_gradient(
 
     Args:
         recording: recorded calls of the batch.
-        hidden: (B, T, D), the residual stream after the blocks.
         batch: the samples; padding does not count.
+        hidden: (B, T, D), the residual stream after the blocks.
         label_seed: seed to draw the labels from the model; None takes the next tokens of the text.
         head: the model's output head; if it is not plain, the model computes its logits itself, one
             sample at a time.
@@ -329,16 +325,16 @@ def loss_gradient(
 
 
 def divergence_gradient(
-    recording: Recording, original: Tensor, stream: Tensor, batch: TokenSet
+    recording: Recording, batch: TokenSet, stream: Tensor, original: Tensor
 ) -> Tensor:
     """Compute the gradient of KL(original || cut), summed over all tokens, with respect to the cut
     model's residual stream.
 
     Args:
         recording: recorded calls of the batch.
-        original: (B, T, D), residual stream after the blocks of the original model.
-        stream: (B, T, D), residual stream after the blocks of the cut model.
         batch: the samples; padding does not count.
+        stream: (B, T, D), residual stream after the blocks of the cut model.
+        original: (B, T, D), residual stream after the blocks of the original model.
 
     Returns:
         (B, T, D), zero at positions without a prediction.
@@ -347,9 +343,7 @@ def divergence_gradient(
     def gradient_of(sample: int, logits: Tensor) -> Tensor:
         with torch.no_grad():
             whole = recording.logits(original[sample], sample)
-        difference = torch.softmax(logits.float(), -1) - torch.softmax(
-            whole.float(), -1
-        )
+        difference = logits.float().softmax(-1) - whole.float().softmax(-1)
         predicted = nn.functional.pad(batch.predicted[sample], (0, 1))
         difference[~predicted.to(logits.device)] = 0.0
         return difference.to(logits.dtype)
@@ -412,13 +406,13 @@ def _to_gradient(logits: Tensor, targets: Tensor, scale: Tensor) -> None:
 def _draw_labels(logits: Tensor, log_z: Tensor, draws: Tensor) -> Tensor:
     """Draw (R,) tokens from the distributions of logits (R, V) by inversion of uniform draws
     (R,)."""
-    found = []
+    labels = []
     for rows in _row_parts(logits):
         # In float64: the error of a float32 running sum exceeds the probability of most tokens.
         cumulative = softmax(logits[rows], log_z[rows]).double().cumsum(-1)
         wanted = draws[rows][:, None] * cumulative[:, -1:]
-        found.append(torch.searchsorted(cumulative, wanted, right=True)[:, 0])
-    return torch.cat(found).clamp(max=logits.shape[1] - 1)
+        labels.append(torch.searchsorted(cumulative, wanted, right=True)[:, 0])
+    return torch.cat(labels).clamp(max=logits.shape[1] - 1)
 
 
 def _row_parts(logits: Tensor) -> list[slice]:

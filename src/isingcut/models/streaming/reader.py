@@ -10,15 +10,15 @@ buffer has a known size.
 from __future__ import annotations
 
 import re
-import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from isingcut.errors import ModelError
 from isingcut.formats.architectures.blocks import language_model, stack_modules
@@ -36,6 +36,7 @@ from isingcut.formats.safetensors_files import (
     read_config,
 )
 from isingcut.formats.transformers_private import Names
+from isingcut.models.placement import as_parameter
 from isingcut.models.replay import EMBED, HEAD, Part
 
 REST = "rest"
@@ -44,69 +45,29 @@ REST = "rest"
 _ALIGN = 64
 
 
-@dataclass(frozen=True)
-class CopyStep:
-    """Copy of a stored tensor to a tensor of the model (the target), or to one slice of it.
+Place = tuple[int | slice, ...]
+"""Index of a slice of a tensor; empty for the whole tensor."""
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """Stored tensors that together fill tensors of the model (the targets).
 
     Attributes:
-        place: index of the slice in the target; empty for the whole target.
+        targets: the targets by name, on the meta device.
+        sources: the stored tensors, each with its place in the only target.
+        convert: function from the values of the sources to those of the targets; None: the sources
+            are copied to their places.
     """
-
-    source: StoredTensor
-    target: str
-    place: tuple[int | slice, ...] = ()
-
-
-@dataclass(frozen=True)
-class ConversionStep:
-    """Conversion of stored tensors to targets by one of transformers' converters."""
-
-    sources: tuple[tuple[str, StoredTensor], ...]
-    dtype: torch.dtype
-    first: str
-    converter: Any
-    model: Any
-
-    def run(self, values: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Compute the values of the targets from those of the sources."""
-        converter = deepcopy(self.converter)
-        for (pattern, source), value in zip(self.sources, values, strict=True):
-            # A callable, which transformers' own loader also passes if it uses no threads.
-            converter.add_tensor(
-                self.first, source.name, pattern, lambda value=value: value
-            )
-        out = converter.convert(self.first, model=self.model, config=self.model.config)
-        return {k: v[0] if isinstance(v, list) else v for k, v in out.items()}
-
-
-@dataclass(frozen=True)
-class Group:
-    """Targets, on the meta device, that are filled together, and the steps that fill them."""
 
     targets: Mapping[str, Tensor]
-    steps: tuple[CopyStep | ConversionStep, ...]
-
-
-@dataclass(frozen=True)
-class PartPlan:
-    """Plan to fill one part.
-
-    Attributes:
-        steps: the steps that read tensors.
-        targets: tensors to fill, each with its first byte in the part's buffer.
-        names: target of each tensor name in this part of the model.
-        size: bytes of the buffer.
-    """
-
-    steps: tuple[CopyStep | ConversionStep, ...]
-    targets: Mapping[str, tuple[Tensor, int]]
-    names: Mapping[str, str]
-    size: int
+    sources: Sequence[tuple[StoredTensor, Place]]
+    convert: Callable[[Sequence[Tensor]], Mapping[str, Tensor]] | None = None
 
 
 def plan_parts(
     folder: Path, stored: Mapping[str, StoredTensor], model: Any, dtype: torch.dtype
-) -> tuple[dict[Part, PartPlan], list[str]]:
+) -> tuple[dict[Part, tuple[dict[str, str], list[Step]]], list[str]]:
     """Plan how to fill each block, the embedding, the head and the rest of a model.
 
     Args:
@@ -116,15 +77,16 @@ def plan_parts(
         dtype: dtype of the model.
 
     Returns:
-        the plan of each part, and the names of stored tensors that the model does not use.
+        for each part, the target of each of its names in the model, and the steps that fill the
+        targets; and the names of stored tensors that the model does not use.
 
     Raises:
         ModelError: tensors are missing from the checkpoint, or have other shapes.
     """
     names = Names(model, dtype)
-    groups, unexpected = _groups(folder, stored, names)
-    group_of = {name: group for group in groups for name in group.targets}
-    kept = _resolve_names(folder, names, set(group_of))
+    steps, unexpected = _find_steps(folder, stored, names)
+    step_of = {name: step for step in steps for name in step.targets}
+    targets = _resolve_names(folder, names, step_of)
     decoder = language_model(model)
     parts: dict[Any, Part] = {
         decoder.get_input_embeddings(): EMBED,
@@ -133,29 +95,18 @@ def plan_parts(
     parts |= {block: i for i, block in enumerate(stack_modules(model))}
     paths = {path: parts[m] for path, m in model.named_modules() if m in parts}
     members: dict[Part, dict[str, str]] = {p: {} for p in (*parts.values(), REST)}
-    for name, target in kept.items():
+    for name, target in targets.items():
         stems = (name[: dot.start()] for dot in re.finditer(r"\.", name))
         part = next((paths[stem] for stem in stems if stem in paths), REST)
         members[part][name] = target
-    plans = {part: _layout(found, group_of) for part, found in members.items()}
+    plans = {
+        part: (own, list(dict.fromkeys(step_of[target] for target in own.values())))
+        for part, own in members.items()
+    }
     return plans, unexpected
 
 
-def _layout(names: Mapping[str, str], group_of: Mapping[str, Group]) -> PartPlan:
-    """Assign a place in the buffer to each target of a part; tied names share one place."""
-    groups = {id(group_of[t]): group_of[t] for t in names.values()}.values()
-    targets: dict[str, tuple[Tensor, int]] = {}
-    size = 0
-    for name, target in (item for group in groups for item in group.targets.items()):
-        start = -(-size // _ALIGN) * _ALIGN
-        targets[name] = (target, start)
-        size = start + target.nbytes
-    return PartPlan(
-        tuple(s for group in groups for s in group.steps), targets, names, size
-    )
-
-
-def _resolve_names(folder: Path, names: Names, there: set[str]) -> dict[str, str]:
+def _resolve_names(folder: Path, names: Names, there: Container[str]) -> dict[str, str]:
     """Return the target of each name in the model; tied names have one target.
 
     Raises:
@@ -174,12 +125,12 @@ def _resolve_names(folder: Path, names: Names, there: set[str]) -> dict[str, str
     return kept
 
 
-def _groups(
+def _find_steps(
     folder: Path, stored: Mapping[str, StoredTensor], names: Names
-) -> tuple[list[Group], list[str]]:
-    """Group the stored tensors by target; also return the names that the model does not use."""
+) -> tuple[list[Step], list[str]]:
+    """Return the steps that fill the model, and the stored names that it does not use."""
     unexpected: list[str] = []
-    groups: list[Group] = []
+    steps: list[Step] = []
     together: dict[str, list[tuple[str, StoredTensor]]] = {}
     for name in sorted(stored, key=names.order):
         tensor = stored[name]
@@ -189,41 +140,57 @@ def _groups(
         elif target in names.tensors and pattern is not None:
             together.setdefault(target, []).append((pattern, tensor))
         elif target in names.tensors:
-            shape = tuple(names.tensors[target].shape)
-            _same_shape(folder, name, tensor.shape, shape)
-            made = torch.empty(shape, dtype=names.dtype_of(target), device="meta")
-            groups.append(Group({target: made}, (CopyStep(tensor, target),)))
+            made = torch.empty(
+                tensor.shape, dtype=names.dtype_of(target), device="meta"
+            )
+            _check_shape(folder, name, made, names.tensors[target])
+            steps.append(Step({target: made}, [(tensor, ())]))
     for first, members in together.items():
-        groups.append(_join_group(folder, first, members, names))
-    return groups, unexpected
+        steps.append(_join_sources(folder, first, members, names))
+    return steps, unexpected
 
 
-def _join_group(
+def _join_sources(
     folder: Path, first: str, members: Sequence[tuple[str, StoredTensor]], names: Names
-) -> Group:
-    """Group the tensors of one converter, as slices of its target if it only stacks and
-    concatenates them."""
-    converter = names.converters[members[0][0]]
+) -> Step:
+    """Return the step of one converter: copies to slices of its target if it only stacks and
+    concatenates tensors."""
     dtype = names.dtype_of(first)
-    conversion = ConversionStep(tuple(members), dtype, first, converter, names.model)
-    made = conversion.run(
+    convert = partial(_convert, names, first, members)
+    made = convert(
         [torch.empty(source.shape, dtype=dtype, device="meta") for _, source in members]
     )
     targets = {
         name: value.to(dtype) for name, value in made.items() if name in names.tensors
     }
     for name, target in targets.items():
-        _same_shape(folder, name, tuple(target.shape), tuple(names.tensors[name].shape))
-    slices = (
-        _slices(converter, members, first) if len(targets) == len(made) == 1 else None
-    )
-    return Group(targets, tuple(slices) if slices else (conversion,))
+        _check_shape(folder, name, target, names.tensors[name])
+    if len(targets) == len(made) == 1:
+        slices = _find_slices(names.converters[members[0][0]], members)
+        if slices is not None:
+            return Step(targets, slices)
+    return Step(targets, [(source, ()) for _, source in members], convert)
 
 
-def _slices(
-    converter: Any, members: Sequence[tuple[str, StoredTensor]], target: str
-) -> list[CopyStep] | None:
-    """Return one copy step per tensor, or None unless a conversion only stacks and joins."""
+def _convert(
+    names: Names,
+    first: str,
+    members: Sequence[tuple[str, StoredTensor]],
+    values: Sequence[Tensor],
+) -> dict[str, Tensor]:
+    """Compute the values of targets by one of transformers' converters."""
+    converter = deepcopy(names.converters[members[0][0]])
+    for (pattern, source), value in zip(members, values, strict=True):
+        # A callable, which transformers' own loader also passes if it uses no threads.
+        converter.add_tensor(first, source.name, pattern, lambda value=value: value)
+    out = converter.convert(first, model=names.model, config=names.model.config)
+    return {k: v[0] if isinstance(v, list) else v for k, v in out.items()}
+
+
+def _find_slices(
+    converter: Any, members: Sequence[tuple[str, StoredTensor]]
+) -> list[tuple[StoredTensor, Place]] | None:
+    """Return the place of each tensor, or None unless a conversion only stacks and joins."""
     kinds = [type(op).__name__ for op in converter.operations]
     stacked = kinds[0] == "MergeModulelist"
     joined = kinds[-1] == "Concatenate"
@@ -235,27 +202,25 @@ def _slices(
     axis = converter.operations[-1].dim - stacked if joined else None
     if axis is not None and axis < 0:
         return None
-    out: list[CopyStep] = []
+    slices: list[tuple[StoredTensor, Place]] = []
     first = 0
     for wanted in converter.source_patterns:
         items = [source for pattern, source in members if pattern == wanted]
         for k, source in enumerate(items):
-            place: tuple[int | slice, ...] = (k,) if stacked else ()
+            place: Place = (k,) if stacked else ()
             if axis is not None:
                 end = first + source.shape[axis]
                 place += (*[slice(None)] * axis, slice(first, end))
                 # The items of one stack begin at the same index.
                 if not stacked or source is items[-1]:
                     first = end
-            out.append(CopyStep(source, target, place))
-    return out
+            slices.append((source, place))
+    return slices
 
 
-def _same_shape(
-    folder: Path, name: str, found: tuple[int, ...], wanted: tuple[int, ...]
-) -> None:
-    if found != wanted:
-        raise ModelError(explain_shape(name, folder, found, wanted))
+def _check_shape(folder: Path, name: str, stored: Tensor, wanted: Tensor) -> None:
+    if stored.shape != wanted.shape:
+        raise ModelError(explain_shape(name, folder, stored.shape, wanted.shape))
 
 
 # Bytes converted at a time: small enough for a cache, large enough for efficient reads.
@@ -263,7 +228,7 @@ _STAGE = 4 * 2**20
 
 
 class Reader:
-    """Reader of the parts of one checkpoint, one at a time, into buffers.
+    """Reader of the stored tensors of one checkpoint.
 
     Args:
         folder: folder of the checkpoint.
@@ -271,52 +236,40 @@ class Reader:
         dtype: dtype of the model.
 
     Attributes:
-        plans: plan of each part.
+        parts: the parts of the model.
         unexpected: names of stored tensors that the model does not use.
     """
 
-    def __init__(self, folder: Path, model: object, dtype: torch.dtype) -> None:
+    def __init__(self, folder: Path, model: nn.Module, dtype: torch.dtype) -> None:
         raw = read_config(folder)
-        self._folder = folder
+        self.folder = folder
         self._fp8 = fp8_layout(folder, raw) is not None
         self._tile = tile_of(raw)
         self._stored = read_checkpoint(folder)
         self._dtype = dtype
-        self._stage = bytearray(_STAGE)
-        self._lock = threading.Lock()
-        self._checked: set[Part] = set()
         stored = weights_of(self._stored) if self._fp8 else self._stored
-        self.plans, self.unexpected = plan_parts(folder, stored, model, dtype)
+        plans, self.unexpected = plan_parts(folder, stored, model, dtype)
+        self.parts = {
+            part: StoredPart(part, *plan, self, model) for part, plan in plans.items()
+        }
 
-    def fill(self, part: Part, buffer: Tensor) -> dict[str, Tensor]:
-        """Read one part. The first time, also check it for NaN and infinity.
-
-        Args:
-            buffer: (>= the part's size,) uint8 in host memory.
-
-        Returns:
-            views of the buffer, by tensor name in the model (tied ones under each name).
+    @torch.no_grad()
+    def run(self, step: Step, views: Mapping[str, Tensor]) -> None:
+        """Fill the targets of a step, given by name.
 
         Raises:
-            CheckpointError: a file became shorter, a dtype is not supported, or a tensor has NaN
-                or infinity.
+            CheckpointError: a file became shorter, or a dtype is not supported.
         """
-        plan = self.plans[part]
-        views = plan_views(plan, buffer)
-        # `Store.keep` may read a part while the thread of `Buffers` reads another one.
-        with self._lock, torch.no_grad():
-            for step in plan.steps:
-                if isinstance(step, CopyStep):
-                    self._copy(step.source, views[step.target][step.place])
-                    continue
-                values = [self._value(source, step.dtype) for _, source in step.sources]
-                for name, value in step.run(values).items():
-                    if name in views:
-                        views[name].copy_(value)
-        if part not in self._checked:
-            refuse_infinite(views.items(), self._folder)
-            self._checked.add(part)
-        return {name: views[target] for name, target in plan.names.items()}
+        if step.convert is None:
+            (target,) = step.targets
+            for source, place in step.sources:
+                self._copy(source, views[target][place])
+            return
+        dtype = next(iter(step.targets.values())).dtype
+        values = [self._value(source, dtype) for source, _ in step.sources]
+        for name, value in step.convert(values).items():
+            if name in views:
+                views[name].copy_(value)
 
     def _copy(self, source: StoredTensor, view: Tensor) -> None:
         """Read and convert a tensor, a few megabytes at a time; float8 whole, with its scale."""
@@ -338,8 +291,9 @@ class Reader:
             return
         # In an FP8 checkpoint, such weights are first converted to the model's dtype.
         narrowed = self._fp8 and source.dtype in ("BF16", "F16")
+        stage = memoryview(bytearray(min(_STAGE, source.size)))
         for first in range(0, source.size, _STAGE):
-            data = memoryview(self._stage)[: min(_STAGE, source.size - first)]
+            data = stage[: source.size - first]
             source.read_into(data, first)
             piece = torch.frombuffer(data, dtype=dtype)
             start = first // dtype.itemsize
@@ -349,16 +303,83 @@ class Reader:
 
     def _value(self, source: StoredTensor, dtype: torch.dtype) -> Tensor:
         """Read one whole stored tensor, dequantised and converted to ``dtype``."""
-        found = torch.empty(source.shape, dtype=dtype)
-        self._copy(source, found)
-        return found
+        value = torch.empty(source.shape, dtype=dtype)
+        self._copy(source, value)
+        return value
 
 
-def plan_views(plan: PartPlan, buffer: Tensor) -> dict[str, Tensor]:
-    """Return the targets of a part as views of its buffer."""
-    return {
-        name: buffer[start : start + target.nbytes]
-        .view(target.dtype)
-        .view(target.shape)
-        for name, (target, start) in plan.targets.items()
-    }
+class StoredPart:
+    """One part of one model, for `Buffers`.
+
+    Args:
+        names: target of each tensor name in this part of the model; tied names share one target.
+        steps: the steps that fill the targets.
+
+    Attributes:
+        size: bytes of the part.
+        sweeps: number of times that the part was read.
+    """
+
+    def __init__(
+        self,
+        part: Part,
+        names: Mapping[str, str],
+        steps: Sequence[Step],
+        reader: Reader,
+        model: nn.Module,
+    ) -> None:
+        self.part = part
+        self.names = names
+        self.steps = steps
+        self.size = self.sweeps = 0
+        self._reader = reader
+        # Each target with its first byte in the buffer.
+        self._targets: dict[str, tuple[Tensor, int]] = {}
+        for name, target in (item for step in steps for item in step.targets.items()):
+            start = -(-self.size // _ALIGN) * _ALIGN
+            self._targets[name] = target, start
+            self.size = start + target.nbytes
+        self._homes: list[tuple[dict[str, Any], str, str, Any]] = []
+        for name, place in names.items():
+            path, _, leaf = name.rpartition(".")
+            module = model.get_submodule(path)
+            home: dict[str, Any] = (
+                module._parameters if leaf in module._parameters else module._buffers
+            )
+            # A stored buffer was computed by `build_skeleton` like the others.
+            home[leaf] = home[leaf].to("meta")
+            self._homes.append((home, leaf, place, home[leaf]))
+
+    def view(self, buffer: Tensor) -> dict[str, Tensor]:
+        """Return the targets as views of a buffer, uint8 of at least the part's size."""
+        return {
+            name: buffer[start : start + target.nbytes]
+            .view(target.dtype)
+            .view(target.shape)
+            for name, (target, start) in self._targets.items()
+        }
+
+    def fill(self, buffer: Tensor) -> None:
+        """Read the part into a buffer in host memory. The first time, also check its numbers.
+
+        Raises:
+            CheckpointError: a file became shorter, a dtype is not supported, or a tensor has NaN
+                or infinity.
+        """
+        views = self.view(buffer)
+        for step in self.steps:
+            self._reader.run(step, views)
+        if not self.sweeps:
+            refuse_infinite(views.items(), self._reader.folder)
+        self.sweeps += 1
+
+    def install(self, memory: Tensor) -> None:
+        """Set the tensors of this part in the model to views of ``memory``."""
+        views = self.view(memory)
+        for home, leaf, target, empty in self._homes:
+            home[leaf] = as_parameter(views[target], empty)
+
+    def remove(self) -> None:
+        """Set the tensors of this part in the model to empty ones again."""
+        for home, leaf, _, empty in self._homes:
+            home[leaf] = empty

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from isingcut.errors import InputError
 from isingcut.formats.architectures.blocks import text_config
 from isingcut.formats.libraries import report_missing_kernels
 from isingcut.formats.sources import model_identity
-from isingcut.models.device import Allowance, allowance, pick_device, pick_dtype
-from isingcut.models.load import LoadedModel, build_skeleton, load_tokenizer
+from isingcut.models.device import pick_device, pick_dtype
+from isingcut.models.load import LoadedModel, load_tokenizer
 from isingcut.models.replay import BLOCK_STREAMS, Replay, replace_forwards
 from isingcut.models.streaming.store import Buffers, Store
 
@@ -46,19 +44,19 @@ def load_streamed(
     place = pick_device(device)
     number = pick_dtype(dtype, place)
     tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
-    model, store, memory = open_model(
+    store = Store(
         folder,
-        dtype=number,
-        device=place,
-        memory_limit=memory_limit,
+        number,
+        place,
+        memory_limit,
+        buffers,
         trust_remote_code=trust_remote_code,
-        buffers=buffers,
     )
-    replay = StreamedReplay(model, store, memory)
+    replay = StreamedReplay(store)
     if place.type != "cpu":
         report_missing_kernels()
     return LoadedModel(
-        model, tokenizer, folder, number, place, trust_remote_code, replay
+        store.model, tokenizer, folder, number, place, trust_remote_code, replay
     )
 
 
@@ -74,17 +72,14 @@ class StreamedReplay(Replay):
     """The blocks of one model on disk, to run one at a time.
 
     Args:
-        model: the model without its weights.
-        store: store of the weights.
-        memory: memory limit of the process, and its use before any weight was read.
+        store: the model and the store of its weights.
     """
 
     streamed = True
     store: Store
 
-    def __init__(self, model: nn.Module, store: Store, memory: Allowance) -> None:
-        self.memory = memory
-        super().__init__(model, device=store.device, store=store)
+    def __init__(self, store: Store) -> None:
+        super().__init__(store.model, store=store)
 
     def identity(self) -> dict[str, Any]:
         """Return values that identify this model, cheap to compute, for a journal's fingerprint."""
@@ -114,44 +109,17 @@ class StreamedReplay(Replay):
         )
         work = BLOCK_STREAMS * self.stream_bytes(batch) + logits
         parts = 2 * self.store.buffers.size + self.store.resident
+        memory = self.store.memory
         on_cpu = self.device.type == "cpu"
-        slack = _SLACK if on_cpu else min(_SLACK, self.memory.total // _SLACK_SHARE)
-        room = self.memory.left - parts - work - slack
+        slack = _SLACK if on_cpu else min(_SLACK, memory.total // _SLACK_SHARE)
+        room = memory.left - parts - work - slack
         if room <= 0:
-            needed = self.memory.used + parts + work + slack
+            needed = memory.used + parts + work + slack
             raise InputError(
-                f"the memory limit is {self.memory.total / 1e9:.2f} GB, but streaming this model "
+                f"the memory limit is {memory.total / 1e9:.2f} GB, but streaming this model "
                 f"needs {needed / 1e9:.2f} GB before any hidden state is kept: two parts "
                 f"{parts / 1e9:.2f} GB, the work on {count} tokens "
-                f"{(work + slack) / 1e9:.2f} GB, the process itself {self.memory.used / 1e9:.2f} "
+                f"{(work + slack) / 1e9:.2f} GB, the process itself {memory.used / 1e9:.2f} "
                 "GB; raise --memory-limit or lower --batch-tokens"
             )
         return room
-
-
-def open_model(
-    folder: Path,
-    *,
-    dtype: torch.dtype,
-    device: torch.device,
-    memory_limit: str = "",
-    trust_remote_code: bool = False,
-    buffers: Buffers | None = None,
-) -> tuple[Any, Store, Allowance]:
-    """Open a checkpoint: return the model without weights, its store, and the memory limit.
-
-    Args:
-        folder: a resolved Hugging Face folder with safetensors.
-        buffers: buffers of another store, to share.
-
-    Raises:
-        ModelError: transformers cannot build the model, or the checkpoint does not fit it.
-        InputError: the memory limit cannot be parsed.
-    """
-    memory = allowance(memory_limit, device)
-    model = build_skeleton(folder, dtype, trust_remote_code=trust_remote_code)
-    store = Store(folder, model, dtype, device, buffers)
-    if store.buffers is buffers:
-        # Not used memory: `room` counts the buffers for each of the models that share them.
-        memory = replace(memory, used=memory.used - buffers.allocated)
-    return model, store, memory

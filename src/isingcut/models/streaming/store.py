@@ -10,18 +10,19 @@ import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from isingcut.errors import ArchitectureError
 from isingcut.formats.architectures.blocks import language_model, stack_modules
-from isingcut.models.device import device_module
-from isingcut.models.placement import as_parameter
+from isingcut.models.device import allowance, device_module
+from isingcut.models.load import build_skeleton
 from isingcut.models.replay import EMBED, HEAD, Part, Weights
-from isingcut.models.streaming.reader import REST, PartPlan, Reader, plan_views
+from isingcut.models.streaming.reader import REST, Reader, StoredPart
 
 
 class _Buffer:
@@ -142,23 +143,35 @@ class Store(Weights):
 
     Args:
         folder: folder of the checkpoint.
-        model: the model without weights; its modules get a ``forward`` or hooks that install parts.
         dtype: dtype of the weights.
         device: device for the computation.
+        memory_limit: as in `allowance`.
         buffers: buffers of another store, to share; then only one model may run at a time.
 
+    Attributes:
+        model: the model without weights; its modules have a ``forward`` or hooks that install
+            parts.
+        memory: memory limit of the process, and its use before any weight was read.
+
     Raises:
-        ModelError: the checkpoint does not fit the model.
+        ModelError: transformers cannot build the model, or the checkpoint does not fit it.
+        InputError: the memory limit cannot be parsed.
     """
 
     def __init__(
         self,
         folder: Path,
-        model: Any,
         dtype: torch.dtype,
         device: torch.device,
+        memory_limit: str = "",
         buffers: Buffers | None = None,
+        *,
+        trust_remote_code: bool = False,
     ) -> None:
+        self.memory = allowance(memory_limit, device)
+        self.model = model = build_skeleton(
+            folder, dtype, trust_remote_code=trust_remote_code
+        )
         self.folder = folder
         self.device = device
         self.dtype = dtype
@@ -166,16 +179,16 @@ class Store(Weights):
         blocks = stack_modules(model)
         self.order: list[Part] = [EMBED, *range(len(blocks)), HEAD]
         self._kept: set[Part] = set()
-        self._parts = {
-            part: StoredPart(part, plan, self.reader, model)
-            for part, plan in self.reader.plans.items()
-        }
+        self._parts = self.reader.parts
         self.largest = max(self._parts[part].size for part in self.order)
         self.weights = sum(self._parts[part].size for part in self.order)
         self.resident = self._parts[REST].size
         if buffers is None or buffers.size < self.largest or buffers.device != device:
             buffers = Buffers(self.largest, device)
         self.buffers = buffers
+        # Not used memory: `StreamedReplay.room` counts the buffers for each model that shares them.
+        used = self.memory.used - buffers.allocated
+        self.memory = replace(self.memory, used=used)
         # Small tensors stay on the device: norms, position embeddings, and computed buffers.
         for module in model.modules():
             for leaf, buffer in module._buffers.items():
@@ -219,12 +232,12 @@ class Store(Weights):
 
     def keep(self, part: Part) -> float:
         """Install a part permanently, outside the buffers; return the seconds spent reading it."""
-        found = self._parts[part]
-        host = torch.empty(found.size, dtype=torch.uint8)
+        stored = self._parts[part]
+        host = torch.empty(stored.size, dtype=torch.uint8)
         began = time.perf_counter()
-        found.fill(host)
+        stored.fill(host)
         seconds = time.perf_counter() - began
-        found.install(host.to(self.device))
+        stored.install(host.to(self.device))
         self._kept.add(part)
         return seconds
 
@@ -262,48 +275,3 @@ class Store(Weights):
             return forward(*args, **kwargs)
 
         return run
-
-
-class StoredPart:
-    """One part of one model, for `Buffers`.
-
-    Attributes:
-        size: bytes of the part.
-        sweeps: number of times that the part was read.
-    """
-
-    sweeps = 0
-
-    def __init__(
-        self, part: Part, plan: PartPlan, reader: Reader, model: nn.Module
-    ) -> None:
-        self.part = part
-        self.plan = plan
-        self._reader = reader
-        self.size = plan.size
-        self._homes: list[tuple[dict[str, Any], str, str, Any]] = []
-        for name, target in plan.names.items():
-            path, _, leaf = name.rpartition(".")
-            module = model.get_submodule(path)
-            home: dict[str, Any] = (
-                module._parameters if leaf in module._parameters else module._buffers
-            )
-            # A stored buffer was computed by `build_skeleton` like the others.
-            home[leaf] = home[leaf].to("meta")
-            self._homes.append((home, leaf, target, home[leaf]))
-
-    def fill(self, buffer: Tensor) -> None:
-        """Read the part into host memory."""
-        self._reader.fill(self.part, buffer)
-        self.sweeps += 1
-
-    def install(self, memory: Tensor) -> None:
-        """Set the tensors of this part in the model to views of ``memory``."""
-        views = plan_views(self.plan, memory)
-        for home, leaf, target, empty in self._homes:
-            home[leaf] = as_parameter(views[target], empty)
-
-    def remove(self) -> None:
-        """Set the tensors of this part in the model to empty ones again."""
-        for home, leaf, _, empty in self._homes:
-            home[leaf] = empty
