@@ -50,6 +50,7 @@ PLACES = {
     "around the model": ("{here}", None, OF_SOURCE),
     "a link to the model": ("{here}/link", linked("link", "model"), OF_SOURCE),
     "the text": ("{text}", None, OF_SOURCE),
+    "a loop of links": ("{here}/link/run", linked("link", "link"), "cannot write"),
 }
 RUNS = [
     Row(

@@ -8,6 +8,7 @@ that were changed later, are user files and are kept.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -71,7 +72,9 @@ def refuse_source(path: Path, sources: Iterable[str | os.PathLike[str]]) -> None
     real = Path(os.path.realpath(path))
     for source in filter(os.path.lexists, map(Path, sources)):
         read = Path(os.path.realpath(source))
-        hard_link = path.exists() and source.exists() and path.samefile(source)
+        hard_link = False
+        with contextlib.suppress(OSError):
+            hard_link = path.samefile(source)
         if real == read or hard_link:
             how = "is"
         elif read.is_relative_to(real):

@@ -291,7 +291,8 @@ def is_locked(folder: Path) -> bool:
 def _holder(place: Path, *, inside: bool) -> tuple[int, int, Path]:
     """Return this process and thread, and the lock file of a place."""
     with clear_os_errors(place):
-        real = place.resolve() if inside else place.parent.resolve() / place.name
+        real = Path(os.path.realpath(place if inside else place.parent))
+        real = real if inside else real / place.name
     file = real / LOCK if inside else lock_beside(real)
     return os.getpid(), threading.get_ident(), file
 
