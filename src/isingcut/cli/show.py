@@ -147,7 +147,7 @@ def show_baseline(choice: states.BaselineFile, file: Path) -> None:
     broken = f"it breaks constraints it does not know: {', '.join(choice.violated)}"
     show_lines(
         f"{choice.baseline}: blocks {words.join_blocks(choice.removed)}: "
-        f"KL ({CUT_RANKING}) {kl_of(choice).text()} nats/token; choice "
+        f"KL ({CUT_RANKING}) {kl_of(choice).text()} nats/token; found "
         f"with {choice.passes:.3g} forward passes over {choice.tokens_searched} tokens",
         *([broken] if choice.violated else []),
         f"wrote {file}",
