@@ -52,7 +52,9 @@ def _rank(session: Session, folder: RunFolder) -> Making:
         name: folder.load(measuring.energy_file(folder, config, name), Hamiltonian.load)
         for name in config.energies[1:]
     }
-    options = solving.solve_options(folder, config) | {"compare_energies": sorted(others)}
+    options = solving.solve_options(folder, config) | {
+        "compare_energies": sorted(others)
+    }
     options |= typed_options("rank", config)
     if tokens := trial_tokens(config):
         options |= {
