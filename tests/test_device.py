@@ -155,7 +155,8 @@ def patched(place, reads):
 
 
 def weights_of(*fits):
-    return np.concatenate([p.weight.cpu().ravel() for f in fits for p in f.patches])
+    patches = [patch for fit in fits for patch in fit.patches]
+    return np.concatenate([p.parameters["weight"].cpu().ravel() for p in patches])
 
 
 def patched_again(place):

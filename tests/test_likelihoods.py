@@ -238,9 +238,12 @@ def requests(kinds=2):
 
 
 def written(model, work, state=0, kinds=2):
+    # Made of the whole model.
+    replay = model.replay
+
     def write(prompts, some):
         with skip_blocks(model.model, STATES[state]):
-            return generate_texts(model.replay, STATES[state], prompts, some, work)
+            return generate_texts(replay, STATES[state], prompts, some, work)
 
     return Harness(model, lambda rows: [], write).generate_until(requests(kinds))
 
