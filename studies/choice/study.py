@@ -175,7 +175,7 @@ class Choice(ModelStudy):
         longer.budget *= LONGER
         longer.evaluator.budget = longer.budget
         with mock.patch.object(search, "CHANCE", -1.0):
-            return dict(longer.run().trace[-1])
+            return dict(longer.run().goals[0].trace[-1])
 
     def _judge(self, run: Session, removed: State, new: Any) -> Content:
         """Return a state's KL on unseen texts by sample, cut, and patched with ``new``."""
