@@ -69,6 +69,7 @@ from isingcut.healing.repairs.base import CANNOT, patch_checkpoint, record_unpat
 from isingcut.healing.work_folder import (
     BEFORE,
     DONE,
+    PATCH,
     PATCHED,
     check_places,
     claim_work,
@@ -314,7 +315,7 @@ def _train(job: Job, text: HealingText) -> tuple[Path, HealingFile | None]:
     if main and not known:
         _check_train(job, text.report, judging, patches=patches)
     if patches:
-        patched = job.work / PATCHED.main
+        patched = job.work / PATCHED.file
 
         def make() -> PatchScores:
             shutil.rmtree(patched, ignore_errors=True)
@@ -329,7 +330,7 @@ def _train(job: Job, text: HealingText) -> tuple[Path, HealingFile | None]:
             return scores
 
         if main:
-            scores = keep_result(patched.with_suffix(".json"), PatchScores, make)
+            scores = keep_result(job.work / PATCH.file, PatchScores, make)
             record |= (
                 {"patch": scores} if scores.cuts else {"unpatched": scores.unpatched}
             )

@@ -32,8 +32,10 @@ D = TypeVar("D", bound=Document)
 _IDENTITY = "identity.json"
 BEFORE = StageFile("heal", "before.json")
 """The scores of the cut model."""
-PATCHED = StageFile("heal", "patched*")
-"""The patched checkpoint; `patched.json` has its record."""
+PATCHED = StageFile("heal", "patched")
+"""The patched checkpoint."""
+PATCH = StageFile("heal", "patched.json")
+"""The record of the patch, and the scores of the patched checkpoint."""
 RECIPE = StageFile("heal", "recipe.json")
 """The training settings for a budget: steps, batch size, sample length, learning rate."""
 TRIAL = StageFile("heal", "trial")
@@ -44,7 +46,7 @@ TRAINER = StageFile("heal", "trainer")
 """The saved training states; incomplete ones are ignored."""
 DONE = StageFile("heal", "done")
 """The healed checkpoint, before it is renamed."""
-STEPS = (BEFORE, PATCHED, RECIPE, TRIAL, MEMORY, TRAINER, DONE)
+STEPS = (BEFORE, PATCHED, PATCH, RECIPE, TRIAL, MEMORY, TRAINER, DONE)
 """The steps, in the order of a healing."""
 CURVE = "healing-curve.json"
 """File name of the loss curve in a saved training state."""
@@ -143,8 +145,8 @@ def keep_result(file: Path, model: type[D], make: Callable[[], D]) -> D:
 
 def release(work: Path) -> None:
     """Delete the files of a healing, and the folder unless it has other files."""
-    for path in (path for step in STEPS for path in work.glob(step.file)):
-        delete(path)
+    for step in STEPS:
+        delete(work / step.file)
     (work / _IDENTITY).unlink(missing_ok=True)
     with contextlib.suppress(OSError):
         work.rmdir()
@@ -166,4 +168,4 @@ def _owner(work: Path) -> str | None:
 
 
 def _is_worth_keeping(work: Path) -> bool:
-    return (work / "patched.json").exists() or bool(complete_states(work))
+    return (work / PATCH.file).exists() or bool(complete_states(work))

@@ -86,7 +86,7 @@ class Run:
 
     Examples:
         >>> isingcut.open_run("my-run")
-        <isingcut run of my-model: 3 of 10 blocks go>
+        <isingcut run of my-model: remove 3 of 10 blocks>
     """
 
     def __init__(
@@ -110,7 +110,7 @@ class Run:
     def __repr__(self) -> str:
         removal = self.config.removal
         what = (
-            f"{removal} of {self.blocks} blocks go"
+            f"remove {removal} of {self.blocks} blocks"
             if removal
             else f"{self.blocks} blocks"
         )

@@ -46,7 +46,7 @@ from isingcut.models.compute.head import (
     split_predictions,
     sum_losses,
 )
-from isingcut.models.device import allowance
+from isingcut.models.device import allowance, least_left
 from isingcut.models.replay import Recording, Replay
 
 __all__ = ["Tuned"]
@@ -170,6 +170,13 @@ def tune(
     together = min(job.config.batch_tokens, STEP_TOKENS)
     neighbours = {b for a, z in runs(removed) for b in (a - 1, z + 1)}
     adjacent = sorted(neighbours & {*range(len(replay))} - {*removed})
+    # Rather fewer tokens at a time than fewer layers, but at least the longest sample.
+    each = bytes_of_backward(replay)
+    wanted = sum(p.nbytes for i in adjacent for p in replay.blocks[i].parameters())
+    wanted += 2 * replay.bytes_per_token * tokens.tokens
+    room = share * least_left(replay.places) - wanted
+    at_a_time = min(at_a_time, int(room // max(1, each)))
+    at_a_time = max(at_a_time, int(tokens.mask.sum(1).max()))
     splits = [
         [group.batches(at_a_time) for group in part.batches(together)]
         for part in (tokens, held_out)
@@ -193,9 +200,7 @@ def tune(
         if (one[:2] in fitted or stored is None or not stored.float8(*one[:2]))
         and not find_obstacle(replay, stored, *one[:3])
     ]
-    # Rather fewer tokens at a time than fewer layers: there is room for the longest sample.
-    beside = int(tokens.mask.sum(1).max()) * bytes_of_backward(replay)
-    layers = choose_layers(usable, beside, share)
+    layers = choose_layers(usable, at_a_time * each, share)
     tuned = {
         (b, path): _copy_layer(b, path, module, fitted.get((b, path)))
         for b, path, module in layers
