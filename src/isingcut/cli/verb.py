@@ -90,7 +90,7 @@ OF_RUN = (
 _PANELS = {
     "Start with these": "remove budget out calibration quick effort heal tasks device memory_limit "
     "config overwrite",
-    "What to remove": "keep must_remove",
+    "What to remove": "units keep must_remove",
     "Text": "samples length rank_samples report_samples seed",
     "Model and machine": "cards_per_process dtype attention batch_tokens stream trust_remote_code",
     "Choosing": "energy compare_energies solver states solve_seconds random_states choose",

@@ -110,7 +110,8 @@ def _make_output(target: Path, *, generation: bool = False) -> Output:
 @verb(
     "model",
     *OF_RUN[1:],
-    *("keep", "must_remove", "out", "calibration", "energy", "compare_energies"),
+    *("units", "keep", "must_remove", "out", "calibration", "energy"),
+    "compare_energies",
     *("samples", "length", "rank_samples", "report_samples", "seed", "effort"),
     *("dtype", "attention", "batch_tokens"),
     group=STAGES,
@@ -530,7 +531,10 @@ def push(
     return Output(data, lambda: show.show_lines(*lines), brief=brief)
 
 
-_PLACING = ("dtype", "device", "memory_limit", "cards_per_process", "trust_remote_code")
+_PLACING = (
+    *("dtype", "device", "memory_limit", "cards_per_process", "trust_remote_code"),
+    "units",
+)
 
 
 @verb("model", *_PLACING, name="inspect", group=LOOK)

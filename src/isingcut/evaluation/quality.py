@@ -124,7 +124,7 @@ def before_and_after(
             **figures,
             parameters=sum(p.numel() for p in side.model.parameters()),
             bytes=sum(file.stat().st_size for file in weight_files(side.folder)),
-            blocks=len(find_stack(side.model)),
+            blocks=len(set(find_stack(side.model).layers)),
         )
     return EvaluationFile(
         samples=tokens.samples,

@@ -112,6 +112,7 @@ class CardParts(Strict):
     Attributes:
         mtp: layers for multi-token prediction in the original.
         drop_mtp: whether the cut checkpoint lacks these layers.
+        sublayers: the removed sublayers in words, if the blocks are sublayers.
     """
 
     base_model: str | None
@@ -129,12 +130,18 @@ class CardParts(Strict):
     patch: PatchRecord | None = None
     mtp: Count = 0
     drop_mtp: bool = False
+    sublayers: str = ""
 
 
 class CutRecord(Document, kind="removal"):
-    """`isingcut.json` in the folder of a cut checkpoint."""
+    """`isingcut.json` in the folder of a cut checkpoint.
+
+    Attributes:
+        layers: if the blocks are sublayers, the layers of which all were removed.
+    """
 
     removed: Blocks
+    layers: Blocks | None = None
     of: Annotated[int, Field(ge=1, le=2**20)]
     model: dict[str, Scalar] = Field(default_factory=dict)
     card: CardParts | None = None

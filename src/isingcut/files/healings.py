@@ -109,7 +109,7 @@ class HealOptions(Strict):
 
 
 class HealingFile(Document, kind="healing"):
-    """`healing.json`."""
+    """`healing.json`; ``layers`` as in `CutRecord`."""
 
     steps: list[Step]
     before: HealedScores
@@ -122,6 +122,7 @@ class HealingFile(Document, kind="healing"):
     checks: list[HealingCheck] = Field(default_factory=list)
     stopped: HealingStop | None = None
     removed: Blocks
+    layers: Blocks | None = None
     of: Some
     length: Some | None = None
     report_samples: Count = 0

@@ -156,7 +156,7 @@ class BlockCosts(Strict):
         kv_bytes_per_token: key and value cache per token, in the model's dtype.
         state_bytes: recurrent and convolution state per sequence, in the model's dtype.
         latency_seconds: time on one sequence, if measured.
-        path: module path in the loaded model, for example ``"model.layers.3"``.
+        path: module path of its layer in the loaded model, for example ``"model.layers.3"``.
     """
 
     index: Index
@@ -168,6 +168,12 @@ class BlockCosts(Strict):
     state_bytes: Count = 0
     latency_seconds: Positive | None = None
     path: str = ""
+
+    @property
+    def layer(self) -> int:
+        """Number of its layer: its own, unless layers are split into sublayers."""
+        number = self.path.rpartition(".")[2]
+        return int(number) if number.isdecimal() else self.index
 
 
 class LegalityRow(Strict):

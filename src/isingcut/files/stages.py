@@ -49,7 +49,10 @@ STAGE_FILES = {
     "calibration": StageFile(
         "energy",
         "calibration.safetensors",
-        options=("calibration", "length", "rank_samples", "report_samples", "seed"),
+        options=(
+            *("calibration", "length", "rank_samples", "report_samples", "seed"),
+            "units",
+        ),
         of_run=True,
     ),
     "energy": StageFile(

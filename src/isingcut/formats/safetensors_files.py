@@ -245,13 +245,15 @@ _CHUNK = 4 * 2**20
 
 @dataclass(frozen=True)
 class NewTensor:
-    """Tensor to write: the stored bytes, or the ``kept`` ones of ``count`` slices on one axis."""
+    """Tensor to write: the stored bytes, or the ``kept`` ones of ``count`` slices on one axis, or
+    zeros of the same form."""
 
     name: str
     source: StoredTensor
     axis: int | None = None
     count: int = 1
     kept: tuple[int, ...] = (0,)
+    zero: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -327,6 +329,9 @@ def write_file(path: Path, tensors: Sequence[NewTensor]) -> None:
             data = np.empty((min(rows, outer), tensor.count, row // tensor.count), "u1")
             for first in range(0, outer, rows):
                 piece = data[: outer - first]
-                source.read_into(piece.reshape(-1).data, first * row)
+                if tensor.zero:
+                    piece[:] = 0
+                else:
+                    source.read_into(piece.reshape(-1).data, first * row)
                 kept = piece if whole else piece[:, list(tensor.kept)]
                 f.write(np.ascontiguousarray(kept).data)

@@ -147,6 +147,11 @@ def read_removal(folder: Path) -> Removal | None:
     return removal
 
 
+def units_of(removal: Removal | None) -> str:
+    """Return what the blocks of a cut are, as `RunConfig.units`."""
+    return "blocks" if removal is None or removal.layers is None else "sublayers"
+
+
 def original_of(removal: Removal) -> dict[str, Any]:
     """Return the original's name and `sources.model_identity`; empty if not recorded."""
     if isinstance(removal, CutRecord):

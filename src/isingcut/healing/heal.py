@@ -54,6 +54,7 @@ from isingcut.healing.checks import (
     read_removal,
     request_of,
     start_of,
+    units_of,
 )
 from isingcut.healing.job import (
     LEAST_STEPS,
@@ -136,7 +137,11 @@ def heal(
         stamps = [(folder, weights_stamp(folder)) for folder in (source, student)]
         dtype = processes.decide(lambda: dtype_name(config.dtype, config.device))
         teacher = load(
-            source, dtype=dtype, device=config.device, trust_remote_code=trust
+            source,
+            dtype=dtype,
+            device=config.device,
+            trust_remote_code=trust,
+            units=units_of(known),
         )
         if known is None:
             removed = removal_by_weights(student, teacher)
@@ -351,6 +356,7 @@ def _train(job: Job, text: HealingText) -> tuple[Path, HealingFile | None]:
         shutil.copytree(job.start, done)
     if not main:
         return done, None
+    stack = find_stack(job.teacher.model)
     models = {"teacher": job.teacher.folder, "student": student}
     named = {
         k: {"name": folder.name, **model_identity(folder)}
@@ -362,7 +368,8 @@ def _train(job: Job, text: HealingText) -> tuple[Path, HealingFile | None]:
         after=_pair(record["before"], _scores(job, done, text.report), text.report),
         start=start,
         removed=list(job.removed),
-        of=len(find_stack(job.teacher.model)),
+        layers=stack.whole(job.removed) if stack.split else None,
+        of=len(stack),
         length=sample_length(config, job.teacher.model),
         report_samples=text.report.samples,
         report_tokens=text.report.tokens,

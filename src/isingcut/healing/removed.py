@@ -86,16 +86,17 @@ def _check_cut(
     folder = student.folder
     ours = student.by_block()
     theirs = teacher.by_block()
-    if removal.of != len(theirs):
+    removed = removal.removed if removal.layers is None else removal.layers
+    if removal.layers is None and removal.of != len(theirs):
         raise InputError(
             f"{folder} was cut from a model of {removal.of} blocks, but the teacher {name} has "
             f"{len(theirs)}; give the original of the cut model"
         )
-    kept = [i for i in range(removal.of) if i not in set(removal.removed)]
+    kept = [i for i in range(len(theirs)) if i not in set(removed)]
     if len(ours) != len(kept):
         raise InputError(
-            f"{folder} has {len(ours)} blocks, but its record says that {len(removal.removed)} "
-            f"of {removal.of} were removed; give the checkpoint that the record belongs to"
+            f"{folder} has {len(ours)} blocks, but its record says that {len(removed)} "
+            f"of {len(theirs)} were removed; give the checkpoint that the record belongs to"
         )
     for place, block in enumerate(kept):
         for rest in sorted(ours[place].keys() & theirs[block].keys()):

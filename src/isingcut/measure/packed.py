@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from isingcut.data.tokens import TokenSet
-from isingcut.formats.architectures.blocks import text_config
+from isingcut.formats.architectures.blocks import blocks_in, text_config
 from isingcut.ising.states import Floats
 from isingcut.measure.splitting import fewer_tokens_to_fit
 from isingcut.measure.streams import check_finite
@@ -44,7 +44,11 @@ def changed_losses(
 
     Complexity: two forward passes over the tokens; one if the original's last states are known.
     """
-    paths = {module: name for name, module in replay.model.named_modules()}
+    paths = {
+        block: name
+        for name, module in replay.model.named_modules()
+        for block in blocks_in(module)
+    }
     embedding = replay.text.get_input_embeddings()
     output = replay.text.get_output_embeddings()
     if text_config(replay.model).tie_word_embeddings:

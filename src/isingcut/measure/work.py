@@ -51,7 +51,9 @@ def identity(replay: Replay, tokens: TokenSet, **depends: Any) -> str:
     Args:
         depends: everything else that the numbers depend on, besides model and text; JSON-able.
     """
-    content = {"tokens": tokens.input_ids.tolist(), "mask": tokens.mask.tolist()}
+    content: dict[str, Any] = {"tokens": tokens.input_ids.tolist()}
+    content["mask"] = tokens.mask.tolist()
+    content["blocks"] = len(replay)
     if tokens.counted is not None:
         content["counted"] = tokens.counted.tolist()
     return fingerprint({**replay.identity(), **content, **depends})

@@ -34,6 +34,7 @@ from isingcut.ising.constraints import LinearConstraint
 from isingcut.models.device import pick_device, pick_devices, pick_dtype
 from isingcut.models.load import build_on_meta, find_auto_class, find_unused
 from isingcut.models.placement import place
+from isingcut.models.sublayers import split_layers
 
 # Attributes with a block's own number, which a cut changes.
 _NUMBER = re.compile(r"(layer|block)_?(idx|id|index|num|number|block_map)$")
@@ -214,6 +215,7 @@ def inspect_model(
     device: str = "cpu",
     memory_limit: str = "",
     cards_per_process: int | None = None,
+    units: str = "blocks",
 ) -> Inspection:
     """Find the blocks of a checkpoint on the meta device, and the legal states.
 
@@ -221,7 +223,7 @@ def inspect_model(
         folder: a Hugging Face folder; only its ``config.json`` is needed. If there are weights,
             their headers give the stored bytes.
         trust_remote_code: allow the model's own code to run.
-        dtype, device, memory_limit, cards_per_process: options as for a run.
+        dtype, device, memory_limit, cards_per_process, units: options as for a run.
 
     Raises:
         ModelError: transformers cannot build the model, or tensors and configuration have
@@ -240,12 +242,6 @@ def inspect_model(
         check_same_blocks(seen.config, stack, rows)
     except ArchitectureError as error:
         refusal = str(error)
-    other = 0
-    if seen.stored:
-        for block, tensors in zip(stack.blocks, seen.by_block(), strict=True):
-            block.bytes = sum(tensor.size for tensor in tensors.values())
-        other = sum(t.size for t in seen.stored.values())
-        other -= sum(block.bytes for block in stack.blocks)
     parameters = sum(p.numel() for p in model.parameters())
     size = parameters * pick_dtype(dtype, pick_device(device)).itemsize
     devices = pick_devices(device, size, memory_limit, cards_per_process)
@@ -256,6 +252,18 @@ def inspect_model(
             (d, [*run]) for d, run in groupby(stack.blocks, lambda b: places[b.path])
         ]
         placement = {str(d): (run[0].index, run[-1].index) for d, run in runs}
+    if units == "sublayers" and not refusal:
+        split_layers(model)
+        stack = find_stack(model)
+        rows = legality(seen.config, stack)
+    other = 0
+    if seen.stored:
+        layers = [sum(t.size for t in each.values()) for each in seen.by_block()]
+        sizes = np.bincount(stack.layers, [b.parameters for b in stack.blocks])
+        for block, layer in zip(stack.blocks, stack.layers, strict=True):
+            share = block.parameters / max(1.0, sizes[layer])
+            block.bytes = round(layers[layer] * share)
+        other = sum(t.size for t in seen.stored.values()) - sum(layers)
     quantisation = seen.config.get("quantization_config") or {}
     return Inspection(
         model_type=str(text_config(model).model_type),

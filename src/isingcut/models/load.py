@@ -31,6 +31,7 @@ from isingcut.formats.transformers_private import Names, model_classes
 from isingcut.models.device import pick_device, pick_devices, pick_dtype, weight_bytes
 from isingcut.models.placement import connect, place, place_of
 from isingcut.models.replay import Replay, reuse_freed_memory
+from isingcut.models.sublayers import check_sublayers, split_layers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -139,6 +140,7 @@ def load(
     dtype: str = "auto",
     device: str = "auto",
     trust_remote_code: bool = False,
+    units: str = "blocks",
 ) -> LoadedModel:
     """Load a model from a resolved folder, in evaluation mode and with frozen parameters.
 
@@ -147,6 +149,7 @@ def load(
 
     Args:
         dtype, device: as in `pick_dtype` and `pick_devices`.
+        units: what a block of the model is, see `RunConfig`.
 
     Raises:
         ModelError: transformers cannot load the model; tensors are missing from the checkpoint or
@@ -154,6 +157,7 @@ def load(
             configuration has another number of blocks.
         CheckpointError: a file is damaged, or a tensor has NaN or infinity.
         InputError: the dtype is unknown or the device does not exist.
+        ArchitectureError: its layers cannot be split into sublayers.
     """
     number = pick_dtype(dtype, pick_device(device))
     trust = trust_remote_code
@@ -180,6 +184,9 @@ def load(
         model.to(devices[0])
     connect(model, places)
     freeze(model)
+    if units == "sublayers":
+        split_layers(model)
+        check_sublayers(model)
     reuse_freed_memory()
     if devices[0].type != "cpu":
         report_missing_kernels()

@@ -73,7 +73,7 @@ def place(
     last = [m for m in after if {p.dim() for p in m.parameters()} == {1}]
     last += [] if head is None else [head]
     behind = [names[id(module)] for module in last]
-    blocks = [block.path for block in stack.blocks]
+    blocks = list(dict.fromkeys(block.path for block in stack.blocks))
     inner = [_bytes(model.get_submodule(path)) for path in blocks]
     end = 0 if tied else sum(map(_bytes, last))
     rooms = [allowance(limit, device).left for device in devices]

@@ -31,6 +31,7 @@ from isingcut.errors import ArchitectureError
 from isingcut.formats.architectures.blocks import (
     catch_text_errors,
     language_model,
+    replace_forwards,
     stack_modules,
     stop_rescaling,
 )
@@ -360,24 +361,6 @@ class Replay:
     def _as_output(self, i: int, hidden: Tensor) -> Any:
         rest = self._rest[i]
         return hidden if rest is None else (hidden, *rest)
-
-
-@contextlib.contextmanager
-def replace_forwards(
-    modules: Sequence[nn.Module], forwards: Sequence[Callable[..., Any]]
-) -> Iterator[None]:
-    """Replace the `forward` of modules within the context; then restore those set by others."""
-    before = [m.__dict__.get("forward") for m in modules]
-    try:
-        for module, forward in zip(modules, forwards, strict=True):
-            module.__dict__["forward"] = forward
-        yield
-    finally:
-        for module, old in zip(modules, before, strict=True):
-            if old is None:
-                del module.__dict__["forward"]
-            else:
-                module.__dict__["forward"] = old
 
 
 class Recording:

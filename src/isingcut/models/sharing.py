@@ -122,7 +122,8 @@ def _original_names(
 ) -> Callable[[str], str]:
     """Return a function from the name of a tensor in the cut to its name in the original."""
     stack = find_stack(original)
-    kept = (i for i in range(len(stack)) if i not in removed)
+    gone = stack.whole(removed)
+    kept = (layer for layer in dict.fromkeys(stack.layers) if layer not in gone)
     ours = f"{find_stack(cut).path}."
     sources = {f"{ours}{new}": f"{stack.path}.{old}" for new, old in enumerate(kept)}
 

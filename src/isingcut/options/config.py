@@ -72,6 +72,12 @@ class RunConfig(Options):
     )
     out: str = option("", "Folder for the run; every stage writes its file there.")
 
+    units: Literal["blocks", "sublayers"] = option(
+        "blocks",
+        "What to remove. blocks: whole layers (in a hybrid, its blocks). sublayers: the attention "
+        "or the MLP of a layer alone; --remove attention=6 saves as much of the cache as 6 blocks "
+        "for a third of the loss.",
+    )
     calibration: str = option(
         TEXT,
         "Calibration text: a .txt, .jsonl, .json or .csv file (also .gz); - for standard input; a "

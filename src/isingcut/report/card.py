@@ -67,6 +67,7 @@ def card_parts(
         # A local path is useless to others, and may contain private names.
         name=base or Path(place.absolute if place else files.model).name,
         removed=list(removed),
+        sublayers=files.name_blocks(removed) if files.split else "",
         total=len(files.blocks),
         how=sentence("summary", files, removed),
         measured=sentence("measured_cut", ranking, removed) if ranking else "",

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TypeVar
@@ -291,10 +292,29 @@ class RunFiles:
     @property
     def title(self) -> str:
         """Name of the model, with its number of blocks and of removed blocks."""
-        total = f"{len(self.blocks)} blocks"
+        total = f"{len(self.blocks)} {'sublayers' if self.split else 'blocks'}"
         if self.removed is None:
             return f"{self.model}: {total}"
         return f"{self.model} without {len(self.removed)} of its {total}"
+
+    @property
+    def split(self) -> bool:
+        """Whether the blocks are sublayers."""
+        return any(block.layer != block.index for block in self.blocks)
+
+    def name_blocks(self, removed: Sequence[int]) -> str:
+        """Return blocks as words, sublayers by the numbers of their layers."""
+        if not self.split:
+            named = f"block{'s' if len(removed) > 1 else ''} {words.numbers(removed)}"
+            return f"{named} (of {len(self.blocks)}, numbered from 0)"
+        layers = defaultdict[str, list[int]](list)
+        for i in removed:
+            layers[self.blocks[i].kind].append(self.blocks[i].layer)
+        named = " and ".join(
+            f"the {kind} of layer{'s' if len(own) > 1 else ''} {words.numbers(own)}"
+            for kind, own in layers.items()
+        )
+        return f"{named} (of {self.blocks[-1].layer + 1} layers, numbered from 0)"
 
     @property
     def arguments(self) -> str:

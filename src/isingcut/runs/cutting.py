@@ -50,6 +50,7 @@ from isingcut.models.load import (
     find_unused,
     load_config,
 )
+from isingcut.models.sublayers import find_zeroed
 from isingcut.models.verify import verify
 from isingcut.options.config import (
     LENGTH,
@@ -156,8 +157,17 @@ def _write_exact(
     original = load_config(session.source, trust_remote_code=trust)
     loads_with = find_auto_class(original).__name__
     parts = card_parts(folder.path, folder.target(config), blocks, loads_with)
-    unused = find_unused(Checkpoint.read(session.source), session.loaded.model)
-    write_cut(session.source, blocks, out, drop_mtp=config.drop_mtp, unused=unused)
+    seen = Checkpoint.read(session.source)
+    unused = find_unused(seen, session.loaded.model)
+    layers = session.stack.whole(blocks)
+    write_cut(
+        session.source,
+        layers,
+        out,
+        drop_mtp=config.drop_mtp,
+        unused=unused,
+        zeroed=find_zeroed(seen, session.loaded.model, blocks),
+    )
     proof = verify(
         session.loaded.runnable,
         blocks,
@@ -171,6 +181,7 @@ def _write_exact(
     further = {"proof": proof.inputs, "mtp": mtp, "drop_mtp": config.drop_mtp}
     return cuts.CutRecord(
         removed=blocks,
+        layers=layers if session.stack.split else None,
         of=len(session.stack),
         model=folder.run.provenance.model.content(),
         card=parts.model_copy(update=further),
@@ -219,6 +230,8 @@ def make_gguf(
         return out  # also if it was made from another GGUF file
     ownership.refuse_source(out, [original])
     try:
+        if session.stack.split:
+            raise ArchitectureError("llama.cpp needs both sublayers of a layer")
         return cut_gguf(session, folder, checkpoint, original)
     except ArchitectureError as e:
         if source is not None:

@@ -181,6 +181,7 @@ class Session:
         """Open a checkpoint; if the model is streamed, with buffers of another one if given."""
         how: Any = {"dtype": self.dtype, "device": self.device}
         how["trust_remote_code"] = self.config.trust_remote_code
+        how["units"] = self.config.units
         if self.streaming:
             limit = self.config.memory_limit
             return load_streamed(folder, **how, memory_limit=limit, buffers=buffers)
@@ -338,7 +339,9 @@ def check_by_config(folder: Path, config: RunConfig, *, needed: bool) -> Inspect
             than its positions.
         InfeasibleError: the constraints conflict, as far as known without the weights.
     """
-    model = inspect_model(folder, trust_remote_code=config.trust_remote_code)
+    model = inspect_model(
+        folder, trust_remote_code=config.trust_remote_code, units=config.units
+    )
     if model.refusal:
         raise ArchitectureError(model.refusal)
     if model.unused:

@@ -12,7 +12,7 @@ model inside (`language_model`).
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +40,86 @@ class BlockStack:
         """Kind of every block, in order."""
         return tuple(block.kind for block in self.blocks)
 
+    @property
+    def layers(self) -> list[int]:
+        """Number of the layer of every block: its own, unless layers are split."""
+        return [block.layer for block in self.blocks]
+
+    @property
+    def split(self) -> bool:
+        """Whether layers are split into sublayers."""
+        return len(set(self.layers)) < len(self)
+
+    def whole(self, removed: Collection[int]) -> list[int]:
+        """Return the layers of which all blocks are removed."""
+        stay = {k for i, k in enumerate(self.layers) if i not in removed}
+        return [k for k in dict.fromkeys(self.layers) if k not in stay]
+
+
+class Sublayer(nn.Module):
+    """One sublayer of a layer: the layer's own forward, with the other sublayer giving zeros.
+
+    Its children are the modules of the sublayer. The norms of the layer belong to none.
+
+    Attributes:
+        muted: the modules of the other sublayer.
+        forms: for each of them, how many values its output has next to the first; None: it is a
+            tensor.
+        whole: the forward of the whole layer.
+    """
+
+    def __init__(
+        self, layer: nn.Module, names: Sequence[str], muted: Sequence[nn.Module]
+    ) -> None:
+        super().__init__()
+        for name in names:
+            self.add_module(name, layer.get_submodule(name))
+        self.muted = list(muted)
+        self.forms: list[int | None] = [None] * len(self.muted)
+        self.whole = layer.forward
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the layer without its other sublayer."""
+        with replace_forwards(self.muted, list(map(_zeros, self.forms))):
+            return self.whole(*args, **kwargs)
+
+
+def _zeros(form: int | None) -> Callable[..., Any]:
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        zeros = torch.zeros_like(args[0] if args else kwargs["hidden_states"])
+        return zeros if form is None else (zeros, *[None] * form)
+
+    return forward
+
+
+@contextlib.contextmanager
+def replace_forwards(
+    modules: Sequence[nn.Module], forwards: Sequence[Callable[..., Any]]
+) -> Iterator[None]:
+    """Replace the `forward` of modules within the context; then restore those set by others."""
+    before = [m.__dict__.get("forward") for m in modules]
+    try:
+        for module, forward in zip(modules, forwards, strict=True):
+            module.__dict__["forward"] = forward
+        yield
+    finally:
+        for module, old in zip(modules, before, strict=True):
+            if old is None:
+                del module.__dict__["forward"]
+            else:
+                module.__dict__["forward"] = old
+
+
+def blocks_in(layer: nn.Module) -> Sequence[nn.Module]:
+    """Return the blocks of a layer: itself, or its sublayers if it is split."""
+    blocks: Sequence[nn.Module] = layer.__dict__.get("sublayers", (layer,))
+    return blocks
+
+
+def modules_of(block: nn.Module) -> list[nn.Module]:
+    """Return the modules of the model that a block consists of."""
+    return list(block.children()) if isinstance(block, Sublayer) else [block]
+
 
 _TOP_K = (
     "num_experts_per_tok",
@@ -61,12 +141,12 @@ def describe(module: nn.Module, index: int, path: str, config: Any) -> BlockCost
     Args:
         module: the block.
         index: its position in the stack.
-        path: its module path.
+        path: the module path of its layer.
         config: the decoder's configuration.
     """
     parameters = list(module.parameters())
     total = sum(p.numel() for p in parameters)
-    mixers = _mixers(module, index, config)
+    mixers = find_mixers(module, int(path.rpartition(".")[2]), config)
     names = list(dict.fromkeys(name for name, _, _ in mixers if name))
     kind = "+".join(filter(None, [*names, _feed_forward(module)])) or "other"
     return BlockCosts(
@@ -90,7 +170,9 @@ def _itemsize(module: nn.Module) -> int:
     return next((size for size in sizes if size >= 2), 2)
 
 
-def _mixers(module: nn.Module, index: int, config: Any) -> list[tuple[str, int, int]]:
+def find_mixers(
+    module: nn.Module, layer: int, config: Any
+) -> list[tuple[str, int, int]]:
     """Return all token mixers, outermost first: (kind, KV bytes per token, state bytes).
 
     The structure of a module decides, not its name alone. A module named attention that contains a
@@ -99,7 +181,9 @@ def _mixers(module: nn.Module, index: int, config: Any) -> list[tuple[str, int, 
     recurrence = _recurrence(module)
     if recurrence is not None:
         return [recurrence]
-    inside = [m for child in module.children() for m in _mixers(child, index, config)]
+    inside = [
+        m for child in module.children() for m in find_mixers(child, layer, config)
+    ]
     name = type(module).__name__.lower()
     keys = getattr(module, "wk", None)
     if "indexer" in name and isinstance(keys, nn.Linear):
@@ -111,7 +195,7 @@ def _mixers(module: nn.Module, index: int, config: Any) -> list[tuple[str, int, 
     if "shortconv" in name and "conv" in children:
         return [("conv", 0, _conv_state(children["conv"]) * _itemsize(module)), *inside]
     if _is_attention(name, children):
-        kind = f"{_span(module, index, config)}attention"
+        kind = f"{_span(module, layer, config)}attention"
         return [(kind, _kv_elements(module, config) * _itemsize(module), 0), *inside]
     return inside
 
@@ -148,9 +232,9 @@ def _is_attention(name: str, children: dict[str, nn.Module]) -> bool:
     return any(hasattr(c, "weight") or list(c.parameters()) for c in children.values())
 
 
-def _span(module: nn.Module, index: int, config: Any) -> str:
+def _span(module: nn.Module, layer: int, config: Any) -> str:
     types = getattr(config, "layer_types", None)
-    label = types[index] if isinstance(types, list) and index < len(types) else ""
+    label = types[layer] if isinstance(types, list) and layer < len(types) else ""
     if label:
         return next(
             (f"{span}-" for span in ("sliding", "chunked") if span in label), ""
@@ -251,21 +335,20 @@ def find_stack(model: nn.Module) -> BlockStack:
             f"{type(model).__name__} has no block stack: expected a ModuleList of {count} blocks, "
             "as in its config"
         )
-    modules = list(model.get_submodule(path).children())
     # Families like Gemma 4 have a configuration for each block.
     several = getattr(config, "is_heterogeneous", False)
-    blocks = tuple(
-        describe(
-            module, i, f"{path}.{i}", config.per_layer_config[i] if several else config
-        )
-        for i, module in enumerate(modules)
-    )
-    return BlockStack(path=path, blocks=blocks)
+    blocks = list[BlockCosts]()
+    for i, layer in enumerate(model.get_submodule(path).children()):
+        own = config.per_layer_config[i] if several else config
+        for block in blocks_in(layer):
+            blocks.append(describe(block, len(blocks), f"{path}.{i}", own))
+    return BlockStack(path=path, blocks=tuple(blocks))
 
 
 def stack_modules(model: nn.Module) -> list[nn.Module]:
-    """Return the block modules of ``model``, in order."""
-    return list(model.get_submodule(find_stack(model).path).children())
+    """Return the blocks of ``model``, in order."""
+    layers = model.get_submodule(find_stack(model).path).children()
+    return [block for layer in layers for block in blocks_in(layer)]
 
 
 def _stack_path(model: nn.Module, count: int | None) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import fnmatch
 import itertools
 import re
@@ -302,10 +303,28 @@ def legality(config: dict[str, Any], stack: BlockStack) -> list[LinearConstraint
         ArchitectureError: the configuration cannot be cut in any state.
     """
     whole, text, count = _open_config(config)
-    attention = [
-        i for i, kind in enumerate(stack.kinds) if _CACHED & set(kind.split("+"))
+    layers = stack.layers
+    cached = [i for i, k in enumerate(stack.kinds) if _CACHED & set(k.split("+"))]
+    attention = sorted({layers[i] for i in cached})
+    rows = families.legality(whole, text, count, attention)
+    if len(stack) == count:
+        return rows
+    # A layer without one of its sublayers stays, so only whole layers can be illegal.
+    size = np.bincount(layers)
+    inside = np.array(layers) == np.arange(count)[:, None]
+    named = {"keep attention": np.isin(range(len(stack)), cached).astype(float)}
+    lifted = [
+        dataclasses.replace(row, coefficients=named[row.name])
+        for row in rows
+        if row.name in named
     ]
-    return families.legality(whole, text, count, attention)
+    for row in rows:
+        for layer in np.flatnonzero(row.coefficients) if row.name not in named else ():
+            name = f"{row.name} (layer {layer})"
+            lifted.append(
+                LinearConstraint(name, inside[layer], "<=", size[layer] - 1, row.reason)
+            )
+    return lifted
 
 
 def cut_quantisation(value: Any, mapping: dict[int, int]) -> Any:

@@ -11,6 +11,7 @@ import json
 import re
 import shutil
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from isingcut.errors import CheckpointError
@@ -58,16 +59,18 @@ def excise(
     *,
     drop_mtp: bool = False,
     unused: Collection[str] = (),
+    zeroed: Collection[str] = (),
     max_shard_bytes: int = 5 * 2**30,
 ) -> None:
-    """Write the checkpoint ``source`` without the blocks ``removed`` to the folder ``out``.
+    """Write the checkpoint ``source`` without the layers ``removed`` to the folder ``out``.
 
     Args:
         source: a Hugging Face folder with safetensors (one file, or shards with an index).
-        removed: block numbers, in any order.
+        removed: layer numbers, in any order.
         out: the new folder; it appears only when it is complete.
         drop_mtp: leave out the layers for multi-token prediction, which otherwise stay.
         unused: tensors to leave out, because the model does not use them.
+        zeroed: tensors to write as zeros.
         max_shard_bytes: upper size of one shard; a larger tensor gets a shard of its own.
 
     Raises:
@@ -81,7 +84,11 @@ def excise(
     heads = 0 if drop_mtp else whole.mtp_layers
     mapping = cuts.renumber_blocks(whole.depth, removed, heads)
     tensors = _list_tensors(whole, mapping, drop_mtp=drop_mtp)
-    tensors = [t for t in tensors if t.source.name not in unused]
+    tensors = [
+        replace(t, zero=t.source.name in zeroed)
+        for t in tensors
+        if t.source.name not in unused
+    ]
     with atomic_folder(out, sources=[source]) as folder:
         write_checkpoint(folder, tensors, max_shard_bytes)
         _copy_companions(source, folder, mapping)

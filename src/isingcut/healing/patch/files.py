@@ -22,6 +22,7 @@ from isingcut.errors import ArchitectureError
 from isingcut.files.cuts import PatchedCut
 from isingcut.files.inputs import load_json
 from isingcut.files.writing import atomic_folder
+from isingcut.formats.architectures.blocks import BlockStack
 from isingcut.formats.architectures.cuts import renumber_blocks
 from isingcut.formats.checkpoints import Checkpoint
 from isingcut.formats.fp8 import DTYPES, fp8_layout
@@ -54,16 +55,19 @@ class StoredLayers:
 
     Args:
         folder: the cut checkpoint.
+        stack: the blocks of the original.
         removed: the removed blocks.
     """
 
-    def __init__(self, folder: Path, removed: Sequence[int]) -> None:
+    def __init__(self, folder: Path, stack: BlockStack, removed: Sequence[int]) -> None:
         cut = Checkpoint.read(folder)
         self.folder = folder
         self.tensors = cut.stored
         self._prefix = cut.prefix
         self.layout = fp8_layout(folder, cut.config)
-        self._places = renumber_blocks(cut.depth + len(removed), removed)
+        whole = stack.whole(removed)
+        places = renumber_blocks(cut.depth + len(whole), whole)
+        self._places = [places.get(layer) for layer in stack.layers]
 
     def layer(
         self, block: int, path: str, parameters: Mapping[str, Tensor]

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from isingcut.errors import ArchitectureError, FitError
 from isingcut.files.cuts import PatchRecord, UnpatchedCut
+from isingcut.formats.architectures.blocks import find_stack
 from isingcut.healing.job import Job
 from isingcut.healing.patch.files import (
     Patch,
@@ -66,7 +67,7 @@ def patch_checkpoint(job: Job, out: Path) -> PatchRecord:
     Raises:
         ArchitectureError, FitError: as `make_patches`; nothing was written.
     """
-    layers = StoredLayers(job.start, job.removed)
+    layers = StoredLayers(job.start, find_stack(job.teacher.model), job.removed)
     made = make_patches(job, layers)
     stored = write_patched(layers, made.patches, out)
     trust = job.config.trust_remote_code

@@ -271,7 +271,8 @@ def _activations(
     """
     device = next(student.parameters()).device
     text = text_config(job.teacher.model)
-    blocks = len(find_stack(job.teacher.model)) - len(job.removed)
+    stack = find_stack(job.teacher.model)
+    blocks = len(set(stack.layers)) - len(stack.whole(job.removed))
     entering = 4 * blocks * int(text.hidden_size)
     dtype = job.teacher.dtype
 

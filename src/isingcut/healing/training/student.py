@@ -26,6 +26,7 @@ from isingcut.models.compute.divergence import divergence, divergence_from_strea
 from isingcut.models.compute.head import find_head_input
 from isingcut.models.device import allowance, weight_bytes
 from isingcut.models.load import build_skeleton
+from isingcut.models.sublayers import find_dropped
 from isingcut.models.verify import reload
 from isingcut.options.config import HealConfig
 
@@ -65,7 +66,10 @@ def prepare_training(plain: Any, config: HealConfig) -> Any:
     """Prepare a model for training: all weights, or LoRA matrices."""
     plain.config.use_cache = False
     if config.method == "full":
-        return plain.requires_grad_(True)
+        plain.requires_grad_(True)
+        for dropped in find_dropped(plain):
+            dropped.requires_grad_(False)
+        return plain
     import peft
 
     settings = peft.LoraConfig(

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from isingcut.data.tokens import TokenSet
+from isingcut.formats.architectures.blocks import replace_forwards
 from isingcut.ising.states import Floats
 from isingcut.models.compute.divergence import (
     RowSums,
@@ -33,7 +34,7 @@ from isingcut.models.compute.divergence import (
     softmax,
     softmax_gradient,
 )
-from isingcut.models.replay import Reached, Recording, Replay, replace_forwards
+from isingcut.models.replay import Reached, Recording, Replay
 
 
 def piece_elements(device: torch.device) -> int:

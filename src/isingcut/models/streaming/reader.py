@@ -21,7 +21,11 @@ import torch
 from torch import Tensor, nn
 
 from isingcut.errors import ModelError
-from isingcut.formats.architectures.blocks import language_model, stack_modules
+from isingcut.formats.architectures.blocks import (
+    language_model,
+    modules_of,
+    stack_modules,
+)
 from isingcut.formats.fp8 import (
     fp8_layout,
     read_plain,
@@ -92,7 +96,8 @@ def plan_parts(
         decoder.get_input_embeddings(): EMBED,
         decoder.get_output_embeddings(): HEAD,
     }
-    parts |= {block: i for i, block in enumerate(stack_modules(model))}
+    blocks = enumerate(stack_modules(model))
+    parts |= {module: i for i, block in blocks for module in modules_of(block)}
     paths = {path: parts[m] for path, m in model.named_modules() if m in parts}
     members: dict[Part, dict[str, str]] = {p: {} for p in (*parts.values(), REST)}
     for name, target in targets.items():

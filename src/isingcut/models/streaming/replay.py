@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from isingcut.errors import InputError
-from isingcut.formats.architectures.blocks import text_config
+from isingcut.formats.architectures.blocks import replace_forwards, text_config
 from isingcut.formats.libraries import report_missing_kernels
 from isingcut.formats.sources import model_identity
 from isingcut.models.device import pick_device, pick_dtype
 from isingcut.models.load import LoadedModel, load_tokenizer
-from isingcut.models.replay import BLOCK_STREAMS, Replay, replace_forwards
+from isingcut.models.replay import BLOCK_STREAMS, Replay
 from isingcut.models.streaming.store import Buffers, Store
 
 if TYPE_CHECKING:
@@ -28,11 +28,12 @@ def load_streamed(
     trust_remote_code: bool = False,
     memory_limit: str = "",
     buffers: Buffers | None = None,
+    units: str = "blocks",
 ) -> LoadedModel:
     """Load a model without its weights; each block is read from disk when it runs.
 
     Args:
-        dtype, device: as in `load`.
+        dtype, device, units: as in `load`.
         memory_limit: as ``"8GB"`` or ``"50%"`` of the free memory; empty takes 80 %.
         buffers: buffers of another streamed model, to share.
 
@@ -51,6 +52,7 @@ def load_streamed(
         memory_limit,
         buffers,
         trust_remote_code=trust_remote_code,
+        units=units,
     )
     replay = StreamedReplay(store)
     if place.type != "cpu":

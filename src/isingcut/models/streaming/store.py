@@ -18,11 +18,16 @@ import torch
 from torch import Tensor
 
 from isingcut.errors import ArchitectureError
-from isingcut.formats.architectures.blocks import language_model, stack_modules
+from isingcut.formats.architectures.blocks import (
+    language_model,
+    modules_of,
+    stack_modules,
+)
 from isingcut.models.device import allowance, device_module
 from isingcut.models.load import build_skeleton
 from isingcut.models.replay import EMBED, HEAD, Part, Weights
 from isingcut.models.streaming.reader import REST, Reader, StoredPart
+from isingcut.models.sublayers import check_sublayers, split_layers
 
 
 class _Buffer:
@@ -147,6 +152,7 @@ class Store(Weights):
         device: device for the computation.
         memory_limit: as in `allowance`.
         buffers: buffers of another store, to share; then only one model may run at a time.
+        units: as in `load`.
 
     Attributes:
         model: the model without weights; its modules have a ``forward`` or hooks that install
@@ -167,11 +173,14 @@ class Store(Weights):
         buffers: Buffers | None = None,
         *,
         trust_remote_code: bool = False,
+        units: str = "blocks",
     ) -> None:
         self.memory = allowance(memory_limit, device)
         self.model = model = build_skeleton(
             folder, dtype, trust_remote_code=trust_remote_code
         )
+        if units == "sublayers":
+            split_layers(model)
         self.folder = folder
         self.device = device
         self.dtype = dtype
@@ -201,8 +210,9 @@ class Store(Weights):
         model.__class__ = type(family.__name__, (family,), place)
         decoder = language_model(model)
         embedding = decoder.get_input_embeddings()
-        modules: dict[Part, Any] = {**dict(enumerate(blocks)), EMBED: embedding}
-        for part, module in modules.items():
+        modules: dict[Any, Part] = {embedding: EMBED}
+        modules |= {m: i for i, block in enumerate(blocks) for m in modules_of(block)}
+        for module, part in modules.items():
             module.__dict__["forward"] = self._on_demand(part, module.forward)
         opening = embedding.__dict__["forward"]
 
@@ -217,6 +227,8 @@ class Store(Weights):
         if head is not None and self._parts[HEAD].size:
             # A hook, because other code temporarily replaces the head's ``forward``.
             head.register_forward_pre_hook(lambda module, args: self.need(HEAD))
+        if units == "sublayers":
+            check_sublayers(model)
 
     def sweep(self, order: Sequence[Part]) -> Iterator[Part]:
         """Install parts in this order, each for one iteration, while the next one is read."""

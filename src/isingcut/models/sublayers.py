@@ -1,0 +1,159 @@
+"""Split the layers of a model, so that its blocks are sublayers: attention (or another mixer), MLP.
+
+A sublayer runs its layer's own forward while the modules of the other sublayer give zeros. So the
+model, its tensors and their names stay as they are, and everything that runs blocks runs sublayers.
+Run one after the other, the two must give exactly what the layer gives. Layers of which this is not
+true (parallel attention, an output that is scaled) are refused.
+
+A removed sublayer stays in the checkpoint as zeros, because transformers has no layers without
+attention or MLP. A layer without both is cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from isingcut.errors import ArchitectureError
+from isingcut.formats.architectures.blocks import (
+    Sublayer,
+    blocks_in,
+    catch_text_errors,
+    find_mixers,
+    find_stack,
+    language_model,
+    replace_forwards,
+    stack_modules,
+    text_config,
+)
+from isingcut.formats.checkpoints import Checkpoint
+from isingcut.formats.transformers_private import Names
+
+_BLOCKS = "pass --units blocks"
+
+
+def split_layers(model: Any) -> None:
+    """Make the sublayers of each layer that has two the model's blocks; others stay blocks.
+
+    Raises:
+        ArchitectureError: no layer has two sublayers.
+    """
+    config = text_config(model)
+    layers = list(model.get_submodule(find_stack(model).path).children())
+    for i, layer in enumerate(layers):
+        mixers = list[str]()
+        others = list[str]()
+        for name, child in layer.named_children():
+            if find_mixers(child, i, config):
+                mixers.append(name)
+            elif any(p.ndim > 1 for p in child.parameters()):
+                others.append(name)
+        if mixers and others:
+            layer.__dict__["sublayers"] = [
+                Sublayer(layer, own, [layer.get_submodule(name) for name in muted])
+                for own, muted in ((mixers, others), (others, mixers))
+            ]
+            layer.__dict__["forward"] = _run_each(layer.__dict__["sublayers"])
+    if len(stack_modules(model)) == len(layers):
+        raise ArchitectureError(
+            f"the layers of {type(model).__name__} have no two sublayers; {_BLOCKS}"
+        )
+
+
+def _run_each(sublayers: list[Sublayer]) -> Callable[..., Any]:
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        rest = dict(kwargs)
+        output, *others = args or (rest.pop("hidden_states"),)
+        for sublayer in sublayers:
+            hidden = output if isinstance(output, Tensor) else output[0]
+            output = sublayer(hidden, *others, **rest)
+        return output
+
+    return forward
+
+
+def check_sublayers(model: Any) -> None:
+    """Run four tokens to learn the form of the sublayers' outputs, and compare with the layers.
+
+    Raises:
+        ArchitectureError: the sublayers of a layer together do not give what the layer gives, or
+            the model does not run on text alone.
+    """
+    layers = [
+        layer
+        for layer in model.get_submodule(find_stack(model).path).children()
+        if len(blocks_in(layer)) > 1
+    ]
+    text = language_model(model)
+    ids = torch.zeros((1, 4), dtype=torch.long, device=model.device)
+    comparing = replace_forwards(layers, [_compare(layer) for layer in layers])
+    with torch.no_grad(), catch_text_errors(model), comparing:
+        text(input_ids=ids, use_cache=False)
+
+
+def _compare(layer: nn.Module) -> Callable[..., Any]:
+    sublayers: Any = blocks_in(layer)
+    run = layer.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        forms: dict[nn.Module, int | None] = {}
+
+        def learn(module: nn.Module, given: Any, output: Any) -> None:
+            forms[module] = None if isinstance(output, Tensor) else len(output) - 1
+
+        modules = [m for sublayer in sublayers for m in sublayer.muted]
+        hooks = [module.register_forward_hook(learn) for module in modules]
+        whole = sublayers[0].whole(*args, **kwargs)
+        for hook in hooks:
+            hook.remove()
+        for sublayer in sublayers:
+            sublayer.forms = [forms.get(module) for module in sublayer.muted]
+        parts = run(*args, **kwargs)
+        ours, theirs = (
+            value if isinstance(value, Tensor) else value[0] for value in (parts, whole)
+        )
+        if not torch.equal(ours, theirs):
+            raise ArchitectureError(
+                f"{type(layer).__name__} is not its sublayers one after the other (parallel "
+                f"attention, or a scaled output), so they cannot be removed alone; {_BLOCKS}"
+            )
+        return whole
+
+    return forward
+
+
+def find_dropped(model: Any) -> list[nn.Module]:
+    """Return the modules of removed sublayers in a loaded checkpoint, in which all numbers are 0.
+
+    All their gradients are 0 too, but for biases of the last layer.
+    """
+    return [
+        child
+        for layer in model.get_submodule(find_stack(model).path).children()
+        for child in layer.children()
+        if any(p.ndim > 1 for p in child.parameters())
+        and not any(p.any() for p in child.parameters())
+    ]
+
+
+def find_zeroed(seen: Checkpoint, model: Any, removed: Collection[int]) -> set[str]:
+    """Return the stored tensors of removed sublayers in layers that stay.
+
+    Args:
+        seen: the model's checkpoint.
+        removed: removed blocks.
+    """
+    stack = find_stack(model)
+    whole = stack.whole(removed)
+    prefixes = tuple(
+        f"{stack.blocks[i].path}.{name}."
+        for i, block in enumerate(stack_modules(model))
+        if i in removed and stack.layers[i] not in whole
+        for name, _ in block.named_children()
+    )
+    names = Names(model, torch.float32)
+    stored = (name for name in seen.stored if prefixes)
+    return {name for name in stored if names.target(name)[0].startswith(prefixes)}
