@@ -64,7 +64,7 @@ def test_a_finished_run_is_recognised_by_its_files(folder):
     chosen = load_json(folder / "candidates.json").chosen
     assert page.startswith("# a-model without 3 of its 12 blocks\n")
     a, b, c = chosen.removed
-    assert f"Blocks {a}, {b} and {c} (of 12, numbered from 0) are removed." in page
+    assert f"Removed: blocks {a}, {b} and {c} (of 12, numbered from 0)." in page
     assert (
         f"energy {chosen['energy']:.4g} nats/token. Reason: lowest measured KL" in page
     )

@@ -292,7 +292,7 @@ def test_blocks_named_by_hand_have_a_row_of_their_own_and_no_reason(tmp_path):
     # No ranking measured that state, so that it has no place among the measured removals.
     assert "Nothing measured yet" in page.text
     markdown = (run / "report.md").read_text()
-    said = "Blocks 0 to 2 (of 12, numbered from 0) are removed. You named them"
+    said = "Removed: blocks 0 to 2 (of 12, numbered from 0). You named them"
     assert said in markdown
     assert "lowest measured KL" not in markdown
     assert "`*` marks" not in markdown

@@ -175,7 +175,11 @@ class OnePass(Strict):
 
 
 class CandidatesFile(Document, kind="candidates"):
-    """`candidates.json`."""
+    """`candidates.json`.
+
+    Attributes:
+        whole: if the blocks are sublayers, the best measured state of whole layers in the budget.
+    """
 
     remove: str
     unit: str
@@ -193,6 +197,7 @@ class CandidatesFile(Document, kind="candidates"):
     proven: bool
     solver: str = ""
     one_pass: OnePass | None = None
+    whole: MeasuredState | None = None
     by_tasks: ByTasks | None = None
 
 

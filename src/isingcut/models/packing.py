@@ -15,6 +15,7 @@ from isingcut.files.runs import BlockCosts, PackedModel
 from isingcut.formats.architectures.blocks import (
     find_stack,
     language_model,
+    tensor_prefixes,
     text_config,
 )
 from isingcut.formats.cutting.gguf import names_in_gguf
@@ -48,7 +49,7 @@ class Packer:
         self._sizes = gguf.GGML_QUANT_SIZES
         model = loaded.model
         self._align = 32
-        self._places = [f"{block.path}." for block in find_stack(model).blocks]
+        self._places = tensor_prefixes(model)
         self._types: dict[str, Any] = {}
         # Shape (row length last), current type and block (-1 outside all) of each tensor.
         self._tensors: dict[str, tuple[list[int], Any, int]] = {}
@@ -69,15 +70,17 @@ class Packer:
         self.header = header = read_gguf(file)
         count = header.check_blocks()
         known = header.tensors
-        for name, stored in names_in_gguf(
-            header, count, read_checkpoint(loaded.folder)
-        ).items():
+        named = names_in_gguf(header, count, read_checkpoint(loaded.folder))
+        for name, stored in named.items():
             if name in known:
                 self._types[stored.name] = known[name].tensor_type
+        split = find_stack(model).split
         self._align = int(header.value("general.alignment") or 32)
         for name, t in known.items():
             place = (block_of(name) or (count, ""))[0]
             block = place if place < count else -1
+            if split:
+                block = self._block(named[name].name) if name in named else -1
             self._tensors[name] = t.shape[::-1].tolist(), t.tensor_type, block
         self._looked_up = "token_embd.weight" if "output.weight" in known else ""
         sizes = (self._bytes(shape, kind) for shape, kind, _ in self._tensors.values())

@@ -11,6 +11,7 @@ attention or MLP. A layer without both is cut.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -27,6 +28,7 @@ from isingcut.formats.architectures.blocks import (
     language_model,
     replace_forwards,
     stack_modules,
+    tensor_prefixes,
     text_config,
 )
 from isingcut.formats.checkpoints import Checkpoint
@@ -148,12 +150,10 @@ def find_zeroed(seen: Checkpoint, model: Any, removed: Collection[int]) -> set[s
     """
     stack = find_stack(model)
     whole = stack.whole(removed)
-    prefixes = tuple(
-        f"{stack.blocks[i].path}.{name}."
-        for i, block in enumerate(stack_modules(model))
-        if i in removed and stack.layers[i] not in whole
-        for name, _ in block.named_children()
-    )
+    of_blocks = tensor_prefixes(model)
+    alone = [of_blocks[i] for i in removed if stack.layers[i] not in whole]
+    if not alone:
+        return set()
     names = Names(model, torch.float32)
-    stored = (name for name in seen.stored if prefixes)
-    return {name for name in stored if names.target(name)[0].startswith(prefixes)}
+    prefixes = tuple(itertools.chain.from_iterable(alone))
+    return {n for n in seen.stored if names.target(n)[0].startswith(prefixes)}

@@ -51,7 +51,11 @@ def find_types(
     packer = Packer(session.loaded, find_gguf(session.config.model))
     types = list[PackedLosses]()
     why = None
-    n = len(blocks.blocks)
+    if session.stack.split and packer.header is None:
+        raise InfeasibleError(
+            f"--budget {session.config.budget} with --units sublayers needs a model in a .gguf "
+            "file, whose attention can be left out; give one, or a budget of kv"
+        )
     for name in ("", *PACKED):
         packed = packer.costs(name, blocks.blocks)
         own = blocks.model_copy(update={"packed": packed})
@@ -68,7 +72,8 @@ def find_types(
             if not fits:
                 solving.removal_rows(own, session.config)
             if not fits and packer.header is not None:
-                refuse_uncuttable(packer.header, n, n)
+                layers = len(set(session.stack.layers))
+                refuse_uncuttable(packer.header, layers, layers)
             types.append(PackedLosses(packed=packed, fits=fits))
         except (ArchitectureError, InfeasibleError) as e:
             why = e

@@ -19,8 +19,10 @@ from isingcut.evaluation import candidates
 from isingcut.files import states
 from isingcut.files.results import read_document, write_document
 from isingcut.healing.repairs import registry as repairs
+from isingcut.ising.constraints import LinearConstraint
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.ising.problem import Problem
+from isingcut.ising.solvers import solve
 from isingcut.ising.spectrum import Spectrum
 from isingcut.ising.states import States, states_of
 from isingcut.measure.losses import measure
@@ -77,6 +79,9 @@ def _rank(session: Session, folder: RunFolder) -> Making:
     search = problem.hamiltonian.meta.get("search", {})
     mine = search.get("targets", {}).get(config.removal, {})
     more = found_states(spectrum, problem, config, mine)
+    layers = [block.layer for block in folder.run.blocks.blocks]
+    whole = whole_layers(problem, layers) if config.budget else []
+    more = np.concatenate([more, states_of(problem.n, whole)])
     best = list[list[int]]()
     count = len(spectrum.removed(0))
     if is_searched(config, count, problem.n, streamed=session.streaming):
@@ -108,6 +113,7 @@ def _rank(session: Session, folder: RunFolder) -> Making:
             search_passes=search["passes"],
             searched_for=len(search["targets"]),
         )
+    ranked.whole = next((row for row in rows if [*row.removed] in whole), None)
     position = ranked.chosen.position
     reason: dict[str, Any] = {"why": ranked.chosen.why}
     if config.choose == "tasks" and not folder.processes.rank:
@@ -184,6 +190,25 @@ def found_states(
     # The spectrum may be solved with more constraints than the search had.
     more = states_of(problem.n, removed)
     return more[problem.feasible(more)]
+
+
+def whole_layers(problem: Problem, layers: Sequence[int]) -> list[list[int]]:
+    """Return the lowest state in which all or no sublayers of a layer go; none for whole blocks.
+
+    Args:
+        layers: number of the layer of each block.
+    """
+    pairs = [(i, i + 1) for i in range(problem.n - 1) if layers[i] == layers[i + 1]]
+    rows = [
+        LinearConstraint(
+            f"layer {layers[i]}", np.eye(problem.n)[i] - np.eye(problem.n)[j], "==", 0
+        )
+        for i, j in pairs
+    ]
+    bound = Problem(problem.hamiltonian, [*problem.constraints, *rows])
+    if not pairs or not bound.has_states():
+        return []
+    return [solve(bound, k=1).removed()]
 
 
 def one_pass(

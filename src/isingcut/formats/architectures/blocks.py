@@ -116,6 +116,15 @@ def blocks_in(layer: nn.Module) -> Sequence[nn.Module]:
     return blocks
 
 
+def tensor_prefixes(model: Any) -> list[tuple[str, ...]]:
+    """Return for each block of a model what the names of its tensors begin with."""
+    paths = {module: name for name, module in model.named_modules()}
+    return [
+        tuple(f"{paths[module]}." for module in modules_of(block))
+        for block in stack_modules(model)
+    ]
+
+
 def modules_of(block: nn.Module) -> list[nn.Module]:
     """Return the modules of the model that a block consists of."""
     return list(block.children()) if isinstance(block, Sublayer) else [block]
