@@ -128,9 +128,12 @@ def test_changed_weights_are_measured_and_restored(read, tmp_path):
 def test_memory_counts_the_cache_and_decoding_the_bytes_read(
     file, tmp_path, monkeypatch
 ):
-    def fitting(budget):
+    def fitting(budget, window=0):
         session = Session(RunConfig(model=file, dtype="float32", budget=budget))
-        _, found = packing.find_types(session, session.describe_blocks())
+        blocks = session.describe_blocks()
+        for block in blocks.blocks:
+            block.window = window
+        _, found = packing.find_types(session, blocks)
         return [f.packed.type for f in found if f.fits]
 
     # Two heads of keys and of values, of 16 numbers in float16, in 6 blocks.
@@ -138,6 +141,8 @@ def test_memory_counts_the_cache_and_decoding_the_bytes_read(
     cache = 8192 * 2 * 2 * 16 * 2 * 6 / 1e3
     assert fitting(f"memory={size + cache:.3f}kB@8k") == ["Q5_0", "Q4_1", "Q4_0"]
     assert fitting(f"memory={size + cache - 0.1:.3f}kB@8192") == ["Q4_1", "Q4_0"]
+    half = f"memory={size + cache / 2:.3f}kB@8k"
+    assert fitting(half, window=4096) == ["Q5_0", "Q4_1", "Q4_0"]
     # Q8_0 has 8.5 bits instead of 16, and the cache is the same.
     assert fitting("decode=40%") == ["Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0"]
     assert fitting("decode=40%,file=999MB") == fitting("decode=40%")

@@ -161,10 +161,10 @@ def _costs(blocks: BlockList, budget: Budget) -> tuple[Floats, float, float]:
     cache = np.zeros(len(blocks.blocks))
     if budget.context:
         # Keys and values in float16, llama.cpp's default.
-        each = [
-            2 * b.parameters / b.bytes * b.kv_bytes_per_token for b in blocks.blocks
-        ]
-        cache = np.array(each) * budget.context + [b.state_bytes for b in blocks.blocks]
+        for i, b in enumerate(blocks.blocks):
+            tokens = min(budget.context, b.window or budget.context)
+            each = 2 * b.parameters / b.bytes * b.kv_bytes_per_token
+            cache[i] = each * tokens + b.state_bytes
     costs = getattr(packed, quantity.cost) + cache
     now = float(costs.sum()) + getattr(packed, quantity.whole)
     return costs, packed.read_before + float(cache.sum()), now

@@ -166,6 +166,7 @@ def describe(module: nn.Module, index: int, path: str, config: Any) -> BlockCost
         bytes=sum(p.numel() * p.element_size() for p in parameters),
         active_parameters=total - _idle_expert_parameters(module, config),
         kv_bytes_per_token=sum(kv for _, kv, _ in mixers),
+        window=(getattr(config, "sliding_window", 0) or 0) if "sliding" in kind else 0,
         state_bytes=sum(state for _, _, state in mixers),
     )
 
