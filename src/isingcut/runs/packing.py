@@ -51,11 +51,6 @@ def find_types(
     packer = Packer(session.loaded, find_gguf(session.config.model))
     types = list[PackedLosses]()
     why = None
-    if session.stack.split and packer.header is None:
-        raise InfeasibleError(
-            f"--budget {session.config.budget} with --units sublayers needs a model in a .gguf "
-            "file, whose attention can be left out; give one, or a budget of kv"
-        )
     for name in ("", *PACKED):
         packed = packer.costs(name, blocks.blocks)
         own = blocks.model_copy(update={"packed": packed})
