@@ -106,8 +106,6 @@ class GgufHeader:
             )
         for extra in range(count - self.mtp_layers, count):
             del blocks[extra]
-        if self.architecture == "deci":
-            return count  # its layers may lack attention
         # In a hybrid, each kind of block has tensors that other kinds lack. So a block that has
         # only some of another block's tensors is incomplete.
         for block, names in sorted(blocks.items()):
@@ -262,6 +260,11 @@ def unpack_gguf(path: Path, folder: Path, progress: Progress = silent) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     header = read_gguf(path)
+    if header.architecture == "deci":
+        raise ModelError(
+            f"{path.name} may have layers without attention, which transformers lacks; use "
+            "llama.cpp, or the checkpoint"
+        )
     header.check_blocks()
     numbers = sum(tensor.n_elements for tensor in header.tensors.values())
     loader: Any = AutoModelForCausalLM

@@ -395,7 +395,11 @@ def _pop_heads(
         )
     size = header.number("embedding_length") // header.number("attention.head_count")
     heads = dict[str, Any]()
-    for short in ("attention.key_length", "attention.value_length", "rope.dimension_count"):
+    for short in (
+        "attention.key_length",
+        "attention.value_length",
+        "rope.dimension_count",
+    ):
         heads[short] = values.pop(f"{name}.{short}", size)
     for short in ("attention.head_count", "attention.head_count_kv"):
         if values.pop(f"{name}.{short}", None):
