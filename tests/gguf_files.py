@@ -17,7 +17,9 @@ WORD = 4
 
 def named(held):
     """Return tensors under their llama.cpp names."""
-    return {NAMES.get_name(n, try_suffixes=(".weight",)): t for n, t in held.items()}
+    return {
+        NAMES.get_name(n, try_suffixes=(".weight", ".bias")): t for n, t in held.items()
+    }
 
 
 def write_gguf(

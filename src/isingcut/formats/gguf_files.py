@@ -260,6 +260,11 @@ def unpack_gguf(path: Path, folder: Path, progress: Progress = silent) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     header = read_gguf(path)
+    if header.architecture == "deci":
+        raise ModelError(
+            f"{path.name} may have layers without attention, which transformers lacks; use "
+            "llama.cpp, or the checkpoint"
+        )
     header.check_blocks()
     numbers = sum(tensor.n_elements for tensor in header.tensors.values())
     loader: Any = AutoModelForCausalLM

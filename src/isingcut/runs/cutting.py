@@ -230,8 +230,6 @@ def make_gguf(
         return out  # also if it was made from another GGUF file
     ownership.refuse_source(out, [original])
     try:
-        if session.stack.split:
-            raise ArchitectureError("llama.cpp needs both sublayers of a layer")
         return cut_gguf(session, folder, checkpoint, original)
     except ArchitectureError as e:
         if source is not None:
@@ -256,11 +254,17 @@ def _cut_gguf(
 
     path = yield folder, checkpoint.with_name("model.gguf"), options
     header = read_gguf(source)
-    changed = gguf.changed_tensors(header, session.source, checkpoint, removed)
+    original = session.source
+    layers = session.stack.whole(removed)
+    attention, mlps = session.stack.halved(removed)
+    zeroed = find_zeroed(Checkpoint.read(original), session.loaded.model, removed)
+    changed = gguf.changed_tensors(header, original, checkpoint, layers, zeroed)
     gguf.cut_gguf(
         source,
-        removed,
+        layers,
         path,
+        attention=attention,
+        mlps=mlps,
         drop_mtp=config.drop_mtp,
         changed=changed,
         packed=options.get("type"),

@@ -55,6 +55,12 @@ class BlockStack:
         stay = {k for i, k in enumerate(self.layers) if i not in removed}
         return [k for k in dict.fromkeys(self.layers) if k not in stay]
 
+    def halved(self, removed: Collection[int]) -> tuple[set[int], set[int]]:
+        """Return the layers that stay without their mixer, and those without their MLP."""
+        halved = {self.layers[i] for i in removed}.difference(self.whole(removed))
+        mixers = {k for k in halved if self.layers.index(k) in removed}
+        return mixers, halved - mixers
+
 
 class Sublayer(nn.Module):
     """One sublayer of a layer: the layer's own forward, with the other sublayer giving zeros.

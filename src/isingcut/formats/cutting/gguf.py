@@ -7,6 +7,8 @@ Norms are compared to check that a GGUF file and a checkpoint are of one model. 
 unpacked, while other weights may be packed, permuted, split or joined. By default, layers that a
 patch or a healing changed are packed as Q8_0, because a change of 1 % is less than half a step of a
 4-bit type, which would round it away (docs/experiments/frontier.md).
+
+llama.cpp has layers without attention in its architecture `deci`. A removed MLP stays as zeros.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -130,7 +132,11 @@ class Changed:
 
 
 def changed_tensors(
-    header: GgufHeader, original: Path, cut: Path, removed: Sequence[int]
+    header: GgufHeader,
+    original: Path,
+    cut: Path,
+    removed: Sequence[int],
+    zeroed: Collection[str] = (),
 ) -> dict[str, Changed]:
     """Return the tensors of a cut checkpoint that differ from its original, by name in the GGUF.
 
@@ -138,6 +144,8 @@ def changed_tensors(
         header: header of the original's GGUF file.
         original: the checkpoint that was cut.
         cut: the cut checkpoint, patched or healed.
+        removed: layer numbers.
+        zeroed: tensors of removed sublayers, which do not count.
 
     Raises:
         ArchitectureError: the file has no tensor for one of them.
@@ -154,6 +162,8 @@ def changed_tensors(
         start = next((start for start in places if name.startswith(start)), "")
         before = places.get(start, "") + name.removeprefix(start)
         was = old.stored.get(before)
+        if before in zeroed:
+            continue
         if was and was.dtype == stored.dtype and was.data() == stored.data():
             continue
         if was is None or theirs.get(before) not in header.tensors:
@@ -205,7 +215,7 @@ def lay_out(path: Path, tensor: Any, changed: Changed) -> NDArray[np.float32]:
     raise ArchitectureError(_cannot(path, changed.name))
 
 
-def _interleave(values: NDArray[np.float32], size: int) -> NDArray[np.float32]:
+def _interleave(values: NDArray[Any], size: int) -> NDArray[Any]:
     halves = values.reshape(-1, 2, size, *values.shape[1:])
     return halves.swapaxes(1, 2).reshape(values.shape)
 
@@ -233,16 +243,20 @@ def cut_gguf(
     removed: Sequence[int],
     out: Path,
     *,
+    attention: Collection[int] = (),
+    mlps: Collection[int] = (),
     drop_mtp: bool = False,
     changed: Mapping[str, Changed] | None = None,
     packed: str | None = None,
     progress: Progress = silent,
 ) -> None:
-    """Write the GGUF file ``source`` without the blocks ``removed`` to the file ``out``.
+    """Write the GGUF file ``source`` without the layers ``removed`` to the file ``out``.
 
     Args:
         source: a single GGUF file.
-        removed: block numbers, in any order.
+        removed: layer numbers, in any order.
+        attention: other layers, which lose their attention.
+        mlps: other layers, which lose their MLP.
         out: the new file; it appears only when it is complete, and replaces an old one.
         drop_mtp: leave out the layers for multi-token prediction, which otherwise stay.
         changed: tensors with new values, by their names in ``source``; packed as Q8_0 unless
@@ -251,7 +265,8 @@ def cut_gguf(
         progress: shows the tensors as they are written.
 
     Raises:
-        ArchitectureError: llama.cpp would compute something else from the renumbered blocks.
+        ArchitectureError: llama.cpp would compute something else from the renumbered blocks, or
+            has no such model without attention.
         CheckpointError: the source is not a GGUF file, is damaged, is one part of a split file, or
             lacks tensors.
         InputError: ``out`` cannot be written.
@@ -278,8 +293,19 @@ def cut_gguf(
     values = {k: _cut_value(header, k, v, count, mapping) for k, v in fields.items()}
     if drop_mtp and mtp:
         values[f"{architecture}.nextn_predict_layers"] = 0
+    dropped = {"attn": set(attention), "ffn": set(mlps)}
+    # llama.cpp reads the size of the heads from the first layer, whose attention becomes zeros.
+    bare = dropped["attn"] - {min(mapping)}
+    heads = dict[str, Any]()
+    half = 0
+    written = architecture
+    if attention:
+        written = "deci"
+        heads = _pop_heads(header, values, [i in bare for i in mapping])
+        if _TABLE["deci"]["rotates"][architecture] == "halves":
+            half = heads["attention.key_length"] // 2
     with atomic_file(out) as temporary:
-        writer = gguf.GGUFWriter(temporary, architecture, endianess=reader.endianess)
+        writer = gguf.GGUFWriter(temporary, written, endianess=reader.endianess)
         if "general.alignment" in values:
             writer.data_alignment = int(values["general.alignment"])
         for key, value in values.items():
@@ -287,14 +313,19 @@ def cut_gguf(
                 continue
             kinds = reader.fields[key].types
             inner = kinds[-1] if kinds[0] == gguf.GGUFValueType.ARRAY else None
-            writer.add_key_value(key, value, kinds[0], sub_type=inner)
+            name = re.sub(rf"^{architecture}\.", f"{written}.", key)
+            writer.add_key_value(name, value, kinds[0], sub_type=inner)
+        for key, value in heads.items():
+            add = writer.add_array if isinstance(value, list) else writer.add_uint32
+            add(f"{written}.{key}", value)
         if windows is not None:
             writer.add_sliding_window_pattern([windows[i] for i in mapping])
         kept = []
         for tensor in reader.tensors:
             # Outside the blocks, tensors keep their names.
             old, rest = block_of(tensor.name) or (-1, "")
-            if rest and old not in mapping:
+            part = rest.partition("_")[0]
+            if rest and (old not in mapping or (part == "attn" and old in bare)):
                 continue
             name = f"blk.{mapping[old]}.{rest}" if rest else tensor.name
             new = (changed or {}).get(tensor.name)
@@ -310,7 +341,9 @@ def cut_gguf(
             if kind != tensor.tensor_type:
                 shape = gguf.quants.quant_shape_to_byte_shape(numbers, kind)
                 dtype = np.dtype(np.uint8)
-            kept.append((tensor, new, kind))
+            zero = old in dropped.get(part, ()) and "norm" not in rest
+            turned = half if rest.startswith(("attn_q.", "attn_k.")) else 0
+            kept.append((tensor, new, kind, zero, turned))
             size = math.prod(shape) * dtype.itemsize
             writer.add_tensor_info(name, shape, dtype, size, kind)
         with (
@@ -320,15 +353,58 @@ def cut_gguf(
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
-            for tensor, new, kind in kept:  # memory-mapped: one tensor at a time
-                data = tensor.data
+            # Memory-mapped: one tensor at a time.
+            for tensor, new, kind, zero, turned in kept:
+                # In every type, zero bytes are zeros.
+                data = np.zeros_like(tensor.data) if zero else tensor.data
                 if new is not None:
                     data = gguf.quants.quantize(lay_out(source, tensor, new), kind)
                 elif kind != tensor.tensor_type:
                     plain = gguf.quants.dequantize(data, tensor.tensor_type)
                     data = gguf.quants.quantize(plain, kind)
+                if turned:
+                    data = _interleave(data, turned)
                 writer.write_tensor_data(data, tensor_endianess=reader.endianess)
                 bar.advance(1)
+
+
+def _pop_heads(
+    header: GgufHeader, values: dict[str, Any], bare: Sequence[bool]
+) -> dict[str, Any]:
+    """Take what llama.cpp's `deci` wants to know of heads out of a file's metadata.
+
+    Args:
+        values: metadata of the cut file, by full name.
+        bare: whether each layer has no attention.
+
+    Returns:
+        the numbers of heads in each layer and their sizes, by name below the architecture's.
+
+    Raises:
+        ArchitectureError: `deci` cannot compute the model.
+    """
+    name = header.architecture
+    known = re.compile(_TABLE["deci"]["tensors"])
+    unknown = [f"has no {t!r}" for t in header.tensors if not known.fullmatch(t)]
+    if name not in _TABLE["deci"]["rotates"]:
+        unknown = [f"does not compute a {name!r}"]
+    if unknown:
+        raise ArchitectureError(
+            "in llama.cpp only the architecture 'deci' has layers without attention, and it "
+            f"{unknown[0]}; run the cut checkpoint in transformers or vLLM"
+        )
+    size = header.number("embedding_length") // header.number("attention.head_count")
+    heads = dict[str, Any]()
+    for short in (
+        "attention.key_length",
+        "attention.value_length",
+        "rope.dimension_count",
+    ):
+        heads[short] = values.pop(f"{name}.{short}", size)
+    for short in ("attention.head_count", "attention.head_count_kv"):
+        if values.pop(f"{name}.{short}", None):
+            heads[short] = [0 if gone else header.number(short) for gone in bare]
+    return heads
 
 
 def refuse_uncuttable(header: GgufHeader, before: int, after: int) -> None:
