@@ -137,6 +137,14 @@ def test_layers_that_are_not_two_sublayers_are_refused(family, words, tmp_path):
         load_streamed(folder, **SUBLAYERS)
 
 
+def test_a_token_without_an_embedding_hides_no_parallel_attention():
+    model = tiny_model("cohere2")
+    model.get_input_embeddings().weight.data[0] = 0
+    split_layers(model)
+    with refuses("parallel attention", ArchitectureError):
+        check_sublayers(model)
+
+
 # The attention of layer 1, the MLP of layer 2, and both of layer 4.
 MIXED = [2, 5, 8, 9]
 
@@ -292,11 +300,9 @@ def test_a_run_removes_attentions(llama, text, tmp_path, no_speed, typed, refusa
 
 
 def test_a_streamed_run_chooses_the_same(llama, text, tmp_path, no_speed, one_layout):
-    given = {**RUN, "remove": "3", "model": llama, "text": text}
-    given["energy"] = "pairwise"
-    model, words = given.pop("model"), given.pop("text")
+    given = {**RUN, "energy": "pairwise", "remove": "3"}
     runs = [
-        run_tiny(model, words, tmp_path / stream, stream=stream, **given)
+        run_tiny(llama, text, tmp_path / stream, stream=stream, **given)
         for stream in ("on", "off")
     ]
     first, second = (load_json(run / "candidates.json") for run in runs)
