@@ -24,6 +24,8 @@ _SHORTER = (
         r"^block 0 \(\w+\) passes on a stream of shape .*",
         "its stream is not (batch, tokens, width)",
     ),
+    (r"^the layers of \w+ have no two sublayers.*", "no layer has two sublayers"),
+    (r"^\w+ is not its sublayers one after the other \((.*?)\).*", r"\1"),
     (
         r"^transformers has no text-generating decoder.*",
         "transformers has no decoder of it",
@@ -45,10 +47,13 @@ def _line(report: dict[str, Any]) -> tuple[str, str]:
     outcome = (
         "only blocks that you name" if reason.startswith(_NAMED) else report["outcome"]
     )
-    reason = reason.removeprefix(_NAMED)
+    return outcome, _shorten(reason.removeprefix(_NAMED))
+
+
+def _shorten(reason: str) -> str:
     for pattern, shorter in _SHORTER:
         reason = re.sub(pattern, shorter, reason)
-    return outcome, reason
+    return reason
 
 
 def _names(reports: Iterable[dict[str, Any]]) -> str:
@@ -73,6 +78,12 @@ def made(version: str, reports: list[dict[str, Any]]) -> str:
         f"{sum(r['outcome'] == outcome for r in reports)} {outcome}"
         for outcome in ("passed", "refused", "failed", "not built")
     )
+    passed = [r for r in reports if r["outcome"] == "passed"]
+    whole = [r for r in passed if "unsplit" in r]
+    unsplit = [
+        f"- {reason}: {_names(r for r in whole if _shorten(r['unsplit']) == reason)}."
+        for reason in sorted({_shorten(r["unsplit"]) for r in whole})
+    ]
     mtp = []
     for form in ("numbered on", "named"):
         of_form = [r for r in reports if r.get("mtp") == form]
@@ -90,6 +101,11 @@ def made(version: str, reports: list[dict[str, Any]]) -> str:
             *rows,
             "",
             f"Take images, and were compared on text only: {text_only}.",
+            "",
+            f"With `--units sublayers` {len(passed) - len(whole)} of the {len(passed)} are cut "
+            "exactly without an attention (or other mixer) and an MLP. The others are refused:",
+            "",
+            *unsplit,
             "",
             "| MTP layers | transformers drafts with them | kept, not run |",
             "|---|---|---|",

@@ -167,6 +167,12 @@ def from_gguf(place):
     place.type("evaluate", place.run(model=str(gguf_file(place))), "--skip-speed")
 
 
+def sublayers(place):
+    """Attentions and MLPs as blocks: energy, tuned patch, evaluation, and healing of their cut."""
+    more = {"patch": "tuned", "patch_tokens": 200, "heal": "60tokens"}
+    place.run(units="sublayers", remove="attention=1,mlp=1", energy="pairwise", **more)
+
+
 def packed(place):
     file = gguf_file(place)
     size = file.stat().st_size / 1e3
@@ -308,6 +314,7 @@ PATHS = {
     "own text": own_text,
     "eager, bfloat16": eager,
     "budget, packed": packed,
+    "sublayers": sublayers,
     "energies": energies,
     "energies, streamed": functools.partial(energies, stream="on"),
     **{

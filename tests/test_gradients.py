@@ -11,7 +11,7 @@ from isingcut.energies.empirical_fisher import EmpiricalFisher, form_energy
 from isingcut.energies.fisher import Fisher
 from isingcut.measure.gradients import gate_rows
 from isingcut.models.replay import Recording
-from shared import parametrize
+from shared import ArchitectureError, parametrize, refuses
 from sweep.gates import gated_loss
 from tiny import Hamiltonian, TokenSet, Work, gate_gradients, random_tokens, tiny_replay
 
@@ -39,6 +39,13 @@ def test_sublayer_gate_gradients_equal_autograd_row_by_row(family):
     got = gate_gradients(replay, tokens, work=Work(30))
     assert np.abs(expected).max() > 1e-3
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_scaled_stream_has_no_sublayer_gate():
+    """A gate at 0 would leave the scaled stream, and a removal leaves the stream."""
+    replay = tiny_replay("gemma4", num_kv_shared_layers=0)
+    with refuses("only some additions", ArchitectureError):
+        gate_gradients(replay, random_tokens())
 
 
 def test_no_stream_between_blocks_stays_in_memory_where_graphs_are_kept(spy):

@@ -63,6 +63,8 @@ def main(names):
     for outcome in OUTCOMES:
         count = sum(r.outcome == outcome for r in reports)
         print(f"architectures_{outcome.replace(' ', '_')}: {count}")
+    split = [r for r in reports if r.outcome == "passed"]
+    print(f"sublayer_sweep_passed: {sum(not r.unsplit for r in split)} of {len(split)}")
     with_mtp = [r for r in reports if r.mtp and (r.states or r.outcome == "failed")]
     kept = [r for r in with_mtp if r.outcome != "failed"]
     print(f"mtp_heads_found: {sum(r.mtp.count for r in with_mtp)}")
@@ -92,9 +94,9 @@ def _report(name, result):
             f"MTP: {r.mtp.prefix}{'N' if r.mtp.numbered_on else '0'}"
             + ", drafts" * r.drafts
         )
-    remarks = "; ".join(filter(None, (r.reason or r.rows, r.unseen, mtp))).replace(
-        "|", "/"
-    )
+    remarks = "; ".join(
+        filter(None, (r.reason or r.rows, r.unseen, r.unsplit, mtp))
+    ).replace("|", "/")
     cells = (
         r.kinds,
         r.states,

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import itertools
 from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -17,9 +18,11 @@ from cards import fake_cards
 from isingcut.errors import ArchitectureError, IsingcutError, VerificationError
 from isingcut.formats.architectures.blocks import stop_rescaling
 from isingcut.formats.architectures.cuts import legality
+from isingcut.formats.checkpoints import Checkpoint
 from isingcut.formats.libraries import one_line, quiet_transformers
 from isingcut.ising.states import blocks_of
 from isingcut.models.placement import connect, place
+from isingcut.models.sublayers import check_sublayers, find_zeroed, split_layers
 from isingcut.models.verify import random_tokens, reload
 from sweep.gates import check_gates
 from sweep.images import invent_images
@@ -98,6 +101,8 @@ class Report:
         unseen: why a model that takes images was proven on text only; else empty.
         mtp: its MTP layers, which every cut kept unless the outcome is ``"failed"``.
         drafts: whether transformers generates with them, with the same tokens as without.
+        unsplit: why its layers are not split into sublayers; empty if they are, and a cut without
+            two of them is exact.
     """
 
     name: str
@@ -111,10 +116,11 @@ class Report:
     unseen: str = ""
     mtp: MtpLayers | None = None
     drafts: bool = False
+    unsplit: str = ""
 
     def facts(self):
         """Return what the documentation says of the architecture."""
-        names = ("name", "outcome", "reason", "rows", "drafts")
+        names = ("name", "outcome", "reason", "rows", "drafts", "unsplit")
         facts = {name: getattr(self, name) for name in names}
         facts["text_only"] = bool(self.unseen)
         if self.mtp and self.states:
@@ -249,6 +255,12 @@ def _check(model, mtp, folder, states):
             drafts = check_mtp_layers(mtp, model, removed, source, out)
         worst = max(worst, proof.difference)
         unseen = next((r for r in proof.remarks if "on text only" in r), "")
+    unsplit = ""
+    if not reason:
+        try:
+            worst = max(worst, _check_sublayers(model, tokens, folder))
+        except ArchitectureError as error:
+            unsplit = str(error)
     return Report(
         "",
         "refused" if reason else "passed",
@@ -261,7 +273,51 @@ def _check(model, mtp, folder, states):
         unseen=unseen,
         mtp=mtp,
         drafts=drafts,
+        unsplit=unsplit,
     )
+
+
+def _check_sublayers(model, tokens, folder):
+    """Cut a mixer and an MLP of different layers; return the largest relative difference.
+
+    The model stays split.
+    """
+    split_layers(model)
+    check_sublayers(model)
+    stack = find_stack(model)
+    rows = legality(model.config.to_dict(), stack)
+    removed, other = _two_sublayers(stack, rows)
+    worst = _replay_is_forward(Replay(model), tokens, [removed])
+    source = folder / "source"
+    out = folder / "sublayers"
+    zeroed = find_zeroed(Checkpoint.read(source), model, removed)
+    excise(source, [], out, zeroed=zeroed)
+    with mock.patch("isingcut.models.verify.reload", functools.cache(reload)):
+        proof = verify(model, removed, out, new_tokens=2, images=invent_images)
+        with suppress(VerificationError):
+            verify(model, other, out, new_tokens=1)
+            raise AssertionError(
+                f"the proof does not tell sublayers {removed} from {other}"
+            )
+    return max(worst, proof.difference)
+
+
+def _two_sublayers(stack, rows):
+    """Return two states without a mixer and an MLP, of different layers: a legal one, and one in
+    which another mixer is removed.
+
+    Raises:
+        ArchitectureError: no such state is legal.
+    """
+    halves = [i for i, k in enumerate(stack.layers) if stack.layers.count(k) == 2]
+    mixers = sorted(halves[::2], key=lambda i: "attention" not in stack.kinds[i])
+    for state in itertools.product(mixers, reversed(halves[1::2])):
+        bits = np.isin(np.arange(len(stack)), state)[None]
+        apart = stack.layers[state[0]] != stack.layers[state[1]]
+        if apart and all(row.satisfied(bits)[0] for row in rows):
+            other = next(i for i in mixers if i != state[0])
+            return sorted(state), sorted([other, state[1]])
+    raise ArchitectureError("no mixer and MLP of different layers may be removed")
 
 
 def _two_cards_are_one(whole, tokens):

@@ -49,6 +49,9 @@ _SAME_STREAM = {
     torch.reshape,
 }
 
+# In-place calls after which a tensor is not the residual stream (the scale of Gemma 4's layers).
+_SCALINGS = {Tensor.mul_, Tensor.__imul__}
+
 
 class _Scale(torch.autograd.Function):
     """The product added * alpha per sample, with the gradient of alpha summed in float32."""
@@ -118,6 +121,8 @@ class _ResidualGate(TorchFunctionMode):
         out = func(*args, **kwargs)
         if func in _SAME_STREAM and self.is_stream(args[0]):
             self._stream.append(out)
+        if func in _SCALINGS:
+            self._stream = [s for s in self._stream if s is not out]
         return out
 
 

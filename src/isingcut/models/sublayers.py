@@ -12,11 +12,12 @@ attention or MLP. A layer without both is cut.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from isingcut.errors import ArchitectureError
 from isingcut.formats.architectures.blocks import (
@@ -26,6 +27,7 @@ from isingcut.formats.architectures.blocks import (
     find_mixers,
     find_stack,
     language_model,
+    layer_config,
     replace_forwards,
     stack_modules,
     tensor_prefixes,
@@ -33,8 +35,11 @@ from isingcut.formats.architectures.blocks import (
 )
 from isingcut.formats.checkpoints import Checkpoint
 from isingcut.formats.transformers_private import Names
+from isingcut.memory import raise_if_exhausted
 
 _BLOCKS = "pass --units blocks"
+# How the classes end that form what a sublayer reads or gives, and give nothing themselves.
+_FRAME = ("Norm", "Residual", "HyperConnection", "ShortConvolution")
 
 
 def split_layers(model: Any) -> None:
@@ -49,9 +54,11 @@ def split_layers(model: Any) -> None:
         mixers = list[str]()
         others = list[str]()
         for name, child in layer.named_children():
-            if find_mixers(child, i, config):
+            if find_mixers(child, i, layer_config(config, i)):
                 mixers.append(name)
-            elif any(p.ndim > 1 for p in child.parameters()):
+            elif not type(child).__name__.endswith(_FRAME) and any(
+                p.ndim > 1 for p in child.parameters()
+            ):
                 others.append(name)
         if mixers and others:
             layer.__dict__["sublayers"] = [
@@ -90,7 +97,7 @@ def check_sublayers(model: Any) -> None:
         if len(blocks_in(layer)) > 1
     ]
     text = language_model(model)
-    ids = torch.zeros((1, 4), dtype=torch.long, device=model.device)
+    ids = torch.arange(4, device=model.device)[None]
     comparing = replace_forwards(layers, [_compare(layer) for layer in layers])
     with torch.no_grad(), catch_text_errors(model), comparing:
         text(input_ids=ids, use_cache=False)
@@ -101,30 +108,63 @@ def _compare(layer: nn.Module) -> Callable[..., Any]:
     run = layer.forward
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        forms: dict[nn.Module, int | None] = {}
-
-        def learn(module: nn.Module, given: Any, output: Any) -> None:
-            forms[module] = None if isinstance(output, Tensor) else len(output) - 1
-
-        modules = [m for sublayer in sublayers for m in sublayer.muted]
-        hooks = [module.register_forward_hook(learn) for module in modules]
-        whole = sublayers[0].whole(*args, **kwargs)
-        for hook in hooks:
-            hook.remove()
-        for sublayer in sublayers:
-            sublayer.forms = [forms.get(module) for module in sublayer.muted]
-        parts = run(*args, **kwargs)
-        ours, theirs = (
-            value if isinstance(value, Tensor) else value[0] for value in (parts, whole)
+        # Few modules add to the stream themselves, and to find them takes memory.
+        for zeroed in (False, True):
+            whole = _learn_forms(sublayers, zeroed, args, kwargs)
+            try:
+                if _same(run(*args, **kwargs), whole):
+                    return whole
+            except (AttributeError, LookupError, RuntimeError, TypeError) as error:
+                raise_if_exhausted(error)
+        raise ArchitectureError(
+            f"{type(layer).__name__} is not its sublayers one after the other (parallel attention, "
+            f"or a norm or scale of their sum), so they cannot be removed alone; {_BLOCKS}"
         )
-        if not torch.equal(ours, theirs):
-            raise ArchitectureError(
-                f"{type(layer).__name__} is not its sublayers one after the other (parallel "
-                f"attention, or a scaled output), so they cannot be removed alone; {_BLOCKS}"
-            )
-        return whole
 
     return forward
+
+
+def _learn_forms(
+    sublayers: Sequence[Sublayer], zeroed: bool, args: Any, kwargs: Any
+) -> Any:
+    """Run a whole layer and set its sublayers' `forms`.
+
+    Args:
+        zeroed: whether to run the modules also with zeros as their numbers.
+    """
+    forms: dict[nn.Module, tuple[Any, int | None]] = {}
+
+    def learn(module: nn.Module, given: Any, named: Any, output: Any) -> None:
+        hooks[module].remove()
+        equal = list[int]()
+        if zeroed:
+            zeros = {k: torch.zeros_like(v) for k, v in module.state_dict().items()}
+            rest = functional_call(module, zeros, given, named)
+            equal = [i for i, v in enumerate(given) if _same(v, rest) and v.any()]
+        forms[module] = output, next(iter(equal), None)
+
+    hooks = {
+        module: module.register_forward_hook(learn, with_kwargs=True)
+        for sublayer in sublayers
+        for module in sublayer.muted
+    }
+    whole = sublayers[0].whole(*args, **kwargs)
+    for hook in hooks.values():
+        hook.remove()
+    for sublayer in sublayers:
+        sublayer.muted = [module for module in sublayer.muted if module in forms]
+        sublayer.forms = [forms[module] for module in sublayer.muted]
+    return whole
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two outputs of modules begin with equal tensors."""
+    this, that = (v[0] if isinstance(v, (list, tuple)) else v for v in (one, other))
+    return (
+        isinstance(this, Tensor)
+        and this.shape == that.shape
+        and torch.equal(this, that)
+    )
 
 
 def find_dropped(model: Any) -> list[nn.Module]:

@@ -92,6 +92,9 @@ def random_model(factory: Any, config: Any, seed: int = 0) -> PreTrainedModel:
                     )
                 else:
                     parameter.add_(torch.randn_like(parameter) * 0.1)
+            for name, buffer in model.named_buffers():
+                if name.endswith("layer_scalar"):
+                    buffer.fill_(0.5)
     if getattr(model, "generation_config", None) is not None:
         model.generation_config.pad_token_id = 0
     model.train(False)

@@ -69,8 +69,8 @@ class Sublayer(nn.Module):
 
     Attributes:
         muted: the modules of the other sublayer.
-        forms: for each of them, how many values its output has next to the first; None: it is a
-            tensor.
+        forms: for each of them, an output, and the number of the argument that it gives if all its
+            numbers are 0 (it adds to the residual stream itself); None: it gives zeros.
         whole: the forward of the whole layer.
     """
 
@@ -81,19 +81,27 @@ class Sublayer(nn.Module):
         for name in names:
             self.add_module(name, layer.get_submodule(name))
         self.muted = list(muted)
-        self.forms: list[int | None] = [None] * len(self.muted)
+        self.forms: list[tuple[Any, int | None]] = []
         self.whole = layer.forward
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the layer without its other sublayer."""
-        with replace_forwards(self.muted, list(map(_zeros, self.forms))):
+        silent = [_without_numbers(*form) for form in self.forms]
+        with replace_forwards(self.muted, silent):
             return self.whole(*args, **kwargs)
 
 
-def _zeros(form: int | None) -> Callable[..., Any]:
+def _without_numbers(like: Any, place: int | None) -> Callable[..., Any]:
+    several = isinstance(like, (list, tuple))
+    width = (like[0] if several else like).shape[-1]
+
     def forward(*args: Any, **kwargs: Any) -> Any:
-        zeros = torch.zeros_like(args[0] if args else kwargs["hidden_states"])
-        return zeros if form is None else (zeros, *[None] * form)
+        if place is None:
+            hidden = args[0] if args else kwargs["hidden_states"]
+            output = hidden.new_zeros((*hidden.shape[:-1], width))
+        else:
+            output = args[place]
+        return (output, *[None] * (len(like) - 1)) if several else output
 
     return forward
 
@@ -328,6 +336,12 @@ def text_config(model: Any) -> Any:
     return model.config.get_text_config(decoder=True)
 
 
+def layer_config(config: Any, layer: int) -> Any:
+    """Return the configuration of a layer: families like Gemma 4 have one for each."""
+    several = getattr(config, "is_heterogeneous", False)
+    return config.per_layer_config[layer] if several else config
+
+
 def find_stack(model: nn.Module) -> BlockStack:
     """Find the ModuleList whose items carry the residual stream, and describe every block.
 
@@ -351,12 +365,10 @@ def find_stack(model: nn.Module) -> BlockStack:
             f"{type(model).__name__} has no block stack: expected a ModuleList of {count} blocks, "
             "as in its config"
         )
-    # Families like Gemma 4 have a configuration for each block.
-    several = getattr(config, "is_heterogeneous", False)
     blocks = list[BlockCosts]()
     for i, layer in enumerate(model.get_submodule(path).children()):
-        own = config.per_layer_config[i] if several else config
         for block in blocks_in(layer):
+            own = layer_config(config, i)
             blocks.append(describe(block, len(blocks), f"{path}.{i}", own))
     return BlockStack(path=path, blocks=tuple(blocks))
 
