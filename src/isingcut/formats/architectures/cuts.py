@@ -312,14 +312,18 @@ def legality(config: dict[str, Any], stack: BlockStack) -> list[LinearConstraint
     # A layer without one of its sublayers stays, so only whole layers can be illegal.
     size = np.bincount(layers)
     inside = np.array(layers) == np.arange(count)[:, None]
-    named = {"keep attention": np.isin(range(len(stack)), cached).astype(float)}
-    lifted = [
-        dataclasses.replace(row, coefficients=named[row.name])
-        for row in rows
-        if row.name in named
-    ]
+    lifted = list[LinearConstraint]()
     for row in rows:
-        for layer in np.flatnonzero(row.coefficients) if row.name not in named else ():
+        if row.name == "keep attention":
+            some = np.isin(range(len(stack)), cached).astype(float)
+            lifted.append(dataclasses.replace(row, coefficients=some))
+            continue
+        if row.name.startswith("keep"):
+            # Later layers may read what the mixer of a layer has computed.
+            mixers = np.zeros(len(stack))
+            mixers[np.searchsorted(layers, range(count))] = row.coefficients
+            lifted.append(dataclasses.replace(row, coefficients=mixers))
+        for layer in np.flatnonzero(row.coefficients):
             name = f"{row.name} (layer {layer})"
             lifted.append(
                 LinearConstraint(name, inside[layer], "<=", size[layer] - 1, row.reason)
