@@ -221,7 +221,6 @@ def evaluation(arena):
 def test_speed_that_was_left_out_is_measured_later_and_nothing_else(arena):
     whole = evaluation(arena)
     keys = ["prefill_tokens_per_second", "decode_tokens_per_second"]
-    keys.append("peak_memory_bytes")
     # An evaluation with speeds is kept.
     arena.works("evaluate {run} --skip-speed")
 

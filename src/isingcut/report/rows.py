@@ -161,7 +161,6 @@ _SIZE_AND_SPEED = (
         ".0f",
         1.0,
     ),
-    ("peak_memory_bytes", "peak memory", "MB", ".0f", 1e6),
 )
 
 
