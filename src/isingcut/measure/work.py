@@ -137,9 +137,3 @@ def _others(path: Path) -> Iterator[tuple[int, Path]]:
         of = re.fullmatch(re.escape(path.name) + r"\.([1-9]\d{0,5})", file.name)
         if of:
             yield int(of[1]), file
-
-
-def forget(path: Path) -> None:
-    """Delete the journals of all processes, after their rows are in a results file."""
-    for _, other in [(0, path), *_others(path)]:
-        other.unlink(missing_ok=True)

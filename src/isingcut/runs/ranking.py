@@ -285,5 +285,5 @@ compare = Stage(
     _compare,
     partial(read_document, model=states.BaselineFile),
     together=True,
-    journals=("{}.journal",),
+    journals=("{}.journal", "gradients-{}.journal"),
 )
