@@ -10,8 +10,6 @@ excited states by benchmark scores; this code uses the given tokens, and chooses
 original on the tokens that the energy was measured on.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 
 import numpy as np

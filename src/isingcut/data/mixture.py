@@ -5,8 +5,6 @@ A model or a list of texts that a Python caller passes gets a name with a hash o
 name replaces a path in the options and in `run.json`; the object is found by it during the call.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import importlib.metadata

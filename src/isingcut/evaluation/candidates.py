@@ -1,7 +1,5 @@
 """Measure the candidates of a spectrum, and how well the energy ranks measured losses."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace

@@ -1,8 +1,6 @@
 """Comparisons of models with the original on text and questions: `evaluation.json`,
 `benchmarks.json`."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 from pydantic import Field

@@ -6,8 +6,6 @@ There are three layouts of the same data: a float8 weight times a float32 scale.
 `modelopt`: ``weight_scale`` holds one factor per tensor. All factors multiply the weight.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any

@@ -3,8 +3,6 @@
 cut checkpoint + original -> [linear patch] -> [distillation] -> checkpoint + healing.json
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import math

@@ -8,8 +8,6 @@ The section `trainer` may set transformers' TrainingArguments, except those that
 budget of tokens or time determines the steps, batch size, sample length and learning rate.
 """
 
-from __future__ import annotations
-
 import difflib
 import math
 import os

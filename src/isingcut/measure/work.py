@@ -5,8 +5,6 @@ the end every process has all rows, and sums them in the order of the samples, s
 bitwise equal to that of one process. Rows in any of the journals are not measured again.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass

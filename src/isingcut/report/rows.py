@@ -3,8 +3,6 @@
 evaluation.json, healing.json, benchmarks.json -> rows, one per quantity -> cells, bars, sentences
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace

@@ -2,8 +2,6 @@
 
 The first is on unseen text, the second on tasks, whose questions may also choose the state."""
 
-from __future__ import annotations
-
 import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence

@@ -1,7 +1,5 @@
 """Stages `calibration` and `energy`: text to token splits, token splits to Hamiltonians."""
 
-from __future__ import annotations
-
 import dataclasses
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """The shared state of a run's stages: the model (loaded on first use), its blocks and its rows."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import os

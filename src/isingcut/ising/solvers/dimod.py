@@ -4,8 +4,6 @@ Infeasible samples are repaired. A sampler is third-party code: its errors and i
 converted to one clear error.
 """
 
-from __future__ import annotations
-
 import contextlib
 import importlib
 import inspect
