@@ -13,7 +13,6 @@ import torch
 from isingcut.data.generation import decode_tokens
 from isingcut.data.tokens import TokenSet
 from isingcut.errors import ModelError
-from isingcut.memory import is_memory_exhausted
 from isingcut.models.device import synchronise
 from isingcut.models.placement import devices_of
 
@@ -25,11 +24,8 @@ _DECODE_PROMPT = 16
 # Standard error of a median over that of a mean, for normal errors: sqrt(pi / 2).
 _MEDIAN_ERROR = 1.2533
 
-BATCH = 32
-"""Sequences of the batched decoding."""
 PREFILL = "prefill_tokens_per_second"
 DECODE = "decode_tokens_per_second"
-BATCHED = "batched_decode_tokens_per_second"
 SPEED_KEYS = (PREFILL, DECODE)
 """The keys that are missing in an evaluation without speed."""
 
@@ -45,8 +41,7 @@ def speed(
 ) -> dict[str, dict[str, float | None]]:
     """Measure prefill and decode tokens/s of each model, with errors (``_se``).
 
-    The batch size is 1, whose decoding on a GPU mostly waits for the launches of kernels. On a GPU,
-    decoding is also measured with `BATCH` sequences, if they fit its memory.
+    The batch size is 1, whose decoding on a GPU mostly waits for the launches of kernels.
 
     Models alternate in every repeat, so that other load on the machine affects all of them. Each
     model is warmed up once. Figures are medians over the repeats, with the standard error of a
@@ -59,7 +54,6 @@ def speed(
         clock: function that returns the time in seconds.
     """
     ids = sample.input_ids[:1, : int(sample.mask[0].sum())]
-    short = ids[:, :_DECODE_PROMPT]
 
     def time_call(
         model: PreTrainedModel, work: Callable[..., object], *arguments: Any
@@ -70,40 +64,26 @@ def speed(
         synchronise(*devices_of(model))
         return clock() - began
 
-    def time_decoding(model: PreTrainedModel, rows: int) -> float:
-        start = short.expand(rows, -1).to(model.device)
-        first = time_call(model, decode_tokens, model, start, 1)
-        return time_call(model, decode_tokens, model, start, 1 + new_tokens) - first
-
     tokens = {PREFILL: ids.shape[1], DECODE: new_tokens}
-    if all(model.device.type != "cpu" for model in models.values()):
-        tokens[BATCHED] = BATCH * new_tokens
-    seconds: dict[str, list[dict[str, float]]] = {name: [] for name in models}
-    for repeat in range(repeats + 1):
+    seconds: dict[str, dict[str, list[float]]]
+    seconds = {name: {key: [] for key in tokens} for name in models}
+    for _ in range(repeats + 1):
         for name, model in models.items():
             text = ids.to(model.device)
+            start = text[:, :_DECODE_PROMPT]
             reading = time_call(model, partial(model, input_ids=text, use_cache=True))
-            times = {PREFILL: reading, DECODE: time_decoding(model, 1)}
-            try:
-                times |= {
-                    k: time_decoding(model, BATCH) for k in tokens if k == BATCHED
-                }
-            except Exception as error:
-                if not is_memory_exhausted(error):
-                    raise
-                # It is not timed any more.
-                del tokens[BATCHED]
-            if repeat:
-                seconds[name].append(times)
+            first = time_call(model, decode_tokens, model, start, 1)
+            whole = time_call(model, decode_tokens, model, start, 1 + new_tokens)
+            seconds[name][PREFILL].append(reading)
+            seconds[name][DECODE].append(whole - first)
+    # The first round is the warm-up.
     return {
         name: {
             k: v
-            for key, count in tokens.items()
-            for k, v in _rate(
-                model, key, count, [s[key] for s in seconds[name]]
-            ).items()
+            for key, taken in own.items()
+            for k, v in _rate(models[name], key, tokens[key], taken[1:]).items()
         }
-        for name, model in models.items()
+        for name, own in seconds.items()
     }
 
 

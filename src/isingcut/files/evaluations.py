@@ -25,8 +25,6 @@ class ModelScores(Perplexity):
     prefill_tokens_per_second_se: Positive | None = None
     decode_tokens_per_second: Positive | None = None
     decode_tokens_per_second_se: Positive | None = None
-    batched_decode_tokens_per_second: Positive | None = None
-    batched_decode_tokens_per_second_se: Positive | None = None
     parameters: Some
     bytes: Some
     blocks: Some
