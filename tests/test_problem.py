@@ -112,8 +112,8 @@ def test_a_cqm_has_the_energies_and_the_rows():
         assert cqm.check_feasible(sample) == feasible
 
 
-@parametrize("weights", [(1, 2, 3, 1, 2), (2.5, 0.5, 2.6, 0.6, 2.3)])
-@parametrize("rhs", [4.0, 4.9])
+@parametrize("weights", [(1, 2, 3, 4, 2), (2.5, 0.5, 2.6, 3.5, 2.3)])
+@parametrize("rhs", [4.0, 4.9, 5.5])
 @parametrize("sense", ["<=", ">="])
 def test_the_minimum_of_the_penalty_form_is_the_lowest_feasible_state(
     sense, rhs, weights
