@@ -63,7 +63,7 @@ def absorbers(family: str, folder: Path) -> list[Absorbs]:
     model = load(source, dtype="float32", device="cpu").model
     stack = find_stack(model)
     replay = Replay(model)
-    stored = StoredLayers(source, stack, ())
+    stored = StoredLayers(source, stack, [])
     generator = torch.Generator().manual_seed(0)
     rows = torch.randint(8, VOCABULARY, (_SAMPLES, _LENGTH), generator=generator)
     text = TokenSet.from_rows(rows.tolist())

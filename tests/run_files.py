@@ -104,7 +104,6 @@ def side(perplexity, blocks, speed):
         bytes=2 * 10**6 * (blocks + 2),
         prefill_tokens_per_second=8 * speed,
         decode_tokens_per_second=speed,
-        peak_memory_bytes=5 * 10**8,
     )
 
 

@@ -230,7 +230,6 @@ def leave_speed_out(put):
     def unmeasured(models, *_):
         return dict.fromkeys(models, rates)
 
-    put("isingcut.evaluation.speed.peak_memory", lambda *a, **k: 1)
     put("isingcut.evaluation.quality.speed", unmeasured)
     put("isingcut.models.replay.Replay.latency.__defaults__", (128, 1))
     short = {**quality.before_and_after.__kwdefaults__, "new_tokens": 8}

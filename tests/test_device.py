@@ -142,9 +142,6 @@ def timed(place):
     # Times cannot be compared.
     for streamed in (False, True):
         assert min(place.replay(streamed=streamed).latency(8, 1)) > 0
-    on_card = place.device.type != "cpu"
-    for found in speeds.values():
-        assert ("batched_decode_tokens_per_second" in found) == on_card
     return len(speeds)
 
 

@@ -1,8 +1,6 @@
 """Perplexity, KL and their errors against plain formulas; speed and memory by their contracts."""
 
-import contextlib
 import itertools
-from unittest.mock import Mock, call
 
 import numpy as np
 import pytest
@@ -12,7 +10,6 @@ from isingcut.data.generation import decode_tokens, generate_text, prompt_ids
 from isingcut.evaluation import quality as evaluation
 from isingcut.evaluation import speed as timing
 from isingcut.evaluation.metrics import registry
-from isingcut.files.evaluations import EvaluationFile
 from isingcut.models.compute import divergence, head
 from shared import ModelError, module_fixture, refuses
 from tiny import (
@@ -152,52 +149,18 @@ def test_text_goes_through_the_chat_template_and_stops_at_the_end_token(pair, sp
     assert "<|user|>" not in seen[2]
 
 
-@module_fixture
-def small_peak(llama, tmp_path_factory):
-    """Peak memory of a process started in a folder with a torch.py that must not be imported."""
-    place = tmp_path_factory.mktemp("trap")
-    (place / "torch.py").write_text("raise SystemExit('a trap')")
-    with contextlib.chdir(place):
-        return timing.peak_memory(llama, "float32", "cpu", tokens=16)
-
-
-def test_peak_memory_is_that_of_a_fresh_process(small_peak, tmp_path):
-    large = tiny_checkpoint("llama", tmp_path / "large", vocab_size=400_000)
-    # The larger one holds 2 x 4e5 x 32 floats more; half of that leaves room for noise.
-    assert timing.peak_memory(large, "float32", "cpu", tokens=16) - small_peak > 51e6
-    assert small_peak > 30e6
-
-
-def test_where_a_memory_process_fails_the_figure_is_named_and_nothing_is_lost(tmp_path):
-    known = EvaluationFile.model_construct(
-        dtype="float32", device="cpu", before=1, after=2
-    )
-    found = timing.with_memory(known, {"before": tmp_path, "after": tmp_path}, length=8)
-    assert found.not_measured == ["peak_memory_bytes"]
-    assert (found.before, found.after) == (1, 2)
-
-
 def test_evaluate_fills_the_whole_document(tmp_path, tokens, monkeypatch):
-    memory = Mock(return_value=123)
-    monkeypatch.setattr(timing, "peak_memory", memory)
     monkeypatch.setattr(registry, "_registered", {"means": Means})
     big, cut = (
         load_tiny(tiny_checkpoint("llama", tmp_path / name, num_hidden_layers=n))
         for name, n in (("big", 6), ("cut", 4))
     )
-    figures = evaluation.before_and_after(big, cut, tokens, new_tokens=4)
-    folders = {"before": big.folder, "after": cut.folder}
-    found = timing.with_memory(figures, folders, length=20)
-    assert memory.call_args_list == [
-        call(folder, "float32", "cpu", tokens=20, trust_remote_code=False)
-        for folder in folders.values()
-    ]
+    found = evaluation.before_and_after(big, cut, tokens, new_tokens=4)
     assert (found.before.blocks, found.after.blocks) == (6, 4)
     assert (found.samples, found.tokens) == (6, tokens.tokens)
     for side, loaded in ((found.before, big), (found.after, cut)):
         assert side.parameters == loaded.model.num_parameters()
         assert side.bytes == (loaded.folder / "model.safetensors").stat().st_size
-    assert found.before.peak_memory_bytes == 123
     assert found.before.model_fields_set == found.after.model_fields_set
     # The metric `means` has the mean NLL of a model as its figure, the mean KL as its error.
     for side, kl in ((found.before, 0.0), (found.after, found.kl)):

@@ -9,6 +9,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from isingcut.files.runs import BlockList
 from isingcut.ising import constraints as con
 from isingcut.ising.problem import Problem
+from isingcut.ising.solvers import solve
 from isingcut.ising.spectrum import Spectrum
 from isingcut.runs.solving import removal_rows
 from shared import InfeasibleError, RunConfig, parametrize, refuses
@@ -111,22 +112,27 @@ def test_a_cqm_has_the_energies_and_the_rows():
         assert cqm.check_feasible(sample) == feasible
 
 
-@parametrize("rhs", [4.0, 4.5])
+@parametrize("weights", [(1, 2, 3, 4, 2), (2.5, 0.5, 2.6, 3.5, 2.3)])
+@parametrize("rhs", [4.0, 4.9, 5.5])
 @parametrize("sense", ["<=", ">="])
-def test_penalty_form_agrees_on_feasible_states_and_its_minimum_is_feasible(sense, rhs):
+def test_the_minimum_of_the_penalty_form_is_the_lowest_feasible_state(
+    sense, rhs, weights
+):
     import dimod
 
-    weights = con.LinearConstraint("w", np.array([1.0, 2.0, 1.0, 3.0, 2.0]), sense, rhs)
-    problem = Problem(hamiltonian(5), [con.count(5, 2), weights])
-    bqm, penalty = problem.to_bqm()
-    assert penalty > 0
-    sample = dimod.ExactSolver().sample(bqm).first
-    assert problem.feasible(np.array([[sample.sample[i] for i in range(5)]]))[0]
+    class Lowest(dimod.ExactSolver):
+        def sample(self, bqm):
+            return super().sample(bqm).truncate(1)
+
+    row = con.LinearConstraint("w", np.array(weights), sense, rhs)
+    problem = Problem(hamiltonian(5), [con.count(5, 2), row])
+    found = solve(problem, "dimod", sampler=Lowest)
+    assert found.info["penalty"] > 0
+    assert found.info["repaired"] == 0
     x = all_states(5)
     x = x[problem.feasible(x)]
-    assert sample.energy == pytest.approx(
-        problem.hamiltonian.energies(x).min(), abs=1e-9
-    )
+    lowest = problem.hamiltonian.energies(x).min()
+    assert found.energies[0] == pytest.approx(lowest, abs=1e-9)
 
 
 def test_energy_is_the_written_formula():

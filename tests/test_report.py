@@ -151,12 +151,6 @@ def test_a_speed_up_has_the_error_of_both_timings(folder):
     assert "+25.0 ± 31.2 %" in page
 
 
-def test_a_batch_is_a_row_where_it_was_timed(folder):
-    assert "32 sequences" not in page_of(folder)
-    page = rates(folder, "batched_decode", {"": 2000.0}, {"": 2500.0})
-    assert "| decode, 32 sequences, tokens/s | 2000 | 2500 | +25.0 % |" in page
-
-
 @parametrize(
     "kl, said",
     [

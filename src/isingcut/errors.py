@@ -18,8 +18,6 @@ IsingcutError                 an error that you can act on; the CLI prints it an
 └── MissingExtraError         an optional package is needed
 """
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Collection
 

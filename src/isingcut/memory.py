@@ -3,8 +3,6 @@
 No library is imported for this, so that `isingcut --help` stays fast.
 """
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import re

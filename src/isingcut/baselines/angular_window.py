@@ -8,8 +8,6 @@ at the l of lowest d. The mean is over the last token of each sample.
 Source: Gromov et al., arXiv 2403.17887, section 3.2 (without its healing).
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

@@ -4,8 +4,6 @@ A baseline is a frozen dataclass whose fields are its options. Its method `choos
 remove, work, seed)` returns an `Outcome`, deterministic for a seed.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Any
 

@@ -9,8 +9,6 @@ Source: Men et al., arXiv 2403.03853, section 3. The text differs: this code sco
 tokens, ShortGPT on PG19.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from isingcut.baselines.base import Outcome, check_count

@@ -10,8 +10,6 @@ excited states by benchmark scores; this code uses the given tokens, and chooses
 original on the tokens that the energy was measured on.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -22,7 +20,7 @@ from isingcut.energies.empirical_fisher import EmpiricalFisher
 from isingcut.ising.constraints import count
 from isingcut.ising.problem import Problem
 from isingcut.ising.solvers import solve
-from isingcut.measure.work import Work, forget
+from isingcut.measure.work import Work
 from isingcut.models.replay import Replay
 
 __all__ = ["Cbo"]
@@ -57,7 +55,7 @@ class Cbo:
         check_count(replay, remove)
         n = len(replay)
         # A journal belongs to one measurement, and the ledger uses the caller's.
-        rows = work.journal and work.journal.with_name(f"{work.journal.name}-gradients")
+        rows = work.journal and work.journal.with_name(f"gradients-{work.journal.name}")
         energy = EmpiricalFisher().measure(replay, tokens, replace(work, journal=rows))
         spectrum = solve(Problem(energy, [count(n, remove)]), k=self.top, seed=seed)
         # The ledger already counts the gradient's forward pass, which is that of the original.
@@ -75,8 +73,6 @@ class Cbo:
             chosen = int(np.argmin(losses))
             info |= {"kl": losses.tolist()}
         info |= {"position": chosen, "evaluations": ledger.evaluations}
-        if rows is not None:
-            forget(rows)
         return Outcome(
             tuple(spectrum.removed(chosen)),
             ledger.passes + BACKWARD,

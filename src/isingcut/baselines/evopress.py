@@ -14,8 +14,6 @@ other and from the parent; text is drawn in whole samples of the given set, and 
 more tokens than the set has uses all of it.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

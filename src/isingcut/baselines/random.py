@@ -1,7 +1,5 @@
 """`random`: blocks drawn uniformly, the baseline that every method must beat."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

@@ -9,8 +9,6 @@ the already cut model). As published, the loss is the NLL and the first and the 
 prefixes, which changes the cost but not the choice.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

@@ -7,8 +7,6 @@ Exit codes: 0 success; 2 a problem with the command, the files or the model, exp
 line; 130 interrupted; 1 an error of isingcut itself.
 """
 
-from __future__ import annotations
-
 import contextlib
 import importlib
 import itertools

@@ -346,7 +346,7 @@ def evaluate(
     blocks: Blocks = None,
     **options: Any,
 ) -> Output:
-    """Compare the original and the final model on unseen text, speed and memory.
+    """Compare the original and the final model on unseen text, and their speed.
 
     With --tasks, compare them on benchmarks only.
 

@@ -5,8 +5,6 @@ their control characters never reach a terminal or a page. A terminal or file wh
 ``±`` or box characters gets ASCII instead.
 """
 
-from __future__ import annotations
-
 import codecs
 import contextlib
 import io

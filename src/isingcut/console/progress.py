@@ -1,7 +1,5 @@
 """Progress of long work: a bar with the remaining time on a terminal, lines in a log elsewhere."""
 
-from __future__ import annotations
-
 import contextlib
 import sys
 import time

@@ -1,7 +1,5 @@
 """The rich console that tables, lines and bars are printed on."""
 
-from __future__ import annotations
-
 import sys
 from typing import Any
 

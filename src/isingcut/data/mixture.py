@@ -5,8 +5,6 @@ A model or a list of texts that a Python caller passes gets a name with a hash o
 name replaces a path in the options and in `run.json`; the object is found by it during the call.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import importlib.metadata
@@ -200,17 +198,17 @@ def without_folders(value: Any) -> Any:
     The names of texts are those of `describe_source`, as in the model card.
     """
     if isinstance(value, dict):
-        sources = {k: describe_source(v) for k, v in value.items() if _is_source(k, v)}
+        sources = {
+            k: describe_source(v)
+            for k, v in value.items()
+            if k in ("source", "text") and isinstance(v, str)
+        }
         return {
             without_folders(k): without_folders(v) for k, v in (value | sources).items()
         }
     if isinstance(value, list):
         return [without_folders(v) for v in value]
     return _FOLDERS.sub("", _without_folder(value)) if isinstance(value, str) else value
-
-
-def _is_source(key: str, value: Any) -> bool:
-    return key in ("source", "text") and isinstance(value, str)
 
 
 def _parse_weights(source: str) -> list[tuple[str, float]]:

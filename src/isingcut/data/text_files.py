@@ -4,8 +4,6 @@ The size of a record is limited. A pipe has no file name: it is read as JSON lin
 ``{``, else as text; gzip is detected by its magic number.
 """
 
-from __future__ import annotations
-
 import codecs
 import csv
 import gzip

@@ -1,7 +1,5 @@
 """What energies share: forms of a Hamiltonian with standard errors, its provenance, its price."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

@@ -9,8 +9,6 @@ The empirical Fisher matrix, which takes its labels from the text, is in general
 it is often mistaken for.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar

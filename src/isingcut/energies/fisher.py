@@ -15,8 +15,6 @@ Unlike the empirical Fisher matrix, which takes its labels from the text, it has
 from the model's prediction error (Kunstner, Balles, Hennig, arXiv 1905.12558).
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar

@@ -8,8 +8,6 @@ so that the energy is exact for every state with at most two removed blocks. The
 states share their prefixes, which saves about two thirds of the block evaluations.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations

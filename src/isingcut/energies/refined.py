@@ -5,8 +5,6 @@ every state measured near the requested sizes. The best states of the search are
 ``meta["search"]``, and are ranked together with the low states of the Hamiltonian.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

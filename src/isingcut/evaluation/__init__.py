@@ -1,6 +1,6 @@
 """Evaluate cut models.
 
-`quality`: perplexity and KL; `metrics/`: further figures; `speed`: speed and memory;
+`quality`: perplexity and KL; `metrics/`: further figures; `speed`: prefill and decoding;
 `candidates`: measured losses of the spectrum, and rank correlations; `questions`: benchmark tasks;
 `answers`: log-likelihoods and generations of many states; `scores`, `harness`: scores by
 lm-evaluation-harness; `benchmark`: paired comparison of two models, and choice of candidates.

@@ -6,8 +6,6 @@ only at the positions that predict the continuations
 Texts are generated for a few prompts at a time, and then stored in the journal.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any
 

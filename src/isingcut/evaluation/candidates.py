@@ -1,7 +1,5 @@
 """Measure the candidates of a spectrum, and how well the energy ranks measured losses."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -75,7 +73,7 @@ def rank(
     random = []
     if len(drawn):
         few = few_samples(tokens.samples)
-        journal = None if work.journal is None else random_journal(work.journal)
+        journal = work.journal and work.journal.with_name("random.journal")
         random = [losses(tokens.select(few), drawn, "random states", journal)]
     judged_on = [measured.of_samples(few), *random] if config.random_states else []
     if config.choose == "ground":
@@ -145,11 +143,6 @@ def _correlate(energy: Hamiltonian, measured: Sequence[Measurement]) -> Judged:
         nll=of("nll", measured),
         kl_random_only=of("kl", measured[1:]),
     )
-
-
-def random_journal(journal: Path) -> Path:
-    """Return the path of the random states' journal, next to that of the candidates."""
-    return journal.with_name("random.journal")
 
 
 def few_samples(samples: int) -> list[int]:

@@ -65,8 +65,8 @@ def before_and_after(
 ) -> EvaluationFile:
     """Measure quality, size and speed of both models.
 
-    For streamed models, speed, memory and the generation are left out, because reading from disk
-    dominates their speed.
+    For streamed models, speed and the generation are left out, because reading from disk dominates
+    their speed.
 
     Args:
         original: the original, in memory or streamed with the same buffers as the cut.

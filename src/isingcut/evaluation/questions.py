@@ -4,8 +4,6 @@ isingcut's task files with a data folder, and files of questions, are converted 
 Every question has a key, so that questions used to choose a model are left out of its evaluation.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import importlib.util

@@ -1,7 +1,5 @@
 """A cut checkpoint, its patch and its proof: `isingcut.json` in its folder."""
 
-from __future__ import annotations
-
 from typing import Annotated, Self
 
 from pydantic import Field, model_validator

@@ -1,8 +1,6 @@
 """Comparisons of models with the original on text and questions: `evaluation.json`,
 `benchmarks.json`."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 from pydantic import Field
@@ -21,18 +19,15 @@ class Perplexity(Strict):
 
 
 class ModelScores(Perplexity):
-    """The scores of one model of an evaluation; a streamed model has no speed and memory."""
+    """The scores of one model of an evaluation; a streamed model has no speed."""
 
     prefill_tokens_per_second: Positive | None = None
     prefill_tokens_per_second_se: Positive | None = None
     decode_tokens_per_second: Positive | None = None
     decode_tokens_per_second_se: Positive | None = None
-    batched_decode_tokens_per_second: Positive | None = None
-    batched_decode_tokens_per_second_se: Positive | None = None
     parameters: Some
     bytes: Some
     blocks: Some
-    peak_memory_bytes: Count | None = None
 
 
 class Generation(Strict):
@@ -117,7 +112,7 @@ class EvaluationFile(MixedScores, Document, kind="evaluation"):
         cut, patched: scores of the exact cut and of the patched model, if these are not the last.
         gguf_unread: reason why the cut GGUF file next to the checkpoint was not measured.
         elsewhere: scores on unrelated texts, which no choice or fit used.
-        not_measured: keys of speed and memory that were not measured.
+        not_measured: keys of speeds that were not measured.
         metrics: further figures of ``before`` and ``after``, by their keys there.
         streamed: whether a model was read from disk block by block, so that its speed is unknown.
     """

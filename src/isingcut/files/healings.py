@@ -1,7 +1,5 @@
 """The training of a cut model: `healing.json`, and the files of an unfinished healing."""
 
-from __future__ import annotations
-
 from typing import Any, Literal
 
 from pydantic import Field

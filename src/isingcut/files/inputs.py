@@ -4,8 +4,6 @@ A device, a pipe or a folder instead of a file, a file without an end, and JSON 
 each raise one clear error, of the class that the caller chooses.
 """
 
-from __future__ import annotations
-
 import codecs
 import json
 import math

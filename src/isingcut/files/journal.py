@@ -1,7 +1,5 @@
 """Journals: finished rows of a measurement, one per line, which stay when a run is killed."""
 
-from __future__ import annotations
-
 import base64
 import contextlib
 import json

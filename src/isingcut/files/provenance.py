@@ -1,7 +1,5 @@
 """Provenance of a result: versions, machine, and the paths of its sources on this machine."""
 
-from __future__ import annotations
-
 import os
 import platform
 import re

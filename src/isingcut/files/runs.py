@@ -76,12 +76,6 @@ class Places(Strict):
     relative: str
 
 
-class WeightsRead(Strict):
-    """The number of times that a streamed model was read."""
-
-    sweeps: Positive
-
-
 class Provenance(Strict):
     """The versions, the machine and the inputs that a run's results were made with."""
 
@@ -96,7 +90,6 @@ class Provenance(Strict):
     model: ModelIdentity
     calibration: CalibrationText | None = None
     computed: dict[str, Computed] = Field(default_factory=dict)
-    reading: dict[str, WeightsRead] = Field(default_factory=dict)
     model_path: Places | None = None
     dtype: str | None = None
 

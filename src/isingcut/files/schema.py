@@ -5,8 +5,6 @@ a document can rely on them. Unknown keys are allowed, so that newer files of th
 be read.
 """
 
-from __future__ import annotations
-
 from typing import Annotated, Any, ClassVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field

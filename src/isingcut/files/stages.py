@@ -8,8 +8,6 @@ fingerprints of the results that it read. `find_outdated` compares these with th
 Nothing else decides whether a result is up to date. `runs.stages` makes and reads the files.
 """
 
-from __future__ import annotations
-
 import os
 from dataclasses import dataclass
 from fnmatch import fnmatch

@@ -4,8 +4,6 @@ The documents are `spectrum.json`, `candidates.json`, `baseline-NAME.json`, and 
 `hamiltonian.safetensors` and `calibration.safetensors`.
 """
 
-from __future__ import annotations
-
 from typing import Annotated, Any, Self
 
 from pydantic import Field, model_validator

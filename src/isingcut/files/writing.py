@@ -5,8 +5,6 @@ writes to a place, under a lock of the operating system. A killed process leaves
 and temporary siblings, which the next process deletes. Readers take no lock.
 """
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import functools

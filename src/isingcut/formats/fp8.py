@@ -6,8 +6,6 @@ There are three layouts of the same data: a float8 weight times a float32 scale.
 `modelopt`: ``weight_scale`` holds one factor per tensor. All factors multiply the weight.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -135,11 +133,20 @@ def dequantise(
 def read_plain(
     name: str, stored: Mapping[str, StoredTensor], block: tuple[int, int] | None
 ) -> torch.Tensor:
-    """Read one stored tensor; float8 values are multiplied by their scale, in float32."""
+    """Read one stored tensor; float8 values are multiplied by their scale, in float32.
+
+    Raises:
+        CheckpointError: a float8 weight has no scale, or the scale does not fit.
+    """
     value = read_tensor(stored[name])
     if not stored[name].dtype.startswith("F8_"):
         return value
-    return dequantise(value, read_tensor(scale_of(name, stored)), block)
+    scales = [stored[name + s] for s in _SCALES if name + s in stored]
+    if not scales:
+        raise CheckpointError(
+            f"the float8 tensor {name!r} has no scale; get the checkpoint again"
+        )
+    return dequantise(value, read_tensor(scales[0]), block)
 
 
 def dequantise_checkpoint(
@@ -171,20 +178,6 @@ def weights_of(stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
         for name, tensor in stored.items()
         if name.rpartition(".")[2] not in _DROPPED and name not in scales
     }
-
-
-def scale_of(name: str, stored: Mapping[str, StoredTensor]) -> StoredTensor:
-    """Return the scale of a float8 weight.
-
-    Raises:
-        CheckpointError: the weight has no scale.
-    """
-    for suffix in _SCALES:
-        if name + suffix in stored:
-            return stored[name + suffix]
-    raise CheckpointError(
-        f"the float8 tensor {name!r} has no scale; get the checkpoint again"
-    )
 
 
 def tile_of(config: Mapping[str, Any]) -> tuple[int, int] | None:

@@ -5,8 +5,6 @@
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
-from __future__ import annotations
-
 import contextlib
 import io
 import os

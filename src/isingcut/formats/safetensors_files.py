@@ -6,8 +6,6 @@ them, for any dtype and size.
 Format: https://github.com/huggingface/safetensors#format.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import os

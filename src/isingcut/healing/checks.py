@@ -3,8 +3,6 @@
 The command line calls `check_inputs` first, so that a mistake is answered at once.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Sequence
 from pathlib import Path

@@ -3,8 +3,6 @@
 cut checkpoint + original -> [linear patch] -> [distillation] -> checkpoint + healing.json
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import math
@@ -125,8 +123,6 @@ def heal(
     if is_finished(config):
         return out
     known = read_removal(student)
-    names = (config.student, config.teacher, *places_in(config.text))
-    sources = [*(user_path(name) for name in names if name), *sources]
     check_training(config, student)
     processes = _processes(config)
     trust = config.trust_remote_code
@@ -134,7 +130,6 @@ def heal(
         source = resolve(config.teacher, trust_remote_code=trust, progress=shown)
         check_pair(config, student, known, source)
         refuse_changed(student)
-        stamps = [(folder, weights_stamp(folder)) for folder in (source, student)]
         dtype = processes.decide(lambda: dtype_name(config.dtype, config.device))
         teacher = load(
             source,
@@ -163,7 +158,7 @@ def heal(
             shown,
             processes=processes,
         )
-        heal_checkpoint(job, text, out, sources=sources, stamps=stamps)
+        heal_checkpoint(job, text, out, sources=sources)
     if processes.size > 1:
         torch.distributed.destroy_process_group()
     return out
@@ -247,7 +242,6 @@ def heal_checkpoint(
     out: Path,
     *,
     sources: Sequence[str | os.PathLike[str]] = (),
-    stamps: Sequence[tuple[Path, Any]] = (),
 ) -> None:
     """Heal a cut checkpoint made by any tool, and write ``out`` with its `healing.json`.
 
@@ -256,18 +250,21 @@ def heal_checkpoint(
 
     Args:
         job: the healing; its text, work folder and judge are replaced.
-        sources: inputs that ``out`` must not be, contain or lie in.
-        stamps: stamps of folders whose weights must not change before the end (`weights_stamp`).
+        sources: further inputs that ``out`` must not be, contain or lie in.
 
     Raises:
         OutputExistsError: ``out`` exists.
+        ModelError: the weights of a model changed meanwhile.
         StageFileError: the work in progress belongs to other options.
     """
     config = job.config
     processes = job.processes
     student = job.start
     work = work_of(out)
-    sources = [student, job.teacher.folder, *sources]
+    models = (student, job.teacher.folder)
+    stamps = [weights_stamp(folder) for folder in models]
+    names = filter(None, (config.teacher, *places_in(config.text)))
+    sources = [*models, *map(user_path, names), *sources]
     check_places(config, out, sources)
     parts = card_parts_of(student)
     identity = identity_of(job, text)
@@ -282,7 +279,7 @@ def heal_checkpoint(
         processes.wait()
         done, record = _train(job, text)
         if record is not None:
-            for folder, stamp in stamps:
+            for folder, stamp in zip(models, stamps, strict=True):
                 check_unchanged(folder, stamp)
             write_document(done / RECORD, record)
             card = done / "README.md"

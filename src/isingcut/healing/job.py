@@ -8,8 +8,6 @@ The section `trainer` may set transformers' TrainingArguments, except those that
 budget of tokens or time determines the steps, batch size, sample length and learning rate.
 """
 
-from __future__ import annotations
-
 import difflib
 import math
 import os
@@ -328,44 +326,33 @@ def sizes(
     return batch, length, float(settings.get("learning_rate", rate))
 
 
-def choose_recipe(
-    job: Job, seconds: float | None, pace: tuple[float, float]
-) -> HealingRecipe:
-    """Choose the recipe for the budget of a job.
+def choose_recipe(job: Job, tokens: float, pace: float | None) -> HealingRecipe:
+    """Choose the recipe to train a job on so many tokens, or on a few epochs if these are fewer.
 
     Args:
-        seconds: the time for the training; None for a budget of tokens.
-        pace: seconds per step, and additional seconds per token.
+        pace: seconds per token, for a budget in time.
     """
     config = job.config
     text = job.tokens
-    tokens = job.config.training.tokens
-    width = int(text_config(job.teacher.model).hidden_size)
-    processes = job.processes.size
-    mask = text.mask
-    longest = int(mask.sum(1).max())
-    each, token = pace
     epochs = trainer_settings(config).get("num_train_epochs", EPOCHS)
-    most = epochs * int(mask.sum())
-    wanted = most if tokens is None else tokens
-    # The step size determines how many tokens fit the time, and these determine the step size.
-    for _ in range(1 if seconds is None else 8):
-        wanted = min(most, wanted)
-        batch, length, rate = sizes(
-            config, wanted, width=width, longest=longest, processes=processes
-        )
-        cut = pieces(text, length)
-        step = batch * float(cut.mask.sum()) / cut.samples
-        if seconds is not None:
-            wanted = max(0.0, seconds) / (token + each / step)
-    steps = min(max(1, int(min(most, wanted) / step)), _steps(cut, batch, epochs))
+    tokens = min(tokens, epochs * int(text.mask.sum()))
+    batch, length, rate = sizes(
+        config,
+        tokens,
+        width=int(text_config(job.teacher.model).hidden_size),
+        longest=int(text.mask.sum(1).max()),
+        processes=job.processes.size,
+    )
+    cut = pieces(text, length)
+    step = batch * float(cut.mask.sum()) / cut.samples
+    steps = min(max(1, int(tokens / step)), _steps(cut, batch, epochs))
     return HealingRecipe(
         steps=steps,
         batch=batch,
         length=length,
         learning_rate=rate,
         tokens=int(steps * step),
-        seconds=None if seconds is None else steps * (each + token * step),
+        seconds=None if pace is None else steps * step * pace,
         epochs=steps * batch / cut.samples,
     )
 

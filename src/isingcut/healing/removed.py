@@ -6,8 +6,6 @@ of other tools (mergekit's passthrough, PruneMe, custom code), because kept bloc
 equal.
 """
 
-from __future__ import annotations
-
 import string
 from pathlib import Path
 

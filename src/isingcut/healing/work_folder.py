@@ -3,8 +3,6 @@
 All of them depend on the same inputs, whose fingerprint is in `identity.json`.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import os

@@ -5,8 +5,6 @@ budgets, keep and drop lists, and the legality rows of an architecture. `options
 typed forms (``attention=2,moe=3``, ``params=25%``, ``0,1,5-8``).
 """
 
-from __future__ import annotations
-
 import itertools
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence

@@ -7,11 +7,10 @@ conflicting rows for the message.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -157,61 +156,6 @@ class Problem:
             terms = [(i, a) for i, a in enumerate(row.coefficients.tolist()) if a]
             cqm.add_constraint_from_iterable(terms, row.sense, rhs=row.rhs, label=label)
         return cqm
-
-    def to_bqm(
-        self, penalty: float | None = None, slack_bits: int = 8
-    ) -> tuple[dimod.BinaryQuadraticModel, float]:
-        """Return the penalty form: the energy plus squared violations, with slack variables.
-
-        Args:
-            penalty: weight of a squared violation, with each row scaled so that its smallest
-                coefficient is 1; by default a bound on the energy change of any single flip. That
-                is enough for a number of blocks: k flips repair a violation of k, which costs k^2
-                penalties. Other rows may need more.
-            slack_bits: number of binary slack variables of an inequality with fractional
-                coefficients; with whole ones, as many as its range needs (at most 62).
-
-        Returns:
-            The BQM (blocks are the variables 0 .. N-1) and its penalty weight.
-        """
-        ham = self.hamiltonian
-        if penalty is None:
-            reach = np.abs(ham.h) + np.abs(ham.J).sum(axis=1)
-            penalty = float(reach.max()) or 1.0
-        bqm = ham.to_bqm()
-        for place, row in enumerate(self.constraints):
-            support = np.flatnonzero(row.coefficients)
-            if support.size == 0:
-                continue
-            # A row with >= is one with <= after a change of sign.
-            sign = -1.0 if row.sense == ">=" else 1.0
-            unit = sign * float(np.abs(row.coefficients[support]).min())
-            values = row.coefficients[support] / unit
-            rhs = row.rhs / unit
-            terms: list[tuple[Any, float]] = list(
-                zip(support.tolist(), values.tolist(), strict=True)
-            )
-            if row.sense != "==":
-                whole = bool((values == np.round(values)).all())
-                if whole:
-                    # A whole sum half above the limit would cost as little as one half below.
-                    rhs = float(math.floor(rhs + row.tolerance / abs(unit)))
-                terms += _slack(
-                    place, rhs - float(values[values < 0].sum()), whole, slack_bits
-                )
-            bqm.add_linear_equality_constraint(terms, penalty, -rhs)
-        return bqm, penalty
-
-
-def _slack(place: int, reach: float, whole: bool, bits: int) -> list[tuple[Any, float]]:
-    """Return slack variables that sum to anything from 0 to ``reach``: in steps of 1 if whole."""
-    size = int(reach) if whole else 2**bits - 1
-    if reach <= 0 or size < 1:
-        return []
-    width = min(size.bit_length(), 62)
-    weights = [2**b for b in range(width - 1)]
-    weights.append(size - sum(weights))
-    return [((f"slack {place}", b), reach / size * w) for b, w in enumerate(weights)]
 
 
 def read_count(row: LinearConstraint) -> int | None:

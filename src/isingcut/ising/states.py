@@ -5,8 +5,6 @@ in messages, a state is the list of its removed blocks; as a key of a dictionary
 that list as text.
 """
 
-from __future__ import annotations
-
 import operator
 from collections.abc import Iterable
 from typing import Any

@@ -11,8 +11,6 @@ residual addition, and the gate scales its other operand. So Gemma's norms after
 Cohere's parallel sublayers and Granite's multipliers need no special case.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

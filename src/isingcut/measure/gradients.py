@@ -10,8 +10,6 @@ memory as many graphs are kept as fit, and if all fit, this is a plain backward 
 model no graphs are kept.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 

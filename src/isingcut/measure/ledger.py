@@ -1,7 +1,5 @@
 """The measurements of a search and their cost; each is measured and charged once."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace

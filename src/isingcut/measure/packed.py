@@ -1,7 +1,5 @@
 """The KL of a model with changed weights, which are made for one block at a time."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 

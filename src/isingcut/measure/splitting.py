@@ -5,8 +5,6 @@ The results of a sample do not depend on the other samples of its micro-batch, e
 So a split after an out-of-memory error does not affect journals and other processes.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol, Self, TypeVar
 

@@ -1,7 +1,5 @@
 """The residual stream at every block boundary, for methods that use activations only."""
 
-from __future__ import annotations
-
 import itertools
 import math
 import operator

@@ -5,8 +5,6 @@ the end every process has all rows, and sums them in the order of the samples, s
 bitwise equal to that of one process. Rows in any of the journals are not measured again.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -137,9 +135,3 @@ def _others(path: Path) -> Iterator[tuple[int, Path]]:
         of = re.fullmatch(re.escape(path.name) + r"\.([1-9]\d{0,5})", file.name)
         if of:
             yield int(of[1]), file
-
-
-def forget(path: Path) -> None:
-    """Delete the journals of all processes, after their rows are in a results file."""
-    for _, other in [(0, path), *_others(path)]:
-        other.unlink(missing_ok=True)

@@ -6,8 +6,6 @@ model is built on the meta device next to the whole one, and their blocks are co
 module.
 """
 
-from __future__ import annotations
-
 import copy
 import math
 import re

@@ -1,7 +1,5 @@
 """Compute the size of a model in GGUF types, and pack and dequantise its weights."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from pathlib import Path

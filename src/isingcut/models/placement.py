@@ -5,8 +5,6 @@ one, or on the first if the head is tied to the embedding. Each part of the mode
 to its own device, so that a forward pass, `generate` and a backward pass need no other changes.
 """
 
-from __future__ import annotations
-
 from collections import UserDict
 from collections.abc import Callable, Mapping, Sequence
 from functools import wraps

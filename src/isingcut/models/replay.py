@@ -58,10 +58,6 @@ class Weights:
         """Open parts in this order, each for one iteration of the loop."""
         return iter(order)
 
-    def count_sweeps(self) -> float:
-        """Return how many times all weights were read from disk so far."""
-        return 0.0
-
 
 _NOT_ONE_AT_A_TIME = "such blocks can be cut, but not measured one at a time"
 

@@ -4,8 +4,6 @@ A cut has the bytes of all kept blocks of its original. So both models together 
 one, plus that of the layers that a patch changed.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path

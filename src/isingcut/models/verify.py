@@ -4,8 +4,6 @@ A model that takes images is also tested on two prompts with an image each. The 
 processor makes them. Without a processor, a cut is verified on text only.
 """
 
-from __future__ import annotations
-
 import inspect
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence

@@ -216,7 +216,7 @@ class RunConfig(Options):
     )
     skip_speed: bool = option(
         False,
-        "Do not measure speed and memory (slow for a small model); `evaluate` can add them later.",
+        "Do not measure speed (slow for a small model); `evaluate` can add it later.",
     )
 
     quick: bool = option(

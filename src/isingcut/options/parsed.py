@@ -4,8 +4,6 @@ Each text is parsed once, when the option is given. Numbers are bounded here, so
 characters cannot request a list of a billion entries.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -3,8 +3,6 @@
 files of a run -> parts, stored in the checkpoint's record -> README.md, rewritten after a healing
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from pathlib import Path

@@ -4,8 +4,6 @@ The map, the fields h and the couplings J have the same columns on the page, so 
 the same horizontal position in all three.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial

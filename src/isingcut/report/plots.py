@@ -7,8 +7,6 @@ bokeh, vega) draw in the browser, to canvas or to SVG with fixed colours, and ta
 page; these charts take a few kB and need no dependency.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field

@@ -3,8 +3,6 @@
 evaluation.json, healing.json, benchmarks.json -> rows, one per quantity -> cells, bars, sentences
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -154,14 +152,6 @@ _SIZE_AND_SPEED = (
     ("bytes", "weights on disk", "MB", ".1f", 1e6),
     ("prefill_tokens_per_second", "prefill", "tokens/s", ".0f", 1.0),
     ("decode_tokens_per_second", "decode", "tokens/s", ".1f", 1.0),
-    (
-        "batched_decode_tokens_per_second",
-        "decode, 32 sequences",
-        "tokens/s",
-        ".0f",
-        1.0,
-    ),
-    ("peak_memory_bytes", "peak memory", "MB", ".0f", 1e6),
 )
 
 
@@ -193,11 +183,7 @@ def evaluation_rows(evaluation: evaluations.EvaluationFile) -> list[Row]:
     rows += [_row(k, k, shown.unit, shown.form, 1.0, sizes) for k, shown in metrics]
     if evaluation.gguf:
         sizes["gguf"] = {"bytes": evaluation.gguf.bytes}
-    more = [_row(*quantity, sizes) for quantity in _SIZE_AND_SPEED]
-    # Only GPUs decode a batch.
-    return rows + [
-        r for r in more if not r.key.startswith("batched") or any(r.values.values())
-    ]
+    return rows + [_row(*quantity, sizes) for quantity in _SIZE_AND_SPEED]
 
 
 def _collect(

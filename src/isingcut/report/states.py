@@ -1,7 +1,5 @@
 """The states of a report, numbered once, so that all figures use the same numbers."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any

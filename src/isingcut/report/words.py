@@ -4,8 +4,6 @@ Values are escaped in HTML and in Markdown, except that `...` in them still mark
 generated text is put into code fences. Control characters are escaped in both.
 """
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import re

@@ -7,8 +7,6 @@ self-contained: styles, script, figures and data are inside it. A content securi
 the page to fetch anything, and allows only the page's own script to run.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass

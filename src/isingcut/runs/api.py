@@ -293,7 +293,7 @@ class Run:
 
     @convert_memory_errors()
     def evaluate(self) -> dict[str, Any]:
-        """Measure perplexity, KL, size, speed and memory of both models, on unseen text.
+        """Measure perplexity, KL, size and speed of both models, on unseen text.
 
         The smaller model is the patched one, or the healed one with ``heal``.
 

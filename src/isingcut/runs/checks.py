@@ -3,8 +3,6 @@
 The command line calls these checks first, so that a mistake is answered at once.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any

@@ -2,8 +2,6 @@
 
 The first is on unseen text, the second on tasks, whose questions may also choose the state."""
 
-from __future__ import annotations
-
 import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -24,7 +22,6 @@ from isingcut.evaluation import benchmark
 from isingcut.evaluation.quality import before_and_after, quality, quality_of
 from isingcut.evaluation.questions import Prepared, prepare_task, split_names
 from isingcut.evaluation.scores import score_states
-from isingcut.evaluation.speed import with_memory
 from isingcut.files import cuts, evaluations, states
 from isingcut.files.ownership import check_output
 from isingcut.files.results import fingerprint, read_document, write_document
@@ -102,17 +99,6 @@ def _evaluate(
         skip_speed=skip,
     ).model_copy(update=further)
     scores.before.bytes = session.identity.weight_bytes
-    if not cut.streamed and not skip:
-        del cut
-        if session.loaded.device.type != "cpu":
-            session.leave_device()
-        scores = with_memory(
-            scores,
-            {"before": session.source, "after": checkpoint},
-            length=int(tokens.input_ids.shape[1]),
-            trust_remote_code=config.trust_remote_code,
-            progress=session.progress,
-        )
     card = checkpoint / "README.md"
     if card.is_file():
         written = mark_harm(card.read_text(encoding="utf-8"), scores)
@@ -125,9 +111,8 @@ def _price(prices: Prices) -> list[Estimate]:
     """Estimate the evaluation of the original, the exact cut and the final model."""
     samples = prices.config.report_samples
     tokens = 3 * samples * prices.config.length
-    # The memory is that of two new processes.
     work = 4 * prices.batch * prices.logits
-    return [prices.estimate(samples, tokens, reads=2, work=work)]
+    return [prices.estimate(samples, tokens, reads=1, work=work)]
 
 
 evaluate = Stage(

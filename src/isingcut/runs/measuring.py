@@ -1,7 +1,5 @@
 """Stages `calibration` and `energy`: text to token splits, token splits to Hamiltonians."""
 
-from __future__ import annotations
-
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,7 @@ from isingcut.data.tokens import TokenSet
 from isingcut.energies import registry
 from isingcut.energies.search import Target
 from isingcut.errors import InputError, StageFileError
-from isingcut.files.runs import BlockList, CalibrationText, SplitSize, WeightsRead
+from isingcut.files.runs import BlockList, CalibrationText, SplitSize
 from isingcut.formats.architectures.blocks import language_model
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.options.config import RunConfig
@@ -168,13 +166,7 @@ def _energy(session: Session, folder: RunFolder, name: str) -> Making:
     split = read_calibration(folder).splits["energy"].select(range(samples))
     session.choose_tuning(folder)
     work = session.work(folder.path / f"{file.name}.journal")
-    store = session.replay.store
-    before = store.count_sweeps()
-    measured = part.measure(session.replay, split, work)
-    if sweeps := store.count_sweeps() - before:
-        # Assigned, so that pydantic takes the field as set.
-        folder.run.provenance.reading |= {name: WeightsRead(sweeps=sweeps)}
-    measured.save(path)
+    part.measure(session.replay, split, work).save(path)
 
 
 def _check_removals(session: Session, blocks: BlockList) -> None:

@@ -6,8 +6,6 @@
 Options are checked before the first file is written. All results are in a run folder.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import time

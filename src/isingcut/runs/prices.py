@@ -5,8 +5,6 @@ these, so that it takes seconds even for a model far larger than memory; a run t
 it has loaded. Each estimate is this time multiplied by a number of passes.
 """
 
-from __future__ import annotations
-
 import math
 import time
 from functools import partial

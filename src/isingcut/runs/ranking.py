@@ -4,8 +4,6 @@ A baseline chooses on the samples of the energy. Its choice is measured on the s
 candidates, so that both are comparable.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -285,5 +283,5 @@ compare = Stage(
     _compare,
     partial(read_document, model=states.BaselineFile),
     together=True,
-    journals=("{}.journal",),
+    journals=("{}.journal", "gradients-{}.journal"),
 )

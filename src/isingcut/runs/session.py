@@ -1,7 +1,5 @@
 """The shared state of a run's stages: the model (loaded on first use), its blocks and its rows."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import os
@@ -75,7 +73,7 @@ class Session:
     @contextlib.contextmanager
     def at(self, config: RunConfig) -> Iterator[None]:
         """Use other options for the stages within the context."""
-        # Not a copy: it would keep the weights in memory after `leave_device`.
+        # Not a copy: it would keep the weights in memory after `make_room`.
         before = self.config
         self.config = config
         try:
@@ -205,17 +203,12 @@ class Session:
         if self.streaming or self.config.stream != "auto" or self.processes.size > 1:
             return False
         say("isingcut: out of memory; the model is streamed from disk from now on")
-        self.leave_device()
-        self.streaming = True
-        return True
-
-    def leave_device(self) -> None:
-        """Free the device's memory; the model is loaded again on the next use."""
-        if self.streaming:
-            return
+        # The model is opened again on the next use.
         for name in ("loaded", "replay"):
             self.__dict__.pop(name, None)
         devices.BatchLimit(pick_device(self.device)).release()
+        self.streaming = True
+        return True
 
     def open_cut(
         self, folder: Path, removed: Sequence[int] | None = None

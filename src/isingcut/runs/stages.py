@@ -3,8 +3,6 @@
 `pipeline` lists all stages in their order, and `files.stages` has what each file depends on.
 """
 
-from __future__ import annotations
-
 import contextlib
 import glob
 import os

@@ -10,8 +10,6 @@ cut (docs/experiments/deep.md). So the search there measures states after a patc
         better, the effects of the blocks that the best exchanges of that state move
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Upload a cut checkpoint to the Hugging Face Hub, with its model card."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path

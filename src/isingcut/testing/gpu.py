@@ -8,8 +8,6 @@ be attached to an issue. The exit code is 1 if a check failed. Choose another GP
 with CUDA_VISIBLE_DEVICES.
 """
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

@@ -4,8 +4,6 @@
 `check_solver(part)` with an instance.
 """
 
-from __future__ import annotations
-
 import numpy as np
 
 from isingcut.errors import (

@@ -3,8 +3,6 @@
 The per-layer fields of their configurations vary with depth.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

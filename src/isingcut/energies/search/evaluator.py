@@ -9,8 +9,6 @@ the states measured on both. The spread of that change over states is the error 
 states measured on two samples and on all samples can be ranked together.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass

@@ -92,11 +92,6 @@ def rungs(samples: int, tokens: int) -> list[int]:
     return sorted(steps)
 
 
-def one_pass_samples(budget: float, samples: int) -> int:
-    """Return the number of samples for the pass of the original: all if the budget allows."""
-    return max(1, min(samples, int(ONE_PASS_SHARE * budget * samples)))
-
-
 def default_passes(n: int, targets: Sequence[Target]) -> float:
     """Return the default budget in passes: a share of a greedy path's cost for each target.
 
@@ -188,7 +183,8 @@ class Search:
         self.evaluator.budget = self.budget
         self.goals = [Goal(target) for target in targets]
         self.rungs = rungs(tokens.samples, int(tokens.compared.sum()))
-        self.one_pass = one_pass_samples(self.budget, tokens.samples)
+        affordable = int(ONE_PASS_SHARE * self.budget * tokens.samples)
+        self.one_pass = max(1, min(tokens.samples, affordable))
         self._rng = np.random.default_rng([seed, 0x5EA2C4])
         self._origins: dict[str, str] = {}
         influence, _ = self.evaluator.one_pass(self.one_pass)

@@ -12,8 +12,6 @@ Thompson sampling with exact minimisation of the sample follows Baptista and Pol
 arXiv 1806.08838; the informed prior and the noise that grows with the loss are additions to it.
 """
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import numpy as np

@@ -7,8 +7,6 @@ If images enter a model between its text blocks, its configuration has the numbe
 in the vision tower's part or at the root. A run on text alone does not reveal this.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from math import lcm

@@ -5,8 +5,6 @@ decoder's fields in a ``config.json``, as transformers reads it.
 errors that name the field, never guesses. `families` handles what does not fit a table.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeVar

@@ -5,8 +5,6 @@ unchanged, with a few megabytes of memory. The result appears under its name onl
 complete.
 """
 
-from __future__ import annotations
-
 import json
 import re
 import shutil

@@ -13,8 +13,6 @@ gains are measured by adding and subtracting a small change of random signs at a
 They are medians over tokens and channels, because half precision rounds huge entries coarsely.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Mapping
 from functools import partial

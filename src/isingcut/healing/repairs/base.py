@@ -1,7 +1,5 @@
 """Make a repair: choose it by the options, write its patches to a checkpoint, and verify that."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path

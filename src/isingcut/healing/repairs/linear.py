@@ -27,8 +27,6 @@ its least-squares objective). The fit here differs in the weight, in T of the fi
 ridge chosen by validation, and in treating several cuts.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar

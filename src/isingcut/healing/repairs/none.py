@@ -1,7 +1,5 @@
 """`none`: the exact cut stays as it is."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any, ClassVar
 

@@ -9,8 +9,6 @@ Micro-batch size and recomputation change the result by rounding only. They are 
 training and kept when it resumes. A training that does not fit raises an error before it starts.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass

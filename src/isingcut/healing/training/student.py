@@ -5,8 +5,6 @@ The student's `forward` is replaced by one that returns the summed divergence, s
 forward pass.
 """
 
-from __future__ import annotations
-
 import os
 import warnings
 from functools import partial

@@ -5,8 +5,8 @@ of transformers trains: `accelerate launch`, FSDP and DeepSpeed configs, bfloat1
 checkpointing and resuming work as with it. Full fine-tuning trains all weights in float32; LoRA
 trains low-rank matrices on all linear layers, which are merged into the weights at the end.
 
-A time budget is converted to steps by timing a few steps with the smallest and the largest
-micro-batch. The result is kept in the work folder, so that a resumed healing has the same schedule.
+A time budget is converted to steps by timing a few steps of the largest micro-batch. The result is
+kept in the work folder, so that a resumed healing has the same schedule.
 
 Source: Jansen et al., arXiv 2602.00161, the retraining after the cut (one epoch, KL, temperature
 1, learning rate 2e-5, cosine, 100 warm-up steps, length 1,024).
@@ -88,8 +88,8 @@ from isingcut.models.verify import check_generation, random_tokens, reload
 Order = Steps | list[list[int]]
 """The micro-batches of a training, as sample indices."""
 
-# Number of timed steps with one sample.
-_SMALL = 3
+# Number of timed steps.
+_TIMED = 3
 # Files that `save_pretrained` or the training writes, so they are not copied from the start.
 _REWRITTEN = ("config.json", "generation_config.json", "model.safetensors.index.json")
 # Usable share of the remaining time: states and checks take time too, and timing is inexact.
@@ -125,13 +125,15 @@ def _spend(job: Job) -> Job:
     """Return the job with a recipe for its budget, and its text in samples of that length."""
     began = time.monotonic()
     seconds = job.config.training.seconds
+    tokens = job.config.training.tokens or math.inf
     file = job.work / RECIPE.file
-    pace = (0.0, 0.0)
+    pace = None
     if seconds is not None and not job.processes.decide(file.exists):
         pace = measure_pace(job)
-        seconds = _USED * (seconds - job.spent - (time.monotonic() - began))
+        left = seconds - job.spent - (time.monotonic() - began)
+        tokens = _USED * left / pace
 
-    make = partial(choose_recipe, job, seconds, pace)
+    make = partial(choose_recipe, job, tokens, pace)
     kept = job.processes.decide(
         lambda: keep_result(file, HealingRecipe, make).content()
     )
@@ -233,36 +235,32 @@ def train(job: Job) -> tuple[dict[str, Any], Path]:
 
 
 def step_times(job: Job) -> list[tuple[int, float]]:
-    """Return tokens and seconds of steps of one sample, then of many; discard their results."""
+    """Return tokens and seconds of steps of many samples; discard their results."""
     size = job.processes.size
     batch = 64 * size
     watch = Watch(job, batch, timing=True)
     with _student(job, batch) as (student, plan):
         several = max(1, plan.most // int(job.tokens.mask.sum(1).max()))
-        order = []
-        for step, count in enumerate([1] * _SMALL + [several] * 2):
-            first = (step * size + job.processes.rank) * several
-            order.append([i % job.tokens.samples for i in range(first, first + count)])
+        starts = range(job.processes.rank, _TIMED * size, size)
+        order = [
+            [i % job.tokens.samples for i in range(k * several, (k + 1) * several)]
+            for k in starts
+        ]
         _run(watch, student, plan, order)
     counts = np.diff([step.tokens for step in watch.curve.steps], prepend=0).tolist()
     times = [*zip(counts, watch.seconds, strict=True)]
     return job.processes.decide(lambda: times)
 
 
-def measure_pace(job: Job) -> tuple[float, float]:
-    """Measure the fixed seconds per step and the seconds per token, in all processes."""
+def measure_pace(job: Job) -> float:
+    """Measure the seconds per token, in all processes."""
     trial = job.work / TRIAL.file
     text = pieces(job.tokens, SHORT)
     times = step_times(dataclasses.replace(job, tokens=text, work=trial))
     if job.leads:
         shutil.rmtree(trial, ignore_errors=True)
-    # Skip the first step of each size, which compiles and allocates; take the fastest other one.
-    (n, s), (m, t) = (
-        min(part[1:], key=lambda step: step[1])
-        for part in (times[:_SMALL], times[_SMALL:])
-    )
-    token = (t - s) / (m - n) if m > n and t > s else t / m
-    return max(0.0, t - token * m), token
+    # Without the first step, which compiles and allocates.
+    return min(seconds / tokens for tokens, seconds in times[1:])
 
 
 @contextlib.contextmanager

@@ -1,7 +1,5 @@
 """Solvers, one per file, and `solve`, which finds low-energy feasible states of a `Problem`."""
 
-from __future__ import annotations
-
 import time
 from functools import partial
 from typing import Any

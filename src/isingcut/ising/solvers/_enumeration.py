@@ -11,8 +11,6 @@ because each remaining pair is counted at both of its blocks (P. Gilmore 1962, E
 half sums depend only on (p, block, r) and are tabulated once, so that a node costs O(N).
 """
 
-from __future__ import annotations
-
 import numpy as np
 from numba import njit
 

@@ -1,8 +1,6 @@
 """Choose the solver: the exact search if it is likely to finish in time, else tabu search and a
 bound."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 
 import numpy as np

@@ -4,8 +4,6 @@ A solver is a frozen dataclass of options with `solve(problem, k)`. `reduce` dro
 redundant rows, merges tied blocks and bounds the number of ones.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field

@@ -4,25 +4,27 @@ Infeasible samples are repaired. A sampler is third-party code: its errors and i
 converted to one clear error.
 """
 
-from __future__ import annotations
-
 import contextlib
 import importlib
 import inspect
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from isingcut.errors import InputError, IsingcutError, MissingExtraError
+from isingcut.ising.constraints import LinearConstraint
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.ising.problem import Problem
 from isingcut.ising.solvers.base import Solution, reduce
 from isingcut.ising.states import Bools, States
 
 __all__ = ["Dimod"]
+
+_STEPS = 1000
+"""Sum of the rounded coefficients of a row."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,8 @@ class Dimod:
 
         A penalty below the default lets samplers move more freely; infeasible samples are repaired.
         """
+        import dimod
+
         made = sampler() if isinstance(sampler, type) else sampler
         constrained = hasattr(made, "sample_cqm")
         call = made.sample_cqm if constrained else made.sample
@@ -94,9 +98,30 @@ class Dimod:
         info: dict[str, Any] = {"ignored": sorted(wanted.keys() - options.keys())}
         if constrained:
             return info, _states(call(small.to_cqm(), **options), small.n, name)
-        _, safe = small.to_bqm()
-        bqm, info["penalty"] = small.to_bqm(self.penalty * safe)
+        energy = small.hamiltonian
+        # The largest change by a flip: k flips repair a count that is k off, which costs k^2.
+        safe = float((np.abs(energy.h) + np.abs(energy.J).sum(1)).max()) or 1.0
+        info["penalty"] = self.penalty * safe
+        whole = Problem(energy, [_round_row(row) for row in small.constraints])
+        bqm, _ = dimod.cqm_to_bqm(whole.to_cqm(), info["penalty"])
         return info, _states(call(bqm, **options), small.n, name)
+
+
+def _round_row(row: LinearConstraint) -> LinearConstraint:
+    """Return a row whose smallest coefficient is 1; an inequality, for which dimod adds whole slack
+    variables, with whole coefficients that every state of the row satisfies too."""
+    size = np.abs(row.coefficients)
+    unit = size[size > 0].min()
+    if row.sense == "==":
+        return replace(row, coefficients=row.coefficients / unit, rhs=row.rhs / unit)
+    spare = row.tolerance / unit
+    if (size / unit != np.round(size / unit)).any():
+        unit = size.sum() / _STEPS
+        spare = len(size) / 2
+    rhs = np.floor(row.rhs / unit + spare)
+    if row.sense == ">=":
+        rhs = np.ceil(row.rhs / unit - spare)
+    return replace(row, coefficients=np.round(row.coefficients / unit), rhs=rhs)
 
 
 def sampler_class(name: str) -> Any:

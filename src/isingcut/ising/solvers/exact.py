@@ -7,8 +7,6 @@ for its other value exceeds the threshold. All threads take nodes with the lowes
 search starts from the K states of a tabu search, which give a good first threshold.
 """
 
-from __future__ import annotations
-
 import heapq
 import itertools
 import math

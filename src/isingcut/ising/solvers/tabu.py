@@ -8,8 +8,6 @@ G. Palubeckis, "Iterated tabu search for the maximum diversity problem", Applied
 Computation 189 (2007), with a different move evaluation and a pool of the best distinct states.
 """
 
-from __future__ import annotations
-
 import time
 from dataclasses import dataclass
 

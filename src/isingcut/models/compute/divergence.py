@@ -19,8 +19,6 @@ On CPUs, compiled loops read bfloat16 or float32 logits once. They get logits as
 (`bits`), because numba does not support bfloat16.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor

@@ -12,8 +12,6 @@ a few hundred rows, or of one sample. One matrix product takes it back through t
 cross-entropy would keep several float32 copies.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property, partial

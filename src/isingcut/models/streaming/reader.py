@@ -7,8 +7,6 @@ Files are read, not memory-mapped: mapped pages would stay in the process's resi
 buffer has a known size.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Container, Mapping, Sequence
 from copy import deepcopy

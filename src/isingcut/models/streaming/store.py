@@ -4,8 +4,6 @@ There are two buffers: one is in use while a thread fills the other. Repeated re
 operating system's page cache, as far as memory allows.
 """
 
-from __future__ import annotations
-
 import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
