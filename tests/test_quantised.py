@@ -7,6 +7,7 @@ from torch.testing import assert_close
 
 from isingcut.formats.fp8 import dequantise, dequantise_checkpoint, fp8_layout
 from isingcut.healing.job import Job
+from isingcut.healing.patch.files import list_plain
 from isingcut.healing.repairs.base import patch_checkpoint
 from isingcut.models.load import load_plain
 from odd_models import composite_checkpoint
@@ -18,6 +19,7 @@ from shared import (
     load_json,
     parametrize,
     refuses,
+    save_json,
 )
 from tiny import (
     edit_config,
@@ -28,6 +30,7 @@ from tiny import (
     load,
     load_tiny,
     random_tokens,
+    read_checkpoint,
     replay_of,
     tiny_checkpoint,
     tiny_model,
@@ -67,21 +70,67 @@ def test_fp8_weights_of_a_model_with_its_own_code_are_read(tmp_path):
     assert not found["missing_keys"] | found["unexpected_keys"]
 
 
-@parametrize("layout", ["fp8", "compressed-tensors", "modelopt"])
-def test_a_float8_layer_is_not_patched(layout, tmp_path):
+@parametrize(
+    "layout, shards, patch",
+    [
+        ("fp8", 10**9, "tuned"),
+        ("compressed-tensors", 20_000, "linear"),
+        ("modelopt", 1, "linear"),
+    ],
+)
+def test_a_patched_layer_is_plain_and_listed_and_the_others_keep_their_bytes(
+    layout, shards, patch, tmp_path
+):
     source = tiny_checkpoint("qwen3", tmp_path / "source")
     quantise(source, layout)
     cut = tmp_path / "cut"
-    excise(source, [2], cut)
-    config = HealConfig(patch="linear", patch_tokens=4096)
-    tokens = random_tokens([24] * 8)
-    job = Job(load_tiny(source), (2,), cut, tokens, tmp_path / "work", config)
-    with refuses(
-        "down_proj.weight is stored as F8_E4M3; a patch .* unquantised",
-        ArchitectureError,
-    ):
-        patch_checkpoint(job, tmp_path / "patched")
-    assert not (tmp_path / "patched").exists()
+    patched = tmp_path / "patched"
+    excise(source, [2], cut, max_shard_bytes=shards)
+    teacher = load_tiny(source)
+    config = HealConfig(patch=patch, patch_tokens=4096)
+    job = Job(teacher, (2,), cut, random_tokens([24] * 48), tmp_path / "work", config)
+    record = patch_checkpoint(job, patched)
+    assert record.proof.difference == 0.0
+    assert record.cuts[0].content()["stored"] == "bfloat16, not quantised"
+    if patch == "tuned":
+        # Other layers would take more bytes, so they are not tuned.
+        layers = {(t.block, t.layer) for t in record.tuning.layers}
+        assert layers <= {(1, "mlp.down_proj")}
+        assert record.tuning.steps
+    module = "model.layers.1.mlp.down_proj"
+    before, after = map(read_checkpoint, (cut, patched))
+    assert before[f"{module}.weight"].dtype == "F8_E4M3"
+    assert after[f"{module}.weight"].dtype == "BF16"
+    assert [n for n in after if n.startswith(module)] == [f"{module}.weight"]
+    for name in before.keys() | after.keys():
+        if not name.startswith(module):
+            assert before[name].data() == after[name].data()
+    # Neither the shards of the cut nor their index are left.
+    assert [path.name for path in patched.glob("model*")] == ["model.safetensors"]
+    file, part, name = {
+        "fp8": ("config.json", "quantization_config", "modules_to_not_convert"),
+        "compressed-tensors": ("config.json", "quantization_config", "ignore"),
+        "modelopt": ("hf_quant_config.json", "quantization", "exclude_modules"),
+    }[layout]
+    told = [load_json(folder / file)[part][name] for folder in (cut, patched)]
+    assert told[1] == [*told[0], module]
+    again, _ = load_plain(patched, torch.float32)
+    weight = again.get_submodule(module).weight
+    assert torch.equal(weight, weight.bfloat16().float())
+    assert not torch.equal(weight, teacher.model.get_submodule(module).weight)
+
+
+@parametrize(
+    "given, told",
+    [(None, ["lm_head", "new"]), ([], ["new"]), (["old"], ["old", "new"])],
+)
+def test_the_head_is_listed_as_plain_only_where_there_was_no_list(
+    given, told, tmp_path
+):
+    content = {"quantization_config": {"modules_to_not_convert": given}}
+    save_json(tmp_path / "config.json", content)
+    list_plain(tmp_path, "fp8", ["new"])
+    assert quantisation(tmp_path)["modules_to_not_convert"] == told
 
 
 def test_a_float8_tensor_without_its_scale_is_refused(tmp_path):

@@ -34,7 +34,6 @@ from isingcut.healing import CUT
 from isingcut.healing import RECORD as HEALING
 from isingcut.healing.heal import build_text, heal_checkpoint, sample_length
 from isingcut.healing.job import Job, check_training
-from isingcut.healing.patch.files import StoredLayers
 from isingcut.healing.repairs import registry
 from isingcut.healing.repairs.base import (
     CANNOT,
@@ -412,10 +411,8 @@ def fit_patch(
         return {}
     job, _ = _patch_job(session, folder, removed, session.source, folder.path)
     job = dataclasses.replace(job, progress=progress)
-    # Of the original, whose layers are stored as those of the cut.
-    layers = StoredLayers(session.source, session.stack, [])
     try:
-        patches = make_patches(job, layers, kept).patches
+        patches = make_patches(job, kept=kept).patches
     except CANNOT:
         return {}
     new = dict[str, Tensor]()

@@ -1,8 +1,13 @@
-"""Write new weights to a copy of a checkpoint: replace single tensors and keep all other bytes."""
+"""Write new weights to a copy of a checkpoint: replace single tensors and keep all other bytes.
+
+A patched layer of an FP8 checkpoint is stored in bfloat16, listed as not quantised, and loses its
+scales.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,11 +20,12 @@ from torch import Tensor, nn
 
 from isingcut.errors import ArchitectureError
 from isingcut.files.cuts import PatchedCut
+from isingcut.files.inputs import load_json
 from isingcut.files.writing import atomic_folder
 from isingcut.formats.architectures.blocks import BlockStack
 from isingcut.formats.architectures.cuts import renumber_blocks
 from isingcut.formats.checkpoints import Checkpoint
-from isingcut.formats.fp8 import DTYPES
+from isingcut.formats.fp8 import DTYPES, fp8_layout
 from isingcut.formats.safetensors_files import (
     INDEX,
     PLAIN,
@@ -30,6 +36,18 @@ from isingcut.formats.safetensors_files import (
     write_checkpoint,
 )
 from isingcut.models.replay import Replay
+
+_LISTS = {
+    "fp8": "modules_to_not_convert",
+    "compressed-tensors": "ignore",
+    "modelopt": "exclude_modules",
+}
+_SCALES = ("weight_scale_inv", "weight_scale", "input_scale", "activation_scale")
+_CONFIGS = {
+    "config.json": "quantization_config",
+    "hf_quant_config.json": "quantization",
+}
+_FLOAT8 = ("F8_E4M3", "F8_E5M2")
 
 
 class StoredLayers:
@@ -46,6 +64,7 @@ class StoredLayers:
         self.folder = folder
         self.tensors = cut.stored
         self._prefix = cut.prefix
+        self.layout = fp8_layout(folder, cut.config)
         whole = stack.whole(removed)
         places = renumber_blocks(cut.depth + len(whole), whole)
         self._places = [places.get(layer) for layer in stack.layers]
@@ -61,8 +80,8 @@ class StoredLayers:
             parameters: the layer's weight and bias in memory.
 
         Raises:
-            ArchitectureError: the layer is not stored under its own name and shape, or is
-                quantised.
+            ArchitectureError: the layer is not stored under its own name and shape, or its dtype is
+                neither a plain one nor float8.
         """
         name = f"{self._prefix}{self._places[block]}.{path}"
         names = {key: f"{name}.{key}" for key in ("weight", "bias")}
@@ -75,12 +94,17 @@ class StoredLayers:
                 "as the model in memory has, so a patch cannot be written; heal by distillation"
             )
         dtype = tensors["weight"].dtype
-        if dtype not in PLAIN:
+        if dtype not in (*PLAIN, *(_FLOAT8 if self.layout else ())):
             raise ArchitectureError(
                 f"{name}.weight is stored as {dtype}; a patch needs floating-point weights: "
                 "use the unquantised model"
             )
         return tensors
+
+    def float8(self, block: int, path: str) -> bool:
+        """Whether a layer is stored as float8, so that new weights would need more bytes."""
+        name = f"{self._prefix}{self._places[block]}.{path}.weight"
+        return name in self.tensors and self.tensors[name].dtype in _FLOAT8
 
 
 def write_patched(
@@ -100,18 +124,24 @@ def write_patched(
         OutputExistsError: ``out`` exists.
     """
     new = dict[str, Tensor]()
+    modules = list[str]()
     written = list[Patch]()
     for patch in patches:
         tensors = stored.layer(patch.block, patch.path, patch.parameters)
         own = dict[str, Tensor]()
         for key, tensor in tensors.items():
-            values = patch.parameters[key].detach().cpu().to(DTYPES[tensor.dtype])
-            own[key] = new[tensor.name] = values.contiguous()
+            plain = "BF16" if tensor.dtype in _FLOAT8 else tensor.dtype
+            values = patch.parameters[key].detach().cpu().to(DTYPES[plain]).contiguous()
+            own[key] = new[tensor.name] = values
         patch.record.changed = any(
             tensor.data() != own[key].view(torch.uint8).numpy().tobytes()
             for key, tensor in tensors.items()
         )
+        if tensors["weight"].dtype in _FLOAT8:
+            modules.append(tensors["weight"].name.removesuffix(".weight"))
+            patch.record.stored = "bfloat16, not quantised"  # type: ignore[attr-defined]
         written.append(replace(patch, parameters=own))
+    dropped = {f"{module}.{scale}" for module in modules for scale in _SCALES}
     files = [file.name for file in weight_files(stored.folder)]
     skip = shutil.ignore_patterns(*files, INDEX)
     with atomic_folder(out) as temporary:
@@ -121,11 +151,31 @@ def write_patched(
         values_file.write_bytes(save(new))
         fresh = {t.name: t for t in read_header(values_file)}
         kept = [
-            NewTensor(t.name, fresh.get(t.name, t)) for t in stored.tensors.values()
+            NewTensor(t.name, fresh.get(t.name, t))
+            for t in stored.tensors.values()
+            if t.name not in dropped
         ]
         write_checkpoint(temporary, kept)
         values_file.unlink()
+        if stored.layout and modules:
+            list_plain(temporary, stored.layout, modules)
     return written
+
+
+def list_plain(folder: Path, layout: str, modules: Sequence[str]) -> None:
+    """Add modules to every list of a float8 checkpoint of modules that are not quantised."""
+    for name, part in _CONFIGS.items():
+        file = folder / name
+        content = load_json(file, "the configuration") if file.is_file() else {}
+        settings = content.get(part)
+        if not isinstance(settings, dict):
+            continue
+        given = [key for key in _LISTS.values() if isinstance(settings.get(key), list)]
+        for key in given or [_LISTS[layout]]:
+            # Without a list, loaders exclude the output head by default; with a list they do not.
+            listed = settings.get(key)
+            settings[key] = [*(["lm_head"] if listed is None else listed), *modules]
+        file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 @contextlib.contextmanager

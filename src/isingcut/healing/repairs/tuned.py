@@ -193,7 +193,13 @@ def tune(
         linear = _list_layers(train[0][0].call, adjacent)
     validation = [batch for group in held for batch in group]
     fitted = {(p.block, p.path): p for p in patches}
-    usable = [one for one in linear if not find_obstacle(replay, stored, *one[:3])]
+    # A tuned float8 layer would be stored as bfloat16, so tune it only if it is patched already.
+    usable = [
+        one
+        for one in linear
+        if (one[:2] in fitted or stored is None or not stored.float8(*one[:2]))
+        and not find_obstacle(replay, stored, *one[:3])
+    ]
     layers = choose_layers(usable, at_a_time * each, share)
     tuned = {
         (b, path): _copy_layer(b, path, module, fitted.get((b, path)))
