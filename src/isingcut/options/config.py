@@ -76,7 +76,7 @@ class RunConfig(Options):
         "blocks",
         "What to remove. blocks: whole layers (in a hybrid, its blocks). sublayers: the attention "
         "or the MLP of a layer alone; --remove attention=6 saves as much of the cache as 6 blocks "
-        "for a third of the loss.",
+        "for about half of the loss.",
     )
     calibration: str = option(
         TEXT,
