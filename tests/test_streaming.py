@@ -232,8 +232,8 @@ def test_one_sweep_is_enough_for_all_that_fits(llama):
     for result, (text, some) in zip(found, wanted, strict=True):
         expected = measure(replay, text, some, work=Work(12))
         assert_array_equal(result.kl_sums, expected.kl_sums)
-    # The backward sweep reads neither embedding nor head, nor the last block, still in memory. A part
-    # more is read if its reader had begun before it was told not to.
+    # The backward sweep reads neither embedding nor head, nor the last block, still in
+    # memory. One part more is read if its reader had already begun.
     count, _ = sweeps(replay, gate_gradients, tokens, work=Work(12))
     assert count < 1.7
     count, found = sweeps(replay, one_pass, tokens, Work(12))
