@@ -104,11 +104,12 @@ def verbs(place):
     place.type("plan", model, *plain, "--remove", 2, "--length", 16)
 
 
-def deep(place, blocks, remove):
+def deep(place, blocks, remove, units="blocks"):
     """A deep cut, with the search among patched states, chooses the blocks of the CPU."""
     model = str(place.shared.checkpoint(num_hidden_layers=blocks))
     more = {**SEARCHED, "patch_tokens": 20_000, "batch_tokens": 512, "remove": remove}
     given = {**FEW, **more, "model": model, "calibration": str(place.text)}
+    given["units"] = units
 
     def search(device, out):
         isingcut.prune(**given, device=device, out=str(out))
@@ -116,7 +117,8 @@ def deep(place, blocks, remove):
     def chosen(folder):
         return json.loads((folder / "candidates.json").read_text())["chosen"]["removed"]
 
-    expected = place.shared.folder(f"deep-{blocks}", functools.partial(search, "cpu"))
+    name = f"deep-{units}-{blocks}"
+    expected = place.shared.folder(name, functools.partial(search, "cpu"))
     search(place.device, place.out)
     assert chosen(place.out) == chosen(expected)
 
@@ -292,6 +294,7 @@ PATHS = {
     # The longest first, so that no processor waits for them.
     "deep, 13 of 32": functools.partial(deep, blocks=32, remove=13),
     "deep, 6 of 12": functools.partial(deep, blocks=12, remove=6),
+    "deep, sublayers": functools.partial(deep, blocks=6, remove=5, units="sublayers"),
     "range": functools.partial(Place.run, remove="1..2"),
     "budget": functools.partial(Place.run, remove="", budget="params=20%"),
     "gguf": from_gguf,

@@ -2,6 +2,7 @@
 
 import shutil
 import weakref
+from concurrent.futures import Future
 
 import numpy as np
 import pytest
@@ -221,9 +222,20 @@ def sweeps(replay, job, *arguments, **options):
     return replay.store.count_sweeps() - before, found
 
 
+class Immediate:
+    """An executor that works at once, in the calling thread."""
+
+    def submit(self, work, *arguments):
+        done = Future()
+        done.set_result(work(*arguments))
+        return done
+
+
 def test_one_sweep_is_enough_for_all_that_fits(llama):
     replay = streamed(llama)
     tokens = samples()
+    # A thread may or may not have begun a read that is cancelled: here every read is made.
+    replay.store.buffers._thread = Immediate()
     OutputHead(replay)  # inspecting the head reads it
     states = [some_states(len(replay), 5), some_states(len(replay), 9)[5:]]
     wanted = [(tokens, states[0]), (tokens.select([2, 0]), states[1])]
@@ -232,10 +244,9 @@ def test_one_sweep_is_enough_for_all_that_fits(llama):
     for result, (text, some) in zip(found, wanted, strict=True):
         expected = measure(replay, text, some, work=Work(12))
         assert_array_equal(result.kl_sums, expected.kl_sums)
-    # The backward sweep reads neither embedding nor head, nor the last block, still in
-    # memory. One part more is read if its reader had already begun.
+    # The backward sweep reads neither embedding nor head, nor the last block, still in memory.
     count, _ = sweeps(replay, gate_gradients, tokens, work=Work(12))
-    assert count < 1.7
+    assert count < 1.55
     count, found = sweeps(replay, one_pass, tokens, Work(12))
     assert count < 1
     for result, expected in zip(

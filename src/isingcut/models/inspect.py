@@ -240,6 +240,10 @@ def inspect_model(
         check_same_blocks(seen.config, stack, rows)
     except ArchitectureError as error:
         refusal = str(error)
+    if units == "sublayers" and not refusal:
+        split_layers(model)
+        stack = find_stack(model)
+        rows = legality(seen.config, stack)
     parameters = sum(p.numel() for p in model.parameters())
     size = parameters * pick_dtype(dtype, pick_device(device)).itemsize
     devices = pick_devices(device, size, memory_limit, cards_per_process)
@@ -250,10 +254,6 @@ def inspect_model(
             (d, [*run]) for d, run in groupby(stack.blocks, lambda b: places[b.path])
         ]
         placement = {str(d): (run[0].index, run[-1].index) for d, run in runs}
-    if units == "sublayers" and not refusal:
-        split_layers(model)
-        stack = find_stack(model)
-        rows = legality(seen.config, stack)
     other = 0
     if seen.stored:
         layers = [sum(t.size for t in each.values()) for each in seen.by_block()]
