@@ -37,6 +37,7 @@ READ = [
             "bytes=1.5GB": Budget("bytes", None, 1.5e9),
             "kv=1536B": Budget("kv", None, 1536.0),
             "latency = 3 ms": Budget("latency", None, 0.003),
+            "latency=20%@2k": Budget("latency", 0.2, None, 2048),
         },
     ),
     (

@@ -26,7 +26,8 @@ from isingcut.runs.folder import RunFolder
 from isingcut.runs.measuring import price_energy
 from isingcut.runs.pipeline import make_plan, price_stages
 from isingcut.runs.prices import Prices
-from shared import RunConfig, flags, parametrize, run_tiny
+from isingcut.runs.solving import removal_rows
+from shared import InputError, RunConfig, flags, parametrize, refuses, run_tiny
 from tiny import (
     Replay,
     Session,
@@ -262,6 +263,15 @@ def test_a_time_to_save_is_planned_for_the_sequence_that_a_run_times(llama, stub
     config = RunConfig(model=llama, length=16, batch_tokens=64)
     budget = f"latency={1e3 * 128 / 64 * 0.45 * 6:.12f}us"
     assert Prices(Session(config.replace(budget=budget))).remove == 3
+
+
+def test_blocks_are_timed_at_the_context_of_a_latency_budget(llama, monkeypatch):
+    monkeypatch.setattr(Replay, "latency", lambda replay, length: [length] * 6)
+    config = RunConfig(model=llama, budget="latency=200s@100")
+    blocks = Session(config).describe_blocks()
+    assert removal_rows(blocks, config)[-1].coefficients.tolist() == [100] * 6
+    with refuses("timed on 100 tokens", InputError):
+        removal_rows(blocks, config.replace(budget="latency=20%"))
 
 
 def test_a_run_prices_its_stages_by_the_model_in_memory(

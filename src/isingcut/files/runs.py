@@ -210,7 +210,11 @@ class PackedModel(Strict):
 
 
 class BlockList(Strict):
-    """The blocks of the model."""
+    """The blocks of the model.
+
+    Attributes:
+        timed_tokens: context of the latency budget that they were timed for; 0 without one.
+    """
 
     path: str
     blocks: Annotated[list[BlockCosts], Field(min_length=1, max_length=_MOST_BLOCKS)]
@@ -218,6 +222,7 @@ class BlockList(Strict):
     total_bytes: Count
     legality: list[LegalityRow]
     packed: PackedModel | None = None
+    timed_tokens: Count = 0
 
     @model_validator(mode="after")
     def _in_order(self) -> Self:

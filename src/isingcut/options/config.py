@@ -146,10 +146,10 @@ class RunConfig(Options):
     )
     budget: parsed.Budgets = option(
         parsed.Budgets(),
-        "Remove at least this much, comma-separated: params=25%, bytes=1GB, kv=30%, latency=20%. "
-        "Or let `run` choose a GGUF type and how many blocks go with it, none if quantising is "
-        "better: file=90MB (the largest file), memory=2GB@8k (the same with the cache of 8k "
-        "tokens), decode=25% (fewer bytes to read per token, which bound decoding).",
+        "Remove at least this much, comma-separated: params=25%, bytes=1GB, kv=30%, "
+        "latency=20%@2k. Or let `run` choose a GGUF type and how many blocks go with it, none if "
+        "quantising is better: file=90MB (the largest file), memory=2GB@8k (the same with the "
+        "cache of 8k tokens), decode=25% (fewer bytes to read per token, which bound decoding).",
     )
     solve_seconds: Annotated[float, Bounds(gt=0, le=3600 * 24 * 365)] = option(
         60.0, "Time limit of the solver, in seconds."

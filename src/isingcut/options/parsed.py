@@ -61,7 +61,7 @@ class Quantity:
         early: whether it is known from the model's configuration, before its weights are read.
         packed: whether it is of the model in a GGUF type, which `isingcut run` chooses by
             measurement; an amount is then an upper limit.
-        context: whether it includes the keys and values of a context.
+        context: whether it depends on a number of tokens.
     """
 
     cost: str
@@ -79,7 +79,7 @@ QUANTITIES = {
     ),
     "bytes": Quantity("bytes", "total_bytes", _SHARE | _BYTES, "MB", early=True),
     "kv": Quantity("kv_bytes_per_token", "", _SHARE | _BYTES, "kB"),
-    "latency": Quantity("latency_seconds", "", _SHARE | _SECONDS, "ms"),
+    "latency": Quantity("latency_seconds", "", _SHARE | _SECONDS, "ms", context=True),
     "file": Quantity("bytes", "other", _BYTES, "MB", packed=True),
     "memory": Quantity("bytes", "other", _BYTES, "GB", packed=True, context=True),
     "decode": Quantity("read", "read_other", _SHARE, "%", packed=True, context=True),
@@ -154,6 +154,7 @@ class Budgets(Parsed):
     Attributes:
         parts: one `Budget` per quantity.
         packed: whether the quantities are of a packed model.
+        tokens: the context of a latency, 0 without one.
     """
 
     def __init__(self, text: str = "") -> None:
@@ -165,6 +166,7 @@ class Budgets(Parsed):
                     f"{name!r} occurs twice in {_cut(text)}; keep one of the two"
                 )
         self.packed = any(b.quantity.packed for b in self.parts)
+        self.tokens = sum(b.context for b in self.parts if b.name == "latency")
         if others := [b.name for b in self.parts if b.quantity.packed != self.packed]:
             raise InputError(
                 f"{_cut(text)}: a GGUF type is chosen for it; omit {others[0]}"

@@ -97,12 +97,16 @@ class Prices:
         if folder is not None:
             blocks = folder.run.blocks
         else:
-            seconds = [
-                min(TIMED_TOKENS, longest or TIMED_TOKENS) * s for s in self.latency
-            ]
+            timed = config.budget.tokens or TIMED_TOKENS
+            seconds = [min(timed, longest or timed) * s for s in self.latency]
             size = inspected.other_bytes + sum(b.bytes for b in inspected.stack.blocks)
             blocks = describe_blocks(
-                inspected.stack, inspected.rows, inspected.parameters, size, seconds
+                inspected.stack,
+                inspected.rows,
+                inspected.parameters,
+                size,
+                seconds,
+                config.budget.tokens,
             )
         self.whole = blocks.total_bytes
         if config.removal:

@@ -244,11 +244,18 @@ class Session:
         model = self.loaded.model
         legal = legality(model.config.to_dict(), self.stack)
         longest = getattr(text_config(model), "max_position_embeddings", None)
-        seconds = self.replay.latency(min(TIMED_TOKENS, int(longest or TIMED_TOKENS)))
+        context = self.config.budget.tokens
+        length = context or TIMED_TOKENS
+        seconds = self.replay.latency(min(length, int(longest or length)))
         parameters = list(model.parameters())
         size = sum(p.numel() * p.element_size() for p in parameters)
         return describe_blocks(
-            self.stack, legal, sum(p.numel() for p in parameters), size, seconds
+            self.stack,
+            legal,
+            sum(p.numel() for p in parameters),
+            size,
+            seconds,
+            context,
         )
 
 

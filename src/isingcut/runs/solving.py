@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 
 TIMED_TOKENS = 128
-"""Most tokens of the sequence that blocks are timed on."""
+"""Most tokens of the sequence that blocks are timed on, without a context in the budget."""
 
 
 def removal_rows(
@@ -149,6 +149,12 @@ def _costs(blocks: BlockList, budget: Budget) -> tuple[Floats, float, float]:
     """Return the costs of the blocks, and of the whole model before and after any packing."""
     quantity = budget.quantity
     if not quantity.packed:
+        if budget.name == "latency" and budget.context != blocks.timed_tokens:
+            timed = f"{blocks.timed_tokens or TIMED_TOKENS} tokens"
+            raise InputError(
+                f"the blocks of this run were timed on {timed}; for another context, give "
+                "--budget to a new run"
+            )
         costs = np.array([getattr(b, quantity.cost) for b in blocks.blocks], float)
         total = float(getattr(blocks, quantity.whole, costs.sum()))
         return costs, total, total
@@ -214,12 +220,14 @@ def describe_blocks(
     parameters: int,
     size: int,
     seconds: Sequence[float] = (),
+    timed_tokens: int = 0,
 ) -> BlockList:
     """Describe blocks and legality rows for `run.json`, so that solving needs no model.
 
     Args:
         parameters: parameters of the whole model; ``size`` its bytes, 0 if unknown.
-        seconds: time of each block on a sequence of `TIMED_TOKENS`, if measured.
+        seconds: time of each block, if measured.
+        timed_tokens: context of the latency budget, the length of the sequence; 0 without one.
     """
     times: Sequence[float | None] = seconds or [None] * len(stack)
     return BlockList(
@@ -230,6 +238,7 @@ def describe_blocks(
         ],
         total_parameters=parameters,
         total_bytes=size,
+        timed_tokens=timed_tokens,
         legality=[
             LegalityRow(**{**vars(row), "coefficients": row.coefficients.tolist()})
             for row in legal
