@@ -14,6 +14,7 @@ from isingcut.formats.cutting import gguf as gguf_cuts
 from isingcut.formats.cutting.gguf import cut_gguf
 from isingcut.formats.gguf_files import PACKED
 from isingcut.measure.packed import changed_losses
+from isingcut.measure.streams import Kept
 from isingcut.measure.work import PLAIN
 from isingcut.models.packing import Packer
 from isingcut.processes import ALONE
@@ -115,10 +116,14 @@ def test_changed_weights_are_measured_and_restored(read, tmp_path):
     wanted = plain_sums(original, without(other, [1, 4]), tokens)[2]
     assert np.allclose(found, wanted, rtol=1e-3)
     assert changed_losses(replay, tokens, lambda *_: None, PLAIN, "same").max() < 1e-6
-    kept = {}
-    for _ in range(2):
-        again = changed_losses(replay, tokens, change, PLAIN, "changed", [1, 4], kept)
-        assert np.array_equal(again, found)
+    kept = Kept()
+    known = {2: "without 1", 5: "without 1 and 4"}
+    for removed in ([1, 4], [1, 4], [1]):
+        given = (replay, tokens, change, PLAIN, "changed", removed)
+        again = changed_losses(
+            *given, kept, {i: known[i] for i in known if i - 1 in removed}
+        )
+        assert np.array_equal(again, changed_losses(*given))
     if read is in_memory:
         assert all(
             torch.equal(before[n], p) for n, p in replay.model.named_parameters()

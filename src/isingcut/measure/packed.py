@@ -1,7 +1,7 @@
 """The KL of a model with changed weights, which are made for one block at a time."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -11,9 +11,10 @@ from isingcut.data.tokens import TokenSet
 from isingcut.formats.architectures.blocks import blocks_in, text_config
 from isingcut.ising.states import Floats
 from isingcut.measure.splitting import fewer_tokens_to_fit
-from isingcut.measure.streams import check_finite
+from isingcut.measure.streams import Kept, check_finite
 from isingcut.measure.work import Work
 from isingcut.models.compute.head import Comparison, OutputHead
+from isingcut.models.device import allowance
 from isingcut.models.replay import EMBED, HEAD, Replay, use_attention
 
 Change = Callable[[str, Tensor], Tensor | None]
@@ -27,7 +28,8 @@ def changed_losses(
     work: Work,
     description: str,
     removed: Sequence[int] = (),
-    kept: dict[int, list[Tensor]] | None = None,
+    kept: Kept | None = None,
+    known: Mapping[int, Hashable] | None = None,
 ) -> Floats:
     """Measure KL(original || changed) of each sample, (m,), summed over its tokens, nats.
 
@@ -37,10 +39,11 @@ def changed_losses(
     Args:
         change: function that returns the changed weights.
         removed: removed blocks of the changed model.
-        kept: the original's last hidden states of this text, by the number of micro-batches, to
-            read and to add to.
+        kept: what earlier calls for this text computed, to read and to add to.
+        known: keys for the changed model up to some blocks. Calls with the same key have the same
+            changes in all earlier blocks.
 
-    Complexity: two forward passes over the tokens; one if the original's last states are known.
+    Complexity: two forward passes over the tokens; fewer with those of earlier calls.
     """
     paths = {
         block: name
@@ -56,7 +59,11 @@ def changed_losses(
         own = () if module is None else module.named_parameters(prefix=paths[module])
         return [(p, new) for name, p in own if (new := change(name, p)) is not None]
 
-    finals = {} if kept is None else kept
+    known = known or {}
+    config = text_config(replay.model)
+    logits = tokens.tokens * config.vocab_size * embedding.weight.element_size()
+    with_logits = kept and 4 * logits <= allowance("", replay.places[-1]).left
+    kept = kept or Kept()
 
     @torch.no_grad()
     def measure_with(batch_tokens: int) -> Floats:
@@ -70,29 +77,42 @@ def changed_losses(
                 pairs = zip(recordings, streams, strict=True)
                 return [recording.block(block, stream) for recording, stream in pairs]
 
-            known = finals.get(len(batches))
-            streams = known or [recording.entered for recording in recordings]
+            count = len(batches)
+            final = count, len(replay) - 1
+            streams = [recording.entered for recording in recordings]
             for _ in replay.store.sweep([EMBED]):
                 with _swapped(changed(embedding)):
                     others = [
                         replay.record(batch.input_ids).entered for batch in batches
                     ]
-            for i in map(int, replay.store.sweep(range(len(replay)))):
-                streams = known or run(i, streams)
-                if i not in removed:
+            start = 0
+            for i, key in sorted(known.items()):
+                if found := kept.find((count, key)):
+                    start, (others, _) = i, found
+            original = kept.original.get(final)
+            first = start if original else 0
+            for i in map(int, replay.store.sweep(range(first, len(replay)))):
+                streams = original or run(i, streams)
+                if i in known and i > start:
+                    kept.keep((count, known[i]), others)
+                if i >= start and i not in removed:
                     with _swapped(changed(replay.blocks[i])):
                         others = run(i, others)
                 bar.advance(1)
-            finals[len(batches)] = streams
+            kept.original[final] = streams
             for _ in replay.store.sweep([HEAD]):
                 new = changed(output)
                 ends = zip(batches, recordings, streams, others, strict=True)
-                for batch, recording, stream, other in ends:
-                    original = Comparison(head.logits(recording, stream, batch), batch)
+                for b, (batch, recording, stream, other) in enumerate(ends):
+                    reference = kept.logits.get((count, b)) or Comparison(
+                        head.logits(recording, stream, batch), batch
+                    )
+                    if with_logits:
+                        kept.logits[count, b] = reference
                     with _swapped(new):
                         changed_logits = head.logits(recording, other, batch)
-                        kl, _ = original.sum_samples(
-                            [original.compare(changed_logits)]
+                        kl, _ = reference.sum_samples(
+                            [reference.compare(changed_logits)]
                         )[:, 0]
                     check_finite(replay, batch, kl)
                     sums[batch.index.numpy()] = kl

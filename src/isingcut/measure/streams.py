@@ -3,7 +3,8 @@
 import itertools
 import math
 import operator
-from collections.abc import Iterator, Sequence
+from collections import OrderedDict
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,11 +16,50 @@ from isingcut.formats.architectures.blocks import blocks_in
 from isingcut.ising.states import Floats, States, blocks_of
 from isingcut.measure.splitting import chunks, split_to_fit
 from isingcut.measure.work import Work
+from isingcut.models.compute.head import Comparison
+from isingcut.models.device import allowance
 from isingcut.models.load import explain_nan
 from isingcut.models.replay import Replay, use_attention
 
 # Hidden states kept per micro-batch: before all blocks, and before and after one block.
 _STREAMS = 3
+
+
+class Kept:
+    """What patched states share on one text, by the number of its micro-batches.
+
+    Attributes:
+        original: the original's hidden states (B, T, D) after a block, in host memory.
+        logits: the original's logits of a micro-batch, on its device.
+    """
+
+    def __init__(self) -> None:
+        self.original = dict[tuple[int, int], list[Tensor]]()
+        self.logits = dict[tuple[int, int], Comparison]()
+        self._patched = OrderedDict[Hashable, tuple[list[Tensor], Any]]()
+
+    def keep(self, key: Hashable, streams: Sequence[Tensor], patch: Any = "") -> None:
+        """Keep hidden states behind some cuts, with the patch of the last one, in host memory.
+
+        Those not used for the longest time go when all take a quarter of the free memory.
+        """
+        host = torch.device("cpu")
+        self._patched[key] = [stream.to(host) for stream in streams], patch
+        each = [
+            sum(t.nbytes for t in (*own, *getattr(one, "parameters", {}).values()))
+            for own, one in self._patched.values()
+        ]
+        over = sum(each) - allowance("", host).left // 4
+        for size in each:
+            if over > 0:
+                self._patched.popitem(last=False)
+                over -= size
+
+    def find(self, key: Hashable) -> tuple[list[Tensor], Any] | None:
+        """Return what was kept for a key, or None."""
+        if key in self._patched:
+            self._patched.move_to_end(key)
+        return self._patched.get(key)
 
 
 def boundaries(

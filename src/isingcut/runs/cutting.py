@@ -37,13 +37,13 @@ from isingcut.healing.job import Job, check_training
 from isingcut.healing.repairs import registry
 from isingcut.healing.repairs.base import (
     CANNOT,
-    Kept,
     before_training,
     make_patches,
     patch_checkpoint,
     record_unpatched,
 )
 from isingcut.healing.work_folder import describe_options
+from isingcut.measure.streams import Kept
 from isingcut.models.load import (
     explain_unused,
     find_auto_class,

@@ -15,17 +15,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
-from torch import Tensor
 
 from isingcut.console.progress import Progress, silent
 from isingcut.data.tokens import TokenSet
 from isingcut.energies.search.proposals import Target, flip_each, list_exchanges
 from isingcut.files import states
-from isingcut.healing.repairs.base import Kept
+from isingcut.healing.patch.files import runs
 from isingcut.ising.problem import Problem
 from isingcut.ising.states import Bools, Floats, States, blocks_of, key_of
 from isingcut.measure.ledger import Ledger
 from isingcut.measure.packed import changed_losses
+from isingcut.measure.streams import Kept
 from isingcut.options.config import RunConfig
 from isingcut.report.words import join_blocks
 from isingcut.runs.cutting import fit_patch
@@ -88,13 +88,15 @@ def patched_losses(
         progress: display of one measurement.
         kept: as in `make_patches`, for the text of the fits.
     """
-    measured = dict[int, list[Tensor]]()
+    measured = Kept()
     work = dataclasses.replace(session.work(journal), progress=progress)
     ledger = Ledger(session.replay, text, work)
 
     def measure(removed: Sequence[int], kind: str, tokens: int) -> float:
         # With `--heal` a patch would be least-squares only, but a tuned one predicts the healing.
         trial = session.config.replace(patch=kind, patch_tokens=tokens, heal="")
+        cuts = runs(removed) if kind == "linear" else []
+        known = {last + 1: tuple(cuts[: k + 1]) for k, (_, last) in enumerate(cuts)}
 
         def make() -> Floats:
             with session.at(trial):
@@ -107,6 +109,7 @@ def patched_losses(
                 f"without {join_blocks(removed)}, patched",
                 removed,
                 measured,
+                known,
             )
 
         key = f"{list(removed)}:{kind}:{tokens}"
@@ -139,7 +142,7 @@ def search_patched(
     Complexity: about N + `MORE` states.
     """
     few = text.first(TOKENS)
-    patched_kl = patched_losses(session, folder, few, journal, silent, {})
+    patched_kl = patched_losses(session, folder, few, journal, silent, Kept())
     target = Target(session.config.removal, problem.constraints)
     states = dict[str, Bools]()
     kl = dict[str, float]()
@@ -175,7 +178,8 @@ def search_patched(
         moves = None
         while stalled < STALLED and len(kl) < problem.n + MORE:
             lowest = measure(centre)
-            for i in np.flatnonzero((guess()[:moves] ^ centre).any(0)):
+            # The last first, so that the blocks before it are still kept.
+            for i in np.flatnonzero((guess()[:moves] ^ centre).any(0))[::-1]:
                 effects[i] = measure(flip_each(centre)[i]) - lowest
             for state in guess()[:ROUND]:
                 measure(state)

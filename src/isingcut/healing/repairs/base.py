@@ -4,8 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import Tensor
-
 from isingcut.errors import ArchitectureError, FitError
 from isingcut.files.cuts import PatchRecord, UnpatchedCut
 from isingcut.formats.architectures.blocks import find_stack
@@ -18,12 +16,11 @@ from isingcut.healing.patch.files import (
     write_patched,
 )
 from isingcut.healing.repairs import registry
+from isingcut.measure.streams import Kept
 from isingcut.models.verify import verify
 
 CANNOT = (ArchitectureError, FitError)
 """Errors after which the patch is left out, unless an option requires it."""
-Kept = dict[tuple[int, int], list[Tensor]]
-"""Hidden states (B, T, D) of each micro-batch, in host memory, by their number and the block."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,8 +43,7 @@ def make_patches(
 
     Args:
         layers: the checkpoint to write the layers to; None: any layer may be patched.
-        kept: the original's hidden states of this text, to read and to add to; with those of an
-            earlier state, the original need not run again.
+        kept: what earlier states of this text computed, to read and to add to.
 
     Raises:
         ArchitectureError, FitError: no cut can be patched, with the reasons.

@@ -54,8 +54,9 @@ from isingcut.healing.patch.layers import (
     token_gains,
 )
 from isingcut.healing.patch.ridge import Moments, RidgeFit, Rows, bytes_of, fit_ridge
-from isingcut.healing.repairs.base import Kept, Repaired
+from isingcut.healing.repairs.base import Repaired
 from isingcut.measure.splitting import attempt, fewer_tokens_to_fit
+from isingcut.measure.streams import Kept
 from isingcut.measure.work import Work
 from isingcut.models.device import allowance
 from isingcut.models.replay import Replay
@@ -190,9 +191,26 @@ class _Fitting:
         self._original = [r.entered for r in self._recordings]
         self._patched = list(self._original)
         self._at = 0
+        self._cuts = tuple[tuple[int, int], ...]()
 
     def fit_cut(self, first: int, last: int) -> Patch | str:
         """Return the patch for removing blocks ``first`` to ``last``, or why there is none."""
+        self._cuts += ((first, last),)
+        key = len(self.batches), self._cuts
+        result: Patch | str
+        known = self.kept and self.kept.find(key)
+        if self.kept and known:
+            self._patched, result = known
+            self._original = self.kept.original[len(self.batches), last]
+        else:
+            result = self._fit_new(first, last)
+        if self.kept and not known:
+            self.kept.keep(key, self._patched, result)
+        self._at = last + 1
+        return result
+
+    def _fit_new(self, first: int, last: int) -> Patch | str:
+        """Run both models up to a cut, and fit its patch."""
         p = first - 1
         entered = self._patched
         for i in map(int, self.replay.store.sweep(range(self._at, last + 1))):
@@ -202,7 +220,6 @@ class _Fitting:
                 self._patched = self._after(i, self._patched)
             self._original = self._original_after(i)
             self.done(len(self.batches) * (1 + (i <= p)))
-        self._at = last + 1
         if p < 0:
             return (
                 "block 0 is removed, so no block before the first cut can absorb a patch; heal by "
@@ -376,10 +393,10 @@ class _Fitting:
         if self.kept is None:
             return self._after(i, self._original)
         key = len(self.batches), i
-        if key not in self.kept:
-            original = self._bring(i, self._original)
-            self.kept[key] = [after.cpu() for after in self._after(i, original)]
-        return self.kept[key]
+        if key not in self.kept.original:
+            after = self._after(i, self._bring(i, self._original))
+            self.kept.original[key] = [stream.cpu() for stream in after]
+        return self.kept.original[key]
 
     def _after(self, i: int, streams: Sequence[Tensor]) -> list[Tensor]:
         return [r.block(i, s) for r, s in zip(self._recordings, streams, strict=True)]

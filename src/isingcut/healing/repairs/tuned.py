@@ -36,9 +36,10 @@ from isingcut.healing.patch.files import (
     runs,
 )
 from isingcut.healing.patch.layers import list_linear_layers
-from isingcut.healing.repairs.base import Kept, Repaired
+from isingcut.healing.repairs.base import Repaired
 from isingcut.healing.repairs.linear import Linear
 from isingcut.measure.splitting import attempt, bytes_of_backward, fewer_tokens_to_fit
+from isingcut.measure.streams import Kept
 from isingcut.memory import raise_if_exhausted
 from isingcut.models.compute.divergence import divergence
 from isingcut.models.compute.head import (
