@@ -88,7 +88,9 @@ def changed_losses(
             start = 0
             for i, key in sorted(known.items()):
                 if found := kept.find((count, key)):
-                    start, (others, _) = i, found
+                    start, (own, _) = i, found
+                    pairs = zip(recordings, own, strict=True)
+                    others = [r.move_to_block(i, stream) for r, stream in pairs]
             original = kept.original.get(final)
             first = start if original else 0
             for i in map(int, replay.store.sweep(range(first, len(replay)))):

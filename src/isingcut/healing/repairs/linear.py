@@ -200,7 +200,8 @@ class _Fitting:
         result: Patch | str
         known = self.kept and self.kept.find(key)
         if self.kept and known:
-            self._patched, result = known
+            streams, result = known
+            self._patched = self._bring(last, streams)
             self._original = self.kept.original[len(self.batches), last]
         else:
             result = self._fit_new(first, last)
