@@ -46,7 +46,7 @@ from isingcut.models.compute.head import (
     split_predictions,
     sum_losses,
 )
-from isingcut.models.device import allowance, least_left
+from isingcut.models.device import allowance, least_left, synchronise
 from isingcut.models.replay import Recording, Replay
 
 __all__ = ["Tuned"]
@@ -58,7 +58,8 @@ SHARES = (1.0, 0.5, 0.25)
 STEP_TOKENS = 512
 """Approximate predictions per optimiser step; at least one sample."""
 BYTES = 16
-"""Host memory per tuned parameter, in bytes: weight, gradient, two moments."""
+"""Memory per tuned parameter, in bytes, where it is optimised: weight, gradient and two moments in
+float32. Besides, the model has a copy in its dtype, and the host memory for copying this one."""
 RATE = 0.003
 WIDTH = 576
 """Largest change of a weight per step, relative to the root mean square of its layer's weights, for
@@ -94,13 +95,15 @@ class Tuned:
             shares = ()
         linear = Linear().patch(job, tokens, layers, kept)
         longest = int(tokens.mask.sum(1).max())
+        # On a card a whole step at a time, so that gradients are moved once.
+        most = STEP_TOKENS * (1 if limit.device.type == "cpu" else 2)
         for share in shares:
 
             def tune_with(count: int, share: float = share) -> Any:
                 given = (job, tokens, held_out, linear.patches, layers)
                 return tune(*given, at_a_time=count, share=share)
 
-            fewer = partial(fewer_tokens_to_fit, limit, STEP_TOKENS, longest, tune_with)
+            fewer = partial(fewer_tokens_to_fit, limit, most, longest, tune_with)
             try:
                 made = attempt(fewer, True)
             except FitError as e:
@@ -139,16 +142,16 @@ def tune(
     patches: Sequence[Patch],
     stored: StoredLayers | None = None,
     *,
-    at_a_time: int = STEP_TOKENS,
+    at_a_time: int = 2 * STEP_TOKENS,
     share: float = 1.0,
 ) -> tuple[list[Patch], PatchTuning]:
     """Tune fitted patches on the loss.
 
     Cost: one pass of the original over the tokens, and one forward and backward pass of the patched
-    model from the first cut on. Memory: `BYTES` of the host per tuned number; on the device
-    a copy of the layers, a gradient, the hidden states of all tokens twice, and the activations of
-    one micro-batch. If memory does not suffice for all linear layers, those whose output is as
-    wide as the stream come first.
+    model from the first cut on. Memory: on the device a copy of the layers, a gradient, the hidden
+    states of all tokens twice, and the activations of one micro-batch; and there or on the host
+    `BYTES` per tuned number. If memory does not suffice for all linear layers, those whose output
+    is as wide as the stream come first.
 
     Args:
         job: the cut; its original model must be in memory.
@@ -167,7 +170,6 @@ def tune(
     """
     replay = job.teacher.replay
     removed = job.removed
-    together = min(job.config.batch_tokens, STEP_TOKENS)
     neighbours = {b for a, z in runs(removed) for b in (a - 1, z + 1)}
     adjacent = sorted(neighbours & {*range(len(replay))} - {*removed})
     # Rather fewer tokens at a time than fewer layers, but at least the longest sample.
@@ -175,13 +177,19 @@ def tune(
     wanted = sum(p.nbytes for i in adjacent for p in replay.blocks[i].parameters())
     wanted += 2 * replay.bytes_per_token * tokens.tokens
     room = share * least_left(replay.places) - wanted
-    at_a_time = min(at_a_time, int(room // max(1, each)))
+    batch_tokens = job.config.batch_tokens
+    at_a_time = min(at_a_time, batch_tokens, int(room // max(1, each)))
     at_a_time = max(at_a_time, int(tokens.mask.sum(1).max()))
-    splits = [
-        [group.batches(at_a_time) for group in part.batches(together)]
-        for part in (tokens, held_out)
-    ]
-    count = sum(len(group) for split in splits for group in split)
+    groups = tokens.batches(min(batch_tokens, STEP_TOKENS))
+    steps = min(len(groups), max(1, round(tokens.tokens / STEP_TOKENS)))
+    order = torch.randperm(len(groups), generator=torch.Generator().manual_seed(0))
+    splits = list[list[TokenSet]]()
+    for taken in range(steps):
+        rows = torch.cat([groups[group].index for group in order[taken::steps]])
+        splits.append(tokens.select(rows).batches(at_a_time))
+    # Without a gradient, these take little memory.
+    splits.append(held_out.batches(batch_tokens))
+    count = sum(map(len, splits))
     # Not inference mode, because the recording takes part in the backward pass.
     with torch.no_grad(), job.progress("reading the text of the patch", count) as bar:
 
@@ -189,9 +197,8 @@ def tune(
             bar.advance(1)
             return _Batch.read(replay, batch, removed, adjacent[0])
 
-        train, held = ([[*map(read, group)] for group in split] for split in splits)
+        *train, validation = ([*map(read, split)] for split in splits)
         linear = _list_layers(train[0][0].call, adjacent)
-    validation = [batch for group in held for batch in group]
     fitted = {(p.block, p.path): p for p in patches}
     # A tuned float8 layer would be stored as bfloat16, so tune it only if it is patched already.
     usable = [
@@ -201,20 +208,21 @@ def tune(
         and not find_obstacle(replay, stored, *one[:3])
     ]
     layers = choose_layers(usable, at_a_time * each, share)
+    sent = dict[Any, Tensor]()
     tuned = {
-        (b, path): _copy_layer(b, path, module, fitted.get((b, path)))
-        for b, path, module in layers
+        (b, path): _copy_layer(b, path, module, place, sent, fitted.get((b, path)))
+        for b, path, module, place in layers
     }
     weights = [tuple(p.parameters["weight"] for p in pair) for pair in tuned.values()]
     suffix = [i for i in range(adjacent[0], len(replay)) if i not in set(removed)]
-    steps = min(len(train), max(1, round(tokens.tokens / STEP_TOKENS)))
-    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
     rate = RATE * min(1.0, WIDTH / train[0][0].entered.shape[-1])
-    groups = [
+    rates = [
         {"params": [own], "lr": rate * float(own.detach().square().mean().sqrt())}
         for own, _ in weights
     ]
-    optimiser = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.99), weight_decay=0.0)
+    optimiser = torch.optim.AdamW(
+        rates, lr=rate, betas=(0.9, 0.99), weight_decay=0.0, fused=True
+    )
 
     def factor(taken: int) -> float:
         """Return the share of the learning rate: four warm-up steps, and a cosine."""
@@ -228,16 +236,21 @@ def tune(
         job.progress("tuning the patch", steps) as bar,
     ):
         kl = [_measure_kl(validation, suffix)]
-        for taken in range(steps):
-            for group in order[taken::steps].tolist():
-                for batch in train[group]:
-                    batch.backward(suffix)
+        for batches in train:
+            for batch in batches:
+                batch.backward(suffix)
+                if sent:
+                    synchronise(*replay.places)
+                for own, gradient in sent.items():
+                    own.grad += gradient
             optimiser.step()
             schedule.step()
             with torch.no_grad():
                 for own, used in weights:
-                    used.copy_(own)
-            optimiser.zero_grad()
+                    # From the pinned memory that the gradient came in.
+                    new = sent.get(own, own).copy_(own)
+                    used.copy_(new, non_blocking=True)
+            optimiser.zero_grad(set_to_none=False)
             bar.advance(1)
         kl.append(_measure_kl(validation, suffix))
     if not kl[-1] < kl[0]:
@@ -250,16 +263,20 @@ def tune(
         held_out_predictions=held_out.tokens,
         held_out_kl=kl,
     )
-    for own, _ in weights:
-        own.requires_grad_(False)
     patches = [p for p in patches if (p.block, p.path) not in tuned]
-    return [*patches, *(own for own, _ in tuned.values())], record
+    for patch, _ in tuned.values():
+        patch.parameters["weight"] = patch.parameters["weight"].detach().cpu()
+        patches.append(patch)
+    return patches, record
 
 
 def choose_layers(
     layers: Sequence[tuple[int, str, Any, bool]], beside: int, share: float = 1.0
-) -> list[tuple[int, str, Any]]:
-    """Return the layers that memory suffices for; those as wide as the stream come first.
+) -> list[tuple[int, str, Any, torch.device]]:
+    """Return the layers that memory suffices for, each with the place of its optimiser's state: its
+    device where that has room beside the copies of all, else the host.
+
+    Layers that are as wide as the stream come first.
 
     Args:
         layers: block, path, module, and whether the layer is as wide as the stream.
@@ -279,36 +296,51 @@ def choose_layers(
     homes = {module.weight.device for _, _, module, _ in layers}
     room = {home: share * allowance("", home).left - beside for home in homes}
     room[host] = share * allowance("", host).left
-    chosen = list[tuple[int, str, Any, bool]]()
+    spare = room.copy()
+    for _, _, module, _ in layers:
+        spare[module.weight.device] -= module.weight.nbytes
+    places = dict[tuple[int, str, Any, bool], torch.device]()
     for layer in sorted(layers, key=lambda one: not one[3]):
         weight = layer[2].weight
-        needed = {weight.device: weight.nbytes, host: BYTES * weight.numel()}
-        short = [place for place, size in needed.items() if size > room[place]]
+        state = BYTES * weight.numel()
+        place = weight.device if state <= spare[weight.device] else host
+        # In float32 the model uses the weight that is optimised.
+        copied = place != weight.device or weight.dtype != torch.float32
+        needed = dict.fromkeys((weight.device, place), copied * weight.nbytes)
+        needed[place] += state
+        short = [device for device, size in needed.items() if size > room[device]]
         if not short:
-            chosen.append(layer)
-            for place, size in needed.items():
-                room[place] -= size
-    if not chosen:
+            places[layer] = place
+            spare[place] -= state
+            for device, size in needed.items():
+                room[device] -= size
+    if not places:
         (*_, place) = short
         raise FitError(
             f"tuning a layer needs {needed[place] / 1e9:.1f} GB of "
             f"{'host memory' if place == host else place}, but {room[place] / 1e9:.1f} GB are free"
         )
-    return [layer[:3] for layer in layers if layer in chosen]
+    return [(*layer[:3], places[layer]) for layer in layers if layer in places]
 
 
 def _copy_layer(
-    block: int, path: str, module: Any, fitted: Patch | None
+    block: int,
+    path: str,
+    module: Any,
+    place: torch.device,
+    sent: dict[Any, Tensor],
+    fitted: Patch | None,
 ) -> tuple[Patch, Patch]:
-    """Return a layer to tune twice: with its float32 weight on the CPU, which the optimiser
+    """Return a layer to tune twice: with its float32 weight on ``place``, which the optimiser
     updates, and with a copy in the layer's dtype on its device, which the model uses."""
     start = dict(module.named_parameters(recurse=False))
     start |= fitted.parameters if fitted else {}
     start = {name: value.detach().cpu() for name, value in start.items()}
-    weight = nn.Parameter(start["weight"].float().clone())
+    weight = nn.Parameter(start["weight"].to(place, torch.float32, copy=True))
+    weight.grad = torch.zeros_like(weight)
     copy = nn.Parameter(weight.detach().to(module.weight))
     # At once, so that the device never has the gradients of all layers.
-    collect = partial(_collect, weight)
+    collect = partial(_collect, weight, sent)
     copy.register_post_accumulate_grad_hook(collect)  # type: ignore[no-untyped-call]
     record = fitted.record if fitted else PatchedCut(block=block, layer=path)
     own, used = (
@@ -317,12 +349,15 @@ def _copy_layer(
     return own, used
 
 
-def _collect(weight: Tensor, used: Tensor) -> None:
-    """Move the gradient of one micro-batch from a copy to its weight, and add it there."""
-    assert used.grad is not None
-    gradient = used.grad.cpu().float()
+def _collect(weight: Any, sent: dict[Any, Tensor], used: Any) -> None:
+    """Add the gradient of one micro-batch from a copy to its weight, or send it to the host."""
+    # To pinned memory, while the backward pass goes on.
+    gradient = used.grad.to(weight.device, non_blocking=True)
     used.grad = None
-    weight.grad = gradient if weight.grad is None else weight.grad + gradient
+    if weight.device == used.device:
+        weight.grad += gradient
+    else:
+        sent[weight] = gradient
 
 
 def _list_layers(
