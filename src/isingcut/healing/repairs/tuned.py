@@ -57,9 +57,9 @@ SHARES = (1.0, 0.5, 0.25)
 """Shares of the free memory that tuning uses, each after the one before was too large."""
 STEP_TOKENS = 512
 """Approximate predictions per optimiser step; at least one sample."""
-BYTES = 16
+BYTES = 18
 """Memory per tuned parameter, in bytes, where it is optimised: weight, gradient and two moments in
-float32. Besides, the model has a copy in its dtype, and the host memory for copying this one."""
+float32, and the model's copy in bfloat16, or on the host a gradient that arrived."""
 RATE = 0.003
 WIDTH = 576
 """Largest change of a weight per step, relative to the root mean square of its layer's weights, for
@@ -142,7 +142,7 @@ def tune(
     patches: Sequence[Patch],
     stored: StoredLayers | None = None,
     *,
-    at_a_time: int = 2 * STEP_TOKENS,
+    at_a_time: int = STEP_TOKENS,
     share: float = 1.0,
 ) -> tuple[list[Patch], PatchTuning]:
     """Tune fitted patches on the loss.
@@ -183,11 +183,12 @@ def tune(
     groups = tokens.batches(min(batch_tokens, STEP_TOKENS))
     steps = min(len(groups), max(1, round(tokens.tokens / STEP_TOKENS)))
     order = torch.randperm(len(groups), generator=torch.Generator().manual_seed(0))
-    splits = list[list[TokenSet]]()
-    for taken in range(steps):
-        rows = torch.cat([groups[group].index for group in order[taken::steps]])
-        splits.append(tokens.select(rows).batches(at_a_time))
-    # Without a gradient, these take little memory.
+    rows = [
+        torch.cat([groups[i].index for i in order[taken::steps]])
+        for taken in range(steps)
+    ]
+    splits = [tokens.select(step).batches(at_a_time) for step in rows]
+    # Without a gradient, more tokens take no more memory.
     splits.append(held_out.batches(batch_tokens))
     count = sum(map(len, splits))
     # Not inference mode, because the recording takes part in the backward pass.
@@ -248,8 +249,7 @@ def tune(
             with torch.no_grad():
                 for own, used in weights:
                     # From the pinned memory that the gradient came in.
-                    new = sent.get(own, own).copy_(own)
-                    used.copy_(new, non_blocking=True)
+                    used.copy_(sent.get(own, own).copy_(own), non_blocking=True)
             optimiser.zero_grad(set_to_none=False)
             bar.advance(1)
         kl.append(_measure_kl(validation, suffix))
@@ -304,10 +304,7 @@ def choose_layers(
         weight = layer[2].weight
         state = BYTES * weight.numel()
         place = weight.device if state <= spare[weight.device] else host
-        # In float32 the model uses the weight that is optimised.
-        copied = place != weight.device or weight.dtype != torch.float32
-        needed = dict.fromkeys((weight.device, place), copied * weight.nbytes)
-        needed[place] += state
+        needed = {weight.device: weight.nbytes, place: state}
         short = [device for device, size in needed.items() if size > room[device]]
         if not short:
             places[layer] = place
