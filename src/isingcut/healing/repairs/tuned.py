@@ -96,7 +96,7 @@ class Tuned:
         linear = Linear().patch(job, tokens, layers, kept)
         longest = int(tokens.mask.sum(1).max())
         # On a card a whole step at a time, so that gradients are moved once.
-        most = STEP_TOKENS * (1 if limit.device.type == "cpu" else 2)
+        most = STEP_TOKENS if limit.device.type == "cpu" else 2 * STEP_TOKENS
         for share in shares:
 
             def tune_with(count: int, share: float = share) -> Any:
@@ -183,15 +183,16 @@ def tune(
     groups = tokens.batches(min(batch_tokens, STEP_TOKENS))
     steps = min(len(groups), max(1, round(tokens.tokens / STEP_TOKENS)))
     order = torch.randperm(len(groups), generator=torch.Generator().manual_seed(0))
-    rows = [
-        torch.cat([groups[i].index for i in order[taken::steps]])
+    splits = [
+        tokens.select(
+            torch.cat([groups[i].index for i in order[taken::steps]])
+        ).batches(at_a_time)
         for taken in range(steps)
     ]
-    splits = [tokens.select(step).batches(at_a_time) for step in rows]
     # Without a gradient, more tokens take no more memory.
     splits.append(held_out.batches(batch_tokens))
-    count = sum(map(len, splits))
     # Not inference mode, because the recording takes part in the backward pass.
+    count = sum(map(len, splits))
     with torch.no_grad(), job.progress("reading the text of the patch", count) as bar:
 
         def read(batch: TokenSet) -> _Batch:
@@ -209,12 +210,16 @@ def tune(
         and not find_obstacle(replay, stored, *one[:3])
     ]
     layers = choose_layers(usable, at_a_time * each, share)
-    sent = dict[Any, Tensor]()
     tuned = {
-        (b, path): _copy_layer(b, path, module, place, sent, fitted.get((b, path)))
+        (b, path): _copy_layer(b, path, module, place, fitted.get((b, path)))
         for b, path, module, place in layers
     }
-    weights = [tuple(p.parameters["weight"] for p in pair) for pair in tuned.values()]
+    weights = [(own, used.parameters["weight"]) for own, used in tuned.values()]
+    sent = dict[Any, Tensor]()
+    for own, used in weights:
+        used.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
+            partial(_collect, own, sent)
+        )
     suffix = [i for i in range(adjacent[0], len(replay)) if i not in set(removed)]
     rate = RATE * min(1.0, WIDTH / train[0][0].entered.shape[-1])
     rates = [
@@ -264,8 +269,8 @@ def tune(
         held_out_kl=kl,
     )
     patches = [p for p in patches if (p.block, p.path) not in tuned]
-    for patch, _ in tuned.values():
-        patch.parameters["weight"] = patch.parameters["weight"].detach().cpu()
+    for own, patch in tuned.values():
+        patch.parameters["weight"] = own.detach().cpu()
         patches.append(patch)
     return patches, record
 
@@ -273,10 +278,8 @@ def tune(
 def choose_layers(
     layers: Sequence[tuple[int, str, Any, bool]], beside: int, share: float = 1.0
 ) -> list[tuple[int, str, Any, torch.device]]:
-    """Return the layers that memory suffices for, each with the place of its optimiser's state: its
-    device where that has room beside the copies of all, else the host.
-
-    Layers that are as wide as the stream come first.
+    """Return the layers that memory suffices for, those as wide as the stream first, each with the
+    place of its optimiser's state: its device if there is room beside all copies, else the host.
 
     Args:
         layers: block, path, module, and whether the layer is as wide as the stream.
@@ -293,13 +296,15 @@ def choose_layers(
     # One gradient is on the device at a time.
     beside += max(module.weight.nbytes for _, _, module, _ in layers)
     host = torch.device("cpu")
-    homes = {module.weight.device for _, _, module, _ in layers}
-    room = {home: share * allowance("", home).left - beside for home in homes}
+    room = {
+        home: share * allowance("", home).left - beside
+        for home in {module.weight.device for _, _, module, _ in layers}
+    }
     room[host] = share * allowance("", host).left
     spare = room.copy()
     for _, _, module, _ in layers:
         spare[module.weight.device] -= module.weight.nbytes
-    places = dict[tuple[int, str, Any, bool], torch.device]()
+    chosen = list[tuple[int, str, Any, torch.device]]()
     for layer in sorted(layers, key=lambda one: not one[3]):
         weight = layer[2].weight
         state = BYTES * weight.numel()
@@ -307,48 +312,37 @@ def choose_layers(
         needed = {weight.device: weight.nbytes, place: state}
         short = [device for device, size in needed.items() if size > room[device]]
         if not short:
-            places[layer] = place
+            chosen.append((*layer[:3], place))
             spare[place] -= state
             for device, size in needed.items():
                 room[device] -= size
-    if not places:
+    if not chosen:
         (*_, place) = short
         raise FitError(
             f"tuning a layer needs {needed[place] / 1e9:.1f} GB of "
             f"{'host memory' if place == host else place}, but {room[place] / 1e9:.1f} GB are free"
         )
-    return [(*layer[:3], places[layer]) for layer in layers if layer in places]
+    return chosen
 
 
 def _copy_layer(
-    block: int,
-    path: str,
-    module: Any,
-    place: torch.device,
-    sent: dict[Any, Tensor],
-    fitted: Patch | None,
-) -> tuple[Patch, Patch]:
-    """Return a layer to tune twice: with its float32 weight on ``place``, which the optimiser
-    updates, and with a copy in the layer's dtype on its device, which the model uses."""
+    block: int, path: str, module: Any, place: torch.device, fitted: Patch | None
+) -> tuple[nn.Parameter, Patch]:
+    """Return the float32 weight of a layer on ``place``, which the optimiser updates, and a patch
+    with a copy in the layer's dtype on its device, which the model uses."""
     start = dict(module.named_parameters(recurse=False))
     start |= fitted.parameters if fitted else {}
     start = {name: value.detach().cpu() for name, value in start.items()}
     weight = nn.Parameter(start["weight"].to(place, torch.float32, copy=True))
     weight.grad = torch.zeros_like(weight)
     copy = nn.Parameter(weight.detach().to(module.weight))
-    # At once, so that the device never has the gradients of all layers.
-    collect = partial(_collect, weight, sent)
-    copy.register_post_accumulate_grad_hook(collect)  # type: ignore[no-untyped-call]
     record = fitted.record if fitted else PatchedCut(block=block, layer=path)
-    own, used = (
-        Patch(block, path, {**start, "weight": one}, record) for one in (weight, copy)
-    )
-    return own, used
+    return weight, Patch(block, path, {**start, "weight": copy}, record)
 
 
 def _collect(weight: Any, sent: dict[Any, Tensor], used: Any) -> None:
     """Add the gradient of one micro-batch from a copy to its weight, or send it to the host."""
-    # To pinned memory, while the backward pass goes on.
+    # At once, so that the device never has the gradients of all layers; to pinned memory.
     gradient = used.grad.to(weight.device, non_blocking=True)
     used.grad = None
     if weight.device == used.device:
