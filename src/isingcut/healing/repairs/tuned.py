@@ -183,11 +183,13 @@ def tune(
     groups = tokens.batches(min(batch_tokens, STEP_TOKENS))
     steps = min(len(groups), max(1, round(tokens.tokens / STEP_TOKENS)))
     order = torch.randperm(len(groups), generator=torch.Generator().manual_seed(0))
-    splits = [
-        tokens.select(
-            torch.cat([groups[i].index for i in order[taken::steps]])
-        ).batches(at_a_time)
+    texts = [
+        tokens.select(torch.cat([groups[i].index for i in order[taken::steps]]))
         for taken in range(steps)
+    ]
+    splits = [
+        [text] if text.positions <= at_a_time else text.batches(at_a_time)
+        for text in texts
     ]
     # Without a gradient, more tokens take no more memory.
     splits.append(held_out.batches(batch_tokens))
@@ -210,10 +212,7 @@ def tune(
         and not find_obstacle(replay, stored, *one[:3])
     ]
     layers = choose_layers(usable, at_a_time * each, share)
-    tuned = {
-        (b, path): _copy_layer(b, path, module, place, fitted.get((b, path)))
-        for b, path, module, place in layers
-    }
+    tuned = {layer[:2]: _copy_layer(*layer, fitted.get(layer[:2])) for layer in layers}
     weights = [(own, used.parameters["weight"]) for own, used in tuned.values()]
     sent = dict[Any, Tensor]()
     for own, used in weights:
@@ -294,16 +293,17 @@ def choose_layers(
             "the blocks next to the cuts have no linear layer that can be tuned"
         )
     # One gradient is on the device at a time.
-    beside += max(module.weight.nbytes for _, _, module, _ in layers)
+    weights = [module.weight for _, _, module, _ in layers]
+    beside += max(weight.nbytes for weight in weights)
     host = torch.device("cpu")
     room = {
         home: share * allowance("", home).left - beside
-        for home in {module.weight.device for _, _, module, _ in layers}
+        for home in {weight.device for weight in weights}
     }
     room[host] = share * allowance("", host).left
     spare = room.copy()
-    for _, _, module, _ in layers:
-        spare[module.weight.device] -= module.weight.nbytes
+    for weight in weights:
+        spare[weight.device] -= weight.nbytes
     chosen = list[tuple[int, str, Any, torch.device]]()
     for layer in sorted(layers, key=lambda one: not one[3]):
         weight = layer[2].weight
@@ -317,7 +317,7 @@ def choose_layers(
             for device, size in needed.items():
                 room[device] -= size
     if not chosen:
-        (*_, place) = short
+        place = short[-1]
         raise FitError(
             f"tuning a layer needs {needed[place] / 1e9:.1f} GB of "
             f"{'host memory' if place == host else place}, but {room[place] / 1e9:.1f} GB are free"
