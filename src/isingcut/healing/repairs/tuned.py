@@ -94,7 +94,7 @@ class Tuned:
             why = str(e)
             shares = ()
         linear = Linear().patch(job, tokens, layers, kept)
-        longest = int(tokens.mask.sum(1).max())
+        longest = tokens.input_ids.shape[1]
         # On a card a whole step at a time, so that gradients are moved once.
         most = STEP_TOKENS if limit.device.type == "cpu" else 2 * STEP_TOKENS
         for share in shares:
@@ -178,15 +178,15 @@ def tune(
     wanted += 2 * replay.bytes_per_token * tokens.tokens
     room = share * least_left(replay.places) - wanted
     batch_tokens = job.config.batch_tokens
-    at_a_time = min(at_a_time, batch_tokens, int(room // max(1, each)))
-    at_a_time = max(at_a_time, int(tokens.mask.sum(1).max()))
+    at_a_time = min(at_a_time, batch_tokens, int(room // each))
+    at_a_time = max(at_a_time, tokens.input_ids.shape[1])
     groups = tokens.batches(min(batch_tokens, STEP_TOKENS))
     steps = min(len(groups), max(1, round(tokens.tokens / STEP_TOKENS)))
     order = torch.randperm(len(groups), generator=torch.Generator().manual_seed(0))
-    texts = [
+    texts = (
         tokens.select(torch.cat([groups[i].index for i in order[taken::steps]]))
         for taken in range(steps)
-    ]
+    )
     splits = [
         [text] if text.positions <= at_a_time else text.batches(at_a_time)
         for text in texts
@@ -219,7 +219,7 @@ def tune(
         used.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
             partial(_collect, own, sent)
         )
-    suffix = [i for i in range(adjacent[0], len(replay)) if i not in set(removed)]
+    suffix = sorted({*range(adjacent[0], len(replay))} - {*removed})
     rate = RATE * min(1.0, WIDTH / train[0][0].entered.shape[-1])
     rates = [
         {"params": [own], "lr": rate * float(own.detach().square().mean().sqrt())}
@@ -247,17 +247,17 @@ def tune(
                 if sent:
                     synchronise(*replay.places)
                 for own, gradient in sent.items():
-                    own.grad += gradient
+                    _add(own, gradient)
             optimiser.step()
             schedule.step()
             with torch.no_grad():
                 for own, used in weights:
                     # From the pinned memory that the gradient came in.
                     used.copy_(sent.get(own, own).copy_(own), non_blocking=True)
-            optimiser.zero_grad(set_to_none=False)
+            optimiser.zero_grad()
             bar.advance(1)
         kl.append(_measure_kl(validation, suffix))
-    if not kl[-1] < kl[0]:
+    if not kl[1] < kl[0]:
         tuned = {}
     record = PatchTuning(
         layers=[TunedLayer(block=block, layer=path) for block, path in tuned],
@@ -304,12 +304,13 @@ def choose_layers(
     spare = room.copy()
     for weight in weights:
         spare[weight.device] -= weight.nbytes
-    chosen = list[tuple[int, str, Any, torch.device]]()
+    chosen = []
     for layer in sorted(layers, key=lambda one: not one[3]):
         weight = layer[2].weight
         state = BYTES * weight.numel()
-        place = weight.device if state <= spare[weight.device] else host
-        needed = {weight.device: weight.nbytes, place: state}
+        home = weight.device
+        place = home if state <= spare[home] else host
+        needed = {home: weight.nbytes, place: state}
         short = [device for device, size in needed.items() if size > room[device]]
         if not short:
             chosen.append((*layer[:3], place))
@@ -334,7 +335,6 @@ def _copy_layer(
     start |= fitted.parameters if fitted else {}
     start = {name: value.detach().cpu() for name, value in start.items()}
     weight = nn.Parameter(start["weight"].to(place, torch.float32, copy=True))
-    weight.grad = torch.zeros_like(weight)
     copy = nn.Parameter(weight.detach().to(module.weight))
     record = fitted.record if fitted else PatchedCut(block=block, layer=path)
     return weight, Patch(block, path, {**start, "weight": copy}, record)
@@ -346,9 +346,17 @@ def _collect(weight: Any, sent: dict[Any, Tensor], used: Any) -> None:
     gradient = used.grad.to(weight.device, non_blocking=True)
     used.grad = None
     if weight.device == used.device:
-        weight.grad += gradient
+        _add(weight, gradient)
     else:
         sent[weight] = gradient
+
+
+def _add(weight: Any, gradient: Tensor) -> None:
+    """Add the gradient of one micro-batch to those before."""
+    if weight.grad is None:
+        weight.grad = gradient.float()
+    else:
+        weight.grad += gradient
 
 
 def _list_layers(
