@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import cards
 from cards import fake_cards
 from isingcut.healing.job import Job
 from isingcut.healing.patch.files import apply_patches
@@ -108,6 +109,15 @@ def test_where_memory_is_short_the_layers_that_write_are_tuned_alone(stub):
     assert not {"mlp.up_proj", "mlp.gate_proj"} & paths
 
 
+def limit(monkeypatch, stub, left):
+    """Limit the memory of a card for tuning, without what a micro-batch takes."""
+    room = {"cpu": 1e9, "lazy": left}
+    stub(tuning, "bytes_of_backward", 1)
+    monkeypatch.setattr(
+        tuning, "allowance", lambda limit, device: Allowance(room[device.type], 0)
+    )
+
+
 def test_a_card_without_room_for_all_layers_tunes_those_that_write_first(
     monkeypatch, stub
 ):
@@ -116,11 +126,7 @@ def test_a_card_without_room_for_all_layers_tunes_those_that_write_first(
         model = tiny_model("llama").to(card.device)
         whole = tuned(model, text).record
         gradient = model.model.layers[1].mlp.down_proj.weight.nbytes
-        room = {"cpu": 1 << 30, "lazy": gradient + 40_000}
-        stub(tuning, "bytes_of_backward", 0)
-        monkeypatch.setattr(
-            tuning, "allowance", lambda limit, device: Allowance(room[device.type], 0)
-        )
+        limit(monkeypatch, stub, gradient + 40_000)
         found = tuned(model, text).record
     layers = {(one.block, one.layer) for one in found.layers}
     assert whole.of == 0
@@ -129,6 +135,36 @@ def test_a_card_without_room_for_all_layers_tunes_those_that_write_first(
     wide = ("self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj")
     assert {(block, path) for block in (1, 4) for path in wide} <= layers
     assert found.held_out_kl[1] < found.held_out_kl[0]
+
+
+@parametrize("spare, copies", [(1e9, 0), (96, 2)])
+def test_a_step_moves_gradients_and_weights_once_or_not(
+    monkeypatch, stub, spy, spare, copies
+):
+    moved = spy(
+        cards,
+        "_run",
+        lambda out, func, args, _: sum(
+            x.nbytes
+            for x in args[:2]
+            if func.overloadpacket in cards._COPIES and x.device != out.device
+        ),
+    )
+    monkeypatch.setattr(tuning, "STEP_TOKENS", 64)
+    monkeypatch.setattr(tuning, "_measure_kl", lambda *_: -sum(moved))
+    with fake_cards() as (card,):
+        model = tiny_model("llama").to(card.device, torch.bfloat16)
+        sizes = [
+            p.nbytes
+            for i in (1, 4)
+            for p in model.model.layers[i].parameters()
+            if p.ndim == 2
+        ]
+        limit(monkeypatch, stub, sum(sizes) + max(sizes) + spare)
+        record = tuned(model, tokens(16)).record
+    begin, end = record.held_out_kl
+    assert record.of == 0
+    assert begin - end == copies * record.steps * sum(sizes)
 
 
 def test_three_samples_are_too_few():

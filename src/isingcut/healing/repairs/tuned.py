@@ -47,7 +47,7 @@ from isingcut.models.compute.head import (
     split_predictions,
     sum_losses,
 )
-from isingcut.models.device import allowance, least_left
+from isingcut.models.device import allowance, least_left, synchronise
 from isingcut.models.replay import Recording, Replay
 
 __all__ = ["Tuned"]
@@ -58,8 +58,9 @@ SHARES = (1.0, 0.5, 0.25)
 """Shares of the free memory that tuning uses, each after the one before was too large."""
 STEP_TOKENS = 512
 """Approximate predictions per optimiser step; at least one sample."""
-BYTES = 16
-"""Host memory per tuned parameter, in bytes: weight, gradient, two moments."""
+BYTES = 18
+"""Memory per tuned parameter, in bytes, where it is optimised: weight, gradient and two moments in
+float32, and the model's copy in bfloat16, or on the host a gradient that arrived."""
 RATE = 0.003
 WIDTH = 576
 """Largest change of a weight per step, relative to the root mean square of its layer's weights, for
@@ -94,14 +95,16 @@ class Tuned:
             why = str(e)
             shares = ()
         linear = Linear().patch(job, tokens, layers, kept)
-        longest = int(tokens.mask.sum(1).max())
+        longest = tokens.input_ids.shape[1]
+        # On a card a whole step at a time, so that gradients are moved once.
+        most = STEP_TOKENS if limit.device.type == "cpu" else 2 * STEP_TOKENS
         for share in shares:
 
             def tune_with(count: int, share: float = share) -> Any:
                 given = (job, tokens, held_out, linear.patches, layers)
                 return tune(*given, at_a_time=count, share=share)
 
-            fewer = partial(fewer_tokens_to_fit, limit, STEP_TOKENS, longest, tune_with)
+            fewer = partial(fewer_tokens_to_fit, limit, most, longest, tune_with)
             try:
                 made = attempt(fewer, True)
             except FitError as e:
@@ -146,10 +149,10 @@ def tune(
     """Tune fitted patches on the loss.
 
     Cost: one pass of the original over the tokens, and one forward and backward pass of the patched
-    model from the first cut on. Memory: `BYTES` of the host per tuned number; on the device
-    a copy of the layers, a gradient, the hidden states of all tokens twice, and the activations of
-    one micro-batch. If memory does not suffice for all linear layers, those whose output is as
-    wide as the stream come first.
+    model from the first cut on. Memory: on the device a copy of the layers, a gradient, the hidden
+    states of all tokens twice, and the activations of one micro-batch; and there or on the host
+    `BYTES` per tuned number. If memory does not suffice for all linear layers, those whose output
+    is as wide as the stream come first.
 
     Args:
         job: the cut; its original model must be in memory.
@@ -168,7 +171,6 @@ def tune(
     """
     replay = job.teacher.replay
     removed = job.removed
-    together = min(job.config.batch_tokens, STEP_TOKENS)
     neighbours = {b for a, z in runs(removed) for b in (a - 1, z + 1)}
     adjacent = sorted(neighbours & {*range(len(replay))} - {*removed})
     # Rather fewer tokens at a time than fewer layers, but at least the longest sample.
@@ -176,23 +178,32 @@ def tune(
     wanted = sum(p.nbytes for i in adjacent for p in replay.blocks[i].parameters())
     wanted += 2 * replay.bytes_per_token * tokens.tokens
     room = share * least_left(replay.places) - wanted
-    at_a_time = min(at_a_time, int(room // max(1, each)))
-    at_a_time = max(at_a_time, int(tokens.mask.sum(1).max()))
+    batch_tokens = job.config.batch_tokens
+    at_a_time = min(at_a_time, batch_tokens, int(room // each))
+    at_a_time = max(at_a_time, tokens.input_ids.shape[1])
+    groups = tokens.batches(min(batch_tokens, STEP_TOKENS))
+    steps = min(len(groups), max(1, round(tokens.tokens / STEP_TOKENS)))
+    order = torch.randperm(len(groups), generator=torch.Generator().manual_seed(0))
+    texts = (
+        tokens.select(torch.cat([groups[i].index for i in order[taken::steps]]))
+        for taken in range(steps)
+    )
     splits = [
-        [group.batches(at_a_time) for group in part.batches(together)]
-        for part in (tokens, held_out)
+        [text] if text.positions <= at_a_time else text.batches(at_a_time)
+        for text in texts
     ]
-    count = sum(len(group) for split in splits for group in split)
+    # Without a gradient, more tokens take no more memory.
+    splits.append(held_out.batches(batch_tokens))
     # Not inference mode, because the recording takes part in the backward pass.
+    count = sum(map(len, splits))
     with torch.no_grad(), job.progress("reading the text of the patch", count) as bar:
 
         def read(batch: TokenSet) -> _Batch:
             bar.advance(1)
             return _Batch.read(replay, batch, removed, adjacent[0])
 
-        train, held = ([[*map(read, group)] for group in split] for split in splits)
+        *train, validation = ([*map(read, split)] for split in splits)
         linear = _list_layers(train[0][0].call, adjacent)
-    validation = [batch for group in held for batch in group]
     fitted = {(p.block, p.path): p for p in patches}
     # A tuned float8 layer would be stored as bfloat16, so tune it only if it is patched already.
     usable = [
@@ -202,20 +213,22 @@ def tune(
         and not find_obstacle(replay, stored, *one[:3])
     ]
     layers = choose_layers(usable, at_a_time * each, share)
-    tuned = {
-        (b, path): _copy_layer(b, path, module, fitted.get((b, path)))
-        for b, path, module in layers
-    }
-    weights = [tuple(p.parameters["weight"] for p in pair) for pair in tuned.values()]
-    suffix = [i for i in range(adjacent[0], len(replay)) if i not in set(removed)]
-    steps = min(len(train), max(1, round(tokens.tokens / STEP_TOKENS)))
-    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
+    tuned = {layer[:2]: _copy_layer(*layer, fitted.get(layer[:2])) for layer in layers}
+    weights = [(own, used.parameters["weight"]) for own, used in tuned.values()]
+    sent = dict[Any, Tensor]()
+    for own, used in weights:
+        used.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
+            partial(_collect, own, sent)
+        )
+    suffix = sorted({*range(adjacent[0], len(replay))} - {*removed})
     rate = RATE * min(1.0, WIDTH / train[0][0].entered.shape[-1])
-    groups = [
+    rates = [
         {"params": [own], "lr": rate * float(own.detach().square().mean().sqrt())}
         for own, _ in weights
     ]
-    optimiser = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.99), weight_decay=0.0)
+    optimiser = torch.optim.AdamW(
+        rates, lr=rate, betas=(0.9, 0.99), weight_decay=0.0, fused=True
+    )
 
     def factor(taken: int) -> float:
         """Return the share of the learning rate: four warm-up steps, and a cosine."""
@@ -229,19 +242,23 @@ def tune(
         job.progress("tuning the patch", steps) as bar,
     ):
         kl = [_measure_kl(validation, suffix)]
-        for taken in range(steps):
-            for group in order[taken::steps].tolist():
-                for batch in train[group]:
-                    batch.backward(suffix)
+        for batches in train:
+            for batch in batches:
+                batch.backward(suffix)
+                if sent:
+                    synchronise(*replay.places)
+                for own, gradient in sent.items():
+                    _add(own, gradient)
             optimiser.step()
             schedule.step()
             with torch.no_grad():
                 for own, used in weights:
-                    used.copy_(own)
+                    # From the pinned memory that the gradient came in.
+                    used.copy_(sent.get(own, own).copy_(own), non_blocking=True)
             optimiser.zero_grad()
             bar.advance(1)
         kl.append(_measure_kl(validation, suffix))
-    if not kl[-1] < kl[0]:
+    if not kl[1] < kl[0]:
         tuned = {}
     record = PatchTuning(
         layers=[TunedLayer(block=block, layer=path) for block, path in tuned],
@@ -251,16 +268,18 @@ def tune(
         held_out_predictions=held_out.tokens,
         held_out_kl=kl,
     )
-    for own, _ in weights:
-        own.requires_grad_(False)
     patches = [p for p in patches if (p.block, p.path) not in tuned]
-    return [*patches, *(own for own, _ in tuned.values())], record
+    for own, patch in tuned.values():
+        patch.parameters["weight"] = own.detach().cpu()
+        patches.append(patch)
+    return patches, record
 
 
 def choose_layers(
     layers: Sequence[tuple[int, str, Any, bool]], beside: int, share: float = 1.0
-) -> list[tuple[int, str, Any]]:
-    """Return the layers that memory suffices for; those as wide as the stream come first.
+) -> list[tuple[int, str, Any, torch.device]]:
+    """Return the layers that memory suffices for, those as wide as the stream first, each with the
+    place of its optimiser's state: its device if there is room beside all copies, else the host.
 
     Args:
         layers: block, path, module, and whether the layer is as wide as the stream.
@@ -275,55 +294,70 @@ def choose_layers(
             "the blocks next to the cuts have no linear layer that can be tuned"
         )
     # One gradient is on the device at a time.
-    beside += max(module.weight.nbytes for _, _, module, _ in layers)
+    weights = [module.weight for _, _, module, _ in layers]
+    beside += max(weight.nbytes for weight in weights)
     host = torch.device("cpu")
-    homes = {module.weight.device for _, _, module, _ in layers}
-    room = {home: share * allowance("", home).left - beside for home in homes}
+    room = {
+        home: share * allowance("", home).left - beside
+        for home in {weight.device for weight in weights}
+    }
     room[host] = share * allowance("", host).left
-    chosen = list[tuple[int, str, Any, bool]]()
+    spare = room.copy()
+    for weight in weights:
+        spare[weight.device] -= weight.nbytes
+    chosen = []
     for layer in sorted(layers, key=lambda one: not one[3]):
         weight = layer[2].weight
-        needed = {weight.device: weight.nbytes, host: BYTES * weight.numel()}
-        short = [place for place, size in needed.items() if size > room[place]]
+        state = BYTES * weight.numel()
+        home = weight.device
+        place = home if state <= spare[home] else host
+        needed = {home: weight.nbytes, place: state}
+        short = [device for device, size in needed.items() if size > room[device]]
         if not short:
-            chosen.append(layer)
-            for place, size in needed.items():
-                room[place] -= size
+            chosen.append((*layer[:3], place))
+            spare[place] -= state
+            for device, size in needed.items():
+                room[device] -= size
     if not chosen:
-        (*_, place) = short
+        place = short[-1]
         raise FitError(
             f"tuning a layer needs {needed[place] / 1e9:.1f} GB of "
             f"{'host memory' if place == host else place}, but {room[place] / 1e9:.1f} GB are free"
         )
-    return [layer[:3] for layer in layers if layer in chosen]
+    return chosen
 
 
 def _copy_layer(
-    block: int, path: str, module: Any, fitted: Patch | None
-) -> tuple[Patch, Patch]:
-    """Return a layer to tune twice: with its float32 weight on the CPU, which the optimiser
-    updates, and with a copy in the layer's dtype on its device, which the model uses."""
+    block: int, path: str, module: Any, place: torch.device, fitted: Patch | None
+) -> tuple[nn.Parameter, Patch]:
+    """Return the float32 weight of a layer on ``place``, which the optimiser updates, and a patch
+    with a copy in the layer's dtype on its device, which the model uses."""
     start = dict(module.named_parameters(recurse=False))
     start |= fitted.parameters if fitted else {}
     start = {name: value.detach().cpu() for name, value in start.items()}
-    weight = nn.Parameter(start["weight"].float().clone())
+    weight = nn.Parameter(start["weight"].to(place, torch.float32, copy=True))
     copy = nn.Parameter(weight.detach().to(module.weight))
-    # At once, so that the device never has the gradients of all layers.
-    collect = partial(_collect, weight)
-    copy.register_post_accumulate_grad_hook(collect)  # type: ignore[no-untyped-call]
     record = fitted.record if fitted else PatchedCut(block=block, layer=path)
-    own, used = (
-        Patch(block, path, {**start, "weight": one}, record) for one in (weight, copy)
-    )
-    return own, used
+    return weight, Patch(block, path, {**start, "weight": copy}, record)
 
 
-def _collect(weight: Tensor, used: Tensor) -> None:
-    """Move the gradient of one micro-batch from a copy to its weight, and add it there."""
-    assert used.grad is not None
-    gradient = used.grad.cpu().float()
+def _collect(weight: Any, sent: dict[Any, Tensor], used: Any) -> None:
+    """Add the gradient of one micro-batch from a copy to its weight, or send it to the host."""
+    # At once, so that the device never has the gradients of all layers; to pinned memory.
+    gradient = used.grad.to(weight.device, non_blocking=True)
     used.grad = None
-    weight.grad = gradient if weight.grad is None else weight.grad + gradient
+    if weight.device == used.device:
+        _add(weight, gradient)
+    else:
+        sent[weight] = gradient
+
+
+def _add(weight: Any, gradient: Tensor) -> None:
+    """Add the gradient of one micro-batch to those before."""
+    if weight.grad is None:
+        weight.grad = gradient.float()
+    else:
+        weight.grad += gradient
 
 
 def _list_layers(
