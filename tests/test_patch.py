@@ -111,7 +111,7 @@ def test_ridge_solution_satisfies_the_normal_equations(kind):
     # The map is of all rows: its residuals are balanced by the ridge.
     ridge = found.strength * (weights * x**2).sum(0).mean()
     left = (weights * (t - x @ found.map.T)).T @ x
-    torch.testing.assert_close(left, ridge * found.map)
+    torch.testing.assert_close(left, ridge * found.map, rtol=1e-3, atol=1e-4)
 
 
 def test_useless_features_give_no_map():

@@ -1,16 +1,18 @@
 """Ridge regression for the maps of a patch, its strength chosen on validation rows.
 
-Only second moments are kept, in float64, so memory does not grow with the number of tokens.
-Cost: F (F + D) per row to accumulate, F^3 / 3 + 3 D F^2 for each of about five ridge strengths.
-Memory: four (F, F) and four (D, F) matrices, 8.5 GB for a layer with 14,336 inputs and 4,096
-outputs; in host memory if they do not fit the device. With at most F / 2 rows, the rows themselves
-are kept: the solution is the same, costs n^2 F for each strength, and takes less memory.
+Only second moments are kept, so memory does not grow with the number of tokens. Products of rows
+and the comparison of strengths are in float32, sums of products and the final map in float64.
+Cost: F (5 F / 8 + D) per row to accumulate, F^3 / 3 + 3 D F^2 for each of about five ridge
+strengths. Memory: four (F, F) and four (D, F) matrices, 8.5 GB for a layer with 14,336 inputs and
+4,096 outputs; in host memory if they do not fit the device. With at most F rows, the rows
+themselves are kept: the solution is the same, and costs n^2 F once and n^3 for each strength.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, partial
 
@@ -21,89 +23,128 @@ STRENGTHS = tuple(10.0**k for k in range(-7, 8))
 """Ridge strengths tried, relative to the mean eigenvalue of the features' second moments."""
 _SMALL = 1e-200
 """Smallest mean eigenvalue, so that the fit works for features that are all zero."""
+_ROWS = 1024
+"""Rows of a product in float32; their sums are float64."""
+_PANELS = 4
+"""Panels of columns of a symmetric product, so that 5/8 of it are computed."""
 
 
 class Moments:
-    """Weighted second moments of features x (n, F) and targets t (n, D), float64."""
+    """Weighted second moments of features x (n, F) and targets t (n, D), summed in float64."""
 
     def __init__(self, features: int, targets: int, device: torch.device) -> None:
         zeros = partial(torch.zeros, dtype=torch.float64, device=device)
+        # Only the lower half is needed, and complete.
         self.xx = zeros((features, features))
         self.tx = zeros((targets, features))
         self.tt = zeros(())
 
     def add(self, x: Tensor, t: Tensor, weights: Tensor) -> None:
         """Add rows with their weights (n,)."""
-        # At most F at a time, so that they take no more memory than the solution.
-        for rows in zip(
-            *(torch.split(p, len(self.xx)) for p in (x, t, weights)), strict=True
-        ):
-            some, target, weight = (p.to(self.xx.device).double() for p in rows)
-            weighted = target * weight[:, None]
-            self.xx.addmm_((some * weight[:, None]).T, some)
-            self.tx.addmm_(weighted.T, some)
-            self.tt += (weighted * target).sum()
+        parts = (torch.split(p, _ROWS) for p in (x, t, weights))
+        for rows in zip(*parts, strict=True):
+            some, target = _weight(self.xx.device, *rows)
+            _add_products(self.xx, some)
+            self.tx += target.T @ some
+            self.tt += target.square().sum()
 
     def join(self, other: Moments) -> None:
         """Add the rows of ``other``."""
         self.xx += other.xx
         self.tx += other.tx
 
-    def map(self, strength: float) -> Tensor:
-        """Return the map (D, F) of one ridge strength."""
-        ridged = self.xx.clone()
-        diagonal = ridged.diagonal()
-        diagonal += strength * diagonal.mean().clamp_min(_SMALL)
-        return torch.cholesky_solve(
-            self.tx.T, torch.linalg.cholesky(ridged, out=ridged)
-        ).T
+    def map(self, strength: float, dtype: torch.dtype = torch.float64) -> Tensor:
+        """Return the map (D, F) of one ridge strength, computed in ``dtype``."""
+        size = self.xx.diagonal().mean()
+        return _solve(self.xx, self.tx.T, size, strength, dtype).T
 
-    def error(self, strength: float, held_out: Moments) -> float:
+    def error(self, strength: float, held_out: Moments, dtype: torch.dtype) -> float:
         """Return the share of the weighted squares of other rows' t that a map leaves."""
-        change = self.map(strength)
-        cross = (change * held_out.tx).sum()
-        squares = ((change @ held_out.xx) * change).sum()
-        return float((held_out.tt - 2 * cross + squares) / held_out.tt)
+        change = self.map(strength, dtype)
+        # Half of the symmetric matrix gives half of its quadratic form.
+        half = held_out.xx.tril().to(dtype)
+        half.diagonal().mul_(0.5)
+        less = ((held_out.tx - change @ half) * change).sum()
+        return float(1 - 2 * less / held_out.tt)
 
 
 class Rows(Moments):
-    """The same for fewer rows than features: the rows are kept, and a fit costs n^3, not F^3.
+    """The same for at most as many rows as features: the rows are kept, as float32.
 
     With rows scaled by the root of their weights, (X^T X + r)^-1 X^T T = X^T (X X^T + r)^-1 T.
     """
 
     def __init__(self, features: int, targets: int, device: torch.device) -> None:
-        zeros = partial(torch.zeros, dtype=torch.float64, device=device)
-        self.x = zeros((0, features))
-        self.t = zeros((0, targets))
-        self.products: tuple[Tensor, Tensor] | None = None
+        self.x = torch.zeros((0, features), device=device)
+        self.t = torch.zeros((0, targets), device=device)
+        self.products = torch.zeros((0, 0))
 
     def add(self, x: Tensor, t: Tensor, weights: Tensor) -> None:
-        place = self.x.device
-        root = weights.double().sqrt()[:, None]
-        self.x = torch.cat([self.x, (x.double() * root).to(place)])
-        self.t = torch.cat([self.t, (t.double() * root).to(place)])
+        some, target = _weight(self.x.device, x, t, weights)
+        self.x, self.t = torch.cat([self.x, some]), torch.cat([self.t, target])
 
     def join(self, other: Moments) -> None:
         assert isinstance(other, Rows)
         self.x, self.t = torch.cat([self.x, other.x]), torch.cat([self.t, other.t])
 
-    def map(self, strength: float) -> Tensor:
-        return torch.mm(self._dual(strength, self.x @ self.x.T).T, self.x)
+    def map(self, strength: float, dtype: torch.dtype = torch.float64) -> Tensor:
+        self._multiply(self.x)
+        return (self._dual(strength, dtype).float().T @ self.x).to(dtype)
 
-    def error(self, strength: float, held_out: Moments) -> float:
+    def error(self, strength: float, held_out: Moments, dtype: torch.dtype) -> float:
         assert isinstance(held_out, Rows)
-        if self.products is None:
-            self.products = self.x @ self.x.T, held_out.x @ self.x.T
-        own, cross = self.products
-        rest = held_out.t - cross @ self._dual(strength, own.clone())
+        self._multiply(self.x, held_out.x)
+        n = len(self.x)
+        cross = self.products[n:, :n].to(dtype)
+        rest = held_out.t - cross @ self._dual(strength, dtype)
         return float(rest.square().sum() / held_out.t.square().sum())
 
-    def _dual(self, strength: float, ridged: Tensor) -> Tensor:
-        """Return the coefficients (n, D) of the rows, and overwrite their products (n, n)."""
-        diagonal = ridged.diagonal()
-        diagonal += strength * (diagonal.sum() / self.x.shape[1]).clamp_min(_SMALL)
-        return torch.cholesky_solve(self.t, torch.linalg.cholesky(ridged, out=ridged))
+    def _multiply(self, *rows: Tensor) -> None:
+        """Compute the products of rows, the own ones first, unless they are there."""
+        n = sum(map(len, rows))
+        if len(self.products) < n:
+            self.products = self.x.new_zeros((n, n), dtype=torch.float64)
+            for features in torch.split(torch.cat(rows).T, _ROWS):
+                _add_products(self.products, features)
+
+    def _dual(self, strength: float, dtype: torch.dtype) -> Tensor:
+        """Return the coefficients (n, D) of the rows."""
+        n, features = self.x.shape
+        own = self.products[:n, :n]
+        return _solve(own, self.t, own.trace() / features, strength, dtype)
+
+
+def _weight(place: torch.device, x: Tensor, t: Tensor, weights: Tensor) -> list[Tensor]:
+    """Return rows scaled by the root of their weights, float32: their scale is that of t / y."""
+    root = weights.to(place).sqrt()[:, None]
+    return [(p.to(place) * root).float() for p in (x, t)]
+
+
+def _add_products(total: Tensor, x: Tensor) -> None:
+    """Add x^T x (F, F) to the lower half of a total; some entries above it are added too."""
+    width = math.ceil(len(total) / _PANELS)
+    for start in range(0, len(total), width):
+        end = start + width
+        total[start:end, :end] += x[:, start:end].T @ x[:, :end]
+
+
+def _solve(
+    products: Tensor, right: Tensor, size: Tensor, strength: float, dtype: torch.dtype
+) -> Tensor:
+    """Solve (products + strength size) s = right in ``dtype``.
+
+    Args:
+        products: symmetric; only the lower half is read.
+        size: mean eigenvalue of the features' second moments.
+
+    Raises:
+        LinAlgError: rounding leaves no positive definite matrix.
+    """
+    size = size.clamp_min(_SMALL)
+    ridged = (products / size).to(dtype)
+    ridged.diagonal().add_(strength)
+    factor = torch.linalg.cholesky(ridged, out=ridged)
+    return torch.cholesky_solve((right / size).to(dtype), factor)
 
 
 def bytes_of(features: int, targets: int) -> int:
@@ -145,9 +186,16 @@ def fit_ridge(
     Returns:
         None if no map is better than no patch.
     """
-    best, error = best_strength(
-        lambda s: left(fit.map(s)) if left else fit.error(s, held_out)
-    )
+
+    def remaining(strength: float) -> float:
+        for dtype in (torch.float32, torch.float64):
+            with suppress(torch.linalg.LinAlgError):  # type: ignore[attr-defined]
+                if left:
+                    return left(fit.map(strength, dtype).double())
+                return fit.error(strength, held_out, dtype)
+        return math.inf
+
+    best, error = best_strength(remaining)
     # NaN is no improvement either.
     if not error < 1:
         return None

@@ -307,10 +307,10 @@ class _Fitting:
             for b, recording in enumerate(self._recordings):
                 output, read, written = observe(recording, p, entered[b], write)
                 x = write.features(read)
-                target = self._original[b].double() - output.double()
+                target = self._original[b].float() - output.float()
                 if gains is not None:
                     of_tokens = token_gains(recording, p, entered[b], write, written)
-                    x = x.double() * of_tokens[..., None]
+                    x = x * of_tokens[..., None]
                     target = torch.where(gains != 0, target / gains, 0.0)
                 weights = _weights(self._original[b])
                 for side, rows in zip(moments, self._sides(b), strict=True):
@@ -333,9 +333,7 @@ class _Fitting:
                 if not bool(rows.any()):
                     continue
                 output = recording.block(p, entered[b])
-                squares = (
-                    (self._original[b].double() - output.double()).square().sum(-1)
-                )
+                squares = (self._original[b].float() - output.float()).square().sum(-1)
                 total += float((squares * _weights(self._original[b]))[rows].sum())
         return total
 
@@ -357,8 +355,7 @@ class _Fitting:
         """
         width = len(write.whole)
         for write.reads in self.ways:
-            # With as few rows as this, the rows do not take more memory than the moments.
-            kind = Rows if 2 * self._tokens <= write.mapped else Moments
+            kind = Rows if self._tokens <= write.mapped else Moments
             needed = bytes_of(write.mapped, width)
             for place in dict.fromkeys((self._original[0].device, _CPU)):
 
@@ -410,5 +407,5 @@ class _Fitting:
 
 
 def _weights(original: Tensor) -> Tensor:
-    """Return the weight (B, T) of each token's error: one over its mean square, float64."""
-    return 1 / original.double().square().mean(-1).clamp_min(1e-12)
+    """Return the weight (B, T) of each token's error: one over its mean square."""
+    return 1 / original.float().square().mean(-1).clamp_min(1e-12)
