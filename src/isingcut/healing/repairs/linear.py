@@ -213,11 +213,8 @@ class _Fitting:
     def _fit_new(self, first: int, last: int) -> Patch | str:
         """Run both models up to a cut, and fit its patch."""
         p = first - 1
-        entered = self._patched
         for i in map(int, self.replay.store.sweep(range(self._at, last + 1))):
-            if i == p:
-                entered = self._patched
-            if i <= p:
+            if i < p:
                 self._patched = self._after(i, self._patched)
             self._original = self._original_after(i)
             self.done(len(self.batches) * (1 + (i <= p)))
@@ -227,13 +224,14 @@ class _Fitting:
                 "distillation instead, or keep block 0 (--keep 0)"
             )
         # To the device of block p, to compare them with its output.
-        self._original, entered = (self._bring(p, s) for s in (self._original, entered))
+        both = self._original, self._patched
+        self._original, entered = (self._bring(p, streams) for streams in both)
         result: Patch | str = ""
         for _ in self.replay.store.sweep([p]):
             result = self._fit_block(p, last, entered)
-            if isinstance(result, Patch):
-                with apply_patches(self.replay.blocks, [result]):
-                    self._patched = self._after(p, entered)
+            patches = [result] if isinstance(result, Patch) else []
+            with apply_patches(self.replay.blocks, patches):
+                self._patched = self._after(p, entered)
         return result
 
     def _fit_block(self, p: int, last: int, entered: Sequence[Tensor]) -> Patch | str:
