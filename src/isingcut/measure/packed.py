@@ -88,8 +88,8 @@ def changed_losses(
             start = 0
             for i, key in sorted(known.items()):
                 if found := kept.find((count, key)):
-                    start, (own, _) = i, found
-                    pairs = zip(recordings, own, strict=True)
+                    start = i
+                    pairs = zip(recordings, found[0], strict=True)
                     others = [r.move_to_block(i, stream) for r, stream in pairs]
             original = kept.original.get(final)
             first = start if original else 0
