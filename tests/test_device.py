@@ -159,9 +159,10 @@ def weights_of(*fits):
 def patched_again(place):
     """Fit the patches of two states with the original's streams of the first kept on the host."""
     given = (place.replay(), random_tokens())
-    kept = {}
+    kept = Kept()
     found = [fit_patches(*given, state, Work(32), kept=kept) for state in ([1], [1, 3])]
-    assert {stream.device for streams in kept.values() for stream in streams} == {CPU}
+    streams = itertools.chain(*kept.original.values())
+    assert {stream.device for stream in streams} == {CPU}
     return weights_of(*found)
 
 
