@@ -24,6 +24,7 @@ from isingcut.healing.repairs.linear import _Fitting, fit_patches
 from isingcut.healing.training.batches import batch_of
 from isingcut.healing.training.student import install
 from isingcut.measure.packed import changed_losses
+from isingcut.measure.streams import Kept
 from isingcut.models.placement import connect, place
 from isingcut.models.replay import Recording
 from shared import parametrize, run_tiny

@@ -2,15 +2,18 @@
 
 import copy
 import dataclasses
+from collections import Counter
 from contextlib import ExitStack, contextmanager
 from unittest import mock
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from healings import shapes, stored
 from isingcut.healing.job import Job
+from isingcut.healing.patch import ridge
 from isingcut.healing.patch.files import apply_patches, runs
 from isingcut.healing.patch.layers import (
     find_scaled_writes,
@@ -109,9 +112,39 @@ def test_ridge_solution_satisfies_the_normal_equations(kind):
     assert found.held_out == pytest.approx(float(squares[0] / squares[1]))
     assert 0 < found.held_out < 1
     # The map is of all rows: its residuals are balanced by the ridge.
-    ridge = found.strength * (weights * x**2).sum(0).mean()
+    size = found.strength * (weights * x**2).sum(0).mean()
     left = (weights * (t - x @ found.map.T)).T @ x
-    torch.testing.assert_close(left, ridge * found.map, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(left, size * found.map, rtol=1e-3, atol=1e-4)
+
+
+def test_a_strength_too_small_for_float32_is_compared_in_float64(monkeypatch):
+    monkeypatch.setattr(ridge, "STRENGTHS", (1e-8,))
+    sides = [Moments(2, 1, torch.device("cpu")) for _ in range(2)]
+    for side in sides:
+        # Equal features: only the ridge makes the matrix regular.
+        side.add(torch.ones(4, 2), torch.ones(4, 1), torch.ones(4))
+    found = fit_ridge(*sides)
+    torch.testing.assert_close(found.map, torch.full((1, 2), 0.5).double())
+
+
+def test_a_tenth_of_a_fit_is_in_float64_at_most():
+    """Counted on the shapes of SmolLM2 and 16,384 tokens, all divided by 16."""
+
+    class Flops(TorchDispatchMode, Counter):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            found = op(*args, **kwargs or {})
+            if str(op).startswith(("aten.mm", "aten.linalg_chol", "aten.cholesky_s")):
+                share = 1 / 3 if "linalg" in str(op) else 2
+                self[args[0].dtype] += share * args[0].numel() * args[-1].shape[-1]
+            return found
+
+    x = torch.randn(1024, 96, generator=torch.Generator().manual_seed(0))
+    sides = [Moments(96, 36, torch.device("cpu")) for _ in range(2)]
+    with Flops() as flops:
+        for side, rows in zip(sides, x.split(768), strict=True):
+            side.add(rows, rows[:, :36], torch.ones(len(rows)))
+        fit_ridge(*sides)
+    assert flops[torch.float64] < 0.1 * flops.total()
 
 
 def test_useless_features_give_no_map():
