@@ -27,7 +27,7 @@ from isingcut.runs.measuring import price_energy
 from isingcut.runs.pipeline import make_plan, price_stages
 from isingcut.runs.prices import Prices
 from isingcut.runs.solving import removal_rows
-from shared import InputError, RunConfig, flags, parametrize, refuses, run_tiny
+from shared import RunConfig, flags, parametrize, refuses, run_tiny
 from tiny import (
     Replay,
     Session,
@@ -126,10 +126,10 @@ def test_a_patch_costs_passes_over_its_text():
         )
         # The ranking patches candidates near the lowest.
         assert stage(counted, "rank").seconds == pytest.approx(ranked + 100 * trial * 6)
-    # With the default text, about 44 states are patched and measured on 2,048 tokens each. The
-    # original runs once.
+    # With the default text, about 44 states are patched and measured on 2,048 tokens each, and
+    # share half of that. The original runs once.
     counted.config = counted.config.replace(patch_tokens=65536)
-    tokens = 65536 + 2 * 2048 * (1 + (4 + 40) * counted.left)
+    tokens = 65536 + 2048 * (2 + (4 + 40) * counted.left)
     assert stage(counted, "rank").seconds == pytest.approx(ranked + tokens * 6)
 
 
@@ -270,8 +270,10 @@ def test_blocks_are_timed_at_the_context_of_a_latency_budget(llama, monkeypatch)
     config = RunConfig(model=llama, budget="latency=200s@100")
     blocks = Session(config).describe_blocks()
     assert removal_rows(blocks, config)[-1].coefficients.tolist() == [100] * 6
-    with refuses("timed on 100 tokens", InputError):
+    with refuses("timed on 100 tokens"):
         removal_rows(blocks, config.replace(budget="latency=20%"))
+    with refuses("has a context of"):
+        Session(config.replace(budget="latency=9s@900k")).describe_blocks()
 
 
 def test_a_run_prices_its_stages_by_the_model_in_memory(

@@ -97,8 +97,9 @@ class Prices:
         if folder is not None:
             blocks = folder.run.blocks
         else:
-            timed = config.budget.tokens or TIMED_TOKENS
-            seconds = [min(timed, longest or timed) * s for s in self.latency]
+            context = config.budget.tokens
+            timed = context or min(TIMED_TOKENS, longest or TIMED_TOKENS)
+            seconds = [timed * s for s in self.latency]
             size = inspected.other_bytes + sum(b.bytes for b in inspected.stack.blocks)
             blocks = describe_blocks(
                 inspected.stack,
@@ -106,7 +107,7 @@ class Prices:
                 inspected.parameters,
                 size,
                 seconds,
-                config.budget.tokens,
+                context,
             )
         self.whole = blocks.total_bytes
         if config.removal:

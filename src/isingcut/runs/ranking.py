@@ -151,8 +151,8 @@ def _price(prices: Prices) -> list[Estimate]:
         trial = config.patch if is_deep(removed, n) else "linear"
         tokens = repairs.get(trial).passes / 2 * config.patch_tokens
         if is_searched(config, removed, n, streamed=prices.streamed):
-            # Every state reads the texts of the fit and the measurement; the original, once.
-            tokens += 2 * TOKENS * (1 + (n + MORE) * prices.left)
+            # A state reads half of the texts of its fit and measurement, and shares the rest.
+            tokens += TOKENS * (2 + (n + MORE) * prices.left)
         seconds += tokens * prices.forward
     return [dataclasses.replace(priced, seconds=seconds)]
 

@@ -245,8 +245,10 @@ class Session:
         legal = legality(model.config.to_dict(), self.stack)
         longest = getattr(text_config(model), "max_position_embeddings", None)
         context = self.config.budget.tokens
-        length = context or TIMED_TOKENS
-        seconds = self.replay.latency(min(length, int(longest or length)))
+        most = int(longest or max(context, TIMED_TOKENS))
+        if context > most:
+            raise InputError(f"--budget latency: the model has a context of {most}")
+        seconds = self.replay.latency(context or min(TIMED_TOKENS, most))
         parameters = list(model.parameters())
         size = sum(p.numel() * p.element_size() for p in parameters)
         return describe_blocks(

@@ -198,15 +198,14 @@ class _Fitting:
         self._cuts += ((first, last),)
         key = len(self.batches), self._cuts
         result: Patch | str
-        known = self.kept and self.kept.find(key)
-        if self.kept and known:
+        if self.kept and (known := self.kept.find(key)):
             streams, result = known
             self._patched = self._bring(last, streams)
             self._original = self.kept.original[len(self.batches), last]
         else:
             result = self._fit_new(first, last)
-        if self.kept and not known:
-            self.kept.keep(key, self._patched, result)
+            if self.kept:
+                self.kept.keep(key, self._patched, result)
         self._at = last + 1
         return result
 
