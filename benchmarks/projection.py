@@ -113,10 +113,13 @@ HEAD = rates(0.75, 0.5)
 """Share of the data sheet's bfloat16 arithmetic: blocks in calls of some 500 tokens, of thousands,
 with gradients, and the output head. The best product reaches 0.80 on an H100 (MAMF table of
 stas00/ml-engineering), layers 0.30 to 0.63 on an RTX 4090 (qhduan/transformers-benchmarks)."""
-FLOAT64 = {"rtx4090": 1.3e12, "h100": 67e12}
-DOUBLE = rates(0.8, 0.3)
-"""Float64 operations per second, from the data sheets, and the share that products and a Cholesky
-factorisation reach."""
+FLOPS = {
+    "float32": {"rtx4090": 82.6e12, "h100": 67e12},
+    "float64": {"rtx4090": 1.3e12, "h100": 67e12},
+}
+SHARE = rates(0.8, 0.3)
+"""Operations per second without TF32, from the data sheets, and the share that products and a
+Cholesky factorisation reach."""
 BANDWIDTH = rates(0.9, 0.6)
 LOGIT = 96
 """Share of the data sheet's memory bandwidth, of which a copy reaches 0.9; bytes moved per logit by
@@ -328,10 +331,12 @@ class Setting:
         product = Term("head", 2e-15 * tokens * heads * m.head, "PFLOP", rate)
         return [(product,), self.move("logits", logits, self.bandwidth * workers)]
 
-    def double(self, flops: float, place: str) -> Part:
-        """Make the part of float64 arithmetic on the "card" or the "host"."""
-        rate = DOUBLE * FLOAT64[self.card] if place == "card" else CPU[self.card]
-        return (Term(f"float64, {place}", flops / 1e12, "TFLOP", rate / 1e12),)
+    def compute(self, dtype: str, flops: float, place: str) -> Part:
+        """Make the part of float32 or float64 arithmetic on the "card" or the "host"."""
+        on_card = SHARE * FLOPS[dtype][self.card]
+        on_host = CPU[self.card] * (2 if dtype == "float32" else 1)
+        rate = on_card if place == "card" else on_host
+        return (Term(f"{dtype}, {place}", flops / 1e12, "TFLOP", rate / 1e12),)
 
     def fit(self, t: float, times: float = 1, known: bool = False) -> list[Part]:
         """Make the parts of least-squares fits; ``known``: without passes of the original."""
@@ -341,17 +346,18 @@ class Setting:
         last = (m.cuts[-1][1] + 1) / m.n
         fits = times * len(m.cuts)
         # With few rows their products are factorised, else the moments of the inputs.
-        if 2 * t <= f:
-            solve = 2 * t * t * f + 2 * t * f * d + SOLVES * (t**3 / 3 + 4 * d * t**2)
-        else:
-            solve = 2 * t * f * (f + d) + SOLVES * (f**3 / 3 + 4 * d * f**2)
-        passes = (2 - known) * last - m.removed / m.n
+        n = min(t, f)
+        sums = (
+            1.25 * t * t * f + 2 * t * f * d if t <= f else 2 * t * f * (5 * f / 8 + d)
+        )
+        solve = n**3 / 3 + 3 * d * n**2
+        # Both models are the same up to the first cut.
+        passes = (2 - known) * last - (m.removed + m.cuts[0][0]) / m.n
+        place = "card" if bytes_of(f, d) <= self.room else "host"
         return [
             (*self.blocks(t, times * passes, MANY), *self.read(times)),
-            self.double(
-                fits * solve, "card" if bytes_of(f, d) <= self.room else "host"
-            ),
-            self.double(fits * 2 * t * f * d, "card"),
+            self.compute("float32", fits * (sums + (SOLVES - 1) * solve), place),
+            self.compute("float64", fits * solve, place),
             # The map in float64 is folded into the weight on the host.
             self.move("maps", fits * 8 * d * f, UNPINNED),
             self.move("fold", fits * 64 * d * f, self.ram),
@@ -364,20 +370,24 @@ class Setting:
         # Blocks from the first tuned one on; hidden states twice, and the graph of a micro-batch.
         after = m.n - m.cuts[0][0] + 1 - m.removed
         kept = (2 * tokens + STEP_TOKENS * after * BLOCK_STREAMS // 2) * m.stream
-        # On the card a layer in use and its gradient, in bfloat16; on the host the rest.
-        most = (self.each * self.room - kept) / 4
-        tuned = min(m.tuned, most, USABLE * self.host / BYTES)
+        # On the card a layer in use and its gradient, and its optimiser's state if it fits.
+        room = self.each * self.room - kept
+        tuned = min(m.tuned, room / 4, (USABLE * self.host + room) / BYTES)
         if self.streamed or tuned <= 0:
             return []
-        moved = train / STEP_TOKENS * tuned
+        on_card = min(tuned, (room - 4 * tuned) / BYTES)
+        steps = train / STEP_TOKENS
+        last = m.cuts[-1][1] + 1
         return [
-            self.blocks(tokens, 1, FEW, STEP_TOKENS),
+            self.blocks(train, 1 - last / m.n, FEW, STEP_TOKENS),
+            self.blocks(tokens - train, 1, FEW, STEP_TOKENS),
             self.blocks(train, 3 * after / m.n, FEW, STEP_TOKENS),
             self.blocks(tokens - train, 2 * after / m.n, FEW, STEP_TOKENS),
             *self.heads(tokens, 3 + 1 / HELD_OUT_EVERY),
-            # Each gradient of a micro-batch, and each weight of a step.
-            self.move("gradients and weights", 4 * moved, UNPINNED),
-            self.move("AdamW, host", ADAM * moved, self.ram),
+            # A gradient and a weight per step.
+            self.move("gradients and weights", 4 * steps * (tuned - on_card), PINNED),
+            self.move("AdamW, host", ADAM * steps * (tuned - on_card), self.ram),
+            self.move("AdamW, card", ADAM * steps * on_card, self.bandwidth),
         ]
 
     def load(self, size: float, name: str) -> list[Part]:
@@ -413,13 +423,15 @@ class Setting:
         parts += self.heads(tokens, 1 + states, self.processes)
         if is_searched(RUN, m.removed, m.n, streamed=self.streamed):
             searched = m.n + MORE
-            parts += self.fit(TOKENS, searched, known=True)
-            parts.append(self.blocks(TOKENS, searched * m.left, FEW))
-            parts += self.heads(TOKENS, 2 * searched)
+            # A state shares half of its blocks and fits with those before, and the original.
+            parts += self.fit(TOKENS, searched / 2, known=True)
+            parts.append(self.blocks(TOKENS, searched / 2 * m.left, FEW))
+            parts += self.heads(TOKENS, 1 + searched)
             # The lowest, the best of one pass, and two of the search.
             tried = 4
         parts += tried * is_deep(m.removed, m.n) * self.tune(trial)
-        parts += [(Term("text", tried, "readings", TEXT),), *self.fit(trial, tried)]
+        parts += [(Term("text", tried, "readings", TEXT),)]
+        parts += self.fit(trial, tried, known=tried > 1)
         measured = self.blocks(tokens, 1 + tried * m.left, MANY)
         return [*parts, (*measured, *self.read(tried)), *self.heads(tokens, 2 * tried)]
 

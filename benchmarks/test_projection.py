@@ -34,9 +34,11 @@ def test_every_path_has_its_parts_and_ranges(model: projection.Model) -> None:
     for parts in setting.stages().values():
         for fast, slow in map(projection.seconds, parts or []):
             assert 0 <= fast <= slow
-    # Gradients leave the card, because the host tunes.
-    patch = counts_of(setting.stages()["patch"])
-    assert min(patch[name] for name in ("AdamW, host", "gradients and weights")) > 0
+    # The host tunes where the card has no room for the optimiser.
+    for machine, place in (("1 x 80 GB", "card"), ("1 x 24 GB", "host")):
+        patch = counts_of(projection.Setting(model, machine).stages()["patch"])
+        assert patch[f"AdamW, {place}"] > 0
+        assert (patch["gradients and weights"] > 0) == (place == "host")
     # A deep cut also fits a patch for every state of its search.
     shallow = counts_of(setting.rank())
     model.removed = round(DEEP * model.n) + 1

@@ -7,7 +7,10 @@ import pytest
 from scipy import stats
 
 import isingcut
+from isingcut.console.progress import silent
 from isingcut.energies.pairwise import Pairwise
+from isingcut.energies.search.proposals import Target, list_exchanges
+from isingcut.energies.search.search import GAIN
 from isingcut.evaluation.candidates import few_samples, fidelity, random_feasible, rank
 from isingcut.evaluation.quality import sample_sums
 from isingcut.files.states import CandidatesFile, ChosenState, PatchedState
@@ -207,6 +210,35 @@ def test_a_state_of_the_search_is_chosen_if_it_is_clearly_better_after_a_patch(
     assert (
         f"on 16 samples; {words} after a patch: {losses[chosen + 1]:.4g} against" in why
     )
+
+
+def test_a_search_ends_when_a_better_exchange_is_unlikely(monkeypatch):
+    n, remove = 12, 5
+    rng = np.random.default_rng(0)
+    fields = rng.uniform(1, 2, n)
+    couplings = np.triu(rng.uniform(-0.5, 0.5, (n, n)), 1)
+    config = RunConfig(model="m", remove=str(remove))
+    session = SimpleNamespace(config=config, progress=silent)
+    text = SimpleNamespace(first=lambda tokens: None)
+    start = states_of(n, [range(remove), range(n - remove, n)])
+    counts = []
+    for pairs in (0 * couplings, couplings):
+        problem = Problem(Hamiltonian(fields, pairs + pairs.T), [count(n, remove)])
+        measured = []
+
+        def measure(removed, kind, tokens, problem=problem, measured=measured):
+            measured.append(removed)
+            return float(problem.hamiltonian.energies(states_of(n, [removed]))[0])
+
+        monkeypatch.setattr(trials, "patched_losses", lambda *given, m=measure: m)
+        found = trials.search_patched(session, None, problem, start, text, None)
+        # No better exchange is left, and without couplings no better state.
+        loss = measure(found[0], "", 0)
+        near = list_exchanges(states_of(n, [found[0]])[0], Target.count(n, remove))
+        assert (problem.hamiltonian.energies(near) > (1 - 2 * GAIN) * loss).all()
+        assert pairs.any() or found[0] == solve(problem, k=1).removed()
+        counts.append(len(measured))
+    assert counts[0] < counts[1], "effects that add up need fewer states"
 
 
 def test_a_deep_cut_is_searched_for_states_that_a_patch_repairs(

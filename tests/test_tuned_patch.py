@@ -1,6 +1,7 @@
 """The tuned patch: what it wins on held-out samples, and what it keeps."""
 
 import contextlib
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -11,9 +12,11 @@ from cards import fake_cards
 from isingcut.healing.job import Job
 from isingcut.healing.patch.files import apply_patches
 from isingcut.healing.repairs import tuned as tuning
+from isingcut.healing.repairs.base import Repaired
 from isingcut.healing.repairs.linear import fit_patches
 from isingcut.healing.repairs.tuned import split_samples, tune
 from isingcut.models.device import Allowance
+from isingcut.models.replay import Recording
 from shared import ArchitectureError, FitError, HealConfig, parametrize, refuses
 from test_patch import tokens
 from tiny import Work, plain_means, replay_of, skip_blocks, stack_modules, tiny_model
@@ -21,15 +24,15 @@ from tiny import Work, plain_means, replay_of, skip_blocks, stack_modules, tiny_
 REMOVED = (2, 3)
 
 
-def tuned(model, text, removed=REMOVED):
+def tuned(model, text, removed=REMOVED, **changes):
     replay = replay_of(model)
-    patches = []
+    linear = Repaired([], None)
     rest, held_out = split_samples(text)
     with contextlib.suppress(ArchitectureError):  # No map helps some random models.
-        patches = fit_patches(replay, rest, removed, Work(96)).patches
+        linear = replace(fit_patches(replay, rest, removed, Work(96)), **changes)
     teacher = SimpleNamespace(replay=replay)
     job = Job(teacher, removed, None, text, None, HealConfig(batch_tokens=96))
-    found, record = tune(job, rest, held_out, patches)
+    found, record = tune(job, rest, held_out, linear)
     return SimpleNamespace(patches=found, record=record)
 
 
@@ -59,6 +62,23 @@ def test_the_loss_on_samples_held_out_falls_and_is_that_of_the_patched_model(
     assert min(kl) < kl[0]
     assert divergence(model, text, found) == pytest.approx(min(kl), rel=1e-3)
     assert {p.block for p in found.patches} == {1, 4}
+
+
+@parametrize("removed", [REMOVED, (0, 3), (4, 5)])
+def test_the_original_runs_once_for_the_fit_and_the_tuning(removed, spy):
+    model = tiny_model("llama")
+    # Of unequal lengths, and in other micro-batches than those of the fit.
+    text = tokens(16)
+    ran = spy(Recording, "block", lambda found, recording, i, stream: i)
+    once = tuned(model, text, removed)
+    runs = len(ran)
+    again = tuned(model, text, removed, original=None)
+    assert (len(ran) - runs == runs) == (0 in removed)
+    assert once.record.held_out_kl == pytest.approx(again.record.held_out_kl, rel=1e-4)
+    for one, other in zip(once.patches, again.patches, strict=True):
+        torch.testing.assert_close(
+            one.parameters, other.parameters, rtol=1e-3, atol=1e-5
+        )
 
 
 def test_what_wins_nothing_on_samples_held_out_is_not_kept(monkeypatch):

@@ -43,7 +43,8 @@ def changed_losses(
         known: keys for the changed model up to some blocks. Calls with the same key have the same
             changes in all earlier blocks.
 
-    Complexity: two forward passes over the tokens; fewer with those of earlier calls.
+    Complexity: two forward passes over the tokens, one up to the first change; fewer with those of
+    earlier calls.
     """
     paths = {
         block: name
@@ -63,6 +64,7 @@ def changed_losses(
     config = text_config(replay.model)
     logits = tokens.tokens * config.vocab_size * embedding.weight.element_size()
     with_logits = kept and 4 * logits <= allowance("", replay.places[-1]).left
+    shared = kept is not None
     kept = kept or Kept()
 
     @torch.no_grad()
@@ -78,30 +80,37 @@ def changed_losses(
                 return [recording.block(block, stream) for recording, stream in pairs]
 
             count = len(batches)
-            final = count, len(replay) - 1
+            complete = (count, len(replay) - 1) in kept.original
             streams = [recording.entered for recording in recordings]
+            others = streams
             for _ in replay.store.sweep([EMBED]):
-                with _swapped(changed(embedding)):
-                    others = [
-                        replay.record(batch.input_ids).entered for batch in batches
-                    ]
+                if new := changed(embedding):
+                    with _swapped(new):
+                        others = [replay.record(b.input_ids).entered for b in batches]
             start = 0
             for i, key in sorted(known.items()):
-                if found := kept.find((count, key)):
+                if complete and (found := kept.find((count, key))):
                     start = i
                     pairs = zip(recordings, found[0], strict=True)
                     others = [r.move_to_block(i, stream) for r, stream in pairs]
-            original = kept.original.get(final)
-            first = start if original else 0
-            for i in map(int, replay.store.sweep(range(first, len(replay)))):
-                streams = original or run(i, streams)
+            for i in map(int, replay.store.sweep(range(start, len(replay)))):
                 if i in known and i > start:
                     kept.keep((count, known[i]), others)
-                if i >= start and i not in removed:
-                    with _swapped(changed(replay.blocks[i])):
+                own = [] if i in removed else changed(replay.blocks[i])
+                alike = others is streams and not own and i not in removed
+                if (count, i) in kept.original:
+                    pairs = zip(recordings, kept.original[count, i], strict=True)
+                    streams = [r.move_to_block(i, stream) for r, stream in pairs]
+                else:
+                    streams = run(i, streams)
+                    if shared:
+                        kept.keep_original((count, i), streams)
+                if alike:
+                    others = streams
+                elif i not in removed:
+                    with _swapped(own):
                         others = run(i, others)
                 bar.advance(1)
-            kept.original[final] = streams
             for _ in replay.store.sweep([HEAD]):
                 new = changed(output)
                 ends = zip(batches, recordings, streams, others, strict=True)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from isingcut.data.tokens import TokenSet
 from isingcut.formats.architectures.blocks import blocks_in
@@ -38,6 +39,13 @@ class Kept:
         self.logits = dict[tuple[int, int], Comparison]()
         self._patched = OrderedDict[Hashable, tuple[list[Tensor], Any]]()
 
+    def keep_original(self, key: tuple[int, int], streams: Sequence[Tensor]) -> None:
+        """Keep the original's hidden states, if all take at most a quarter of the free memory."""
+        own = [*self.original.values(), streams]
+        room = allowance("", torch.device("cpu")).left // 4
+        if sum(tensor.nbytes for each in own for tensor in each) <= room:
+            self.original[key] = [stream.cpu() for stream in streams]
+
     def keep(self, key: Hashable, streams: Sequence[Tensor], patch: Any = "") -> None:
         """Keep hidden states behind some cuts, with the patch of the last one, in host memory.
 
@@ -60,6 +68,38 @@ class Kept:
         if key in self._patched:
             self._patched.move_to_end(key)
         return self._patched.get(key)
+
+
+class SampleStreams:
+    """The original's hidden states before two blocks, by sample, in host memory.
+
+    Args:
+        batches: all micro-batches of a text.
+        before: the hidden states (B, T, D) of each, before each of some blocks.
+
+    Attributes:
+        blocks: numbers of these blocks, ascending.
+    """
+
+    def __init__(
+        self, batches: Sequence[TokenSet], before: dict[int, Sequence[Tensor]]
+    ) -> None:
+        self.blocks = sorted(before)
+        samples = [int(row) for batch in batches for row in batch.index]
+        self._rows = {
+            i: dict(
+                zip(samples, (row for s in streams for row in s.cpu()), strict=True)
+            )
+            for i, streams in before.items()
+        }
+
+    def of(self, i: int, samples: Sequence[int], width: int) -> Tensor:
+        """Return the hidden states (B, T, D) of some samples before block ``i``, T = ``width``.
+
+        Samples are cut or padded with zeros, at positions that count nowhere.
+        """
+        rows = (self._rows[i][sample] for sample in samples)
+        return torch.stack([pad(row, (0, 0, 0, width - len(row))) for row in rows])
 
 
 def boundaries(

@@ -24,6 +24,7 @@ from isingcut.ising.solvers import solve
 from isingcut.ising.spectrum import Spectrum
 from isingcut.ising.states import States, states_of
 from isingcut.measure.losses import measure
+from isingcut.measure.streams import Kept
 from isingcut.options.config import RunConfig
 from isingcut.runs import evaluating, measuring, solving
 from isingcut.runs.checks import check_run_tasks
@@ -121,7 +122,7 @@ def _rank(session: Session, folder: RunFolder) -> Making:
         reason = {"why": "questions"}
     elif tokens:
         journal = target / "patched.journal"
-        kl = patched_losses(session, folder, split, journal, session.progress)
+        kl = patched_losses(session, folder, split, journal, session.progress, Kept())
         deep = is_deep(count, problem.n)
         near = choose_by_patch(ranked, deep, config, kl, best)
         if len(near) > 1:

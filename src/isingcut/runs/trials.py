@@ -6,8 +6,9 @@ cut (docs/experiments/deep.md). So the search there measures states after a patc
 
     states of the energy, its search and one pass  ->  measured, patched
     the best of them with each block in turn removed or restored  ->  the effect of each block
-    rounds: exchanges around the best state, those with the lowest sum of effects first; if one is
-        better, the effects of the blocks that the best exchanges of that state move
+    rounds: exchanges around the best state, those with the lowest sum of effects first; then the
+        effects of the blocks that the best exchanges of the best state move, until a better one is
+        unlikely, by the errors of the sums so far
 """
 
 import dataclasses
@@ -15,10 +16,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+from scipy.special import log_ndtr
 
 from isingcut.console.progress import Progress, silent
 from isingcut.data.tokens import TokenSet
 from isingcut.energies.search.proposals import Target, flip_each, list_exchanges
+from isingcut.energies.search.search import CHANCE, GAIN
 from isingcut.files import states
 from isingcut.healing.patch.files import runs
 from isingcut.ising.problem import Problem
@@ -42,12 +45,13 @@ DEEP = 0.4
 """Share of removed blocks from which on a cut is deep."""
 ROUND = 4
 MOVES = 16
-STALLED = 2
 MORE = 40
 TOKENS = 2048
+ERROR = 0.01
 """The search in a deep cut: number of states that start it, and per round; exchanges whose blocks
-are measured again; rounds without a better state after which it ends; states beyond the number of
-blocks after which it ends; and tokens to fit the patch of each state, and to measure it."""
+are measured again; states beyond the number of blocks after which it ends; tokens to fit the patch
+of each state, and to measure it; and the error of a sum of effects, as a share of the KL, that
+counts as much as a round of measured ones."""
 
 PatchedLoss = Callable[[Sequence[int], str, int], float]
 """Returns the KL of a state after a patch of a kind, fitted on so many tokens."""
@@ -139,7 +143,7 @@ def search_patched(
     Returns:
         the removed blocks of the best two states.
 
-    Complexity: about N + `MORE` states.
+    Complexity: N + 8 to N + `MORE` states.
     """
     few = text.first(TOKENS)
     patched_kl = patched_losses(session, folder, few, journal, silent, Kept())
@@ -171,23 +175,34 @@ def search_patched(
             order = np.argsort((near[~known] ^ centre) @ effects, kind="stable")
             return np.asarray(near[~known][order])
 
+        def chance() -> float:
+            """Return the chance that an exchange is lower than the best state by more than `GAIN`,
+            if sums of effects have independent normal errors like those measured."""
+            lowest = measure(centre)
+            errors = [*surprises, *[ERROR * lowest] * ROUND]
+            spread = np.sqrt(np.mean(np.square(errors)))
+            higher = (guess() ^ centre) @ effects + GAIN * lowest
+            return float(1 - np.exp(log_ndtr(higher / spread).sum()))
+
         for state in list({key_of(state): state for state in start}.values())[:ROUND]:
             measure(state)
         centre = best()[0]
-        stalled = 0
+        surprises = list[float]()
         moves = None
-        while stalled < STALLED and len(kl) < problem.n + MORE:
+        while len(kl) < problem.n + MORE:
             lowest = measure(centre)
             # The last first, so that the blocks before it are still kept.
             for i in np.flatnonzero((guess()[:moves] ^ centre).any(0))[::-1]:
                 effects[i] = measure(flip_each(centre)[i]) - lowest
+            if chance() <= CHANCE:
+                break
             for state in guess()[:ROUND]:
-                measure(state)
+                change = float((state ^ centre) @ effects)
+                surprises.append(measure(state) - lowest - change)
             # Removing a block undoes restoring it.
             effects[best()[0] ^ centre] *= -1
             centre = best()[0]
             moves = MOVES
-            stalled = 0 if measure(centre) < lowest else stalled + 1
     return [blocks_of(state) for state in best()[:2]]
 
 

@@ -16,7 +16,7 @@ from isingcut.healing.patch.files import (
     write_patched,
 )
 from isingcut.healing.repairs import registry
-from isingcut.measure.streams import Kept
+from isingcut.measure.streams import Kept, SampleStreams
 from isingcut.models.verify import verify
 
 CANNOT = (ArchitectureError, FitError)
@@ -30,10 +30,12 @@ class Repaired:
     Attributes:
         patches: those of all changed layers.
         record: the record of the maps and their tuning, without a proof.
+        original: the original's hidden states of a fit, for a tuning on the same samples.
     """
 
     patches: list[Patch]
     record: PatchRecord
+    original: SampleStreams | None = None
 
 
 def make_patches(

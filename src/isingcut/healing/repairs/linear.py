@@ -56,7 +56,7 @@ from isingcut.healing.patch.layers import (
 from isingcut.healing.patch.ridge import Moments, RidgeFit, Rows, bytes_of, fit_ridge
 from isingcut.healing.repairs.base import Repaired
 from isingcut.measure.splitting import attempt, fewer_tokens_to_fit
-from isingcut.measure.streams import Kept
+from isingcut.measure.streams import Kept, SampleStreams
 from isingcut.measure.work import Work
 from isingcut.models.device import allowance
 from isingcut.models.replay import Replay
@@ -149,7 +149,7 @@ def fit_patches(
     record = PatchRecord(
         maps=maps, changed=True, cuts=cuts, unpatched=unpatched, tuning=None
     )
-    return Repaired(patches, record)
+    return Repaired(patches, record, fitting.original())
 
 
 # The cuts of a state ------------------------------------------------------------------
@@ -188,20 +188,23 @@ class _Fitting:
                 f"streamed model, but {room / 1e9:.2f} GB are free; lower --patch-tokens"
             )
         # The original's and the patched model's hidden states before block `_at`.
-        self._original = [r.entered for r in self._recordings]
-        self._patched = list(self._original)
+        self._original: Sequence[Tensor] = [r.entered for r in self._recordings]
+        self._patched: Sequence[Tensor] = self._original
         self._at = 0
         self._cuts = tuple[tuple[int, int], ...]()
+        self._before: Sequence[Tensor] = ()
 
     def fit_cut(self, first: int, last: int) -> Patch | str:
         """Return the patch for removing blocks ``first`` to ``last``, or why there is none."""
         self._cuts += ((first, last),)
-        key = len(self.batches), self._cuts
+        count = len(self.batches)
+        key = count, self._cuts
         result: Patch | str
-        if self.kept and (known := self.kept.find(key)):
+        original = self.kept.original.get((count, last)) if self.kept else None
+        if self.kept and original and (known := self.kept.find(key)):
             streams, result = known
             self._patched = self._bring(last, streams)
-            self._original = self.kept.original[len(self.batches), last]
+            self._original = original
         else:
             result = self._fit_new(first, last)
             if self.kept:
@@ -212,8 +215,11 @@ class _Fitting:
     def _fit_new(self, first: int, last: int) -> Patch | str:
         """Run both models up to a cut, and fit its patch."""
         p = first - 1
+        alike = len(self._cuts) == 1
         for i in map(int, self.replay.store.sweep(range(self._at, last + 1))):
-            if i < p:
+            if alike and i <= p:
+                self._patched = self._original
+            elif i < p:
                 self._patched = self._after(i, self._patched)
             self._original = self._original_after(i)
             self.done(len(self.batches) * (1 + (i <= p)))
@@ -226,12 +232,24 @@ class _Fitting:
         both = self._original, self._patched
         self._original, entered = (self._bring(p, streams) for streams in both)
         result: Patch | str = ""
+        if alike and not self.replay.streamed:
+            self._before = [stream.cpu() for stream in entered]
         for _ in self.replay.store.sweep([p]):
             result = self._fit_block(p, last, entered)
             patches = [result] if isinstance(result, Patch) else []
             with apply_patches(self.replay.blocks, patches):
                 self._patched = self._after(p, entered)
         return result
+
+    def original(self) -> SampleStreams | None:
+        """Return the original's hidden states before the first patched block and after the last
+        cut, if both were computed and the model is in memory."""
+        p = self._cuts[0][0] - 1
+        known = self.kept.original if self.kept else {}
+        before = self._before or known.get((len(self.batches), p - 1))
+        if not before:
+            return None
+        return SampleStreams(self.batches, {p: before, self._at: self._original})
 
     def _fit_block(self, p: int, last: int, entered: Sequence[Tensor]) -> Patch | str:
         """Patch a layer of block p: one that writes directly to the stream, or else the best of a
@@ -384,14 +402,14 @@ class _Fitting:
             validation = (batch.index == 0).to(device)
         return mask & ~validation[:, None], mask & validation[:, None]
 
-    def _original_after(self, i: int) -> list[Tensor]:
-        if self.kept is None:
-            return self._after(i, self._original)
+    def _original_after(self, i: int) -> Sequence[Tensor]:
         key = len(self.batches), i
-        if key not in self.kept.original:
-            after = self._after(i, self._bring(i, self._original))
-            self.kept.original[key] = [stream.cpu() for stream in after]
-        return self.kept.original[key]
+        if self.kept and key in self.kept.original:
+            return self.kept.original[key]
+        after = self._after(i, self._bring(i, self._original))
+        if self.kept:
+            self.kept.keep_original(key, after)
+        return after
 
     def _after(self, i: int, streams: Sequence[Tensor]) -> list[Tensor]:
         return [r.block(i, s) for r, s in zip(self._recordings, streams, strict=True)]

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar
 
@@ -39,7 +39,7 @@ from isingcut.healing.patch.layers import list_linear_layers
 from isingcut.healing.repairs.base import Repaired
 from isingcut.healing.repairs.linear import Linear
 from isingcut.measure.splitting import attempt, bytes_of_backward, fewer_tokens_to_fit
-from isingcut.measure.streams import Kept
+from isingcut.measure.streams import Kept, SampleStreams
 from isingcut.memory import raise_if_exhausted
 from isingcut.models.compute.divergence import divergence
 from isingcut.models.compute.head import (
@@ -101,7 +101,7 @@ class Tuned:
         for share in shares:
 
             def tune_with(count: int, share: float = share) -> Any:
-                given = (job, tokens, held_out, linear.patches, layers)
+                given = (job, tokens, held_out, linear, layers)
                 return tune(*given, at_a_time=count, share=share)
 
             fewer = partial(fewer_tokens_to_fit, limit, most, longest, tune_with)
@@ -140,7 +140,7 @@ def tune(
     job: Job,
     tokens: TokenSet,
     held_out: TokenSet,
-    patches: Sequence[Patch],
+    linear: Repaired,
     stored: StoredLayers | None = None,
     *,
     at_a_time: int = STEP_TOKENS,
@@ -148,7 +148,7 @@ def tune(
 ) -> tuple[list[Patch], PatchTuning]:
     """Tune fitted patches on the loss.
 
-    Cost: one pass of the original over the tokens, and one forward and backward pass of the patched
+    Cost: the original's blocks after the last cut, and one forward and backward pass of the patched
     model from the first cut on. Memory: on the device a copy of the layers, a gradient, the hidden
     states of all tokens twice, and the activations of one micro-batch; and there or on the host
     `BYTES` per tuned number. If memory does not suffice for all linear layers, those whose output
@@ -158,7 +158,7 @@ def tune(
         job: the cut; its original model must be in memory.
         tokens: the samples for tuning.
         held_out: the validation samples, not used for the patches either.
-        patches: the fitted patches of this state.
+        linear: the fitted patches of this state.
         stored: the checkpoint to write the layers to; None: any layer may be tuned.
         at_a_time: tokens per micro-batch; changes results by rounding only.
         share: share of the free memory to use.
@@ -185,30 +185,28 @@ def tune(
     steps = min(len(groups), max(1, round(tokens.tokens / STEP_TOKENS)))
     order = torch.randperm(len(groups), generator=torch.Generator().manual_seed(0))
     texts = (
-        tokens.select(torch.cat([groups[i].index for i in order[taken::steps]]))
+        torch.cat([groups[i].index for i in order[taken::steps]])
         for taken in range(steps)
     )
-    splits = [
-        [text] if text.positions <= at_a_time else text.batches(at_a_time)
-        for text in texts
-    ]
+    splits = [_split(tokens, rows, at_a_time) for rows in texts]
     # Without a gradient, more tokens take no more memory.
-    splits.append(held_out.batches(batch_tokens))
+    validated = held_out.batches(batch_tokens)
     # Not inference mode, because the recording takes part in the backward pass.
-    count = sum(map(len, splits))
+    count = len(validated) + sum(map(len, splits))
     with torch.no_grad(), job.progress("reading the text of the patch", count) as bar:
 
-        def read(batch: TokenSet) -> _Batch:
+        def read(batch: TokenSet, known: SampleStreams | None) -> _Batch:
             bar.advance(1)
-            return _Batch.read(replay, batch, removed, adjacent[0])
+            return _Batch.read(replay, batch, removed, adjacent[0], known)
 
-        *train, validation = ([*map(read, split)] for split in splits)
-        linear = _list_layers(train[0][0].call, adjacent)
-    fitted = {(p.block, p.path): p for p in patches}
+        train = [[read(batch, linear.original) for batch in split] for split in splits]
+        validation = [read(batch, None) for batch in validated]
+        listed = _list_layers(train[0][0], adjacent)
+    fitted = {(p.block, p.path): p for p in linear.patches}
     # A tuned float8 layer would be stored as bfloat16, so tune it only if it is patched already.
     usable = [
         one
-        for one in linear
+        for one in listed
         if (one[:2] in fitted or stored is None or not stored.float8(*one[:2]))
         and not find_obstacle(replay, stored, *one[:3])
     ]
@@ -268,7 +266,7 @@ def tune(
         held_out_predictions=held_out.tokens,
         held_out_kl=kl,
     )
-    patches = [p for p in patches if (p.block, p.path) not in tuned]
+    patches = [p for p in linear.patches if (p.block, p.path) not in tuned]
     for own, patch in tuned.values():
         patch.parameters["weight"] = own.detach().cpu()
         patches.append(patch)
@@ -360,14 +358,22 @@ def _add(weight: Any, gradient: Tensor) -> None:
         weight.grad += gradient
 
 
+def _split(tokens: TokenSet, rows: Tensor, at_a_time: int) -> list[TokenSet]:
+    """Return some samples in micro-batches, with their rows in ``tokens``."""
+    text = tokens.select(rows)
+    batches = [text] if text.positions <= at_a_time else text.batches(at_a_time)
+    return [replace(batch, index=rows[batch.index]) for batch in batches]
+
+
 def _list_layers(
-    call: Recording, adjacent: Sequence[int]
+    batch: _Batch, adjacent: Sequence[int]
 ) -> list[tuple[int, str, Any, bool]]:
     """List the linear layers of the blocks ``adjacent`` to cuts, in the form of `choose_layers`."""
     linear = list[tuple[int, str, Any, bool]]()
-    stream = call.entered
+    call = batch.call
+    stream = batch.entered
     width = stream.shape[-1]
-    for i in range(adjacent[-1] + 1):
+    for i in range(adjacent[0], adjacent[-1] + 1):
         layers = list_linear_layers(call, i, stream)[0] if i in adjacent else ()
         linear += [(i, path, m, out.shape[-1] == width) for path, m, out in layers]
         stream = call.block(i, stream)
@@ -392,12 +398,29 @@ class _Batch:
 
     @classmethod
     def read(
-        cls, replay: Replay, tokens: TokenSet, removed: Sequence[int], first: int
+        cls,
+        replay: Replay,
+        tokens: TokenSet,
+        removed: Sequence[int],
+        first: int,
+        known: SampleStreams | None,
     ) -> _Batch:
-        """Run the original; ``first`` is the first tuned block."""
+        """Run the original, from the last of its ``known`` hidden states on.
+
+        Args:
+            tokens: with the rows of ``known`` as `index`.
+            first: the first tuned block.
+        """
         call = replay.record(tokens.input_ids)
         stream = entered = call.entered
-        for i in range(len(replay)):
+        start = 0
+        if known:
+            rows = tokens.index.tolist()
+            width = entered.shape[1]
+            before, start = known.blocks
+            entered = known.of(before, rows, width).to(replay.places[before])
+            stream = known.of(start, rows, width).to(replay.places[start - 1])
+        for i in range(start, len(replay)):
             # If block 0 is removed, all blocks before the first tuned one are.
             if i == first and 0 not in removed:
                 entered = stream
