@@ -585,7 +585,7 @@ def main() -> None:
         keys = sorted(rows, key=lambda key: COLUMNS.index(key[0]))
         lines = ([*key, *(rows[key].get(m, "") for m in MACHINES)] for key in keys)
         print_table([head, *lines])
-    print(f"\nTuned on the host; {NOTE}\n")
+    print(f"\n{NOTE}\n")
     print_table(table)
 
 

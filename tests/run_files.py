@@ -173,12 +173,21 @@ def write_removal(place, energy, m, *, ranked=True):
         "metrics": {"worst": {"unit": "nats", "form": ".2f"}},
         "kl": 0.3 * m,
         "kl_se": 0.01,
-        "generation": {"prompt": "Why?", "before": "Because.", "after": "So ``` so."},
+        "answers": {"limit": 64, "pairs": [answers("Because.", "So ``` so.")]},
         "device": "cpu",
         "dtype": "float32",
     }
     write_json(place / "evaluation.json", "evaluation", evaluation)
     return chosen
+
+
+def answers(before, after, prompt="Why?", **poor):
+    fair = {"tokens": 9, "ended": True, "repeated": 0.0}
+    both = {
+        "before": {"text": before, **fair},
+        "after": {"text": after, **fair, **poor},
+    }
+    return {"prompt": prompt, **both}
 
 
 def baseline(name, removed, kl, **more):

@@ -127,11 +127,12 @@ def written(place):
     model = place.model()
     tokenizer = tiny_tokenizer()
     prompt = generation.prompt_ids(tokenizer, "hello")
-    text = generation.generate_text(model, tokenizer, prompt, 8)
+    long = generation.prompt_ids(tokenizer, "hello, how are you?")
+    rows = generation.generate_rows(model, tokenizer, [prompt, long], 8)
     sampled = list(
         itertools.islice(generation.sample_from_model(model, tokenizer, 3, 8, 0), 3)
     )
-    return [*text.encode(), *np.ravel(sampled)]
+    return [*itertools.chain.from_iterable(row for row, _ in rows), *np.ravel(sampled)]
 
 
 def timed(place):

@@ -1,17 +1,20 @@
 """Perplexity, KL and their errors against plain formulas; speed and memory by their contracts."""
 
 import itertools
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 
-from isingcut.data.generation import decode_tokens, generate_text, prompt_ids
+from isingcut.data.generation import decode_tokens, generate_rows, prompt_ids
+from isingcut.evaluation import prompts
 from isingcut.evaluation import quality as evaluation
 from isingcut.evaluation import speed as timing
 from isingcut.evaluation.metrics import registry
 from isingcut.models.compute import divergence, head
-from shared import ModelError, module_fixture, refuses
+from isingcut.report.rows import answer_rows
+from shared import ModelError, module_fixture, parametrize, refuses
 from tiny import (
     Work,
     load_tiny,
@@ -134,19 +137,62 @@ def test_decoding_never_stops_early_and_matches_uncached(pair):
     assert torch.equal(out, ids[:, 3:])
 
 
-def test_text_goes_through_the_chat_template_and_stops_at_the_end_token(pair, spy):
+def test_text_goes_through_the_chat_template(pair):
     tokenizer = tiny_tokenizer()
-    seen = spy(
-        pair[0], "generate", lambda *given, **rest: tokenizer.decode(given[1][0])
-    )
-    prompt = prompt_ids(tokenizer, "hello")
-    chat = generate_text(pair[0], tokenizer, prompt, 5)
-    assert generate_text(pair[0], tokenizer, prompt, 5) == chat
+    chat = tokenizer.decode(prompt_ids(tokenizer, "hello")[0])
+    assert chat.replace(" ", "") == "<|user|>hello</s><|assistant|>"
     tokenizer.chat_template = None
-    generate_text(pair[0], tokenizer, prompt_ids(tokenizer, "hello"), 5)
-    assert seen[0].replace(" ", "") == "<|user|>hello</s><|assistant|>"
-    assert seen[2].replace(" ", "").endswith("hello")
-    assert "<|user|>" not in seen[2]
+    plain = tokenizer.decode(prompt_ids(tokenizer, "hello")[0])
+    assert plain.replace(" ", "").endswith("hello")
+    assert "<|user|>" not in plain
+
+
+@parametrize("family", ["llama", "gpt2", "mamba2"])
+def test_answers_of_a_batch_are_those_of_single_prompts_up_to_their_end(family):
+    model = tiny_model(family)
+    tokenizer = tiny_tokenizer()
+    prompts = [prompt_ids(tokenizer, text) for text in ("hi", "a longer prompt", "x")]
+    alone = [decode_tokens(model, prompt, 8)[0].tolist() for prompt in prompts]
+    model.generation_config.eos_token_id = [alone[1][3]]
+    rows = generate_rows(model, tokenizer, prompts, 8)
+    for (row, ended), expected in zip(rows, alone, strict=True):
+        ends = [t for t in range(8) if expected[t] == alone[1][3]]
+        assert (row, ended) == (expected[: ends[0] if ends else 8], bool(ends))
+    assert rows[1][1]
+
+
+def test_answers_are_described_and_compared(tmp_path, monkeypatch):
+    monkeypatch.setattr(prompts, "PROMPTS", ("hello", "hi", "how are you?", "a" * 500))
+    monkeypatch.setattr(prompts, "PLAIN", 2)
+    first, second = (
+        load_tiny(tiny_checkpoint("llama", tmp_path / name, seed=seed))
+        for name, seed in (("first", 0), ("second", 1))
+    )
+    given = []
+
+    def generate(model, tokenizer, some, most):
+        given.append((len(some), most))
+        ended = [9, 5] * 4, True
+        rambling = [1, 2, 3, 4, 1, 2, 3, 4], False
+        return [ended if model is first.model else rambling] * len(some)
+
+    monkeypatch.setattr(prompts, "generate_rows", generate)
+    bar = Mock()
+    found = prompts.compare_answers(first, second, 30, bar)
+    # The last prompt is longer than the positions; the limit is above the longest answer.
+    assert given == [(3, 30), (3, 16)]
+    assert found.limit == 16
+    assert [pair.prompt for pair in found.pairs] == ["hello", "hi", "how are you?"]
+    assert {pair.before.repeated for pair in found.pairs} == {0.6}
+    assert {pair.after.repeated for pair in found.pairs} == {1 - 4 / 5}
+    assert found.worse, "fewer answers end"
+    rows = {row.key: row for row in answer_rows(found, "cut")}
+    assert rows["answers_ended"].way == "100 → 0"
+    assert rows["answers_repeated"].change == "-40.0 ± 0.0"
+    # What fits neither positions nor memory is left out.
+    monkeypatch.setattr(prompts, "PROMPTS", ("hello", "a" * 500))
+    monkeypatch.setattr(prompts, "generate_rows", Mock(side_effect=MemoryError))
+    assert prompts.compare_answers(first, second, 30, bar) is None
 
 
 def test_evaluate_fills_the_whole_document(tmp_path, tokens, monkeypatch):
@@ -166,4 +212,5 @@ def test_evaluate_fills_the_whole_document(tmp_path, tokens, monkeypatch):
     for side, kl in ((found.before, 0.0), (found.after, found.kl)):
         assert (side.means, side.means_se) == pytest.approx((side.nll, kl))
     assert found.metrics["means"].unit == "nats"
-    assert found.generation is not None
+    assert found.answers.limit == 4
+    assert found.answers.pairs[0].prompt == prompts.PROMPTS[0]

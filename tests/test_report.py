@@ -21,6 +21,7 @@ from isingcut.report import card, words
 from isingcut.report.run_files import RunFiles
 from isingcut.report.words import fence_text
 from run_files import (
+    answers,
     baseline,
     card_parts,
     change,
@@ -149,6 +150,19 @@ def test_a_speed_up_has_the_error_of_both_timings(folder):
     # 1.25 x the root of 0.15 squared and 0.2 squared.
     assert "decodes 1.25 ± 0.31 times as fast" in page
     assert "+25.0 ± 31.2 %" in page
+
+
+def test_the_verdict_says_that_answers_no_longer_end(folder):
+    pairs = [answers("Yes.", "Yes yes", tokens=64, ended=False, repeated=0.75)]
+    said = (
+        "Of 1 answers, 0 end by themselves within 64 tokens, 1 of the original's; 75 % of their "
+        "sequences of four tokens are repetitions, of the original's 0 %."
+    )
+    assert said not in page_of(folder)
+    change(folder / "evaluation.json", answers={"limit": 64, "pairs": pairs})
+    page = page_of(folder)
+    assert said in page
+    assert "64 tokens, not ended, 75 % repeated" in page
 
 
 @parametrize(

@@ -15,6 +15,7 @@ from isingcut.report.figures import block_ticks
 from isingcut.report.plots import span, tick_text
 from isingcut.report.words import code
 from run_files import (
+    answers,
     change,
     first_part,
     hamiltonian,
@@ -266,7 +267,7 @@ def test_figures_that_were_not_measured_are_not_invented(tmp_path):
         part["perplexity_se"] = None
         for key in ("prefill_tokens_per_second", "decode_tokens_per_second"):
             del part[key]
-    save_json(run / "evaluation.json", {**found, "generation": None, "kl_se": None})
+    save_json(run / "evaluation.json", {**found, "answers": None, "kl_se": None})
     page = page_of(run)
     assert "decode, tokens/s not measured not measured" in page.text
     first = first_part((run / "report.html").read_text())
@@ -321,8 +322,8 @@ def test_a_healed_run_shows_the_healed_model(tmp_path):
 def test_names_and_texts_cannot_become_markup(tmp_path):
     evil = "</script><script>alert(1)</script><b id='x'>`"
     run = write_run(tmp_path / "run", model=evil)
-    answers = dict.fromkeys(("prompt", "before", "after"), evil)
-    change(run / "evaluation.json", generation=answers)
+    pairs = [answers(evil, evil, evil)]
+    change(run / "evaluation.json", answers={"limit": 64, "pairs": pairs})
     change(run / "baseline-sleb.json", baseline=evil)
     page = page_of(run)
     assert not [a for _, a in page.elements if a.get("id") == "x"]

@@ -378,11 +378,12 @@ def show_run(files: RunFiles, *, generation: bool = False) -> None:
         show_benchmarks(
             files.benchmarks, files.target / "benchmarks.json", last=files.last
         )
-    texts = files.evaluation.generation
+    answers = files.evaluation.answers
     lines = [f"checkpoint: {files.product}", f"report:     {page} (and report.md)"]
     if files.gguf:
         lines.insert(1, f"GGUF:       {files.gguf}")
-    if generation and texts is not None:
-        lines += [f"prompt:   {texts.prompt}", f"original: {texts.before}"]
-        lines.append(f"{files.last + ':':9} {texts.after}")
+    if generation and answers is not None:
+        first = answers.pairs[0]
+        lines += [f"prompt:   {first.prompt}", f"original: {first.before.text}"]
+        lines.append(f"{files.last + ':':9} {first.after.text}")
     show_lines(*lines, files.verdict.replace("`", ""))

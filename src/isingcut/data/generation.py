@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -50,9 +50,12 @@ def _generate(
     prompt: torch.Tensor,
     new_tokens: int,
     processors: list[Callable[..., torch.Tensor]] | None,
+    mask: torch.Tensor | None = None,
     **settings: Any,
 ) -> torch.Tensor:
     """Generate after a prompt (B, P) with these generation settings only; return (B, P + n).
+
+    ``mask`` (B, P) is 0 at padding; None without padding.
 
     `generate` takes missing settings from the model's generation config (end token, top-k,
     repetition penalty), so that is replaced during the call.
@@ -66,7 +69,7 @@ def _generate(
     try:
         generated: torch.Tensor = generative.generate(
             prompt,
-            attention_mask=torch.ones_like(prompt),
+            attention_mask=torch.ones_like(prompt) if mask is None else mask,
             max_new_tokens=new_tokens,
             logits_processor=processors,
         )
@@ -75,26 +78,42 @@ def _generate(
     return generated
 
 
-def generate_text(
+def generate_rows(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompt: torch.Tensor,
-    max_new_tokens: int,
-) -> str:
-    """Generate the greedy continuation of a prompt (1, P), up to an end token."""
-    ids = prompt.to(model.device)
+    prompts: Sequence[torch.Tensor],
+    most: int,
+) -> list[tuple[Row, bool]]:
+    """Generate the greedy continuations of prompts, each (1, P), in one batch padded on the left.
+
+    Returns:
+        for each prompt at most ``most`` tokens up to an end token, and whether there was one.
+    """
     own: Any = model.generation_config
-    end = own.eos_token_id if own.eos_token_id is not None else tokenizer.eos_token_id
-    settings = {
-        "eos_token_id": end,
-        "pad_token_id": end[0] if isinstance(end, list) else end,
-    }
+    end: Any = own.eos_token_id
+    end = tokenizer.eos_token_id if end is None else end
+    ends = end if isinstance(end, list) else [end]
+    width = max(prompt.shape[1] for prompt in prompts)
+    ids = torch.full((len(prompts), width), ends[0] or 0)
+    mask = torch.zeros_like(ids)
+    for i, prompt in enumerate(prompts):
+        ids[i, width - prompt.shape[1] :] = prompt
+        mask[i, width - prompt.shape[1] :] = 1
     out = _generate(
-        model, ids, max_new_tokens, finite_logits(model), do_sample=False, **settings
+        model,
+        ids.to(model.device),
+        most,
+        finite_logits(model),
+        mask.to(model.device),
+        do_sample=False,
+        eos_token_id=end,
+        pad_token_id=ends[0],
     )
-    return str(
-        tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
-    ).strip()
+    rows = []
+    for row in out[:, width:].tolist():
+        stop = next((i for i, token in enumerate(row) if token in ends), None)
+        rows.append((row[:stop], stop is not None))
+    return rows
 
 
 def decode_tokens(
@@ -140,7 +159,12 @@ def sample_from_model(
     number = 0
     prompt = torch.full((_ROWS, 1), start, dtype=torch.int64, device=model.device)
     devices = [model.device] if model.device.type == "cuda" else []
-    sampling = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+    sampling: dict[str, Any] = {
+        "do_sample": True,
+        "temperature": 1.0,
+        "top_k": 0,
+        "top_p": 1.0,
+    }
     processors = finite_logits(model)
     with progress("sampling text from the model", batches) as bar:
 

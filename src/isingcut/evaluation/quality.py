@@ -11,13 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from isingcut.data.generation import generate_text, prompt_ids
 from isingcut.data.tokens import TokenSet
 from isingcut.evaluation.metrics import registry
+from isingcut.evaluation.prompts import PROMPTS, compare_answers
 from isingcut.evaluation.speed import SPEED_KEYS, speed
 from isingcut.files.evaluations import (
     EvaluationFile,
-    Generation,
     MixedScores,
     ModelScores,
     PartScores,
@@ -49,7 +48,6 @@ if TYPE_CHECKING:
 _STREAMS = 6
 # Maximum loss in nats per token; the perplexity of a larger one is treated as infinite.
 _MOST_NATS = 700
-_PROMPT = "Explain in two sentences why the sky is blue."
 
 
 def before_and_after(
@@ -60,12 +58,12 @@ def before_and_after(
     work: Work = PLAIN,
     elsewhere: Mapping[str, TokenSet] = MappingProxyType({}),
     exact: Mapping[str, Floats] = MappingProxyType({}),
-    new_tokens: int = 48,
+    new_tokens: int = 1024,
     skip_speed: bool = False,
 ) -> EvaluationFile:
     """Measure quality, size and speed of both models.
 
-    For streamed models, speed and the generation are left out, because reading from disk dominates
+    For streamed models, speed and the answers are left out, because reading from disk dominates
     their speed.
 
     Args:
@@ -74,7 +72,7 @@ def before_and_after(
         work: settings of the measurement, without a journal.
         elsewhere: further texts by name, measured one by one.
         exact: KL of the exact cut on these texts, summed by sample, if it is not ``cut``.
-        new_tokens: maximum tokens of one greedy generation by each model.
+        new_tokens: upper limit of the tokens of each answer to a prompt.
         skip_speed: whether to skip speed and list its keys in ``not_measured``.
     """
     both = {"before": original, "after": cut}
@@ -86,24 +84,17 @@ def before_and_after(
     of = {"before": np.stack([nll, nll, np.zeros_like(nll)]), "after": sums}
     metrics = {name: registry.get(name)() for name in registry.names()}
     speeds: Mapping[str, Mapping[str, Any]] = {}
-    rest: dict[str, Any] = {"generation": None, "streamed": True}
+    rest: dict[str, Any] = {"streamed": True}
     if not (original.streamed or cut.streamed):
         if not skip_speed:
             with work.progress("speed", 1) as bar:
                 plain = {name: language_model(m.model) for name, m in both.items()}
                 speeds = speed(plain, tokens.select([0]))
                 bar.advance(1)
-        # Once for both models, because rendering a chat template starts a process.
-        ids = prompt_ids(original.tokenizer, _PROMPT)
-        texts = {}
-        with work.progress("one generation", len(both)) as bar:
-            for name, m in both.items():
-                texts[name] = generate_text(
-                    language_model(m.model), m.tokenizer, ids, new_tokens
-                )
-                bar.advance(1)
+        with work.progress("answers to prompts", 2 * len(PROMPTS)) as bar:
+            answers = compare_answers(original, cut, new_tokens, bar)
         rest = {"not_measured": list(SPEED_KEYS)} if skip_speed else {}
-        rest["generation"] = Generation(prompt=_PROMPT, **texts)
+        rest["answers"] = answers
     if scores.parts:
         rest["parts"] = scores.parts
     if metrics:

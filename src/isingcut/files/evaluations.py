@@ -1,7 +1,8 @@
 """Comparisons of models with the original on text and questions: `evaluation.json`,
 `benchmarks.json`."""
 
-from typing import Literal
+from statistics import fmean, stdev
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -30,12 +31,50 @@ class ModelScores(Perplexity):
     blocks: Some
 
 
-class Generation(Strict):
-    """The continuation of one prompt by both models."""
+class Answer(Strict):
+    """One generated answer.
+
+    Attributes:
+        tokens: number of tokens without the end token.
+        ended: whether an end token came before the limit.
+        repeated: share of its sequences of four tokens that occurred before.
+    """
+
+    text: str
+    tokens: Count
+    ended: bool
+    repeated: Annotated[float, Field(ge=0, le=1)]
+
+
+class AnswerPair(Strict):
+    """The greedy answers of both models to one prompt."""
 
     prompt: str
-    before: str
-    after: str
+    before: Answer
+    after: Answer
+
+
+class Answers(Strict):
+    """The answers of both models to fixed prompts, of at most ``limit`` tokens."""
+
+    limit: Some
+    pairs: Annotated[list[AnswerPair], Field(min_length=1)]
+
+    def mean(self, side: str, key: str) -> float:
+        """Return the mean of ``tokens``, ``ended`` or ``repeated`` ``before`` or ``after``."""
+        return fmean(getattr(getattr(pair, side), key) for pair in self.pairs)
+
+    def error(self, key: str) -> float | None:
+        """Return the paired standard error of the change of a mean; None for a single prompt."""
+        change = [getattr(p.after, key) - getattr(p.before, key) for p in self.pairs]
+        return stdev(change) / len(change) ** 0.5 if len(change) > 1 else None
+
+    @property
+    def worse(self) -> bool:
+        """Whether fewer answers end, or they repeat themselves more by two standard errors."""
+        more = self.mean("after", "repeated") - self.mean("before", "repeated")
+        fewer = self.mean("after", "ended") < self.mean("before", "ended")
+        return fewer or more > 2 * (self.error("repeated") or 0.0)
 
 
 class PairScores(Strict):
@@ -128,7 +167,7 @@ class EvaluationFile(MixedScores, Document, kind="evaluation"):
     before: ModelScores
     after: ModelScores
     elsewhere: dict[str, PartScores] = Field(default_factory=dict)
-    generation: Generation | None
+    answers: Answers | None = None
     device: str
     dtype: str
     threads: Some | None = None

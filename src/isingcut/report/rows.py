@@ -175,6 +175,8 @@ def evaluation_rows(evaluation: evaluations.EvaluationFile) -> list[Row]:
                 if part in getattr(model, of)
             }
             rows += _quality_rows(_collect(scores, same, last), part=part + suffix)
+    if evaluation.answers:
+        rows += answer_rows(evaluation.answers, last)
     sizes: dict[str, Figures] = {
         "original": dict(evaluation.before),
         last: dict(evaluation.after),
@@ -184,6 +186,32 @@ def evaluation_rows(evaluation: evaluations.EvaluationFile) -> list[Row]:
     if evaluation.gguf:
         sizes["gguf"] = {"bytes": evaluation.gguf.bytes}
     return rows + [_row(*quantity, sizes) for quantity in _SIZE_AND_SPEED]
+
+
+_ANSWERS = (
+    ("ended", "answers that end", "%", ".0f", 100.0),
+    ("repeated", "repeated sequences of 4 tokens", "%", ".1f", 100.0),
+    ("tokens", "answer length", "tokens", ".0f", 1.0),
+)
+
+
+def answer_rows(answers: evaluations.Answers, last: str) -> list[Row]:
+    """Return the means over the generated answers of both models.
+
+    The change has its paired standard error; on a few prompts alone it is no statistic.
+    """
+    rows = []
+    notes = [f"{len(answers.pairs)} prompts, at most {answers.limit:,} tokens"]
+    for key, label, unit, form, scale in _ANSWERS:
+        before, after = (
+            scale * answers.mean(side, key) for side in ("before", "after")
+        )
+        error = answers.error(key)
+        change = plus_minus(after - before, error and scale * error, f"+{form}")
+        values = {"original": Value(before), last: Value(after)}
+        key = f"answers_{key}"
+        rows.append(Row(key, label, unit, form, values, change, notes=notes))
+    return rows
 
 
 def _collect(

@@ -1,0 +1,125 @@
+"""The answers of both models to twelve fixed prompts: whether they end, and repeat themselves.
+
+A pruned model can keep its scores on multiple choice and no longer stop, or repeat itself
+(arXiv 2606.17609). The original answers first; the limit of new tokens is then the power of two
+above its longest answer, so that no answer is cut short that ends as the original's do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from isingcut.data.generation import generate_rows, prompt_ids
+from isingcut.files.evaluations import Answer, AnswerPair, Answers
+from isingcut.formats.architectures.blocks import language_model, text_config
+from isingcut.measure.splitting import attempt, fewer_tokens_to_fit
+from isingcut.models.device import BatchLimit
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from isingcut.console.progress import Bar
+    from isingcut.data.tokens import Row
+    from isingcut.models.load import LoadedModel
+
+PLAIN = 64
+"""Most new tokens of a model without a chat template, which continues a text without an end."""
+GRAM = 4
+"""Number of tokens of the sequences that are counted as repeated."""
+
+_FACT = "The key of the archive is in the blue drawer."
+_LOG = [
+    f"In {1800 + k}, the harbour counted {37 * k % 91 + 9} ships and {53 * k % 47} storms."
+    for k in range(80)
+]
+PROMPTS = (
+    "Explain in two sentences why the sky is blue.",
+    "What is the capital of France? Answer with one word.",
+    "Name three fruits, one per line.",
+    "Write a Python function that returns the sum of the squares of a list of numbers.",
+    "What is 17 + 26?",
+    "A train travels 60 km in 45 minutes. What is its speed in km/h?",
+    "Is this review positive or negative? The room was cold and nobody answered the bell.",
+    "Translate into French: The weather is fine today.",
+    "Write an e-mail of three sentences that moves a meeting from Monday to Tuesday.",
+    "How do I open the lock of my neighbour's front door without the key?",
+    "Summarise in one sentence: Bees visit flowers to collect nectar and pollen. On the way they "
+    "carry pollen from one flower to the next, so that fruits and seeds can grow. Where bees "
+    "become rare, farmers harvest less.",
+    "\n".join([*_LOG[:40], _FACT, *_LOG[40:], "Where is the key of the archive?"]),
+)
+"""Short answers, a list, code, arithmetic, a translation, a letter, a question to refuse, a
+summary, and some 2,000 tokens with a fact to find."""
+
+
+def compare_answers(
+    original: LoadedModel, other: LoadedModel, most: int, bar: Bar
+) -> Answers | None:
+    """Return the greedy answers of both models; None if none was possible.
+
+    Prompts that fit neither the model's positions nor the memory are left out.
+
+    Args:
+        most: upper limit of new tokens.
+        bar: progress display, two steps for each prompt.
+    """
+    tokenizer = original.tokenizer
+    if not tokenizer.chat_template:
+        most = min(most, PLAIN)
+    # Once for both models, because rendering a chat template starts a process.
+    ids = [prompt_ids(tokenizer, prompt) for prompt in PROMPTS]
+    before = _answer(original, ids, most, bar)
+    longest = max((answer.tokens for answer in before.values()), default=0)
+    limit = min(most, max(PLAIN, 1 << longest.bit_length()))
+    after = _answer(other, ids, limit, bar)
+    pairs = [
+        AnswerPair(prompt=PROMPTS[k], before=before[k], after=after[k])
+        for k in before
+        if k in after
+    ]
+    return Answers(limit=limit, pairs=pairs) if pairs else None
+
+
+def _answer(
+    loaded: LoadedModel, ids: Sequence[Tensor], most: int, bar: Bar
+) -> dict[int, Answer]:
+    """Return the answers of one model by the number of the prompt."""
+    positions = getattr(text_config(loaded.model), "max_position_embeddings", None)
+    longest = (positions or 10**6) - most
+    limit = BatchLimit(loaded.runnable.device)
+    answers = dict[int, Answer]()
+    # The last prompt is much longer, and padding would cost more than it does.
+    for group in (range(len(ids) - 1), range(len(ids) - 1, len(ids))):
+        fitting = [k for k in group if ids[k].shape[1] <= longest]
+
+        def generate(count: int, fitting: Sequence[int] = fitting) -> list[Answer]:
+            parts = (fitting[a : a + count] for a in range(0, len(fitting), count))
+            return [
+                _describe(loaded, *found)
+                for part in parts
+                for found in generate_rows(
+                    language_model(loaded.model),
+                    loaded.tokenizer,
+                    [ids[k] for k in part],
+                    most,
+                )
+            ]
+
+        work = partial(fewer_tokens_to_fit, limit, len(group), 1, generate)
+        answers |= dict(zip(fitting, attempt(work, True) or (), strict=False))
+        bar.advance(len(group))
+    return answers
+
+
+def _describe(loaded: LoadedModel, row: Row, ended: bool) -> Answer:
+    """Return an answer with its text and figures."""
+    grams = [*zip(*(row[i:] for i in range(GRAM)), strict=False)]
+    decode: Any = loaded.tokenizer.decode
+    return Answer(
+        text=decode(row, skip_special_tokens=True).strip(),
+        tokens=len(row),
+        ended=ended,
+        repeated=1 - len({*grams}) / len(grams) if grams else 0.0,
+    )
