@@ -163,7 +163,7 @@ def test_answers_of_a_batch_are_those_of_single_prompts_up_to_their_end(family):
 
 def test_answers_are_described_and_compared(tmp_path, monkeypatch):
     monkeypatch.setattr(prompts, "PROMPTS", ("hello", "hi", "how are you?", "a" * 500))
-    monkeypatch.setattr(prompts, "PLAIN", 2)
+    monkeypatch.setattr(prompts, "PLAIN", 8)
     first, second = (
         load_tiny(tiny_checkpoint("llama", tmp_path / name, seed=seed))
         for name, seed in (("first", 0), ("second", 1))
@@ -171,28 +171,30 @@ def test_answers_are_described_and_compared(tmp_path, monkeypatch):
     given = []
 
     def generate(model, tokenizer, some, most):
-        given.append((len(some), most))
-        ended = [9, 5] * 4, True
-        rambling = [1, 2, 3, 4, 1, 2, 3, 4], False
-        return [ended if model is first.model else rambling] * len(some)
+        given.append((len(some), some[0].shape[1] - 8, most))
+        new = [*range(20, 20 + most)]
+        if model is second.model:
+            return [([1] * 8, False)] * len(some)
+        # The original's third answer takes more tokens.
+        return [([9, 5] * 4, True), ([9, 5] * 4, True), (new, most > 8)][-len(some) :]
 
     monkeypatch.setattr(prompts, "generate_rows", generate)
-    bar = Mock()
-    found = prompts.compare_answers(first, second, 30, bar)
-    # The last prompt is longer than the positions; the limit is above the longest answer.
-    assert given == [(3, 30), (3, 16)]
-    assert found.limit == 16
+    found = prompts.compare_answers(first, second, 30, Mock())
+    # The fourth prompt is longer than the positions; a loop is not continued.
+    assert given == [(3, 0, 8), (1, 8, 8), (1, 16, 14), (3, 0, 8)]
+    assert found.limit == 30
     assert [pair.prompt for pair in found.pairs] == ["hello", "hi", "how are you?"]
-    assert {pair.before.repeated for pair in found.pairs} == {0.6}
-    assert {pair.after.repeated for pair in found.pairs} == {1 - 4 / 5}
+    assert [pair.before.tokens for pair in found.pairs] == [8, 8, 30]
+    assert [pair.before.repeated for pair in found.pairs] == [0.6, 0.6, 0]
+    assert {pair.after.repeated for pair in found.pairs} == {0.8}
     assert found.worse, "fewer answers end"
     rows = {row.key: row for row in answer_rows(found, "cut")}
     assert rows["answers_ended"].way == "100 → 0"
-    assert rows["answers_repeated"].change == "-40.0 ± 0.0"
+    assert rows["answers_ended"].change == "-100 ± 0"
     # What fits neither positions nor memory is left out.
     monkeypatch.setattr(prompts, "PROMPTS", ("hello", "a" * 500))
     monkeypatch.setattr(prompts, "generate_rows", Mock(side_effect=MemoryError))
-    assert prompts.compare_answers(first, second, 30, bar) is None
+    assert prompts.compare_answers(first, second, 30, Mock()) is None
 
 
 def test_evaluate_fills_the_whole_document(tmp_path, tokens, monkeypatch):

@@ -9,7 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from itertools import chain
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from isingcut.data.generation import generate_rows, prompt_ids
 from isingcut.files.evaluations import Answer, AnswerPair, Answers
@@ -25,7 +28,8 @@ if TYPE_CHECKING:
     from isingcut.models.load import LoadedModel
 
 PLAIN = 64
-"""Most new tokens of a model without a chat template, which continues a text without an end."""
+"""New tokens after which an answer is looked at first; all of them without a chat template, because
+such a model continues a text without an end."""
 GRAM = 4
 """Number of tokens of the sequences that are counted as repeated."""
 
@@ -85,41 +89,64 @@ def compare_answers(
 def _answer(
     loaded: LoadedModel, ids: Sequence[Tensor], most: int, bar: Bar
 ) -> dict[int, Answer]:
-    """Return the answers of one model by the number of the prompt."""
-    positions = getattr(text_config(loaded.model), "max_position_embeddings", None)
-    longest = (positions or 10**6) - most
-    limit = BatchLimit(loaded.runnable.device)
-    answers = dict[int, Answer]()
-    # The last prompt is much longer, and padding would cost more than it does.
-    for group in (range(len(ids) - 1), range(len(ids) - 1, len(ids))):
-        fitting = [k for k in group if ids[k].shape[1] <= longest]
+    """Return the answers of one model by the number of the prompt.
 
-        def generate(count: int, fitting: Sequence[int] = fitting) -> list[Answer]:
-            parts = (fitting[a : a + count] for a in range(0, len(fitting), count))
-            return [
-                _describe(loaded, *found)
-                for part in parts
-                for found in generate_rows(
-                    language_model(loaded.model),
-                    loaded.tokenizer,
-                    [ids[k] for k in part],
-                    most,
-                )
+    Answers that did not end go on up to twice as many tokens, unless they are in a loop.
+    """
+    positions = getattr(text_config(loaded.model), "max_position_embeddings", None)
+    device = BatchLimit(loaded.runnable.device)
+    tokenizer: Any = loaded.tokenizer
+    rows = {
+        k: (list[int](), False)
+        for k, prompt in enumerate(ids)
+        if prompt.shape[1] + most <= (positions or 10**6)
+    }
+    size = 0
+    left = [*rows]
+    while left and size < most:
+        more = min(max(PLAIN, size), most - size)
+        size += more
+        # The last prompt is much longer, and padding would cost more than it does.
+        last = len(ids) - 1
+        groups = [k for k in left if k < last], [k for k in left if k == last]
+        for group in filter(None, groups):
+            begun = [
+                torch.cat([ids[k], torch.tensor([rows[k][0]], dtype=torch.int64)], 1)
+                for k in group
             ]
 
-        work = partial(fewer_tokens_to_fit, limit, len(group), 1, generate)
-        answers |= dict(zip(fitting, attempt(work, True) or (), strict=False))
-        bar.advance(len(group))
-    return answers
+            def generate(
+                count: int, begun: Sequence[Tensor] = begun, more: int = more
+            ) -> list[tuple[Row, bool]]:
+                model = language_model(loaded.model)
+                parts = (begun[a : a + count] for a in range(0, len(begun), count))
+                made = (generate_rows(model, tokenizer, part, more) for part in parts)
+                return [*chain.from_iterable(made)]
+
+            work = partial(fewer_tokens_to_fit, device, len(group), 1, generate)
+            found = attempt(work, True)
+            for i, k in enumerate(group):
+                before, _ = rows.pop(k)
+                if found is not None:
+                    rows[k] = before + found[i][0], found[i][1]
+        left = [
+            k
+            for k, (row, ended) in rows.items()
+            if len(row) == size and not ended and _count_repeated(row[-PLAIN:]) < 0.5
+        ]
+    bar.advance(len(ids))
+    return {
+        k: Answer(
+            text=tokenizer.decode(row, skip_special_tokens=True).strip(),
+            tokens=len(row),
+            ended=ended,
+            repeated=_count_repeated(row),
+        )
+        for k, (row, ended) in rows.items()
+    }
 
 
-def _describe(loaded: LoadedModel, row: Row, ended: bool) -> Answer:
-    """Return an answer with its text and figures."""
+def _count_repeated(row: Row) -> float:
+    """Return the share of sequences of `GRAM` tokens that occurred before."""
     grams = [*zip(*(row[i:] for i in range(GRAM)), strict=False)]
-    decode: Any = loaded.tokenizer.decode
-    return Answer(
-        text=decode(row, skip_special_tokens=True).strip(),
-        tokens=len(row),
-        ended=ended,
-        repeated=1 - len({*grams}) / len(grams) if grams else 0.0,
-    )
+    return 1 - len({*grams}) / len(grams) if grams else 0.0
