@@ -233,8 +233,12 @@ def percent(value, low, high):
 
 def flipped(row, lost, won, kept, kl):
     """Add flips to the row of a task, all in percent."""
-    shares = {"changed": lost + won + 3.0, "right_to_wrong": lost, "wrong_to_right": won}
-    flips = {name: percent(v, v - 1.5, v + 2.5) for name, v in shares.items()}
+    shares = {
+        "changed": lost + won + 3.0,
+        "right_to_wrong": lost,
+        "wrong_to_right": won,
+    }
+    flips = {name: percent(v, 0.5 * v, 1.5 * v + 1) for name, v in shares.items()}
     return {**row, "flips": {**flips, "kept": kept, "choice_kl": kl}}
 
 
