@@ -294,7 +294,7 @@ def test_equal_accuracy_hides_flips():
     picked = [0] * 8
     # Another wrong choice for question 6 is a change, but no flip.
     others = [1, 1, 0, 0, 1, 1, 2, 0]
-    sure = [[0.5, 0.25, 0.125, 0.125]] * 8
+    sure = [[0.7, 0.1, 0.1, 0.1]] * 8
     unsure = [[0.25] * 4] * 8
     found = row(answered(first, picked, sure), answered(second, others, unsure))
     assert (found.difference, found.p_value) == (0, 1)
@@ -304,8 +304,9 @@ def test_equal_accuracy_hides_flips():
     assert flips.right_to_wrong == flips.wrong_to_right
     assert ends(flips.changed) == pytest.approx((62.5, 30.574, 86.316), abs=1e-3)
     assert flips.kept.percent == 100
-    # 0.5 ln 2 + 0.25 ln 1 + 0.25 ln 0.5 = 0.25 ln 2, whatever is added to log-likelihoods.
-    assert flips.choice_kl == pytest.approx(0.25 * math.log(2))
+    # Whatever is added to log-likelihoods.
+    exact = 0.7 * math.log(2.8) + 0.3 * math.log(0.4)
+    assert flips.choice_kl == pytest.approx(exact)
 
 
 def test_the_score_kept_is_that_above_chance():
@@ -321,6 +322,7 @@ def test_the_score_kept_is_that_above_chance():
     one, two = (answered(v, [*v]) for v in (first, second))
     flips = row(one, two).flips
     assert flips.choice_kl is None
+    assert (flips.right_to_wrong.percent, flips.wrong_to_right.percent) == (25, 0)
     kept, low, high = ends(flips.kept)
     assert kept == pytest.approx(200 / 3)
     assert (low, high) == pytest.approx((kept - 7.54, kept + 7.54), abs=0.8)
