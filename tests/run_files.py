@@ -236,6 +236,21 @@ def task(name, original, cut):
     }  # fmt: skip
 
 
+def percent(value, low, high):
+    return {"percent": value, "low": low, "high": high}
+
+
+def flipped(row, lost, won, kept, kl):
+    """Add flips to the row of a task, all in percent."""
+    shares = {
+        "changed": lost + won + 3.0,
+        "right_to_wrong": lost,
+        "wrong_to_right": won,
+    }
+    flips = {name: percent(v, 0.5 * v, 1.5 * v + 1) for name, v in shares.items()}
+    return {**row, "flips": {**flips, "kept": kept, "choice_kl": kl}}
+
+
 def run_content(model, energy, n, m, seed):
     """Return the content of `run.json` before its files are recorded."""
     options = {f: getattr(RunConfig(), f) for f in ("calibration", "keep", "budget")}
@@ -311,6 +326,12 @@ def _write_extras(path, main, m, chosen):
         write_json(path / f"baseline-{name}.json", "baseline", content)
     steps = [{"step": k, "tokens": 512 * k, "loss": 1.0 / k} for k in range(1, 31)]
     write_json(path / "healing.json", "healing", healing(steps, chosen, n))
-    rows = [task("arc_easy", 0.62, 0.55), task("boolq", 0.6, 0.61)]
+    rows = [
+        flipped(task("arc_easy", 0.62, 0.55), 12.0, 5.0, percent(81.1, 72, 91.5), 0.21),
+        # No more answers are right or wrong than before, and half of them flipped.
+        flipped(task("winogrande", 0.5, 0.5), 25.0, 25.0, None, 0.5),
+        flipped(task("gsm8k", 0.04, 0.01), 3.0, 0.0, percent(25.0, 0, None), None),
+        task("boolq", 0.6, 0.61),
+    ]
     benchmarks = {"rows": rows, "engine": "lm_eval 0.4"}
     write_json(path / "benchmarks.json", "benchmarks", benchmarks)

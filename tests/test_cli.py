@@ -469,7 +469,9 @@ def test_every_loss_is_shown_with_its_text_and_its_model(finished, printed, tmp_
     row, _ = show.curve_data(curve)
     assert (row["split"], row["model"], row["report"]) == ("rank", "cut", str(report))
     show.show_run(show.open_finished(curve))
-    assert "benchmarks, the same questions for both models" in printed()
+    said = printed()
+    assert "benchmarks, the same questions for both models" in said
+    assert "│ 25.0 (12.5 to 38.5) │" in said
     show.show_ranking(read_document(finished / "candidates.json", CandidatesFile))
     assert "KL (cut, ranking text) 0." in printed()
     assert "perplexity (patched, unseen text)" in (finished / "report.html").read_text()

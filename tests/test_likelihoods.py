@@ -14,7 +14,12 @@ from isingcut.evaluation import answers
 from isingcut.evaluation.answers import MICRO_BATCHES, answer_scores, generate_texts
 from isingcut.evaluation.harness import Harness
 from isingcut.evaluation.questions import prepare_task
-from isingcut.evaluation.scores import certainties, score_states, temper_margins
+from isingcut.evaluation.scores import (
+    certainties,
+    read_choices,
+    score_states,
+    temper_margins,
+)
 from isingcut.models import replay as replays
 from shared import ModelError, module_fixture, parametrize, refuses, write_jsonl
 from test_tasks import gsm8k
@@ -211,10 +216,14 @@ def test_where_a_task_does_not_say_what_is_right_the_score_counts():
     asked = [(t, answers) for t in (task(7), task("c"), task(-100), coded)]
     asked.append((rolling, {"doc": {}, "filtered_resps": [-5.0]}))
     scores = np.array([1.0, 0.0, 1.0, 0.0, 0.5])
-    assert certainties(asked, scores, by_length=True).tolist() == scores.tolist()
+    choices = [read_choices(*each, by_length=True) for each in asked]
+    assert certainties(asked, scores, choices).tolist() == scores.tolist()
+    # The choices have a letter each; the last two tasks tell of none.
+    assert [own.tolist() for own, _ in choices] == [[-1.0, -3.0]] * 3 + [[], []]
     # An index, a text, and several: the margin of the wrong one is 2 nats or none.
     told = [(task(gold), answers) for gold in (0, "a", [0, 1])]
-    first, second, both = certainties(told, np.zeros(3), by_length=False)
+    choices = [read_choices(*each, by_length=False) for each in told]
+    first, second, both = certainties(told, np.zeros(3), choices)
     assert first == second < 0
     assert both == 0
 

@@ -136,9 +136,34 @@ def test_every_figure_holds_its_data(page):
     assert {a["id"] for a in page.tagged("figure")} == {
         "map", "fields", "couplings", "scatter-pairwise", "scatter-empirical-fisher",
         "correlations", "pareto-parameters",
-        "pareto-cache", "pareto-speed", "rivals", "healing",
+        "pareto-cache", "pareto-speed", "rivals", "healing", "flips",
     }  # fmt: skip
     assert "not run" not in page.text.lower()
+
+
+def test_each_task_is_a_bar_over_its_flips(run, page):
+    assert "Equal accuracy can hide flips" in page.text
+    # Equal scores of 50 %, and half of the answers flipped.
+    (picture,) = (
+        a for a in page.tagged("svg") if "winogrande" in a.get("data-tip", "")
+    )
+    words = "winogrande: 50.0 → 50.0 %\nright to wrong: 25.0 %\nwrong to right: 25.0 %"
+    assert picture["data-tip"] == picture["aria-label"] == words
+    lost, won = (
+        [(float(a["x"]), float(a["width"])) for a in page.classed(kind) if "x" in a]
+        for kind in ("lost", "won")
+    )
+    # The task without flips, of an earlier version, has no bar.
+    assert lost == [(50, 12), (25, 25), (1, 3)]
+    assert won == [(62, 5), (50, 25), (4, 0)]
+    ends = [a["d"] for a in page.classed("final") if "d" in a]
+    assert ends[1] == "M50.0 5H50.0M50.0 0v10"
+    cells = "arc_easy 20.0 (10.0 to 31.0) 12.0 (6.0 to 19.0) 5.0 (2.5 to 8.5)"
+    assert f"{cells} 81.1 (72.0 to 91.5) 0.2100" in page.text
+    markdown = (run / "report.md").read_text()
+    row = "| gsm8k | 6.0 (3.0 to 10.0) | 3.0 (1.5 to 5.5) | 0.0 (0.0 to 1.0)"
+    assert f"{row} | 25.0 (0.0 to unbounded) | – |" in markdown
+    assert "| boolq | " not in markdown
 
 
 def test_every_coupling_has_the_colour_of_its_sign(page):

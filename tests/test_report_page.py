@@ -123,7 +123,7 @@ def test_every_figure_is_drawn(show):
     captions = page.eval_on_selector_all(
         "figure", "all => all.map(e => e.querySelector('figcaption').innerText.trim())"
     )
-    assert len(captions) == 11
+    assert len(captions) == 12
     assert all(captions)
 
 
@@ -136,6 +136,26 @@ def test_the_block_axis_is_one_line_through_map_fields_and_couplings(show):
     for box in boxes[1:]:
         assert box["x"] == pytest.approx(boxes[0]["x"], abs=1.5)
         assert box["width"] == pytest.approx(boxes[0]["width"], abs=1.5)
+
+
+@parametrize("size", [DESK, PHONE], ids=["1280", "390"])
+def test_flips_are_shadows_on_one_axis(show, size):
+    page = show("run", size)
+    picture = page.locator(".flips svg").nth(1)
+    ends = [
+        picture.locator(of).bounding_box()
+        for of in (".grid", ".lost", ".won", ".final")
+    ]
+    whole, lost, won, final = ends
+    assert whole["width"] > 0.5 * page.locator(".flips").bounding_box()["width"]
+    # Half of the answers flipped around equal scores of 50 %.
+    assert lost["width"] == pytest.approx(whole["width"] / 4, abs=1)
+    assert won["width"] == pytest.approx(lost["width"], abs=1)
+    middle = whole["x"] + whole["width"] / 2
+    assert won["x"] == pytest.approx(middle, abs=1)
+    assert final["x"] + final["width"] / 2 == pytest.approx(middle, abs=1)
+    picture.hover()
+    assert "winogrande: 50.0 → 50.0 %" in page.locator(".tip").inner_text()
 
 
 def test_pointing_gives_values(show, run):

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from isingcut.evaluation import answers, questions
-from isingcut.evaluation.benchmark import benchmark, compare_scores, mcnemar
+from isingcut.evaluation.benchmark import benchmark, compare_scores, mcnemar, row
 from isingcut.evaluation.questions import prepare_task
-from isingcut.evaluation.scores import score_states
+from isingcut.evaluation.scores import Scores, score_states
 from shared import module_fixture, parametrize, refuses, write_jsonl
 from tiny import load_tiny
 
@@ -200,8 +200,19 @@ def test_our_task_is_the_harness_s_own(name, models, tmp_path):
     (mine,) = score_states(model, prepared, [()])
     metric, _, which = mine.metric.partition(",")
     which = which or "none"
-    theirs = [s[metric] for s in found["samples"]["official"] if s["filter"] == which]
-    assert mine.values.tolist() == [float(v) for v in theirs]
+    theirs = [s for s in found["samples"]["official"] if s["filter"] == which]
+    assert mine.values.tolist() == [float(s[metric]) for s in theirs]
+    if name == "gsm8k":
+        assert mine.answers == [s["filtered_resps"][0] for s in theirs]
+    elif name == "lambada":
+        assert mine.answers == [s["filtered_resps"][0][1] for s in theirs]
+    else:
+        # The picked choice is right where the score is 1.
+        right = [
+            a == own["answer"] for a, (_, own) in zip(mine.answers, pairs, strict=True)
+        ]
+        assert right == mine.values.tolist()
+        assert [len(c) for c in mine.choices] == [len(o["choices"]) for _, o in pairs]
     results = found["results"]["official"]
     assert mine.values.mean() == results[f"{metric},{which}"]
     assert mine.shots == shots
@@ -262,12 +273,88 @@ def test_a_few_graded_scores_are_no_proof(n):
     assert not found.more_than_noise
 
 
+# Flips --------------------------------------------------------------------------------
+
+
+def answered(values, answers, choices=()):
+    """Return the scores of a model with these answers."""
+    n = len(values)
+    likely = [np.log(own) - 3.0 for own in choices] or [np.zeros(0)] * n
+    values = np.array(values, dtype=float)
+    return Scores("t", "acc", values, values, answers, likely, [*map(str, range(n))], 0)
+
+
+def ends(percent):
+    return percent.percent, percent.low, percent.high
+
+
+def test_equal_accuracy_hides_flips():
+    first = [1, 1, 1, 1, 0, 0, 0, 0]
+    second = [0, 0, 1, 1, 1, 1, 0, 0]
+    picked = [0] * 8
+    # Another wrong choice for question 6 is a change, but no flip.
+    others = [1, 1, 0, 0, 1, 1, 2, 0]
+    sure = [[0.7, 0.1, 0.1, 0.1]] * 8
+    unsure = [[0.25] * 4] * 8
+    found = row(answered(first, picked, sure), answered(second, others, unsure))
+    assert (found.difference, found.p_value) == (0, 1)
+    flips = found.flips
+    # Wilson's intervals of 2 and 5 of 8.
+    assert ends(flips.right_to_wrong) == pytest.approx((25, 7.148, 59.072), abs=1e-3)
+    assert flips.right_to_wrong == flips.wrong_to_right
+    assert ends(flips.changed) == pytest.approx((62.5, 30.574, 86.316), abs=1e-3)
+    assert flips.kept.percent == 100
+    # Whatever is added to log-likelihoods.
+    exact = 0.7 * math.log(2.8) + 0.3 * math.log(0.4)
+    assert flips.choice_kl == pytest.approx(exact)
+
+
+def test_the_score_kept_is_that_above_chance():
+    first = [1, 1, 1, 0] * 50
+    second = [1, 1, 0, 0] * 50
+    choices = [[0.5, 0.5]] * 100 + [[0.25] * 4] * 100
+    one, two = (answered(v, [*v], choices) for v in (first, second))
+    # Chance is 3/8: (1/2 - 3/8) / (3/4 - 3/8) = 1/3.
+    assert row(one, two).flips.kept.percent == pytest.approx(100 / 3)
+    assert ends(row(one, one).flips.kept) == (100, 100, 100)
+    # Texts have no chance of being right: 1/2 / 3/4. By the delta method the error is
+    # sqrt((1/4) (2/3)^2 + (1/2) (1/3)^2) / (3/4) / sqrt(200) = 3.849 %.
+    one, two = (answered(v, [*v]) for v in (first, second))
+    flips = row(one, two).flips
+    assert flips.choice_kl is None
+    assert (flips.right_to_wrong.percent, flips.wrong_to_right.percent) == (25, 0)
+    kept, low, high = ends(flips.kept)
+    assert kept == pytest.approx(200 / 3)
+    assert (low, high) == pytest.approx((kept - 7.54, kept + 7.54), abs=0.8)
+
+
+def test_a_score_near_chance_bounds_nothing():
+    # One of three, by chance.
+    chance = answered([1, 0, 0], [0, 0, 0], [[1 / 3] * 3] * 3)
+    assert row(chance, chance).flips.kept is None
+    # Resamples without the right answer, 36 %, have no ratio.
+    rare = answered([1] + [0] * 39, ["1"] * 40)
+    assert ends(row(rare, rare).flips.kept) == (100, None, None)
+    # Where they are fewer than one in forty, the ratio has both ends.
+    less = answered([1] * 5 + [0] * 35, ["1"] * 40)
+    assert ends(row(less, less).flips.kept) == (100, 100, 100)
+
+
+def test_scores_that_are_not_right_or_wrong_have_no_flips():
+    graded = answered([0.2, 0.7], ["a", "b"])
+    assert row(graded, graded).flips is None
+
+
 def test_rows_resume(models, tmp_path, spy):
     write_jsonl(tmp_path / "arc_easy/test.jsonl", [arc(i)[1] for i in range(8)])
     tasks = [prepare_task("arc_easy", tmp_path, 5)]
     kept = tmp_path / "kept"
     (first,) = benchmark(models, tasks, kept=kept)
     assert (first.n, first.shots, first.metric) == (5, 0, "acc")
+    flips = first.flips
+    net = flips.wrong_to_right.percent - flips.right_to_wrong.percent
+    assert net == pytest.approx(100 * first.difference)
+    assert flips.choice_kl > 0
     assert len(list(kept.glob("*.journal"))) == 2
     asked_again = spy(answers, "_scores")
     assert benchmark(models, tasks, kept=kept) == [first]

@@ -23,6 +23,7 @@ from isingcut.report.rows import (
     Row,
     benchmark_rows,
     evaluation_rows,
+    flip_rows,
     healing_rows,
     kl_of,
     plus_minus,
@@ -339,6 +340,9 @@ def show_benchmarks(
     if scores.left_out:
         title += f", without the {scores.left_out} used to choose the blocks"
     _show_rows(title, benchmark_rows(scores, last=last), "difference (95 %)")
+    headings, *rows = flip_rows(scores)
+    if rows:
+        _show_table("answers that changed (95 %)", headings, rows, headings[:1])
     show_lines(f"wrote {file}")
 
 

@@ -24,11 +24,11 @@ from isingcut.console.progress import Part
 from isingcut.errors import InputError
 from isingcut.evaluation.questions import Prepared
 from isingcut.evaluation.scores import Scores, score_states
-from isingcut.files.evaluations import PairedScores, TaskRow
+from isingcut.files.evaluations import Flips, PairedScores, Percent, TaskRow
 from isingcut.files.results import fingerprint, without_infinities
 from isingcut.files.states import ByTasks, ScoredCandidate
 from isingcut.formats.sources import model_identity
-from isingcut.ising.states import Floats
+from isingcut.ising.states import Bools, Floats
 from isingcut.measure.losses import standard_error
 from isingcut.measure.work import PLAIN, Work
 
@@ -81,11 +81,13 @@ def row(original: Scores, cut: Scores) -> TaskRow:
     """Make one row of `benchmarks.json` from the scores of two models on the same questions."""
     assert original.questions == cut.questions
     assert original.metric == cut.metric
+    compared = compare_scores(original.values, cut.values)
     return TaskRow(
         task=original.task,
         metric=original.metric.removesuffix(",none"),
         shots=original.shots,
-        **dict(compare_scores(original.values, cut.values)),
+        flips=count_flips(original, cut) if compared.test == "mcnemar" else None,
+        **dict(compared),
     )
 
 
@@ -139,6 +141,57 @@ def compare_scores(first: Floats, second: Floats) -> PairedScores:
         p_value=p,
         test="mcnemar" if right_or_wrong else "bootstrap",
         more_than_noise=p < 0.05,
+    )
+
+
+def count_flips(original: Scores, cut: Scores) -> Flips:
+    """Compare the answers of two models, each right or wrong, to the same questions.
+
+    Shares have Wilson's 95 % interval, the kept score that of the paired bootstrap over questions.
+    Chance is 1 / choices, and 0 for questions without choices.
+
+    Source: Dutta et al. 2024, "Accuracy is Not All You Need" (arXiv 2407.09141).
+    """
+    pairs = zip(original.answers, cut.answers, strict=True)
+    change = cut.values - original.values
+    chance = np.array([1 / len(own) if len(own) else 0.0 for own in original.choices])
+    logs = [
+        [own - np.logaddexp.reduce(own) for own in each.choices if len(own)]
+        for each in (original, cut)
+    ]
+    kls = [np.exp(p) @ (p - q) for p, q in zip(*logs, strict=True)]
+    return Flips(
+        changed=_share(np.array([before != after for before, after in pairs])),
+        right_to_wrong=_share(change < 0),
+        wrong_to_right=_share(change > 0),
+        kept=_kept(original.values - chance, cut.values - chance),
+        choice_kl=float(np.mean(kls)) if kls else None,
+    )
+
+
+def _share(hits: Bools) -> Percent:
+    from scipy.stats import binomtest
+
+    interval = binomtest(int(hits.sum()), len(hits)).proportion_ci(method="wilson")
+    low, high = (100 * float(end) for end in interval)
+    return Percent(percent=100 * float(hits.mean()), low=low, high=high)
+
+
+def _kept(first: Floats, second: Floats) -> Percent | None:
+    """Return the mean of the second in percent of the first's, which must be above 0."""
+    if round(float(first.mean()), 9) <= 0:
+        return None
+    # Both resample the same questions.
+    whole, left = (_resample(each).round(9) for each in (first, second))
+    ratios = left / np.where(whole > 0, whole, 1.0)
+    # A resample without a score above chance counts as lowest, and as highest.
+    tail = RESAMPLES // 40
+    low, high = (
+        without_infinities(float(100 * np.sort(np.where(whole > 0, ratios, no))[end]))
+        for no, end in ((-math.inf, tail), (math.inf, -1 - tail))
+    )
+    return Percent(
+        percent=100 * float(second.mean() / first.mean()), low=low, high=high
     )
 
 

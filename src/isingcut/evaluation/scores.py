@@ -53,6 +53,9 @@ class Scores:
         certainties: (n,) log-probability of the right answer, nats. For choices, it is computed at
             the temperature that fits the answers best, because overconfidence does not affect
             scores; for a continuation, it is unchanged; for generated answers, it is ``values``.
+        answers: for each question the number of the picked choice or the extracted text; for other
+            tasks the score.
+        choices: for each question the log-likelihoods of its choices (`read_choices`), nats.
         questions: the keys of the questions (task and hash of the record).
         shots: examples in each prompt.
     """
@@ -61,6 +64,8 @@ class Scores:
     metric: str
     values: Floats
     certainties: Floats
+    answers: list[Any]
+    choices: list[Floats]
     questions: list[str]
     shots: int
 
@@ -175,15 +180,27 @@ def _score_one(model: Harness, task: Prepared, wanted: Callable[[str], bool]) ->
         raise InputError(
             f"a question of {task.name} has no finite {metric}; choose another task"
         )
+    answered = [(made[t], s) for t, s in chosen]
+    choices = [read_choices(*each, by_length=name == "acc_norm") for each in answered]
+    likely = [likely for likely, _ in choices]
     return Scores(
         task.name,
         metric,
         values,
-        certainties(
-            [(made[t], s) for t, s in chosen], values, by_length=name == "acc_norm"
-        ),
+        certainties(answered, values, choices),
+        [*map(_answer, answered, likely, values)],
+        likely,
         [f"{t}:{s['doc_hash'][:16]}" for t, s in chosen],
         int(next(iter(results["n-shot"].values()))),
+    )
+
+
+def _answer(of: tuple[Any, dict[str, Any]], likely: Floats, score: float) -> Any:
+    task, sample = of
+    if len(likely):
+        return int(likely.argmax())
+    return (
+        sample["filtered_resps"][0] if task.OUTPUT_TYPE == "generate_until" else score
     )
 
 
@@ -203,7 +220,9 @@ def _metric(task: str, samples: Sequence[tuple[str, dict[str, Any]]]) -> str:
 
 
 def certainties(
-    answered: Sequence[tuple[Any, dict[str, Any]]], scores: Floats, *, by_length: bool
+    answered: Sequence[tuple[Any, dict[str, Any]]],
+    scores: Floats,
+    choices: Sequence[tuple[Floats, list[int]]],
 ) -> Floats:
     """Return the log-probability of each right answer, in nats, or its score.
 
@@ -213,24 +232,16 @@ def certainties(
     Args:
         answered: for each question the harness's task and its record of the answers.
         scores: (n,) scores of the questions.
-        by_length: use log-likelihoods per character, as in ``acc_norm``.
+        choices: for each question what `read_choices` returns.
     """
     certain = np.array(scores, dtype=np.float64)
     margins = dict[int, Floats]()
     for i, (task, sample) in enumerate(answered):
+        likely, right = choices[i]
         if task.OUTPUT_TYPE == "loglikelihood":
             certain[i] = sample["filtered_resps"][0][0]
-        elif task.OUTPUT_TYPE == "multiple_choice":
-            choices, right = _choices(task, sample["doc"])
-            if right:
-                # Log-likelihoods without the question may follow, for other metrics.
-                answers = sample["filtered_resps"][: len(choices)]
-                likely = np.array([answer[0] for answer in answers])
-                if by_length:
-                    lengths = np.array([max(1, len(choice)) for choice in choices])
-                    likely = likely * (lengths.mean() / lengths)
-                wrong = [c for c in range(len(choices)) if c not in right]
-                margins[i] = likely[wrong] - likely[right].max()
+        elif right:
+            margins[i] = np.delete(likely, right) - likely[right].max()
     if margins:
         certain[list(margins)] = temper_margins(list(margins.values()))
     return certain
@@ -250,15 +261,33 @@ def temper_margins(margins: Sequence[Floats]) -> Floats:
     return max(each, key=lambda values: float(values.mean()))
 
 
-def _choices(task: Any, question: Any) -> tuple[list[str], list[int]]:
-    """Return the choices of a question, and the indices of the right ones; empty if not marked."""
-    if not hasattr(task, "multiple_input"):
-        # A task that is defined in code, with its own scoring.
-        return [], []
+def read_choices(
+    task: Any, sample: dict[str, Any], *, by_length: bool
+) -> tuple[Floats, list[int]]:
+    """Return the log-likelihoods of a question's choices, and the numbers of the right ones.
+
+    Both are empty for questions without choices; the numbers also if none is marked as right.
+
+    Args:
+        task: the harness's task.
+        sample: its record of the answers.
+        by_length: compare log-likelihoods per character, as in ``acc_norm``.
+    """
+    if task.OUTPUT_TYPE != "multiple_choice" or not hasattr(task, "multiple_input"):
+        # The second is a task that is defined in code, with its own scoring.
+        return np.zeros(0), []
+    question = sample["doc"]
     choices = list(task.doc_to_choice(question))
     gold = (task.doc_to_text if task.multiple_input else task.doc_to_target)(question)
     right = [
         choices.index(g) if g in choices else g
         for g in (gold if isinstance(gold, list) else [gold])
     ]
-    return choices, [g for g in right if g in range(len(choices))]
+    # Log-likelihoods without the question may follow, for other metrics.
+    likely = np.array(
+        [answer[0] for answer in sample["filtered_resps"][: len(choices)]]
+    )
+    if by_length:
+        lengths = np.array([max(1, len(choice)) for choice in choices])
+        likely = likely / lengths * lengths.mean()
+    return likely, [g for g in right if g in range(len(choices))]

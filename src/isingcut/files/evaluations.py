@@ -201,12 +201,40 @@ class PairedScores(Strict):
     more_than_noise: bool
 
 
+class Percent(Strict):
+    """A figure in percent, with the ends of its 95 % interval; None for an end without a bound."""
+
+    percent: Number
+    low: Number | None
+    high: Number | None
+
+
+class Flips(Strict):
+    """How the answers of a model differ from the original's, question by question.
+
+    Attributes:
+        changed: questions with another answer: another picked choice or another extracted text.
+        right_to_wrong, wrong_to_right: questions that only the original, or only the model, has
+            right.
+        kept: score above chance, of the original's; None if the original's is not above chance.
+        choice_kl: mean KL of the model's distribution over the choices to the original's, in nats
+            per question; None without choices.
+    """
+
+    changed: Percent
+    right_to_wrong: Percent
+    wrong_to_right: Percent
+    kept: Percent | None
+    choice_kl: Number | None
+
+
 class TaskRow(PairedScores):
-    """The scores of both models on one benchmark task."""
+    """The scores of both models on one benchmark task; flips if each answer is right or wrong."""
 
     task: str
     metric: str
     shots: Count
+    flips: Flips | None = None
 
 
 class BenchmarksFile(Document, kind="benchmarks"):

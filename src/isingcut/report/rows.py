@@ -329,6 +329,35 @@ def kl_of(row: states.MeasuredLoss) -> Value:
     return Value(row.kl, row.kl_se)
 
 
+def flip_rows(benchmarks: evaluations.BenchmarksFile) -> list[list[str]]:
+    """Return cells on the changed answers of each task, headings first; percents as intervals."""
+    cells = [
+        [
+            "task",
+            "changed, %",
+            "right to wrong, %",
+            "wrong to right, %",
+            "kept above chance, %",
+            "KL of choices, nats",
+        ]
+    ]
+    for row in benchmarks.rows:
+        if (flips := row.flips) is not None:
+            figures = [flips.changed, flips.right_to_wrong, flips.wrong_to_right]
+            kl = "–" if flips.choice_kl is None else f"{flips.choice_kl:.4f}"
+            percents = map(_percent, [*figures, flips.kept])
+            cells.append([row.task, *percents, kl])
+    return cells
+
+
+def _percent(figure: evaluations.Percent | None) -> str:
+    if figure is None:
+        return "–"
+    ends = (figure.low, figure.high)
+    low, high = ("unbounded" if end is None else f"{end:.1f}" for end in ends)
+    return f"{figure.percent:.1f} ({low} to {high})"
+
+
 def benchmark_rows(
     benchmarks: evaluations.BenchmarksFile, *, last: str = "cut"
 ) -> list[Row]:

@@ -99,6 +99,7 @@ def _environment(**more: Any) -> jinja2.Environment:
         paragraphs,
         plots.meter,
         rows.benchmark_rows,
+        rows.flip_rows,
         rows.healing_rows,
         rows.healing_start,
         rows.judge_kl,
