@@ -280,6 +280,7 @@ def test_a_task_without_data_runs_and_resumes(
     assert name in task_names()
     task = prepare_task(name, tmp_path, 2)
     assert task.generates
+    assert len(set(task.pool())) == 2
     assert task.source == prepare_task(name, None, 2).source
     wrote = spy(
         HFLM,

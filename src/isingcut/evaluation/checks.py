@@ -11,6 +11,7 @@ import json
 import random
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -46,19 +47,17 @@ def hide_needles() -> list[Question]:
     text = " ".join(" ".join(manual()).split())
     rng = random.Random(0)
     questions = []
-    for tokens in _LENGTHS:
-        for depth in _DEPTHS:
-            for thing in _THINGS:
-                size = tokens * _CHARACTERS
-                start = rng.randrange(len(text) - size)
-                place = start + round(depth * size)
-                before, stop, rest = text[start:place].rpartition(". ")
-                after = text[place : start + size]
-                number = str(rng.randrange(1000, 10_000))
-                needle = f"The number of the {thing} is {number}. "
-                question = f"\n\nQuestion: What is the number of the {thing}?\nAnswer:"
-                context = before + stop + needle + rest + after + question
-                questions.append({"context": context, "number": number})
+    for tokens, depth, thing in product(_LENGTHS, _DEPTHS, _THINGS):
+        size = tokens * _CHARACTERS
+        start = rng.randrange(len(text) - size)
+        place = start + round(depth * size)
+        before, stop, rest = text[start:place].rpartition(". ")
+        number = str(rng.randrange(1000, 10_000))
+        needle = f"The number of the {thing} is {number}. "
+        after = text[place : start + size]
+        question = f"\n\nQuestion: What is the number of the {thing}?\nAnswer:"
+        context = before + stop + needle + rest + after + question
+        questions.append({"context": context, "number": number})
     return questions
 
 
