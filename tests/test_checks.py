@@ -289,7 +289,7 @@ def test_a_task_without_data_runs_and_resumes(
     )
     (row,) = benchmark(models, [task], kept=tmp_path)
     assert (row.task, row.metric, row.n, row.shots) == (name, metric, 2, 0)
-    assert (row.test, row.original, row.cut) == ("mcnemar", 0, 0)
+    assert row.test == "mcnemar"
     assert max(wrote) <= most
     calls = len(wrote)
     assert benchmark(models, [task], kept=tmp_path) == [row]

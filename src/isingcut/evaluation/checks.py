@@ -1,7 +1,8 @@
 """Two tasks with generated answers that need no judge, no data and no network.
 
 `instructions`: prompts whose answers programs can check, such as "in 20 to 40 words". An answer is
-right if all checks of its prompt pass; only white space around it is ignored.
+right if all checks of its prompt pass; only white space around it is ignored. They see the form:
+a text without sense may pass.
 
 `needle`: a sentence with a number, hidden in a text of about 1, 2 or 4 thousand tokens, at four
 characters a token. The text is Python's manual, which depends on Python's version.
