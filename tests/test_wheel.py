@@ -88,7 +88,7 @@ def test_the_wheel_holds_the_package_and_its_data(built):
     source = ROOT / "src"
     expected = {
         str(p.relative_to(source))
-        for pattern in ("*.py", "templates/*")
+        for pattern in ("*.py", "*.yaml", "*.jsonl", "templates/*")
         for p in (source / "isingcut").rglob(pattern)
     }
     assert expected | {"isingcut/py.typed"} <= names

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from lm_eval.models.huggingface import HFLM
 
+from isingcut.data.conversations import render_chat
 from isingcut.data.generation import finite_logits
 from isingcut.evaluation.answers import Continuation, Likelihood, Prompt, Writer
 from isingcut.formats.architectures.blocks import language_model
@@ -29,17 +30,28 @@ class Harness(HFLM):  # type: ignore[misc]
         answers: function that computes log-likelihoods.
         texts: function that returns generated texts, given prompts and a function that generates
             the texts of some of them.
+        chat: whether prompts are chat turns, if the tokenizer has a chat template.
 
     Attributes:
         asked: number of prompts so far.
         shortened: number of prompts that were longer than the model's positions.
     """
 
-    def __init__(self, loaded: LoadedModel, answers: Answering, texts: Writing) -> None:
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        answers: Answering,
+        texts: Writing,
+        *,
+        chat: bool = False,
+    ) -> None:
+        self.chat = chat and bool(loaded.tokenizer.chat_template)
         super().__init__(
             pretrained=language_model(loaded.model),
             tokenizer=loaded.tokenizer,
             softmax_dtype="float32",
+            # The template has the special tokens, as in `prompt_ids`.
+            add_bos_token=False if self.chat else None,
         )
         self.answers = answers
         self.texts = texts
@@ -62,6 +74,14 @@ class Harness(HFLM):  # type: ignore[misc]
     def _model_generate(self, *args: Any, **rest: Any) -> Any:
         own = finite_logits(self.model)
         return super()._model_generate(*args, **rest, logits_processor=own)
+
+    def apply_chat_template(
+        self, chat_history: list[dict[str, Any]], add_generation_prompt: bool = True
+    ) -> str:
+        """Render a conversation, as `render_chat`."""
+        return render_chat(
+            self.tokenizer, chat_history, add_generation_prompt=add_generation_prompt
+        )
 
     def generate_until(self, requests: Any, *args: Any, **rest: Any) -> Any:
         """Generate as the harness does, in batches that `texts` chooses."""

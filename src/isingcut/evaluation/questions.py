@@ -21,6 +21,7 @@ import numpy as np
 from isingcut.data.corpora import quiet_logs
 from isingcut.data.text_files import json_lines
 from isingcut.errors import InputError, MissingExtraError, UnknownNameError
+from isingcut.evaluation import checks
 from isingcut.files.inputs import read_bytes, user_path
 from isingcut.files.results import fingerprint
 
@@ -35,6 +36,7 @@ class Prepared:
         limit: maximum number of questions per harness object; None if limited already.
         configurations: harness configurations, one or one per subject, with `custom_dataset`; None
             for a task of the harness.
+        chat: whether prompts are chat turns, if the tokenizer has a chat template.
     """
 
     name: str
@@ -42,6 +44,7 @@ class Prepared:
     source: str
     limit: int | None = None
     configurations: Sequence[dict[str, Any]] | None = None
+    chat: bool = False
 
     def make(self) -> dict[str, Any]:
         """Create the harness objects of the task, which must be new for each model."""
@@ -96,7 +99,16 @@ def split_names(tasks: str) -> list[str]:
 def prepare_task(
     name: str, data: Path | None, questions: int | None = None
 ) -> Prepared:
-    """Prepare a task by name: a file, a task of isingcut with ``data``, or one of the harness."""
+    """Prepare a task by name.
+
+    Args:
+        name: a file; a task of isingcut, with ``data`` if it is not in `SHIPPED`; or a task of the
+            harness.
+        data: folder of questions.
+        questions: maximum number of questions.
+    """
+    if name in SHIPPED:
+        return _make_shipped(name, questions)
     if not is_file(name) and data is None:
         return Prepared(name, None, "hub", questions)
     return _read_task(name, data or Path(), questions)
@@ -120,7 +132,7 @@ def check_tasks(names: Sequence[str], data: Path | None, questions: int | None) 
     if twice := [name for name in shown if shown.count(name) > 1]:
         raise InputError(f"--tasks has two files named {twice[0]}; rename one of them")
     for name in names:
-        if is_file(name) or data is not None:
+        if is_file(name) or data is not None or name in SHIPPED:
             prepare_task(name, data, questions)
         elif name not in _manager().task_index:
             raise InputError(
@@ -162,6 +174,11 @@ def quiet() -> Iterator[None]:
 
 # Tasks of isingcut, and files of questions ---------------------------------------------------
 
+SHIPPED = {
+    "instructions": (checks.read_instructions, checks.score_instruction),
+    "needle": (checks.hide_needles, checks.score_needle),
+}
+"""Tasks that need no data: functions that make the questions, and that score an answer."""
 _LARGEST = 2**28
 _MOST_CHOICES = 64
 
@@ -174,6 +191,17 @@ def task_names() -> list[str]:
 def is_file(name: str) -> bool:
     """Whether a task's name is a file of questions."""
     return name.endswith(".jsonl")
+
+
+def _make_shipped(name: str, questions: int | None) -> Prepared:
+    """Make a task of `SHIPPED`, with at most so many questions, evenly spaced."""
+    make, score = SHIPPED[name]
+    config = {"task": name, "test_split": "test", **_configurations()[name]}
+    own = config.pop("isingcut")
+    records = _spread(make(), questions)
+    config["custom_dataset"] = _dataset(records, [])
+    config["process_results"] = score
+    return Prepared(name, configurations=[config], source=fingerprint(records), **own)
 
 
 def _read_task(name: str, data: Path, questions: int | None) -> Prepared:

@@ -123,7 +123,9 @@ def score_states(
 
         scores = []
         for s in range(len(removed)):
-            engine = Harness(loaded, partial(answer, s), partial(generate, s))
+            engine = Harness(
+                loaded, partial(answer, s), partial(generate, s), chat=task.chat
+            )
             try:
                 scores.append(_score_one(engine, task, wanted))
             except ModelError as e:
@@ -160,7 +162,11 @@ def _score_one(model: Harness, task: Prepared, wanted: Callable[[str], bool]) ->
         each.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
     loaded_tasks = {"tasks": made, "groups": {}, "group_map": {}}
     results: Any = evaluate(
-        lm=model, task_dict=loaded_tasks, bootstrap_iters=0, samples=picked
+        lm=model,
+        task_dict=loaded_tasks,
+        bootstrap_iters=0,
+        samples=picked,
+        apply_chat_template=model.chat,
     )
     samples = [
         (name, s) for name in results["samples"] for s in results["samples"][name]

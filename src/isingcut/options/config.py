@@ -175,8 +175,8 @@ class RunConfig(Options):
     )
     tasks: str = option(
         "",
-        "Benchmarks for both models, comma-separated: lm-evaluation-harness tasks, with --data "
-        "the tasks that isingcut ships, or your own .jsonl files of questions.",
+        "Benchmarks for both models, comma-separated: lm-evaluation-harness tasks, instructions, "
+        "needle, with --data the tasks that isingcut ships, or your own .jsonl files of questions.",
     )
     data: str = option(
         "",
