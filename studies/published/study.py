@@ -27,7 +27,7 @@ from isingcut.energies.search import greedy_price
 from studies.healing import summary
 from studies.healing.study import Healing
 from studies.healing.summary import OURS, paired, points
-from studies.runner import Content, Part
+from studies.runner import Content, Part, read
 
 NAMES = {"patched": "least_squares", "tuned": "patched"}
 """Names in figures of the stages of healing."""
@@ -50,9 +50,9 @@ class Published(Healing):
     }
 
     def choosing(self, method: str, m: int) -> Part:
-        if method != OURS:
-            return super().choosing(method, m)
         o = self.options
+        if method != OURS or OURS in read(o.states).get(str(m), {}):
+            return super().choosing(method, m)
 
         def make(_: Path) -> Content:
             out = self.work / f"run-{m}"
