@@ -6,7 +6,7 @@ import sys
 from studies.runner import run
 
 if __name__ == "__main__":
-    known = "quality, choice, healing, clients, frontier, narrow"
+    known = "quality, choice, healing, clients, frontier, published"
     name = sys.argv[1] if len(sys.argv) > 1 else ""
     if name not in known.split(", "):
         sys.exit(f"usage: python -m studies NAME [--help], NAME one of {known}")

@@ -93,8 +93,11 @@ def choose(
         found[method] = {
             m: part.choose(s.replay, s.tokens, m, work, s.seed) for m in removals
         }
-    elif method == "last":
-        found[method] = {m: Outcome(tuple(range(n - m, n)), 0.0, 0.0) for m in removals}
+    elif method in ("last", "before-last"):
+        end = n - (method == "before-last")
+        found[method] = {
+            m: Outcome(tuple(range(end - m, end)), 0.0, 0.0) for m in removals
+        }
     elif method == "evopress":
         found[method] = {m: _evolution(s, m) for m in removals}
     elif method == "refined-joint":

