@@ -213,7 +213,8 @@ def test_a_state_of_the_search_is_chosen_if_it_is_clearly_better_after_a_patch(
 
 
 def test_a_search_ends_when_a_better_exchange_is_unlikely(monkeypatch):
-    n, remove = 12, 5
+    n = 12
+    remove = 5
     rng = np.random.default_rng(0)
     fields = rng.uniform(1, 2, n)
     couplings = np.triu(rng.uniform(-0.5, 0.5, (n, n)), 1)

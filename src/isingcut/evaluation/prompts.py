@@ -2,7 +2,7 @@
 
 A pruned model can keep its scores on multiple choice and no longer stop, or repeat itself
 (arXiv 2606.17609). The original answers first; the limit of new tokens is then the power of two
-above its longest answer, so that no answer is cut short that ends as the original's do.
+from its longest answer on, so that no answer is cut short that ends as the original's do.
 """
 
 from __future__ import annotations
@@ -75,13 +75,12 @@ def compare_answers(
     # Once for both models, because rendering a chat template starts a process.
     ids = [prompt_ids(tokenizer, prompt) for prompt in PROMPTS]
     before = _answer(original, ids, most, bar)
-    longest = max((answer.tokens for answer in before.values()), default=0)
-    limit = min(most, max(PLAIN, 1 << longest.bit_length()))
+    longest = max((answer.tokens for answer in before.values()), default=1)
+    limit = min(most, max(PLAIN, 1 << (longest - 1).bit_length()))
     after = _answer(other, ids, limit, bar)
     pairs = [
         AnswerPair(prompt=PROMPTS[k], before=before[k], after=after[k])
-        for k in before
-        if k in after
+        for k in sorted({*before} & {*after})
     ]
     return Answers(limit=limit, pairs=pairs) if pairs else None
 

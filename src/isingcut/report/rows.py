@@ -201,7 +201,7 @@ def answer_rows(answers: evaluations.Answers, last: str) -> list[Row]:
     The change has its paired standard error; on a few prompts alone it is no statistic.
     """
     rows = []
-    notes = [f"{len(answers.pairs)} prompts, at most {answers.limit:,} tokens"]
+    notes = {"ended": [f"{len(answers.pairs)}, of at most {answers.limit:,} tokens"]}
     for key, label, unit, form, scale in _ANSWERS:
         before, after = (
             scale * answers.mean(side, key) for side in ("before", "after")
@@ -209,8 +209,8 @@ def answer_rows(answers: evaluations.Answers, last: str) -> list[Row]:
         error = answers.error(key)
         change = plus_minus(after - before, error and scale * error, f"+{form}")
         values = {"original": Value(before), last: Value(after)}
-        key = f"answers_{key}"
-        rows.append(Row(key, label, unit, form, values, change, notes=notes))
+        row = Row(f"answers_{key}", label, unit, form, values, change)
+        rows.append(replace(row, notes=notes.get(key, [])))
     return rows
 
 
