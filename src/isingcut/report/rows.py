@@ -209,8 +209,8 @@ def answer_rows(answers: evaluations.Answers, last: str) -> list[Row]:
         error = answers.error(key)
         change = plus_minus(after - before, error and scale * error, f"+{form}")
         values = {"original": Value(before), last: Value(after)}
-        row = Row(f"answers_{key}", label, unit, form, values, change)
-        rows.append(replace(row, notes=notes.get(key, [])))
+        own = notes.get(key, [])
+        rows.append(Row(f"answers_{key}", label, unit, form, values, change, notes=own))
     return rows
 
 
