@@ -319,12 +319,21 @@ def test_benchmarks_of_a_run_from_the_command_line(folder, healed_run, answer):
     assert {"metric", "original", "original_se", "cut", "cut_se"} <= set(row)
 
 
-def test_a_checkpoint_against_its_original(folder, healed_run, tmp_path, typed):
-    given = {"original": folder / "model", "tasks": "arc_easy", "device": "cpu"}
-    given |= {"data": folder / "data", "out": tmp_path / "scores.json"}
+def test_a_checkpoint_against_its_original(
+    folder, healed_run, tmp_path, typed, refusal
+):
+    given = {"original": folder / "model", "tasks": "instructions", "device": "cpu"}
+    given |= {"data": folder / "data", "out": tmp_path / "scores.json", "questions": 6}
+    error = refusal("evaluate", healed_run / "healed", *flags(given))
+    assert "generates up to 256 tokens, but the model has 128 positions" in error
+    given["tasks"] = "arc_easy,needle"
     said = typed("evaluate", healed_run / "healed", *flags(given)).out
     assert "acc, n = 6, p = " in said
-    assert load_json(tmp_path / "scores.json").rows[0].n == 6
+    found = load_json(tmp_path / "scores.json")
+    assert [row.n for row in found.rows] == [6, 6]
+    # What the scores depend on: the questions, the seed of the examples, and the chat template.
+    assert len({row.questions_sha for row in found.rows} - {""}) == 2
+    assert (found.seed, bool(found.template_sha)) == (1234, True)
 
 
 def test_a_checkpoint_given_as_a_run_names_the_command_that_compares(

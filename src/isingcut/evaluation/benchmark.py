@@ -84,6 +84,7 @@ def row(original: Scores, cut: Scores) -> TaskRow:
     compared = compare_scores(original.values, cut.values)
     return TaskRow(
         task=original.task,
+        questions_sha=fingerprint(original.questions),
         metric=original.metric.removesuffix(",none"),
         shots=original.shots,
         flips=count_flips(original, cut) if compared.test == "mcnemar" else None,

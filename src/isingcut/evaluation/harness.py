@@ -9,6 +9,7 @@ from lm_eval.models.huggingface import HFLM
 
 from isingcut.data.conversations import render_chat
 from isingcut.data.generation import finite_logits
+from isingcut.errors import InputError
 from isingcut.evaluation.answers import Continuation, Likelihood, Prompt, Writer
 from isingcut.formats.architectures.blocks import language_model
 
@@ -96,8 +97,12 @@ class Harness(HFLM):  # type: ignore[misc]
             (tuple(self.tok_encode(r.args[0])), dict(r.args[1])) for r in requests
         ]
         for ids, settings in prompts:
-            room = self.max_length - int(
-                settings.get("max_gen_toks") or self.max_gen_toks or 0
-            )
+            most = int(settings.get("max_gen_toks") or self.max_gen_toks or 0)
+            room = self.max_length - most
+            if room < 1:
+                raise InputError(
+                    f"a task generates up to {most} tokens, but the model has "
+                    f"{self.max_length} positions; choose another task"
+                )
             self._count([len(ids)], room)
         return self.texts(prompts, write)

@@ -229,17 +229,31 @@ class Flips(Strict):
 
 
 class TaskRow(PairedScores):
-    """The scores of both models on one benchmark task; flips if each answer is right or wrong."""
+    """The scores of both models on one benchmark task; flips if each answer is right or wrong.
+
+    Attributes:
+        questions_sha: fingerprint of the scored questions, in order; empty in older files.
+    """
 
     task: str
+    questions_sha: str = ""
     metric: str
     shots: Count
     flips: Flips | None = None
 
 
 class BenchmarksFile(Document, kind="benchmarks"):
-    """`benchmarks.json`."""
+    """`benchmarks.json`.
+
+    Attributes:
+        engine: package that made prompts and scores, with its version.
+        seed: seed of the examples in prompts.
+        template_sha: fingerprint of the chat template, if a task used it.
+        left_out: number of questions that had been used for the choice.
+    """
 
     rows: list[TaskRow]
     engine: str
+    seed: Count | None = None
+    template_sha: str = ""
     left_out: Count = 0

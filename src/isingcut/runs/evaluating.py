@@ -468,10 +468,16 @@ def _score_both(
     models = {"original": session.loaded, "cut": cut}
     if not cut.streamed:
         cut.replay.attention = session.replay.attention
-    rows = benchmark.benchmark(models, prepare_tasks(config), work, but=but, kept=kept)
+    tasks = prepare_tasks(config)
+    rows = benchmark.benchmark(models, tasks, work, but=but, kept=kept)
+    from lm_eval.defaults import DEFAULT_OTHER_SEED
+
+    template = session.loaded.tokenizer.chat_template
     scores = evaluations.BenchmarksFile(
-        rows=rows, engine=f"lm_eval {version('lm_eval')}"
+        rows=rows, engine=f"lm_eval {version('lm_eval')}", seed=DEFAULT_OTHER_SEED
     )
+    if template and any(task.chat for task in tasks):
+        scores.template_sha = fingerprint(template)
     if but:
         scores.left_out = len(but)
     return scores
