@@ -195,7 +195,8 @@ def test_no_control_character_of_a_run_reaches_its_report(arena):
     evil = "\x1b[31mred\x07\x9b\u202e [bold]"
     place = arena.run / "evaluation.json"
     found = load_json(place)
-    found["generation"] |= {"before": evil, "after": evil}
+    for side in ("before", "after"):
+        found["answers"]["pairs"][0][side]["text"] = evil
     save_json(place, found)
     record(arena, "evaluation.json")
     arena.works("report {run}", "run/report.*")
