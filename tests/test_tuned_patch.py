@@ -24,7 +24,7 @@ from tiny import Work, plain_means, replay_of, skip_blocks, stack_modules, tiny_
 REMOVED = (2, 3)
 
 
-def tuned(model, text, removed=REMOVED, **changes):
+def tuned(model, text, removed=REMOVED, at_a_time=96, **changes):
     replay = replay_of(model)
     linear = Repaired([], None)
     rest, held_out = split_samples(text)
@@ -32,7 +32,7 @@ def tuned(model, text, removed=REMOVED, **changes):
         linear = replace(fit_patches(replay, rest, removed, Work(96)), **changes)
     teacher = SimpleNamespace(replay=replay)
     job = Job(teacher, removed, None, text, None, HealConfig(batch_tokens=96))
-    found, record = tune(job, rest, held_out, linear)
+    found, record = tune(job, rest, held_out, linear, at_a_time=at_a_time)
     return SimpleNamespace(patches=found, record=record)
 
 
@@ -79,6 +79,16 @@ def test_the_original_runs_once_for_the_fit_and_the_tuning(removed, spy):
         torch.testing.assert_close(
             one.parameters, other.parameters, rtol=1e-3, atol=1e-5
         )
+
+
+def test_gradients_of_the_micro_batches_of_a_step_are_added(monkeypatch):
+    monkeypatch.setattr(tuning, "STEP_TOKENS", 96)
+    model = tiny_model("llama")
+    text = tokens(16).select(torch.arange(16).repeat_interleave(4))
+    whole = tuned(model, text)
+    parts = tuned(model, text, at_a_time=24)
+    assert whole.record.steps == parts.record.steps > 4
+    assert whole.record.held_out_kl == pytest.approx(parts.record.held_out_kl, rel=1e-3)
 
 
 def test_what_wins_nothing_on_samples_held_out_is_not_kept(monkeypatch):
