@@ -254,7 +254,8 @@ def written(model, work, state=0, kinds=2):
         with skip_blocks(model.model, STATES[state]):
             return generate_texts(replay, STATES[state], prompts, some, work)
 
-    return Harness(model, lambda rows: [], write).generate_until(requests(kinds))
+    engine = Harness(model, lambda rows: [], write)
+    return engine.generate_until(requests(kinds)), engine.endings
 
 
 def texts(found, harness, context, **rest):
@@ -262,13 +263,29 @@ def texts(found, harness, context, **rest):
     return context.shape
 
 
+def ending_alone(plain, request):
+    """Return the tokens of an answer generated alone, and whether it stopped before its limit."""
+    prompt, how = request.args
+    most = how["max_gen_toks"]
+    ids = plain.tokenizer(prompt, return_tensors="pt").input_ids
+    for count in range(1, most + 1):
+        row = plain.model.generate(ids, max_new_tokens=count, do_sample=False)[0]
+        text = plain.tokenizer.decode(row[ids.shape[1] :])
+        if "</s>" in text or "old" in text:
+            return count - ("</s>" in text), True
+    return most, False
+
+
 @parametrize("state", range(len(STATES)))
 def test_texts_are_the_harness_s(model, state):
     plain = HFLM(pretrained=model.model, tokenizer=model.tokenizer, batch_size=2)
     with skip_blocks(model.model, STATES[state]):
         expected = plain.generate_until(requests(), disable_tqdm=True)
-    assert written(model, Work(16), state) == expected
+        alone = [ending_alone(plain, request) for request in requests()]
+    found, endings = written(model, Work(16), state)
+    assert found == expected
     assert any(expected)
+    assert [(e.tokens, e.ended) for e in map(endings.get, PROMPTS)] == alone
 
 
 def test_prompts_of_one_go_fit_some_micro_batches(model, spy):

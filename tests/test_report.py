@@ -31,6 +31,7 @@ from run_files import (
     patch,
     record,
     run_content,
+    task,
     write_report,
     write_run,
 )
@@ -155,7 +156,7 @@ def test_a_speed_up_has_the_error_of_both_timings(folder):
 def test_the_verdict_says_that_answers_no_longer_end(folder):
     pairs = [answers("Yes.", "Yes yes", tokens=64, ended=False, repeated=0.75)]
     said = (
-        "Of 1 answers, 0 end by themselves within 64 tokens, 1 of the original's; 75 % of their "
+        "Of 1 answers, 0 end by themselves, 1 of the original's; 75 % of their "
         "sequences of four tokens are repetitions, of the original's 0 %."
     )
     assert said not in page_of(folder)
@@ -163,6 +164,22 @@ def test_the_verdict_says_that_answers_no_longer_end(folder):
     page = page_of(folder)
     assert said in page
     assert "64 tokens, not ended, 75 % repeated" in page
+    assert "Of at most 64 tokens." in page
+
+
+def test_the_answers_of_tasks_are_pooled_with_those_to_prompts(tmp_path):
+    folder = write_run(tmp_path / "r")
+    ending = {"tokens": 4, "ended": True, "repeated": 0.0}
+    worse = ending | {"ended": False, "repeated": 0.5}
+    pairs = [{"before": ending, "after": after} for after in (ending, worse, worse)]
+    rows = [{**task("ours", 0.5, 0.5), "endings": pairs}]
+    change(folder / "benchmarks.json", rows=rows)
+    page = page_of(folder)
+    assert "Of 4 answers, 2 end by themselves, 4 of the original's; 25 % of" in page
+    # The changes are 0, 0, -1 and -1.
+    (ended,) = (row for row in RunFiles(folder).scores if row.key == "answers_ended")
+    assert (ended.change, ended.notes) == ("-50 ± 29", ["n = 4"])
+    assert "100% and 33% ended" in page
 
 
 @parametrize(

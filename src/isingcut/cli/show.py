@@ -21,6 +21,7 @@ from isingcut.report import words
 from isingcut.report.rows import (
     CUT_RANKING,
     Row,
+    answer_rows,
     benchmark_rows,
     evaluation_rows,
     flip_rows,
@@ -343,6 +344,9 @@ def show_benchmarks(
     headings, *rows = flip_rows(scores)
     if rows:
         _show_table("answers that changed (95 %)", headings, rows, headings[:1])
+    if scores.endings:
+        endings = evaluations.Endings(pairs=scores.endings)
+        _show_rows("generated answers", answer_rows(endings, last), "change")
     show_lines(f"wrote {file}")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -78,6 +78,14 @@ def _generate(
     return generated
 
 
+def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the tokens that end a generated text."""
+    own: Any = model.generation_config
+    end: Any = own.eos_token_id
+    end = tokenizer.eos_token_id if end is None else end
+    return end if isinstance(end, list) else [end]
+
+
 def generate_rows(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -89,10 +97,7 @@ def generate_rows(
     Returns:
         for each prompt at most ``most`` tokens up to an end token, and whether there was one.
     """
-    own: Any = model.generation_config
-    end: Any = own.eos_token_id
-    end = tokenizer.eos_token_id if end is None else end
-    ends = end if isinstance(end, list) else [end]
+    ends = end_tokens(model, tokenizer)
     width = max(prompt.shape[1] for prompt in prompts)
     ids = torch.full((len(prompts), width), ends[0] or 0)
     mask = torch.zeros_like(ids)
@@ -106,14 +111,16 @@ def generate_rows(
         finite_logits(model),
         mask.to(model.device),
         do_sample=False,
-        eos_token_id=end,
+        eos_token_id=ends,
         pad_token_id=ends[0],
     )
-    rows = []
-    for row in out[:, width:].tolist():
-        stop = next((i for i, token in enumerate(row) if token in ends), None)
-        rows.append((row[:stop], stop is not None))
-    return rows
+    return [split_end(row, ends) for row in out[:, width:].tolist()]
+
+
+def split_end(row: Row, ends: Collection[int]) -> tuple[Row, bool]:
+    """Return a generated row before its first end token, and whether there is one."""
+    stop = next((i for i, token in enumerate(row) if token in ends), None)
+    return row[:stop], stop is not None
 
 
 def decode_tokens(

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from isingcut.data.tokens import TokenSet
+from isingcut.files.evaluations import Ending
 from isingcut.files.journal import Journal
 from isingcut.files.results import fingerprint
 from isingcut.ising.states import Bools, Floats, States
@@ -167,7 +168,9 @@ def read_answers(replay: Replay, stream: Tensor, rows: Asked) -> Floats:
 
 Prompt = tuple[tuple[int, ...], dict[str, Any]]
 """Token ids, and the JSON-able generation settings."""
-Writer = Callable[[Sequence[int]], Sequence[str]]
+Text = tuple[str, Ending]
+"""A generated text, and how it ended."""
+Writer = Callable[[Sequence[int]], Sequence[Text]]
 """Function that generates the texts after some prompts, given by index, in one batch."""
 
 MICRO_BATCHES = 4
@@ -181,7 +184,7 @@ def generate_texts(
     write: Writer,
     work: Work,
     description: str = "generated texts",
-) -> list[str]:
+) -> list[Text]:
     """Return one state's generated texts; those in the journal are not generated again.
 
     Args:
@@ -192,7 +195,8 @@ def generate_texts(
         description: the description of the progress bar.
     """
     kept = Journal(
-        work.journal, fingerprint([replay.identity(), [[*p] for p in prompts]])
+        work.journal,
+        fingerprint([replay.identity(), "endings", [[*p] for p in prompts]]),
     )
     keys = [f"{[*state]}/{i}" for i in range(len(prompts))]
     left = [i for i, key in enumerate(keys) if kept.get(key) is None]
@@ -205,14 +209,22 @@ def generate_texts(
             some = left[:count]
             left = left[count:]
 
-            def write_by(count: int, some: Sequence[int] = some) -> list[str]:
+            def write_by(count: int, some: Sequence[int] = some) -> list[Text]:
                 parts = (some[a : a + count] for a in range(0, len(some), count))
                 return [text for part in parts for text in write(part)]
 
             texts = fewer_tokens_to_fit(replay.limit, len(some), 1, write_by)
-            # The journal stores arrays: one number per byte of the text.
-            codes = (np.array([*text.encode()], dtype=np.float64) for text in texts)
+            # The journal stores arrays: how a text ended, and a number per byte of it.
+            codes = (
+                np.array([e.tokens, e.ended, e.repeated, *text.encode()], np.float64)
+                for text, e in texts
+            )
             kept.put(dict(zip((keys[i] for i in some), codes, strict=True)))
             bar.advance(len(some))
-    rows = map(kept.get, keys)
-    return [bytes(row.astype(np.uint8)).decode() for row in rows if row is not None]
+    return [_read_text(row) for row in map(kept.get, keys) if row is not None]
+
+
+def _read_text(row: Floats) -> Text:
+    tokens, ended, repeated = row[:3].tolist()
+    ending = Ending(tokens=int(tokens), ended=bool(ended), repeated=repeated)
+    return bytes(row[3:].astype(np.uint8)).decode(), ending

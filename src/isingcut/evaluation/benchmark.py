@@ -24,7 +24,7 @@ from isingcut.console.progress import Part
 from isingcut.errors import InputError
 from isingcut.evaluation.questions import Prepared
 from isingcut.evaluation.scores import Scores, score_states
-from isingcut.files.evaluations import Flips, PairedScores, Percent, TaskRow
+from isingcut.files.evaluations import EndingPair, Flips, PairedScores, Percent, TaskRow
 from isingcut.files.results import fingerprint, without_infinities
 from isingcut.files.states import ByTasks, ScoredCandidate
 from isingcut.formats.sources import model_identity
@@ -88,6 +88,10 @@ def row(original: Scores, cut: Scores) -> TaskRow:
         metric=original.metric.removesuffix(",none"),
         shots=original.shots,
         flips=count_flips(original, cut) if compared.test == "mcnemar" else None,
+        endings=[
+            EndingPair(before=before, after=after)
+            for before, after in zip(original.endings, cut.endings, strict=True)
+        ],
         **dict(compared),
     )
 

@@ -8,20 +8,25 @@ from typing import TYPE_CHECKING, Any
 from lm_eval.models.huggingface import HFLM
 
 from isingcut.data.conversations import render_chat
-from isingcut.data.generation import finite_logits
+from isingcut.data.generation import end_tokens, finite_logits, split_end
 from isingcut.errors import InputError
-from isingcut.evaluation.answers import Continuation, Likelihood, Prompt, Writer
+from isingcut.evaluation.answers import Continuation, Likelihood, Prompt, Text, Writer
+from isingcut.evaluation.prompts import read_ending
 from isingcut.formats.architectures.blocks import language_model
 
 if TYPE_CHECKING:
+    from isingcut.files.evaluations import Ending
     from isingcut.models.load import LoadedModel
 
 Answering = Callable[[Sequence[Continuation]], Sequence[Likelihood]]
-Writing = Callable[[Sequence[Prompt], Writer], list[str]]
+Writing = Callable[[Sequence[Prompt], Writer], list[Text]]
+MOST = 1024
+"""Limit of new tokens of tasks that have none; the harness's is 256, which cuts answers short."""
 
 
 class Harness(HFLM):  # type: ignore[misc]
-    """The harness's model class with isingcut's log-likelihoods; it generates as the harness does.
+    """The harness's model class with isingcut's log-likelihoods; it generates as the harness does,
+    but notes which answers ended.
 
     The harness's own log-likelihoods need the logits of all positions, and are rounded in half
     precision: to multiples of 1/8 from 16 nats on.
@@ -36,6 +41,7 @@ class Harness(HFLM):  # type: ignore[misc]
     Attributes:
         asked: number of prompts so far.
         shortened: number of prompts that were longer than the model's positions.
+        endings: how the generated answers ended, by prompt.
     """
 
     def __init__(
@@ -57,6 +63,9 @@ class Harness(HFLM):  # type: ignore[misc]
         self.answers = answers
         self.texts = texts
         self.asked = self.shortened = 0
+        self.endings: dict[str, Ending] = {}
+        self._of_rows: list[Ending] = []
+        self.cache_hook: Any = self
 
     def _loglikelihood_tokens(self, requests: Any, *args: Any, **rest: Any) -> Any:
         # Truncated on the left, as in the harness.
@@ -72,9 +81,32 @@ class Harness(HFLM):  # type: ignore[misc]
         self.asked += len(lengths)
         self.shortened += sum(length > longest for length in lengths)
 
-    def _model_generate(self, *args: Any, **rest: Any) -> Any:
+    @property
+    def max_gen_toks(self) -> int:
+        """Limit of new tokens of tasks that have none."""
+        return min(MOST, int(self.max_length) // 2)
+
+    def _model_generate(self, context: Any, stop: list[str], **rest: Any) -> Any:
         own = finite_logits(self.model)
-        return super()._model_generate(*args, **rest, logits_processor=own)
+        made = super()._model_generate(
+            context=context, stop=stop, **rest, logits_processor=own
+        )
+        ends = end_tokens(self.model, self.tokenizer)
+        for whole in made[:, context.shape[1] :].tolist():
+            row, ended = split_end(whole, ends)
+            text = self.tok_decode(row)
+            if not ended and any(term in text for term in stop):
+                ended = True
+                # Padded if others of the batch were longer.
+                while row[-1] == self.tokenizer.pad_token_id:
+                    row.pop()
+            self._of_rows.append(read_ending(row, ended=ended))
+        return made
+
+    def add_partial(self, kind: str, request: tuple[str, Any], text: str) -> None:
+        """Note how an answer ended; the harness reports each, in the order of its batch."""
+        if kind == "generate_until":
+            self.endings[request[0]] = self._of_rows.pop(0)
 
     def apply_chat_template(
         self, chat_history: list[dict[str, Any]], add_generation_prompt: bool = True
@@ -88,16 +120,17 @@ class Harness(HFLM):  # type: ignore[misc]
         """Generate as the harness does, in batches that `texts` chooses."""
         generate = super().generate_until
 
-        def write(some: Sequence[int]) -> Sequence[str]:
+        def write(some: Sequence[int]) -> list[Text]:
             self.batch_size_per_gpu = len(some)
-            texts: list[str] = generate([requests[i] for i in some], disable_tqdm=True)
-            return texts
+            texts = generate([requests[i] for i in some], disable_tqdm=True)
+            endings = [self.endings[requests[i].args[0]] for i in some]
+            return [*zip(texts, endings, strict=True)]
 
-        prompts = [
-            (tuple(self.tok_encode(r.args[0])), dict(r.args[1])) for r in requests
-        ]
-        for ids, settings in prompts:
-            most = int(settings.get("max_gen_toks") or self.max_gen_toks or 0)
+        prompts = []
+        for context, own in (r.args for r in requests):
+            ids = tuple(self.tok_encode(context))
+            most = int(own.get("max_gen_toks") or self.max_gen_toks)
+            prompts.append((ids, {**own, "max_gen_toks": most}))
             room = self.max_length - most
             if room < 1:
                 raise InputError(
@@ -105,4 +138,7 @@ class Harness(HFLM):  # type: ignore[misc]
                     f"{self.max_length} positions; choose another task"
                 )
             self._count([len(ids)], room)
-        return self.texts(prompts, write)
+        found = self.texts(prompts, write)
+        for request, (_, ending) in zip(requests, found, strict=True):
+            self.endings[request.args[0]] = ending
+        return [text for text, _ in found]

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from isingcut.data.generation import generate_rows, prompt_ids
-from isingcut.files.evaluations import Answer, AnswerPair, Answers
+from isingcut.files.evaluations import Answer, AnswerPair, Answers, Ending
 from isingcut.formats.architectures.blocks import language_model, text_config
 from isingcut.measure.splitting import attempt, fewer_tokens_to_fit
 from isingcut.models.device import BatchLimit
@@ -137,12 +137,15 @@ def _answer(
     return {
         k: Answer(
             text=tokenizer.decode(row, skip_special_tokens=True).strip(),
-            tokens=len(row),
-            ended=ended,
-            repeated=_count_repeated(row),
+            **dict(read_ending(row, ended=ended)),
         )
         for k, (row, ended) in rows.items()
     }
+
+
+def read_ending(row: Row, *, ended: bool) -> Ending:
+    """Return how an answer ended, from its tokens."""
+    return Ending(tokens=len(row), ended=ended, repeated=_count_repeated(row))
 
 
 def _count_repeated(row: Row) -> float:

@@ -20,6 +20,7 @@ from isingcut.evaluation.answers import (
     Continuation,
     Likelihood,
     Prompt,
+    Text,
     Writer,
     answer_scores,
     generate_texts,
@@ -31,6 +32,7 @@ from isingcut.measure.work import PLAIN, Work
 
 if TYPE_CHECKING:
     from isingcut.evaluation.harness import Harness
+    from isingcut.files.evaluations import Ending
     from isingcut.models.load import LoadedModel
 
 _PREFERRED = (
@@ -58,6 +60,7 @@ class Scores:
         choices: for each question the log-likelihoods of its choices (`read_choices`), nats.
         questions: the keys of the questions (task and hash of the record).
         shots: examples in each prompt.
+        endings: for each question how its generated answer ended; empty for other tasks.
     """
 
     task: str
@@ -68,6 +71,7 @@ class Scores:
     choices: list[Floats]
     questions: list[str]
     shots: int
+    endings: list[Ending]
 
 
 def score_states(
@@ -109,7 +113,7 @@ def score_states(
                 known[row] = [*zip(likely, greedy, strict=True)]
         return [known[row][state] for row in rows]
 
-    def generate(state: int, prompts: Sequence[Prompt], write: Writer) -> list[str]:
+    def generate(state: int, prompts: Sequence[Prompt], write: Writer) -> list[Text]:
         with (
             contextlib.redirect_stderr(shown),
             skip_blocks(loaded.model, removed[state]),
@@ -198,6 +202,7 @@ def _score_one(model: Harness, task: Prepared, wanted: Callable[[str], bool]) ->
         likely,
         [f"{t}:{s['doc_hash'][:16]}" for t, s in chosen],
         int(next(iter(results["n-shot"].values()))),
+        [model.endings[s["arguments"][0][0]] for _, s in chosen if model.endings],
     )
 
 

@@ -1,6 +1,7 @@
 """Comparisons of models with the original on text and questions: `evaluation.json`,
 `benchmarks.json`."""
 
+from collections.abc import Sequence
 from statistics import fmean, stdev
 from typing import Annotated, Literal
 
@@ -31,8 +32,8 @@ class ModelScores(Perplexity):
     blocks: Some
 
 
-class Answer(Strict):
-    """One generated answer.
+class Ending(Strict):
+    """How one generated answer ended.
 
     Attributes:
         tokens: number of tokens without the end token.
@@ -40,25 +41,22 @@ class Answer(Strict):
         repeated: share of its sequences of four tokens that occurred before.
     """
 
-    text: str
     tokens: Count
     ended: bool
     repeated: Annotated[float, Field(ge=0, le=1)]
 
 
-class AnswerPair(Strict):
-    """The greedy answers of both models to one prompt."""
+class EndingPair(Strict):
+    """How the answers of both models to one prompt ended."""
 
-    prompt: str
-    before: Answer
-    after: Answer
+    before: Ending
+    after: Ending
 
 
-class Answers(Strict):
-    """The answers of both models to fixed prompts, of at most ``limit`` tokens."""
+class Endings(Strict):
+    """How the greedy answers of both models ended."""
 
-    limit: Some
-    pairs: Annotated[list[AnswerPair], Field(min_length=1)]
+    pairs: Annotated[Sequence[EndingPair], Field(min_length=1)]
 
     def mean(self, side: str, key: str) -> float:
         """Return the mean of ``tokens``, ``ended`` or ``repeated`` ``before`` or ``after``."""
@@ -75,6 +73,27 @@ class Answers(Strict):
         more = self.mean("after", "repeated") - self.mean("before", "repeated")
         fewer = self.mean("after", "ended") < self.mean("before", "ended")
         return fewer or more > 2 * (self.error("repeated") or 0.0)
+
+
+class Answer(Ending):
+    """One generated answer."""
+
+    text: str
+
+
+class AnswerPair(EndingPair):
+    """The greedy answers of both models to one prompt."""
+
+    prompt: str
+    before: Answer
+    after: Answer
+
+
+class Answers(Endings):
+    """The answers of both models to fixed prompts, of at most ``limit`` tokens."""
+
+    limit: Some
+    pairs: Annotated[Sequence[AnswerPair], Field(min_length=1)]
 
 
 class PairScores(Strict):
@@ -233,6 +252,7 @@ class TaskRow(PairedScores):
 
     Attributes:
         questions_sha: fingerprint of the scored questions, in order; empty in older files.
+        endings: how each generated answer ended, in the order of the questions.
     """
 
     task: str
@@ -240,6 +260,7 @@ class TaskRow(PairedScores):
     metric: str
     shots: Count
     flips: Flips | None = None
+    endings: list[EndingPair] = Field(default_factory=list)
 
 
 class BenchmarksFile(Document, kind="benchmarks"):
@@ -257,3 +278,8 @@ class BenchmarksFile(Document, kind="benchmarks"):
     seed: Count | None = None
     template_sha: str = ""
     left_out: Count = 0
+
+    @property
+    def endings(self) -> list[EndingPair]:
+        """How the generated answers to all tasks ended."""
+        return [pair for row in self.rows for pair in row.endings]

@@ -155,10 +155,16 @@ _SIZE_AND_SPEED = (
 )
 
 
-def evaluation_rows(evaluation: evaluations.EvaluationFile) -> list[Row]:
+def evaluation_rows(
+    evaluation: evaluations.EvaluationFile,
+    endings: evaluations.Endings | None = None,
+) -> list[Row]:
     """Return the rows of the original, the exact cut and the models made from it.
 
     Models with the same blocks have the same size and speed, which only the last one lists.
+
+    Args:
+        endings: of the generated answers; by default of those to the fixed prompts.
     """
     last = evaluation.last or "GGUF"
     others = {
@@ -175,8 +181,8 @@ def evaluation_rows(evaluation: evaluations.EvaluationFile) -> list[Row]:
                 if part in getattr(model, of)
             }
             rows += _quality_rows(_collect(scores, same, last), part=part + suffix)
-    if evaluation.answers:
-        rows += answer_rows(evaluation.answers, last)
+    if endings := endings or evaluation.answers:
+        rows += answer_rows(endings, last)
     sizes: dict[str, Figures] = {
         "original": dict(evaluation.before),
         last: dict(evaluation.after),
@@ -195,13 +201,13 @@ _ANSWERS = (
 )
 
 
-def answer_rows(answers: evaluations.Answers, last: str) -> list[Row]:
+def answer_rows(answers: evaluations.Endings, last: str) -> list[Row]:
     """Return the means over the generated answers of both models.
 
     The change has its paired standard error; on a few prompts alone it is no statistic.
     """
     rows = []
-    notes = {"ended": [f"{len(answers.pairs)}, of at most {answers.limit:,} tokens"]}
+    notes = {"ended": [f"n = {len(answers.pairs)}"]}
     for key, label, unit, form, scale in _ANSWERS:
         before, after = (
             scale * answers.mean(side, key) for side in ("before", "after")
@@ -377,6 +383,12 @@ def benchmark_rows(
         notes = [r.metric, f"n = {r.n}"]
         notes += [f"{r.shots} shots"] * bool(r.shots)
         notes += [f"p = {r.p_value:.3g}"]
+        if r.endings:
+            endings = evaluations.Endings(pairs=r.endings)
+            before, after = (
+                endings.mean(side, "ended") for side in ("before", "after")
+            )
+            notes.append(f"{before:.0%} and {after:.0%} ended")
         notes += ["within the noise"] * (not r.more_than_noise)
         interval = f"({r.difference_low:+.3f} to {r.difference_high:+.3f})"
         change = f"{r.difference:+.4f} {interval}"

@@ -247,7 +247,17 @@ class RunFiles:
     @cached_property
     def scores(self) -> list[Row]:
         """Rows of the evaluation of the original and the cut models; empty without one."""
-        return evaluation_rows(self.evaluation) if self.evaluation else []
+        if not self.evaluation:
+            return []
+        return evaluation_rows(self.evaluation, self.endings)
+
+    @property
+    def endings(self) -> evaluations.Endings | None:
+        """How the answers to the fixed prompts and to the tasks ended; None without any."""
+        answers = self.evaluation and self.evaluation.answers
+        pairs = [*(answers.pairs if answers else [])]
+        tasks = self.benchmarks.endings if self.benchmarks else []
+        return evaluations.Endings(pairs=[*pairs, *tasks]) if pairs or tasks else None
 
     @property
     def judged(self) -> dict[str, states.Judged]:
