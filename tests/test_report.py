@@ -5,6 +5,7 @@ import re
 import pytest
 import yaml
 from jinja2 import Environment
+from lm_eval.utils import make_table
 from markdown_it import MarkdownIt
 
 from isingcut.cli import show
@@ -165,6 +166,23 @@ def test_the_verdict_says_that_answers_no_longer_end(folder):
     assert said in page
     assert "64 tokens, not ended, 75 % repeated" in page
     assert "Of at most 64 tokens." in page
+
+
+def test_lm_eval_s_table_shows_the_scores(tmp_path):
+    folder = write_run(tmp_path / "r")
+    rows = [task("ours", 0.5, 0.25), {**task("gsm8k", 0.04, 0.01), "original_se": None}]
+    rows[1]["metric"] = "exact_match,flexible-extract"
+    change(folder / "benchmarks.json", rows=rows)
+    for name, scores in (("original", (0.5, 0.04)), ("final", (0.25, 0.01))):
+        write_report(folder)
+        found = load_json(folder / f"results_{name}.json")
+        table = [line.split("|") for line in make_table(found).splitlines()[2:]]
+        cells = [[line[k].strip() for k in (1, 3, 5, 7)] for line in table]
+        # The harness sorts tasks by name.
+        kinds = [["flexible-extract", "exact_match"], ["none", "acc"]]
+        assert [row[:3] for row in cells] == [["gsm8k", *kinds[0]], ["ours", *kinds[1]]]
+        assert [float(row[3]) for row in cells] == [*scores[::-1]]
+        assert (table[0][9].strip() == "N/A") == (name == "original")
 
 
 def test_the_answers_of_tasks_are_pooled_with_those_to_prompts(tmp_path):

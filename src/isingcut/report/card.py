@@ -13,7 +13,7 @@ from markupsafe import Markup
 
 from isingcut.data.mixture import describe_source
 from isingcut.files.cuts import CardParts
-from isingcut.files.evaluations import EvaluationFile
+from isingcut.files.evaluations import EvaluationFile, TaskRow
 from isingcut.files.healings import HealingFile
 from isingcut.formats.sources import hub_id
 from isingcut.report.rows import benchmark_rows
@@ -153,6 +153,43 @@ def hub_results(files: RunFiles) -> list[EvalResult]:
         for model in (files.last, "gguf")
         if (value := row.values.get(model))
     ]
+
+
+def harness_results(files: RunFiles, name: str) -> dict[str, Any]:
+    """Return the benchmark scores in the format of lm-evaluation-harness's own results files.
+
+    Args:
+        name: ``original`` or ``final``.
+    """
+    found = files.benchmarks
+    assert found is not None
+    rows = {row.task: row for row in found.rows}
+    return {
+        "results": {task: _harness_scores(row, name) for task, row in rows.items()},
+        "group_subtasks": {task: [] for task in rows},
+        "configs": {
+            t: {"task": t, "num_fewshot": row.shots} for t, row in rows.items()
+        },
+        # Of the questions, because the harness's versions are of whole tasks.
+        "versions": {task: row.questions_sha for task, row in rows.items()},
+        "n-shot": {task: row.shots for task, row in rows.items()},
+        "n-samples": {task: {"effective": row.n} for task, row in rows.items()},
+        "config": {"model": "isingcut", "fewshot_seed": found.seed},
+        "model_name": files.model if name == "original" else files.title,
+        "lm_eval_version": found.engine.removeprefix("lm_eval "),
+        "chat_template_sha": found.template_sha or None,
+    }
+
+
+def _harness_scores(row: TaskRow, name: str) -> dict[str, Any]:
+    key = "original" if name == "original" else "cut"
+    metric, _, kind = row.metric.partition(",")
+    error = getattr(row, f"{key}_se")
+    return {
+        "alias": row.task,
+        f"{metric},{kind or 'none'}": getattr(row, key),
+        f"{metric}_stderr,{kind or 'none'}": "N/A" if error is None else error,
+    }
 
 
 def healed_card(parts: CardParts | None, card: str, healing: HealingFile) -> str:

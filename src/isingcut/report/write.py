@@ -20,16 +20,19 @@ from isingcut.files.results import write_json, write_sealed
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.ising.states import Floats
 from isingcut.report import figures
-from isingcut.report.card import gguf_card
+from isingcut.report.card import gguf_card, harness_results
 from isingcut.report.run_files import RunFiles
 from isingcut.report.states import ReportState, list_rivals, number_states
 from isingcut.report.words import paragraphs, render, sentence
+
+_MODELS = ("original", "final")
 
 
 def write_report(folder: Path, target: Path | None = None) -> None:
     """Write `report.json`, `report.md` and `report.html` from the run's files.
 
-    If the cut GGUF file was measured, also write its card, `model.gguf.md`.
+    If the cut GGUF file was measured, also write its card, `model.gguf.md`; with benchmarks also
+    `results_original.json` and `results_final.json`, as lm-evaluation-harness writes them.
 
     Args:
         folder: the run folder, with its `run.json`.
@@ -49,6 +52,8 @@ def write_report(folder: Path, target: Path | None = None) -> None:
     write_sealed(texts["html"], page)
     if card := gguf_card(files):
         write_sealed(texts["card"], card)
+    for name in _MODELS if files.benchmarks else ():
+        write_json(texts[name], "scores", harness_results(files, name), seal=True)
 
 
 def check_report(target: Path) -> dict[str, Path]:
@@ -61,6 +66,7 @@ def check_report(target: Path) -> dict[str, Path]:
     """
     texts = {form: target / f"report.{form}" for form in ("json", "md", "html")}
     texts["card"] = target / "model.gguf.md"
+    texts |= {name: target / f"results_{name}.json" for name in _MODELS}
     for file in texts.values():
         check_output(file, overwrite=True)
     return texts
