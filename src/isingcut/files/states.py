@@ -79,7 +79,7 @@ class MeasuredState(MeasuredLoss, Level):
         patched_kl: its KL after a patch, for candidates whose KL is near the lowest.
     """
 
-    parts: dict[str, MeasuredLoss] = Field(default_factory=dict)
+    parts: dict[str, MeasuredLoss] = {}
     above_lowest_se: Positive | None = None
     patched_kl: Number | None = None
 
@@ -191,7 +191,7 @@ class CandidatesFile(Document, kind="candidates"):
     fidelity: Judged
     fidelity_of_others: dict[str, Judged]
     chosen: ChosenState
-    original: dict[str, Number] = Field(default_factory=dict)
+    original: dict[str, Number] = {}
     proven: bool
     solver: str = ""
     one_pass: OnePass | None = None
@@ -203,14 +203,14 @@ class BaselineFile(MeasuredLoss, Document, kind="baseline"):
     """`baseline-NAME.json`."""
 
     baseline: str
-    options: dict[str, Any] = Field(default_factory=dict)
+    options: dict[str, Any] = {}
     removed: Blocks
     passes: Positive
     heads: Positive = 0.0
     tokens_searched: Count
     tokens_judged: Count = 0
     violated: list[str]
-    info: dict[str, Any] = Field(default_factory=dict)
+    info: dict[str, Any] = {}
 
 
 class Finalist(Strict):
@@ -223,7 +223,7 @@ class SearchTarget(Strict):
     """The result of a search for one removal."""
 
     finalists: list[Finalist]
-    one_pass: list[OnePassState] = Field(default_factory=list)
+    one_pass: list[OnePassState] = []
 
 
 class SearchRecord(Strict):
