@@ -210,7 +210,6 @@ class Replay:
 
     Args:
         model: a causal language model; it is put in evaluation mode.
-        blocks: blocks of the model, in order; None takes all removable ones.
         store: store of the weights; None if they are in memory.
 
     Attributes:
@@ -232,7 +231,6 @@ class Replay:
     def __init__(
         self,
         model: Any,
-        blocks: Sequence[nn.Module] | None = None,
         store: Weights | None = None,
     ) -> None:
         reuse_freed_memory()
@@ -243,7 +241,7 @@ class Replay:
             if getattr(config, "output_router_logits", False):
                 # Only for a loss in training; computing it fails if the blocks do not run.
                 config.output_router_logits = False
-        self.blocks = list(blocks or stack_modules(model))
+        self.blocks = stack_modules(model)
         self.device: torch.device = model.device
         # A block that is streamed or has no weights takes the device of the input.
         self.places = [

@@ -81,7 +81,7 @@ class StreamedReplay(Replay):
     store: Store
 
     def __init__(self, store: Store) -> None:
-        super().__init__(store.model, store=store)
+        super().__init__(store.model, store)
 
     def identity(self) -> dict[str, Any]:
         """Return values that identify this model, cheap to compute, for a journal's fingerprint."""
