@@ -218,7 +218,7 @@ class Search:
     def _surrogate(self, targets: Sequence[Target]) -> Surrogate | None:
         """Return the posterior energy near some targets, or None if too few states are measured."""
         near = self.estimates(
-            lambda states: np.any([t.near(states, 1) for t in targets], axis=0)
+            lambda states: np.any([t.near(states) for t in targets], axis=0)
         )
         if near is None or len(near.states) < 4:
             return None
