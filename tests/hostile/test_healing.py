@@ -116,7 +116,6 @@ adam_beta2: high
 adam_beta1: 1.5
 learning_rate: .nan
 learning_rate: -1
-weight_decay: -5
 num_train_epochs: 0
 optim: 3
 optim: nonsense

@@ -181,9 +181,6 @@ def trainer_settings(config: HealConfig) -> dict[str, Any]:
     for name in _POSITIVE & values.keys():
         if values[name] <= 0:
             raise InputError(f"--trainer: {name} must be above 0, got {values[name]}")
-    if values.get("weight_decay", 0) < 0:
-        given = values["weight_decay"]
-        raise InputError(f"--trainer: weight_decay must be at least 0, got {given}")
     return values
 
 
