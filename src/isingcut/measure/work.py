@@ -118,15 +118,15 @@ class SharedJournal(Journal):
         self._new = {}
 
 
+@dataclass
 class _ForAll:
     """A progress bar on which a step of this process counts for all processes."""
 
-    def __init__(self, bar: Bar, processes: float) -> None:
-        self._bar = bar
-        self._processes = processes
+    bar: Bar
+    processes: float
 
     def advance(self, steps: float = 1, note: str = "") -> None:
-        self._bar.advance(steps * self._processes, note)
+        self.bar.advance(steps * self.processes, note)
 
 
 def _others(path: Path) -> Iterator[tuple[int, Path]]:
