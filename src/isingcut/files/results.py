@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -113,40 +113,6 @@ def damaged_error(path: Path, what: str) -> StageFileError:
     return StageFileError(
         f"{path} is damaged: {what}; restore the file, or delete it and run its stage again"
     )
-
-
-def check_blocks(path: Path, content: Any, blocks: int) -> None:
-    """Check that a file of a run has the run's number of blocks.
-
-    Args:
-        content: a document, a `Spectrum` or a `Hamiltonian`; other objects have no blocks and pass.
-        blocks: number of blocks in `run.json`.
-
-    Raises:
-        StageFileError: another number of blocks, or a block that the model does not have.
-    """
-    shape = getattr(getattr(content, "states", None), "shape", None)
-    of = getattr(content, "n", getattr(content, "of", blocks))
-    n = int(shape[1]) if shape else of
-    highest = max(_list_blocks(content), default=-1)
-    if n != blocks:
-        raise damaged_error(
-            path, f"it is for {n} blocks, but the run's model has {blocks}"
-        )
-    if highest >= blocks:
-        raise damaged_error(
-            path, f"it names block {highest}; the run's model has {blocks} blocks"
-        )
-
-
-def _list_blocks(value: Any) -> Iterator[int]:
-    """Yield every block number in a document; unknown keys and free dictionaries name none."""
-    if isinstance(value, dict | list):
-        for inner in value.values() if isinstance(value, dict) else value:
-            yield from _list_blocks(inner)
-    for key in getattr(type(value), "model_fields", ()):
-        inner = getattr(value, key)
-        yield from (inner or ()) if key == "removed" else _list_blocks(inner)
 
 
 def without_infinities(value: Any) -> Any:

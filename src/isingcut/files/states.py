@@ -4,9 +4,9 @@ The documents are `spectrum.json`, `candidates.json`, `baseline-NAME.json`, and 
 `hamiltonian.safetensors` and `calibration.safetensors`.
 """
 
-from typing import Annotated, Any, Self
+from typing import Annotated, Any
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from isingcut.files.schema import (
     Blocks,
@@ -17,8 +17,6 @@ from isingcut.files.schema import (
     Some,
     Strict,
 )
-
-_MOST_CELLS = 2**28
 
 
 class MeasuredLoss(Strict):
@@ -59,16 +57,6 @@ class SpectrumFile(Document, kind="spectrum"):
     info: dict[str, Any]
     states: Annotated[list[Ranked], Field(min_length=1)]
     searched: Count = 0
-
-    @model_validator(mode="after")
-    def _check_blocks(self) -> Self:
-        if len(self.states) * self.n > _MOST_CELLS:
-            raise ValueError(
-                f"{len(self.states)} states of {self.n} blocks are too many"
-            )
-        if any(b >= self.n for s in self.states for b in s.removed):
-            raise ValueError(f"a state removes a block outside 0 to {self.n - 1}")
-        return self
 
 
 class MeasuredState(MeasuredLoss, Level):
