@@ -10,7 +10,6 @@ import hashlib
 import json
 import logging
 import random
-import stat
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -209,12 +208,8 @@ def words_for(source: str) -> str:
 
 def _is_file(path: Path) -> bool:
     """Whether the path exists and is not a folder."""
-    try:
-        return not stat.S_ISDIR(path.stat().st_mode)
-    except (FileNotFoundError, NotADirectoryError):
-        return False
-    except OSError as e:
-        raise CalibrationError(f"cannot read {str(path)[:200]}: {e.strerror}") from e
+    with clear_errors(str(path)[:200]):
+        return path.exists() and not path.is_dir()
 
 
 def _first_record(source: str, records: Iterator[Record]) -> tuple[Record, str]:
