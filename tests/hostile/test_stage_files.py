@@ -296,15 +296,15 @@ SPLITS = {
     "tokens missing": (without("rank.input_ids"), "KeyError: 'rank.input_ids'"),
     "a mask of numbers": (
         zeros("int64", rank_mask=(3, 16)),
-        "tensors of rank do not fit",
+        "do not match its hash",
     ),
     "a mask of another size": (
         zeros(bool, rank_mask=(3, 9)),
-        "tensors of rank do not fit",
+        "do not match its hash",
     ),
     "tokens in a row": (
         zeros("int64", rank_input_ids=16),
-        "tensors of rank do not fit",
+        "do not match its hash",
     ),
     "no sample": (
         lambda a: (

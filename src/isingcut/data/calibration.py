@@ -118,9 +118,6 @@ class Calibration:
                 ids = tensors[f"{name}.input_ids"]
                 mask = tensors[f"{name}.mask"]
                 counted = tensors.get(f"{name}.counted")
-                forms = {(x.dtype, x.shape) for x in (mask, counted) if x is not None}
-                if ids.dtype != torch.int64 or forms != {(torch.bool, ids.shape)}:
-                    raise ValueError(f"the tensors of {name} do not fit each other")
                 parts: tuple[str, ...] = ()
                 if "parts" in meta:
                     sources = zip(ids, meta["part_of_sample"][name], strict=True)

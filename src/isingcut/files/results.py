@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -65,10 +64,6 @@ def read_document(path: Path, model: type[D]) -> D:
         StageFileError: the file is missing, not JSON, of another kind or a newer version, or
             damaged; the message names the key.
     """
-    if not os.path.lexists(path):
-        raise StageFileError(
-            f"the file {path} does not exist; run the stage that writes it first"
-        )
     return _parse(path, load_json(path, "the results file", StageFileError), model)
 
 

@@ -138,15 +138,8 @@ class ByTasks(Strict):
     tasks: list[str]
 
 
-class OnePassState(Strict):
-    """The blocks that a method with one pass of the original would remove."""
-
-    method: str
-    removed: Blocks
-
-
 class OnePassLoss(MeasuredState):
-    """A `OnePassState` with its measured losses."""
+    """The blocks that a method with one pass of the original would remove, with their losses."""
 
     method: str
 
@@ -201,31 +194,10 @@ class BaselineFile(MeasuredLoss, Document, kind="baseline"):
     info: dict[str, Any] = {}
 
 
-class Finalist(Strict):
-    """A state among the best of a search."""
-
-    removed: Blocks
-
-
-class SearchTarget(Strict):
-    """The result of a search for one removal."""
-
-    finalists: list[Finalist]
-    one_pass: list[OnePassState] = []
-
-
-class SearchRecord(Strict):
-    """The cost and the results of a search."""
-
-    targets: dict[str, SearchTarget]
-    passes: Positive | None = None
-    one_pass_passes: Positive | None = None
-
-
 class EnergyMeta(Strict):
     """The provenance of an energy, as far as isingcut reads it."""
 
-    search: SearchRecord | None = None
+    search: dict[str, Any] | None = None
     tokens: Count | None = None
     loss: str | None = None
     passes: Positive | None = None
