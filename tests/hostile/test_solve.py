@@ -14,10 +14,10 @@ import sys
 import dimod
 import numpy as np
 
-def states(bqm, value, vartype, energy=0.0):
+def states(bqm, value, vartype):
     names = list(bqm.variables)
     made = dimod.SampleSet.from_samples(
-        (np.full((2, len(names)), value), names), vartype, energy=[energy, 0.0]
+        (np.full((2, len(names)), value), names), vartype, energy=[0.0, 0.0]
     )
     return made
 
