@@ -32,7 +32,7 @@ from isingcut.data.mixture import (
     places_in,
 )
 from isingcut.data.text_files import Record, clear_errors, read_text
-from isingcut.errors import CalibrationError, IsingcutError, ModelError, first_line
+from isingcut.errors import CalibrationError, IsingcutError, ModelError, one_line
 from isingcut.files.inputs import find_surrogate, user_path
 from isingcut.files.ownership import edges_sha256, file_sha256
 
@@ -354,7 +354,7 @@ def _dataset(source: str, seed: int) -> Iterator[Record]:
         raise
     except Exception as e:
         # Includes errors of the HTTP library, which depends on the hub library's version.
-        why = first_line(e)
+        why = one_line(e)
         raise CalibrationError(
             f"cannot read the data set {name!r} ({why}); {advice}"
         ) from e

@@ -20,7 +20,7 @@ from isingcut.data.mixture import (
     is_object_name,
     register_object,
 )
-from isingcut.errors import InputError, IsingcutError, ModelError, first_line
+from isingcut.errors import InputError, IsingcutError, ModelError, one_line
 from isingcut.files.inputs import regular_file, user_path
 from isingcut.files.writing import temporary_folder
 from isingcut.formats.gguf_files import convert_file, gguf_cache
@@ -170,7 +170,7 @@ def _download(name: str, trust_remote_code: bool, weights: bool) -> Path:
         # The hub's HTTP library has errors of its own.
         raise ModelError(
             f"there is no local folder {name}, and downloading it from the hub failed "
-            f"({first_line(e)}); {_EXPECTED}, or run again to resume"
+            f"({one_line(e)}); {_EXPECTED}, or run again to resume"
         ) from e
     return _check_folder(Path(folder), weights)
 

@@ -22,10 +22,9 @@ import numpy as np
 
 from isingcut.console.progress import Progress, silent
 from isingcut.data.tokens import TokenSet, pieces
-from isingcut.errors import InputError
+from isingcut.errors import InputError, one_line
 from isingcut.files.healings import HealingCheck, HealingRecipe, HealingStop
 from isingcut.formats.architectures.blocks import text_config
-from isingcut.formats.libraries import one_line
 from isingcut.formats.safetensors_files import PLAIN, read_checkpoint
 from isingcut.measure.losses import difference
 from isingcut.models.device import pick_device
