@@ -150,11 +150,10 @@ def test_a_baseline_removes_the_wanted_number_and_the_same_blocks_again(
     assert set(first.removed) <= set(range(len(replay)))
 
 
-@parametrize("name", registry.names())
-@parametrize("remove", [0, 6])
-def test_impossible_removals_are_refused(name, remove):
+@parametrize("remove", [0, 5, 6])
+def test_impossible_removals_are_refused(remove):
     with refuses(f"cannot remove {remove} of 6"):
-        part(name).choose(tiny_replay(), random_tokens(), remove, WORK, seed=0)
+        part("sleb").choose(tiny_replay(), random_tokens(), remove, WORK, seed=0)
 
 
 def test_block_influence_is_the_mean_over_real_tokens(replay, tokens):

@@ -220,7 +220,6 @@ def test_tokenizer_template_code_and_licence_come_along(source, tmp_path):
     [
         ([6], "must be 0 to 5; got 6"),
         ([-1], "must be 0 to 5; got -1"),
-        ([1, 1], "named twice"),
         (list(range(6)), "all 6 blocks"),
     ],
 )

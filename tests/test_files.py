@@ -13,20 +13,8 @@ from safetensors.torch import save_file
 from isingcut.files.journal import Journal
 from isingcut.files.ownership import MARKER, edges_sha256
 from isingcut.files.provenance import versions
-from isingcut.files.results import check_blocks
-from isingcut.files.states import BaselineFile
 from isingcut.files.writing import atomic_file, atomic_folder
-from run_files import baseline
-from shared import OutputExistsError, StageFileError, parametrize, refuses, write_json
-
-
-def test_blocks_are_named_by_known_keys_alone(tmp_path):
-    found = BaselineFile.model_validate(
-        baseline("mine", [1, 7], 0.5, info={"removed": 99})
-    )
-    check_blocks(tmp_path, found, 8)
-    with refuses("names block 7", StageFileError):
-        check_blocks(tmp_path, found, 7)
+from shared import OutputExistsError, parametrize, refuses, write_json
 
 
 def test_the_command_line_of_a_result_can_be_typed_again(monkeypatch):

@@ -133,12 +133,12 @@ class Handed(nn.Module):
         return stream
 
 
-def test_what_blocks_hand_on_matters_where_it_is_read():
-    model = Handed(reads=False)
-    assert len(Replay(model, list(model.layers))) == 3
-    model = Handed(reads=True)
+def test_what_blocks_hand_on_matters_where_it_is_read(monkeypatch):
+    blocks_of = lambda model: list(model.layers)  # noqa: E731
+    monkeypatch.setattr("isingcut.models.replay.stack_modules", blocks_of)
+    assert len(Replay(Handed(reads=False))) == 3
     with refuses("more than the residual stream", ArchitectureError):
-        Replay(model, list(model.layers))
+        Replay(Handed(reads=True))
 
 
 def test_a_period_beside_the_list_it_stands_for_says_nothing(tmp_path):

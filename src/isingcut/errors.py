@@ -109,11 +109,18 @@ class MissingExtraError(IsingcutError):
         )
 
 
-def first_line(error: BaseException) -> str:
-    """Return the first non-empty line of an error's message, else its repr."""
-    return next(
-        (line.strip() for line in str(error).splitlines() if line.strip()), repr(error)
-    )
+_LONGEST = 300
+# Errors whose messages are sentences; messages of others are unclear without the class name.
+_SPEAKING = (OSError, ValueError, RuntimeError, ImportError)
+
+
+def one_line(error: BaseException) -> str:
+    """Return the message of an error as one line of bounded length."""
+    # Torch appends the place in its own sources that raised the error.
+    words = " ".join(str(error).split()).partition(" Exception raised from ")[0]
+    if not words or not isinstance(error, _SPEAKING):
+        words = f"{type(error).__name__}: {words}" if words else type(error).__name__
+    return words if len(words) <= _LONGEST else words[: _LONGEST - 3] + "..."
 
 
 def suggest(name: str, known: Collection[str]) -> str:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
-from isingcut.errors import RankError
+from isingcut.errors import RankError, one_line
 
 T = TypeVar("T")
 
@@ -158,10 +158,9 @@ def convert_contact_errors() -> Iterator[None]:
     except RuntimeError as e:
         if not (type(e).__name__.startswith("Dist") or "/gloo/" in str(e)):
             raise
-        why = " ".join(str(e).split())[:200]
         raise read_failure() or RankError(
-            f"the {os.environ['WORLD_SIZE']} processes lost contact ({why}); finished work is "
-            "kept, run the same command again to resume"
+            f"the {os.environ['WORLD_SIZE']} processes lost contact ({one_line(e)}); finished work "
+            "is kept, run the same command again to resume"
         ) from e
 
 

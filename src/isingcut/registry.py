@@ -17,7 +17,7 @@ from isingcut.errors import (
     InputError,
     IsingcutError,
     UnknownNameError,
-    first_line,
+    one_line,
     suggest,
 )
 
@@ -121,6 +121,6 @@ class Registry:
             plug_in = entry_point.dist.name if entry_point.dist else entry_point.value
             raise InputError(
                 f"the {self.noun} {entry_point.name!r} comes from the plug-in {plug_in}, which "
-                f"cannot be imported ({type(e).__name__}: {first_line(e)}); repair or remove that "
+                f"cannot be imported ({type(e).__name__}: {one_line(e)}); repair or remove that "
                 f"plug-in, or choose another {self.noun}"
             ) from e

@@ -135,7 +135,11 @@ DEEP = "recursion limit exceeded"
 DAMAGED = "is damaged, truncated or not a safetensors file"
 FILES = [
     ("a deep config", deep(CONFIG), DEEP),
-    ("a deep generation config", deep("model/generation_config.json"), DEEP),
+    (
+        "a deep generation config",
+        deep("model/generation_config.json"),
+        "recursion depth",
+    ),
     ("a config that is a list", written(CONFIG, "[]"), "is not a JSON object"),
     ("a pipe for weights", pipe(WEIGHTS), "model.safetensors is a pipe"),
     ("a dangling config", linked(CONFIG, "nowhere"), "missing or a broken link"),

@@ -15,11 +15,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.models.auto import modeling_auto
 
 from cards import fake_cards
-from isingcut.errors import ArchitectureError, IsingcutError, VerificationError
+from isingcut.errors import (
+    ArchitectureError,
+    IsingcutError,
+    VerificationError,
+    one_line,
+)
 from isingcut.formats.architectures.blocks import stop_rescaling
 from isingcut.formats.architectures.cuts import legality
 from isingcut.formats.checkpoints import Checkpoint
-from isingcut.formats.libraries import one_line, quiet_transformers
+from isingcut.formats.libraries import quiet_transformers
 from isingcut.ising.states import blocks_of
 from isingcut.models.placement import connect, place
 from isingcut.models.sublayers import check_sublayers, find_zeroed, split_layers

@@ -11,7 +11,7 @@ tokens, ShortGPT on PG19.
 
 from dataclasses import dataclass
 
-from isingcut.baselines.base import Outcome, check_count
+from isingcut.baselines.base import Outcome
 from isingcut.data.tokens import TokenSet
 from isingcut.measure.streams import one_pass, pick_blocks
 from isingcut.measure.work import Work
@@ -28,7 +28,6 @@ class BlockInfluence:
         self, replay: Replay, tokens: TokenSet, remove: int, work: Work, seed: int
     ) -> Outcome:
         """Choose the blocks of lowest influence; ``seed`` has no effect."""
-        check_count(replay, remove)
         scores = one_pass(replay, tokens, work)[0]
         info = {"influence": scores.tolist()}
         return Outcome(pick_blocks(scores, remove), passes=1.0, heads=0.0, info=info)

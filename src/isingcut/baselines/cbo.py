@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from isingcut.baselines.base import Outcome, check_count, open_ledger
+from isingcut.baselines.base import Outcome, open_ledger
 from isingcut.data.tokens import TokenSet
 from isingcut.energies.empirical_fisher import EmpiricalFisher
 from isingcut.ising.constraints import count
@@ -49,10 +49,9 @@ class Cbo:
         """Choose the ground state, or the best of the ``top`` lowest; ``seed`` is the solver's.
 
         Raises:
-            InputError: impossible number of removals, or of states.
+            InputError: impossible number of states.
             ArchitectureError: no sublayer gate acts on some block.
         """
-        check_count(replay, remove)
         n = len(replay)
         # A journal belongs to one measurement, and the ledger uses the caller's.
         rows = work.journal and work.journal.with_name(f"gradients-{work.journal.name}")

@@ -4,6 +4,7 @@ import contextlib
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Protocol
 
 from isingcut.console.printing import printable, say
@@ -49,43 +50,44 @@ def as_progress(given: Progress | bool | None) -> Progress:
     return given
 
 
+@dataclass
 class Part:
     """A part of a bar, passed as `Progress` to work that would otherwise show its own bar.
 
     Args:
         bar: the whole bar.
-        worth: the number of steps of ``bar`` for the whole work.
+        left: the number of steps of ``bar`` for the remaining work.
     """
 
-    def __init__(self, bar: Bar, worth: float) -> None:
-        self._bar = bar
-        self._left = worth
-        self._scale = 0.0
-        self._words = ""
+    bar: Bar
+    left: float
+    _scale: float = 0.0
+    _words: str = ""
 
     @contextlib.contextmanager
     def __call__(self, description: str, total: float) -> Iterator[Bar]:
         """Divide the remaining part among ``total`` steps."""
-        self._scale = self._left / max(total, 1e-9)
+        self._scale = self.left / max(total, 1e-9)
         self._words = description
         yield self
 
     def advance(self, steps: float = 1, note: str = "") -> None:
         """Count a share of the remaining part."""
-        step = min(self._left, steps * self._scale)
-        self._left -= step
-        self._bar.advance(step, note or self._words)
+        step = min(self.left, steps * self._scale)
+        self.left -= step
+        self.bar.advance(step, note or self._words)
 
     def finish(self, note: str) -> None:
         """Count the whole remaining part."""
-        self._bar.advance(self._left, note)
-        self._left = 0.0
+        self.bar.advance(self.left, note)
+        self.left = 0.0
 
 
 QUIET_SECONDS = 5.0
 """Minimum time between two log lines about a task."""
 
 
+@dataclass
 class PlainBar:
     """Progress for logs: a line at each tenth and at the end, with the remaining time and the note.
 
@@ -98,21 +100,16 @@ class PlainBar:
         clock: returns the time in seconds.
     """
 
-    def __init__(
-        self,
-        description: str,
-        total: float,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self.description = description
-        self.total = total
-        self.done = 0.0
-        self.printed = 0
-        self.note = ""
-        self.clock = clock
-        self.began = clock()
-        self.last = self.began
-        self.first: tuple[float, float] | None = None
+    description: str
+    total: float
+    clock: Callable[[], float] = time.monotonic
+    done: float = 0.0
+    printed: int = 0
+    note: str = ""
+    first: tuple[float, float] | None = None
+
+    def __post_init__(self) -> None:
+        self.began = self.last = self.clock()
 
     def advance(self, steps: float = 1, note: str = "") -> None:
         """Count ``steps`` more; print a line at each tenth, but not too often."""

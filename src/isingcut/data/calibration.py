@@ -9,7 +9,6 @@ Healing makes its own splits with the same readers.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import itertools
 import math
@@ -110,48 +109,27 @@ class Calibration:
         Raises:
             StageFileError: the file is missing, damaged, of another kind, or of a newer version.
         """
-        header, arrays = read_tensors(path, CalibrationHeader, _list_arrays)
+        header, arrays = read_tensors(path, CalibrationHeader)
         tensors = {key: torch.from_numpy(array) for key, array in arrays.items()}
+        meta = header["meta"]
         splits = {}
-        for name in SPLITS:
-            ids = tensors[f"{name}.input_ids"]
-            splits[name] = TokenSet(
-                ids,
-                tensors[f"{name}.mask"],
-                torch.arange(len(ids)),
-                _part_names(path, header["meta"], name, len(ids)),
-                tensors.get(f"{name}.counted"),
-            )
-        loaded = cls(splits, header["source"], header["meta"])
+        try:
+            for name in SPLITS:
+                ids = tensors[f"{name}.input_ids"]
+                mask = tensors[f"{name}.mask"]
+                counted = tensors.get(f"{name}.counted")
+                parts: tuple[str, ...] = ()
+                if "parts" in meta:
+                    sources = zip(ids, meta["part_of_sample"][name], strict=True)
+                    parts = tuple(str(meta["parts"][i]["name"]) for _, i in sources)
+                index = torch.arange(len(ids))
+                splits[name] = TokenSet(ids, mask, index, parts, counted)
+        except (LookupError, TypeError, ValueError) as e:
+            raise damaged_error(path, f"{type(e).__name__}: {e}") from e
+        loaded = cls(splits, header["source"], meta)
         if loaded.sha256 != header["sha256"]:
             raise damaged_error(path, "its tokens do not match its hash")
         return loaded
-
-
-def _part_names(path: Path, meta: Any, split: str, samples: int) -> tuple[str, ...]:
-    """Return the source of each sample of a split; empty unless the text is a mixture."""
-    if "parts" not in meta:
-        return ()
-    with contextlib.suppress(LookupError, TypeError):
-        names = [str(part["name"]) for part in meta["parts"]]
-        parts = meta["part_of_sample"][split]
-        if len(parts) == samples and all(type(i) is int and i >= 0 for i in parts):
-            return tuple(names[i] for i in parts)
-    raise damaged_error(path, f"some samples of {split} have no source in the mixture")
-
-
-def _list_arrays(
-    shapes: Mapping[str, tuple[int, ...]],
-) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Return the expected dtype and shape of each array: (samples, length) for all of a split."""
-    wanted = {}
-    for name in SPLITS:
-        shape = (*shapes.get(f"{name}.input_ids", ()), 1, 1)[:2]
-        wanted[f"{name}.input_ids"] = ("I64", shape)
-        wanted[f"{name}.mask"] = ("BOOL", shape)
-        if f"{name}.counted" in shapes:
-            wanted[f"{name}.counted"] = ("BOOL", shape)
-    return wanted
 
 
 def build(

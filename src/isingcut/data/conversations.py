@@ -12,7 +12,7 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from isingcut.errors import CalibrationError, ModelError, first_line
+from isingcut.errors import CalibrationError, ModelError, one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -35,7 +35,7 @@ def render_chat(
         return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
     except Exception as e:
         # A template is third-party code and may raise anything.
-        reason = "".join(c if c.isprintable() else "?" for c in first_line(e)[:300])
+        reason = "".join(c if c.isprintable() else "?" for c in one_line(e))
         raise ModelError(
             f"the model's chat template refuses these messages ({reason})"
         ) from e

@@ -10,7 +10,6 @@ import hashlib
 import json
 import logging
 import random
-import stat
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -33,7 +32,7 @@ from isingcut.data.mixture import (
     places_in,
 )
 from isingcut.data.text_files import Record, clear_errors, read_text
-from isingcut.errors import CalibrationError, IsingcutError, ModelError, first_line
+from isingcut.errors import CalibrationError, IsingcutError, ModelError, one_line
 from isingcut.files.inputs import find_surrogate, user_path
 from isingcut.files.ownership import edges_sha256, file_sha256
 
@@ -209,12 +208,8 @@ def words_for(source: str) -> str:
 
 def _is_file(path: Path) -> bool:
     """Whether the path exists and is not a folder."""
-    try:
-        return not stat.S_ISDIR(path.stat().st_mode)
-    except (FileNotFoundError, NotADirectoryError):
-        return False
-    except OSError as e:
-        raise CalibrationError(f"cannot read {str(path)[:200]}: {e.strerror}") from e
+    with clear_errors(str(path)[:200]):
+        return path.exists() and not path.is_dir()
 
 
 def _first_record(source: str, records: Iterator[Record]) -> tuple[Record, str]:
@@ -359,7 +354,7 @@ def _dataset(source: str, seed: int) -> Iterator[Record]:
         raise
     except Exception as e:
         # Includes errors of the HTTP library, which depends on the hub library's version.
-        why = first_line(e)
+        why = one_line(e)
         raise CalibrationError(
             f"cannot read the data set {name!r} ({why}); {advice}"
         ) from e

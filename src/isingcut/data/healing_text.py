@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from isingcut.data.calibration import (
+    Calibration,
     draw_split,
     open_parts,
     say_left_out,
@@ -21,8 +22,6 @@ from isingcut.options.config import TEXT, HealConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from isingcut.data.calibration import Calibration
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from isingcut.data.mixture import FORMATS
-from isingcut.errors import CalibrationError, IsingcutError, first_line
+from isingcut.errors import CalibrationError, IsingcutError, one_line
 from isingcut.files.inputs import SMALL, parse_json, user_path
 
 Record = tuple[str, dict[str, Any]]
@@ -129,7 +129,7 @@ def json_lines(
         except UnicodeDecodeError as e:
             raise error(f"{where} is not UTF-8; save the file as UTF-8") from e
         except ValueError as e:
-            raise error(f"{where} is not valid JSON: {first_line(e)}") from e
+            raise error(f"{where} is not valid JSON: {one_line(e)}") from e
         if not isinstance(record, dict):
             raise error(f"{where} must be a JSON object, found {type(record).__name__}")
         if line:
@@ -145,7 +145,7 @@ def _json_items(file: BinaryIO, name: str) -> Iterator[Record]:
     try:
         items = parse_json(content)
     except ValueError as e:
-        raise CalibrationError(f"{name} is not valid JSON: {first_line(e)}") from e
+        raise CalibrationError(f"{name} is not valid JSON: {one_line(e)}") from e
     if not isinstance(items, list):
         raise CalibrationError(
             f"{name} must be a list of texts or of records with 'text' or 'messages', "
@@ -187,7 +187,7 @@ def _csv_rows(file: BinaryIO, name: str) -> Iterator[Record]:
                 yield where, {"text": row[column]}
         except csv.Error as e:
             raise CalibrationError(
-                f"{name} line {rows.line_num} is not valid CSV: {first_line(e)}"
+                f"{name} line {rows.line_num} is not valid CSV: {one_line(e)}"
             ) from e
 
 
@@ -210,11 +210,11 @@ def clear_errors(name: str) -> Iterator[None]:
         ) from e
     except (EOFError, zlib.error, gzip.BadGzipFile) as e:
         raise CalibrationError(
-            f"{name} is not a complete gzip file ({first_line(e)}); compress it again"
+            f"{name} is not a complete gzip file ({one_line(e)}); compress it again"
         ) from e
     except OSError as e:
         raise CalibrationError(
-            f"cannot read {name}: {e.strerror or first_line(e)}"
+            f"cannot read {name}: {e.strerror or one_line(e)}"
         ) from e
 
 

@@ -18,7 +18,7 @@ import numpy.typing as npt
 import torch
 
 from isingcut.data.text_files import LONGEST, cut
-from isingcut.errors import CalibrationError, first_line
+from isingcut.errors import CalibrationError, one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -315,7 +315,7 @@ def _ids(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool) -> lis
             raise
         shown = text if len(text) <= 40 else text[:40] + "..."
         raise CalibrationError(
-            f"the model's tokenizer fails on the text {shown!r} ({first_line(e)}); its "
+            f"the model's tokenizer fails on the text {shown!r} ({one_line(e)}); its "
             "tokenizer.json is damaged or of another version: use the published one"
         ) from e
     return list(ids)

@@ -51,11 +51,11 @@ class PatchTuning(Strict):
 
     left_out: str = ""
     of: Count = 0
-    layers: list[TunedLayer] = Field(default_factory=list)
+    layers: list[TunedLayer] = []
     steps: Count = 0
     predictions: Count = 0
     held_out_predictions: Count = 0
-    held_out_kl: list[Number] = Field(default_factory=list)
+    held_out_kl: list[Number] = []
 
 
 class UnpatchedCut(Strict):
@@ -141,7 +141,7 @@ class CutRecord(Document, kind="removal"):
     removed: Blocks
     layers: Blocks | None = None
     of: Annotated[int, Field(ge=1, le=2**20)]
-    model: dict[str, Scalar] = Field(default_factory=dict)
+    model: dict[str, Scalar] = {}
     card: CardParts | None = None
     proof: CutProof | None = None
     patch: PatchRecord | None = None

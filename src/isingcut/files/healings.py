@@ -2,8 +2,6 @@
 
 from typing import Any, Literal
 
-from pydantic import Field
-
 from isingcut.files.cuts import PatchedCut, PatchTuning, UnpatchedCut
 from isingcut.files.evaluations import FurtherPart
 from isingcut.files.schema import (
@@ -37,9 +35,9 @@ class HealedScores(HealedPart, Document, kind="healing-before"):
         kl_sums, nll_sums: losses of each sample, summed over its predictions.
     """
 
-    parts: dict[str, HealedPart] = Field(default_factory=dict)
-    kl_sums: list[Number] = Field(default_factory=list)
-    nll_sums: list[Number] = Field(default_factory=list)
+    parts: dict[str, HealedPart] = {}
+    kl_sums: list[Number] = []
+    nll_sums: list[Number] = []
 
 
 class PatchScores(Document, kind="healing-patched"):
@@ -47,8 +45,8 @@ class PatchScores(Document, kind="healing-patched"):
 
     scores: HealedScores | None = None
     changed: bool = True
-    cuts: list[PatchedCut] = Field(default_factory=list)
-    unpatched: list[UnpatchedCut] = Field(default_factory=list)
+    cuts: list[PatchedCut] = []
+    unpatched: list[UnpatchedCut] = []
     tuning: PatchTuning | None = None
 
 
@@ -113,11 +111,11 @@ class HealingFile(Document, kind="healing"):
     before: HealedScores
     after: HealedScores
     patch: PatchScores | None = None
-    unpatched: list[UnpatchedCut] = Field(default_factory=list)
+    unpatched: list[UnpatchedCut] = []
     start: Literal["cut", "patched", "healed"] = "cut"
     tokens_seen: Count = 0
     recipe: HealingRecipe | None = None
-    checks: list[HealingCheck] = Field(default_factory=list)
+    checks: list[HealingCheck] = []
     stopped: HealingStop | None = None
     removed: Blocks
     layers: Blocks | None = None
@@ -125,9 +123,9 @@ class HealingFile(Document, kind="healing"):
     length: Some | None = None
     report_samples: Count = 0
     report_tokens: Count
-    provenance: dict[str, Any] = Field(default_factory=dict)
+    provenance: dict[str, Any] = {}
     seconds: Positive = 0.0
-    overlap: dict[str, Positive] = Field(default_factory=dict)
+    overlap: dict[str, Positive] = {}
     options: HealOptions
 
 

@@ -44,7 +44,7 @@ class SplitSize(Strict):
 
     samples: Count
     tokens: Count
-    parts: dict[str, SplitSize] = Field(default_factory=dict)
+    parts: dict[str, SplitSize] = {}
 
 
 class CalibrationText(Strict):
@@ -58,8 +58,8 @@ class CalibrationText(Strict):
     source: str
     sha256: str
     splits: dict[str, SplitSize]
-    overlap: dict[str, Positive] = Field(default_factory=dict)
-    repeats: dict[str, Positive] = Field(default_factory=dict)
+    overlap: dict[str, Positive] = {}
+    repeats: dict[str, Positive] = {}
 
 
 class Computed(Strict):
@@ -89,7 +89,7 @@ class Provenance(Strict):
     created: str
     model: ModelIdentity
     calibration: CalibrationText | None = None
-    computed: dict[str, Computed] = Field(default_factory=dict)
+    computed: dict[str, Computed] = {}
     model_path: Places | None = None
     dtype: str | None = None
 
@@ -112,7 +112,7 @@ class StageOptions(Strict):
     remove: str | int | None = None
     budget: str = ""
     removed: Blocks | None = None
-    texts: dict[str, Any] = Field(default_factory=dict)
+    texts: dict[str, Any] = {}
 
 
 class StageRecord(Strict):
@@ -251,7 +251,7 @@ class PackedLosses(Strict):
     kl: Number | None = None
     kl_se: Positive | None = None
     fits: bool = False
-    removed: Blocks = Field(default_factory=list)
+    removed: Blocks = []
     cut_kl: Number | None = None
     measured: Number | None = None
     measured_se: Positive | None = None

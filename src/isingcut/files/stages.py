@@ -40,8 +40,8 @@ class StageFile:
         return self.file.replace("*", "")
 
 
-_SEARCH = ("remove", "budget", "keep", "drop")
-SOLVING = ("keep", "drop", "solver", "states", "solve_seconds")
+_SEARCH = ("remove", "budget", "keep", "must_remove")
+SOLVING = ("keep", "must_remove", "solver", "states", "solve_seconds")
 """The options that are typed for `solve`, and not for the stages that use its spectrum."""
 STAGE_FILES = {
     "calibration": StageFile(
@@ -64,7 +64,7 @@ STAGE_FILES = {
         "run",
         "packing.json",
         reads=("calibration",),
-        options=("budget", "keep", "drop", "patch", "patch_tokens", "seed"),
+        options=("budget", "keep", "must_remove", "patch", "patch_tokens", "seed"),
     ),
     "solve": StageFile(
         "solve",

@@ -4,9 +4,9 @@ The documents are `spectrum.json`, `candidates.json`, `baseline-NAME.json`, and 
 `hamiltonian.safetensors` and `calibration.safetensors`.
 """
 
-from typing import Annotated, Any, Self
+from typing import Annotated, Any
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from isingcut.files.schema import (
     Blocks,
@@ -17,8 +17,6 @@ from isingcut.files.schema import (
     Some,
     Strict,
 )
-
-_MOST_CELLS = 2**28
 
 
 class MeasuredLoss(Strict):
@@ -60,16 +58,6 @@ class SpectrumFile(Document, kind="spectrum"):
     states: Annotated[list[Ranked], Field(min_length=1)]
     searched: Count = 0
 
-    @model_validator(mode="after")
-    def _check_blocks(self) -> Self:
-        if len(self.states) * self.n > _MOST_CELLS:
-            raise ValueError(
-                f"{len(self.states)} states of {self.n} blocks are too many"
-            )
-        if any(b >= self.n for s in self.states for b in s.removed):
-            raise ValueError(f"a state removes a block outside 0 to {self.n - 1}")
-        return self
-
 
 class MeasuredState(MeasuredLoss, Level):
     """A state with its energy and its measured losses, by source if the text is a mixture.
@@ -79,7 +67,7 @@ class MeasuredState(MeasuredLoss, Level):
         patched_kl: its KL after a patch, for candidates whose KL is near the lowest.
     """
 
-    parts: dict[str, MeasuredLoss] = Field(default_factory=dict)
+    parts: dict[str, MeasuredLoss] = {}
     above_lowest_se: Positive | None = None
     patched_kl: Number | None = None
 
@@ -150,15 +138,8 @@ class ByTasks(Strict):
     tasks: list[str]
 
 
-class OnePassState(Strict):
-    """The blocks that a method with one pass of the original would remove."""
-
-    method: str
-    removed: Blocks
-
-
 class OnePassLoss(MeasuredState):
-    """A `OnePassState` with its measured losses."""
+    """The blocks that a method with one pass of the original would remove, with their losses."""
 
     method: str
 
@@ -191,7 +172,7 @@ class CandidatesFile(Document, kind="candidates"):
     fidelity: Judged
     fidelity_of_others: dict[str, Judged]
     chosen: ChosenState
-    original: dict[str, Number] = Field(default_factory=dict)
+    original: dict[str, Number] = {}
     proven: bool
     solver: str = ""
     one_pass: OnePass | None = None
@@ -203,41 +184,20 @@ class BaselineFile(MeasuredLoss, Document, kind="baseline"):
     """`baseline-NAME.json`."""
 
     baseline: str
-    options: dict[str, Any] = Field(default_factory=dict)
+    options: dict[str, Any] = {}
     removed: Blocks
     passes: Positive
     heads: Positive = 0.0
     tokens_searched: Count
     tokens_judged: Count = 0
     violated: list[str]
-    info: dict[str, Any] = Field(default_factory=dict)
-
-
-class Finalist(Strict):
-    """A state among the best of a search."""
-
-    removed: Blocks
-
-
-class SearchTarget(Strict):
-    """The result of a search for one removal."""
-
-    finalists: list[Finalist]
-    one_pass: list[OnePassState] = Field(default_factory=list)
-
-
-class SearchRecord(Strict):
-    """The cost and the results of a search."""
-
-    targets: dict[str, SearchTarget]
-    passes: Positive | None = None
-    one_pass_passes: Positive | None = None
+    info: dict[str, Any] = {}
 
 
 class EnergyMeta(Strict):
     """The provenance of an energy, as far as isingcut reads it."""
 
-    search: SearchRecord | None = None
+    search: dict[str, Any] | None = None
     tokens: Count | None = None
     loss: str | None = None
     passes: Positive | None = None

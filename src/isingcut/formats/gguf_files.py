@@ -223,7 +223,6 @@ def convert_file(path: Path, progress: Progress = silent) -> Path:
             architecture that transformers cannot convert; or the folder was changed since.
         CheckpointError: the file is damaged or truncated.
     """
-    regular_file(path, "the GGUF file", ModelError)
     target = gguf_cache() / file_sha256(path, progress)
     try:
         if not target.is_dir():

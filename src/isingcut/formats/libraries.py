@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from isingcut.errors import CheckpointError, IsingcutError, ModelError
+from isingcut.errors import CheckpointError, IsingcutError, ModelError, one_line
 from isingcut.formats.transformers_private import KERNEL_LOGGER
 from isingcut.memory import raise_if_exhausted
 
@@ -18,9 +18,6 @@ if TYPE_CHECKING:
 
 
 _PIECE = 1 << 20
-_LONGEST = 300
-# Errors whose messages are sentences; messages of others are unclear without the class name.
-_SPEAKING = (OSError, ValueError, RuntimeError, ImportError)
 
 
 @contextlib.contextmanager
@@ -64,15 +61,6 @@ def convert_errors(kind: type[IsingcutError], what: str) -> Iterator[None]:
                 "--trust-remote-code"
             )
         raise kind(f"{what}: {words}") from error
-
-
-def one_line(error: BaseException) -> str:
-    """Return the message of an error as one line of bounded length."""
-    # Torch appends the place in its own sources that raised the error.
-    words = " ".join(str(error).split()).partition(" Exception raised from ")[0]
-    if not words or not isinstance(error, _SPEAKING):
-        words = f"{type(error).__name__}: {words}" if words else type(error).__name__
-    return words if len(words) <= _LONGEST else words[: _LONGEST - 3] + "..."
 
 
 @contextlib.contextmanager

@@ -19,9 +19,8 @@ import numpy as np
 from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import SafetensorError, safe_open
 
-from isingcut.errors import CheckpointError
+from isingcut.errors import CheckpointError, one_line
 from isingcut.files.inputs import load_json, parse_json, regular_file
-from isingcut.formats.libraries import one_line
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"

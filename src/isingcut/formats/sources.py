@@ -20,8 +20,8 @@ from isingcut.data.mixture import (
     is_object_name,
     register_object,
 )
-from isingcut.errors import InputError, IsingcutError, ModelError, first_line
-from isingcut.files.inputs import load_json, regular_file, user_path
+from isingcut.errors import InputError, IsingcutError, ModelError, one_line
+from isingcut.files.inputs import regular_file, user_path
 from isingcut.files.writing import temporary_folder
 from isingcut.formats.gguf_files import convert_file, gguf_cache
 from isingcut.formats.libraries import convert_errors, quiet_transformers
@@ -47,14 +47,6 @@ _EXPECTED = "expected a local Hugging Face folder, a hub id, a .gguf file or 'sm
 _HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")
 _HUB_IGNORE = ("*/*.safetensors", "consolidated*", "onnx/*", "original/*", "runs/*")
 _LOADED = {".json", ".jinja", ".model", ".py", ".safetensors", ".tiktoken", ".txt"}
-# Files that transformers parses in Python without limits, so they are checked first.
-_READ_BY_TRANSFORMERS = (
-    "added_tokens.json",
-    "chat_template.json",
-    "generation_config.json",
-    "special_tokens_map.json",
-    "tokenizer_config.json",
-)
 
 
 def resolve(
@@ -178,7 +170,7 @@ def _download(name: str, trust_remote_code: bool, weights: bool) -> Path:
         # The hub's HTTP library has errors of its own.
         raise ModelError(
             f"there is no local folder {name}, and downloading it from the hub failed "
-            f"({first_line(e)}); {_EXPECTED}, or run again to resume"
+            f"({one_line(e)}); {_EXPECTED}, or run again to resume"
         ) from e
     return _check_folder(Path(folder), weights)
 
@@ -197,9 +189,6 @@ def _check_folder(folder: Path, weights: bool = True) -> Path:
             f"{folder} is not a Hugging Face model folder: it has no config.json"
         )
     read_config(folder)
-    for name in _READ_BY_TRANSFORMERS:
-        if os.path.lexists(folder / name):
-            load_json(folder / name, "the model's", ModelError, infinite=True)
     for path in folder.iterdir():
         # Reading a pipe would block.
         if path.suffix in _LOADED and not path.is_dir():

@@ -22,10 +22,9 @@ import numpy as np
 
 from isingcut.console.progress import Progress, silent
 from isingcut.data.tokens import TokenSet, pieces
-from isingcut.errors import InputError
+from isingcut.errors import InputError, one_line
 from isingcut.files.healings import HealingCheck, HealingRecipe, HealingStop
 from isingcut.formats.architectures.blocks import text_config
-from isingcut.formats.libraries import one_line
 from isingcut.formats.safetensors_files import PLAIN, read_checkpoint
 from isingcut.measure.losses import difference
 from isingcut.models.device import pick_device
@@ -181,9 +180,6 @@ def trainer_settings(config: HealConfig) -> dict[str, Any]:
     for name in _POSITIVE & values.keys():
         if values[name] <= 0:
             raise InputError(f"--trainer: {name} must be above 0, got {values[name]}")
-    if values.get("weight_decay", 0) < 0:
-        given = values["weight_decay"]
-        raise InputError(f"--trainer: weight_decay must be at least 0, got {given}")
     return values
 
 

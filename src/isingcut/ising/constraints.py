@@ -110,8 +110,6 @@ def kind_counts(
 def _unit_rows(
     n: int, indices: Iterable[int], verb: str, value: int
 ) -> list[LinearConstraint]:
-    if not isinstance(indices, Iterable):
-        raise InputError(f"give the blocks to {verb} as a list, got {indices!r:.60}")
     rows = []
     for i in sorted({read_whole(i, f"a block to {verb}") for i in indices}):
         if not 0 <= i < n:

@@ -190,22 +190,10 @@ class Hamiltonian:
             StageFileError: the file is missing, damaged, of a later version, or of another program.
         """
         source = Path(path)
-        header, tensors = read_tensors(source, HamiltonianHeader, _list_arrays)
+        header, tensors = read_tensors(source, HamiltonianHeader)
         try:
-            c = float(tensors.pop("c")[0])
+            c = tensors.pop("c")[0]
             return cls(c=c, unit=header["unit"], meta=header["meta"], **tensors)
-        except InputError as e:
+        except (InputError, LookupError, TypeError) as e:
+            # A tensor is missing or unknown, or does not fit the others.
             raise damaged_error(source, str(e)) from e
-
-
-def _list_arrays(
-    shapes: Mapping[str, tuple[int, ...]],
-) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Return the expected dtype and shape of each tensor of a file, given the length of its h."""
-    n = shapes.get("h", (0,))[:1] or (0,)
-    wanted = {"h": n, "J": 2 * n, "c": (1,), "h_error": n, "J_error": 2 * n}
-    return {
-        name: ("F64", shape)
-        for name, shape in wanted.items()
-        if name in shapes or not name.endswith("_error")
-    }

@@ -21,7 +21,6 @@ from isingcut.files.states import SpectrumFile
 from isingcut.ising.problem import Problem
 from isingcut.ising.states import Floats, States, blocks_of, states_of
 
-KIND = "spectrum"
 PLAIN = ("unit", "solver", "seconds", "proven", "lower_bound")
 """Attributes of a spectrum that its file holds as they are."""
 

@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from isingcut.data.tokens import TokenSet
-from isingcut.formats.architectures.blocks import blocks_in
 from isingcut.ising.states import Floats, States, blocks_of
 from isingcut.measure.splitting import chunks, split_to_fit
 from isingcut.measure.work import Work
@@ -133,13 +132,8 @@ def _check_stream(
     bad = (batch.mask.to(stream.device) & ~stream.isfinite().flatten(2).all(2)).any(1)
     if not bad.any():
         return
-    block = replay.blocks[i]
     row = batch.input_ids[int(bad.int().argmax())]
-    # Do not use `i`: a plan replays only some of a model's blocks, so the model's index differs.
-    path = next(
-        name for name, m in replay.model.named_modules() if block in blocks_in(m)
-    )
-    what = f"the output of block {path.rpartition('.')[2]} ({type(block).__name__})"
+    what = f"the output of block {i} ({type(replay.blocks[i]).__name__})"
     raise explain_nan(replay.model, what, row.tolist(), removed)
 
 

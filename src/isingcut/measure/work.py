@@ -5,8 +5,7 @@ the end every process has all rows, and sums them in the order of the samples, s
 bitwise equal to that of one process. Rows in any of the journals are not measured again.
 """
 
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -85,8 +84,9 @@ class SharedJournal(Journal):
         self._new = dict(self._rows)
         if path is not None and not rank:
             # Journals from an earlier run with more processes.
-            for number, left in _others(path):
-                if number >= size:
+            for left in sorted(path.parent.glob(f"{path.name}.*")):
+                number = left.suffix[1:]
+                if number.isdigit() and int(number) >= size:
                     self._new |= Journal(left, fingerprint)._rows
         self.gather()
 
@@ -118,20 +118,12 @@ class SharedJournal(Journal):
         self._new = {}
 
 
+@dataclass
 class _ForAll:
     """A progress bar on which a step of this process counts for all processes."""
 
-    def __init__(self, bar: Bar, processes: float) -> None:
-        self._bar = bar
-        self._processes = processes
+    bar: Bar
+    processes: float
 
     def advance(self, steps: float = 1, note: str = "") -> None:
-        self._bar.advance(steps * self._processes, note)
-
-
-def _others(path: Path) -> Iterator[tuple[int, Path]]:
-    """Yield the journals of the other ranks."""
-    for file in sorted(path.parent.glob("*")):
-        of = re.fullmatch(re.escape(path.name) + r"\.([1-9]\d{0,5})", file.name)
-        if of:
-            yield int(of[1]), file
+        self.bar.advance(steps * self.processes, note)

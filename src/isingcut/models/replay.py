@@ -210,7 +210,6 @@ class Replay:
 
     Args:
         model: a causal language model; it is put in evaluation mode.
-        blocks: blocks of the model, in order; None takes all removable ones.
         store: store of the weights; None if they are in memory.
 
     Attributes:
@@ -232,7 +231,6 @@ class Replay:
     def __init__(
         self,
         model: Any,
-        blocks: Sequence[nn.Module] | None = None,
         store: Weights | None = None,
     ) -> None:
         reuse_freed_memory()
@@ -243,7 +241,7 @@ class Replay:
             if getattr(config, "output_router_logits", False):
                 # Only for a loss in training; computing it fails if the blocks do not run.
                 config.output_router_logits = False
-        self.blocks = list(blocks or stack_modules(model))
+        self.blocks = stack_modules(model)
         self.device: torch.device = model.device
         # A block that is streamed or has no weights takes the device of the input.
         self.places = [
@@ -359,34 +357,30 @@ class Replay:
         return hidden if rest is None else (hidden, *rest)
 
 
+@dataclass(eq=False)
 class Recording:
     """Recorded calls of all blocks for one micro-batch.
 
     Attributes:
-        blocks: modules of the blocks.
         input_ids: (B, T) int64.
         entered: hidden states (B, T, D) that enter block 0.
     """
 
-    def __init__(
-        self, replay: Replay, input_ids: Tensor, entered: Tensor, calls: list[BlockCall]
-    ) -> None:
-        self._replay = replay
-        self._calls = calls
-        self.blocks = replay.blocks
-        self.input_ids = input_ids
-        self.entered = entered
+    replay: Replay
+    input_ids: Tensor
+    entered: Tensor
+    calls: list[BlockCall]
 
     def move_to_block(self, i: int, hidden: Tensor) -> Tensor:
         """Return hidden states on the device of block ``i``, to combine them with its output."""
-        return hidden.to(self._replay.places[i])
+        return hidden.to(self.replay.places[i])
 
     def block(self, i: int, hidden: Tensor) -> Tensor:
         """Run block ``i`` on hidden states (B, T, D) and return those after it.
 
         In a model on several devices, each block moves its input to its own device.
         """
-        output = self._calls[i].repeat(self.blocks[i], hidden)
+        output = self.calls[i].repeat(self.replay.blocks[i], hidden)
         out: Tensor = output if isinstance(output, Tensor) else output[0]
         return out
 
@@ -395,7 +389,7 @@ class Recording:
 
         Samples are computed one at a time, so that logits of a whole batch never exist at once.
         """
-        return self._replay.tail(stream[None], self.input_ids[sample : sample + 1])[0]
+        return self.replay.tail(stream[None], self.input_ids[sample : sample + 1])[0]
 
 
 def reuse_freed_memory() -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from isingcut.console.progress import Progress, silent
-from isingcut.errors import CheckpointError, ModelError, VerificationError
+from isingcut.errors import CheckpointError, ModelError, VerificationError, one_line
 from isingcut.files.cuts import CutProof
 from isingcut.formats.architectures.blocks import (
     catch_text_errors,
@@ -25,7 +25,7 @@ from isingcut.formats.architectures.blocks import (
 )
 from isingcut.formats.architectures.cuts import read_decoder
 from isingcut.formats.checkpoints import is_mtp
-from isingcut.formats.libraries import convert_errors, one_line, quiet_transformers
+from isingcut.formats.libraries import convert_errors, quiet_transformers
 from isingcut.formats.safetensors_files import read_config
 from isingcut.memory import raise_if_exhausted
 from isingcut.models.load import freeze, load_plain

@@ -238,11 +238,6 @@ class RunConfig(Options):
         others = [name.strip() for name in self.compare_energies.split(",")]
         return list(dict.fromkeys([self.energy, *filter(None, others)]))
 
-    @property
-    def drop(self) -> parsed.BlockList:
-        """The blocks of `must_remove`, by their name in the records of `run.json`."""
-        return self.must_remove
-
     def at(self, remove: int | str) -> RunConfig:
         """Return the options of another removal, which replaces a budget without ``remove``."""
         budget = self.budget if self.remove else ""

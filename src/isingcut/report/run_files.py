@@ -23,7 +23,7 @@ from isingcut.files import (
     states,
 )
 from isingcut.files.ownership import check_recorded
-from isingcut.files.results import check_blocks, read_document
+from isingcut.files.results import read_document
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.report import words
 from isingcut.report.rows import Row, evaluation_rows
@@ -64,8 +64,8 @@ class RunFiles:
         called: the run folder in commands, by default its name, because a path may be private.
 
     Raises:
-        StageFileError: `run.json` is missing, or an existing file is damaged, was changed
-            since the run wrote it, or does not fit the run's model.
+        StageFileError: `run.json` is missing, or an existing file is damaged or was changed since
+            the run wrote it.
     """
 
     def __init__(
@@ -113,9 +113,7 @@ class RunFiles:
             return None
         if not made_with:
             check_recorded(begun, path)
-        content = read(path)
-        check_blocks(path, content, len(self.blocks))
-        return content
+        return read(path)
 
     candidates = _document("candidates.json", states.CandidatesFile)
     evaluation = _document("evaluation.json", evaluations.EvaluationFile)

@@ -115,12 +115,13 @@ def removal_rows(
 
 
 def kept_and_dropped(n: int, config: RunConfig) -> list[LinearConstraint]:
-    """Make the rows of `keep` and `drop`.
+    """Make the rows of `keep` and `must_remove`.
 
     Raises:
         InputError: a block that a model of ``n`` blocks does not have.
     """
-    return [*rows.keep(n, config.keep.numbers), *rows.drop(n, config.drop.numbers)]
+    kept = rows.keep(n, config.keep.numbers)
+    return [*kept, *rows.drop(n, config.must_remove.numbers)]
 
 
 def budget_row(blocks: BlockList, budget: Budget) -> LinearConstraint:

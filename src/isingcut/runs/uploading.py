@@ -15,7 +15,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from yaml import YAMLError
 
 from isingcut.data.mixture import without_folders
-from isingcut.errors import InputError, StageFileError, first_line
+from isingcut.errors import InputError, StageFileError, one_line
 from isingcut.files.cuts import CutRecord
 from isingcut.files.inputs import load_json
 from isingcut.files.ownership import refuse_changed
@@ -65,7 +65,7 @@ def prepare(
     try:
         validate_repo_id(repository)
     except HFValidationError as e:
-        raise InputError(f"{first_line(e)}; write owner/name") from e
+        raise InputError(f"{one_line(e)}; write owner/name") from e
     read_document(checkpoint / "isingcut.json", CutRecord)
     files: Files = {}
     for path in sorted(p for p in checkpoint.rglob("*") if p.is_file()):
@@ -78,7 +78,7 @@ def prepare(
         card = ModelCard.load(checkpoint / "README.md")
     except (OSError, ValueError, YAMLError) as e:
         raise InputError(
-            f"{checkpoint}/README.md is no model card ({first_line(e)})"
+            f"{checkpoint}/README.md is no model card ({one_line(e)})"
         ) from e
     if folder is None:
         refuse_changed(checkpoint)
@@ -155,6 +155,6 @@ def push(
         refused = isinstance(e, LocalTokenNotFoundError) or status in (401, 403)
         hint = _LOGIN if refused else "check the name (owner/name), then run again"
         raise InputError(
-            f"uploading to {repository} failed ({first_line(e)}); {hint}"
+            f"uploading to {repository} failed ({one_line(e)}); {hint}"
         ) from e
     return str(made.url)

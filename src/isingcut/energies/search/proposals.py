@@ -13,7 +13,6 @@ import numpy as np
 from isingcut.energies.pairwise import list_removals
 from isingcut.energies.search.evaluator import Estimates, Evaluator
 from isingcut.energies.search.surrogate import Surrogate
-from isingcut.errors import InputError
 from isingcut.ising.constraints import LinearConstraint, count
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.ising.problem import Problem
@@ -57,15 +56,7 @@ class Target:
 
     @classmethod
     def count(cls, n: int, remove: int) -> Target:
-        """Make the target to remove exactly ``remove`` of ``n`` blocks.
-
-        Raises:
-            InputError: ``remove`` is not from 1 to ``n`` - 1.
-        """
-        if not 1 <= remove < n:
-            raise InputError(
-                f"cannot remove {remove} of {n} blocks; expected 1 to {n - 1}"
-            )
+        """Make the target to remove exactly ``remove`` of ``n`` blocks."""
         return cls(str(remove), [count(n, remove)])
 
     def feasible(self, states: States) -> Bools:
@@ -80,11 +71,11 @@ class Target:
                 result &= states @ row.coefficients <= row.rhs + row.tolerance
         return result
 
-    def near(self, states: States, distance: int) -> Bools:
-        """Return (S,) bool: whether sizes are at most ``distance`` outside `low` to `size` + 2."""
+    def near(self, states: States) -> Bools:
+        """Return (S,) bool: whether sizes are at most 1 outside `low` to `size` + 2."""
         size = states.sum(1)
         most = min(self.high, self.size + 2)
-        return np.asarray((size >= self.low - distance) & (size <= most + distance))
+        return np.asarray((size >= self.low - 1) & (size <= most + 1))
 
 
 BEAM = 3

@@ -186,7 +186,6 @@ class Search:
         affordable = int(ONE_PASS_SHARE * self.budget * tokens.samples)
         self.one_pass = max(1, min(tokens.samples, affordable))
         self._rng = np.random.default_rng([seed, 0x5EA2C4])
-        self._origins: dict[str, str] = {}
         influence, _ = self.evaluator.one_pass(self.one_pass)
         most = PRIOR_SHARE * self.budget
         self._prior = pair_energy(self.evaluator, most, self.rungs[0], influence)
@@ -218,7 +217,7 @@ class Search:
     def _surrogate(self, targets: Sequence[Target]) -> Surrogate | None:
         """Return the posterior energy near some targets, or None if too few states are measured."""
         near = self.estimates(
-            lambda states: np.any([t.near(states, 1) for t in targets], axis=0)
+            lambda states: np.any([t.near(states) for t in targets], axis=0)
         )
         if near is None or len(near.states) < 4:
             return None
@@ -277,7 +276,7 @@ class Search:
         seed = int(self._rng.integers(2**31))
         picked: dict[str, Bools] = {}
 
-        def take(states: States, count: int, origin: str) -> None:
+        def take(states: States, count: int) -> None:
             """Propose the first ``count`` states that are neither proposed nor measured."""
             most = len(picked) + count
             for state in states:
@@ -288,16 +287,13 @@ class Search:
                     and key_of(state) not in picked
                 ):
                     picked[key_of(state)] = state
-                    self._origins[key_of(state)] = origin
 
         if goal.rounds == 1:
-            for origin, state in one_pass_states(
-                self.evaluator, target, self.one_pass
-            ).items():
-                take(state[None], 1, origin)
-            take(proposals.find_windows(self._prior, target, 2), 2, "window")
+            quick = one_pass_states(self.evaluator, target, self.one_pass)
+            take(np.array([*quick.values()]), len(quick))
+            take(proposals.find_windows(self._prior, target, 2), 2)
             states = proposals.find_lowest(self._prior, target, 2 * FIRST, seed)
-            take(states, FIRST - len(picked), "pair energy")
+            take(states, FIRST - len(picked))
             return list(picked.values())
         own = self.estimates(target.feasible)
         surrogate = self._surrogate([target])
@@ -312,14 +308,14 @@ class Search:
         lowest = proposals.find_lowest(
             surrogate.mean, target, 4 * MINIMA + len(own.states), seed
         )
-        take(lowest, MINIMA, "minimum of the mean")
-        take(drawn, DRAWN, "minimum of a draw")
+        take(lowest, MINIMA)
+        take(drawn, DRAWN)
         moves = np.concatenate([proposals.list_exchanges(s, target) for s in around])
         if len(moves):
-            take(proposals.by_bound(surrogate, moves), MOVES, "exchange")
+            take(proposals.by_bound(surrogate, moves), MOVES)
         slopes = self.evaluator.slopes(goal.best, self.rungs[0])
         moves = proposals.by_slope(goal.best, surrogate, slopes, target)
-        take(moves, SLOPES, "exchange by slope")
+        take(moves, SLOPES)
         return list(picked.values())
 
     def _promote(self, goal: Goal) -> None:
@@ -392,11 +388,8 @@ class Search:
         goal.trace.append(
             {
                 "passes": self.evaluator.ledger.passes,
-                "heads": self.evaluator.ledger.heads,
-                "remove": goal.target.label,
                 "removed": blocks_of(state),
                 "kl": float(known.loss[best]),
                 "samples": self.rungs[int(known.rung[best])],
-                "origin": self._origins.get(key_of(state), "beam"),
             }
         )

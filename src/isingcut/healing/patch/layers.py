@@ -15,6 +15,7 @@ They are medians over tokens and channels, because half precision rounds huge en
 
 import contextlib
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
 from operator import itemgetter
 from typing import Any
@@ -36,6 +37,7 @@ _DEAD = 1e-3
 """Channels with less than this share of the largest gain are ignored."""
 
 
+@dataclass(eq=False)
 class Write:
     """A linear layer of a block that writes to the residual stream.
 
@@ -54,14 +56,14 @@ class Write:
         reads: whether a patch maps the layer's input (true) or its output (false).
     """
 
-    def __init__(
-        self, path: str, module: Any, scale: float = 1.0, gains: Tensor | None = None
-    ) -> None:
-        self.path = path
-        self.module = module
-        self.scale = scale
-        self.gains = gains
-        self.reads = True
+    path: str
+    module: Any
+    scale: float = 1.0
+    gains: Tensor | None = None
+    reads: bool = True
+
+    def __post_init__(self) -> None:
+        module = self.module
         self.biased = module.bias is not None
         self.transposed = not isinstance(module, nn.Linear)
         weight = module.weight.T if self.transposed else module.weight
@@ -150,7 +152,7 @@ def list_linear_layers(
     Returns:
         path, module and output of each, and the block's output.
     """
-    modules = recording.blocks[i].named_modules()
+    modules = recording.replay.blocks[i].named_modules()
     candidates = {
         path: m for path, m in modules if path and isinstance(m, nn.Linear | Conv1D)
     }

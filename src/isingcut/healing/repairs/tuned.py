@@ -24,9 +24,8 @@ import torch
 from torch import Tensor, nn
 
 from isingcut.data.tokens import TokenSet
-from isingcut.errors import FitError
+from isingcut.errors import FitError, one_line
 from isingcut.files.cuts import PatchedCut, PatchTuning, TunedLayer
-from isingcut.formats.libraries import one_line
 from isingcut.healing.job import Job
 from isingcut.healing.patch.files import (
     Patch,

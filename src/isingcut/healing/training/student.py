@@ -155,19 +155,13 @@ def split_head(model: Any) -> tuple[Any, Any] | None:
             output, lambda: model(input_ids=ids, use_cache=False).logits
         )
         with torch.no_grad():
-            stream = stream_of(decoder(input_ids=ids, use_cache=False))
+            stream = decoder(input_ids=ids, use_cache=False)[0]
         same = inputs is not None and torch.equal(inputs, stream)
     except (TypeError, RuntimeError, AttributeError):
         return None
     finally:
         model.train(training)
     return (decoder, output) if same else None
-
-
-def stream_of(output: Any) -> Tensor:
-    """Return the hidden states that a decoder passes to the head."""
-    stream: Tensor = output[0]
-    return stream
 
 
 def install(student: Any, plain: Any, original: Any) -> None:
@@ -191,7 +185,7 @@ def install(student: Any, plain: Any, original: Any) -> None:
         Padding is on the right, where no real token attends to it, so the models need no mask.
         """
         output = (taken[0] if taken else whole)(ids, use_cache=False)
-        stream = stream_of(output) if taken else output.logits
+        stream: Tensor = output[0] if taken else output.logits
         return stream[:, :-1][rows.to(stream.device)]
 
     def teacher_head(stream: Tensor) -> Tensor:

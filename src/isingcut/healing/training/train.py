@@ -34,7 +34,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from isingcut.console.progress import Bar
 from isingcut.data.tokens import TokenSet, pieces
-from isingcut.errors import InputError, ModelError
+from isingcut.errors import InputError, ModelError, one_line
 from isingcut.files.healings import (
     HealingCheck,
     HealingCurve,
@@ -49,7 +49,7 @@ from isingcut.files.writing import atomic_folder
 from isingcut.formats.architectures.blocks import language_model
 from isingcut.formats.checkpoints import Checkpoint
 from isingcut.formats.fp8 import DTYPES, read_tensor
-from isingcut.formats.libraries import one_line, quiet_transformers
+from isingcut.formats.libraries import quiet_transformers
 from isingcut.formats.transformers_private import get_checkpointing
 from isingcut.healing.job import (
     SHORT,

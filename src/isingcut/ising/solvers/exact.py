@@ -39,6 +39,8 @@ ROOT_BUDGET = 1_000_000
 NODE_BUDGET = 60_000
 ENUMERABLE = 3 * 10**10
 """Most states of a subproblem below the root for an enumeration, which seldom ends for more."""
+OPEN_BYTES = 1.5e8
+"""Memory for open nodes; beyond it, further nodes keep no multipliers."""
 
 
 @dataclass(frozen=True)
@@ -54,14 +56,12 @@ class Exact:
         nodes: limit on the nodes of the semidefinite tree, or None.
         threads: number of threads; 0 uses every core.
         seed: random seed of the initial tabu search.
-        memory_mb: memory for open nodes, in MB; beyond it, further nodes keep no multipliers.
     """
 
     seconds: float | None = None
     nodes: int | None = None
     threads: int = 0
     seed: int = 0
-    memory_mb: float = 150.0
 
     def solve(self, problem: Problem, k: int) -> Solution:
         """Find the ``k`` lowest states, proven unless a limit was reached."""
@@ -73,9 +73,7 @@ class Exact:
             deadline = time.perf_counter() + self.seconds
         reduced = reduce(problem)
         threads = self.threads or os.cpu_count() or 1
-        search = _BranchAndBound(
-            reduced, min(k, reduced.count_states()), self.memory_mb
-        )
+        search = _BranchAndBound(reduced, min(k, reduced.count_states()))
         search.warm_start(reduced, problem, self.seed)
         # The search threads use all cores; additional BLAS threads would only wait.
         with threadpool_limits(limits=1, user_api="blas"):
@@ -104,7 +102,7 @@ def compile_search() -> None:
     """Run every compiled function once, so that no time limit counts numba's first compilation."""
     problem = Problem(Hamiltonian(np.zeros(4), 1 - np.eye(4)), [count(4, 2)])
     reduced = reduce(problem)
-    search = _BranchAndBound(reduced, 1, 1.0)
+    search = _BranchAndBound(reduced, 1)
     part = Subproblem(search.reduced, np.full(4, -1, dtype=np.int8), 2)
     search.relaxation.bound(part, None)
     search.warm_start(reduced, problem, 0)
@@ -160,7 +158,7 @@ class _Node:
 class _BranchAndBound:
     """The state shared by all threads; energies are without ``reduced.c``, divided by ``scale``."""
 
-    def __init__(self, reduced: Reduced, k: int, memory_mb: float) -> None:
+    def __init__(self, reduced: Reduced, k: int) -> None:
         self.k = k
         C = spin_matrix(reduced.h, reduced.J, 0.0)
         self.scale = float(np.abs(np.linalg.eigvalsh(C)).max()) or 1.0
@@ -175,7 +173,7 @@ class _BranchAndBound:
         self.relaxation = Relaxation(reduced, self.pool.threshold, self.stop)
         self.open: list[_Node] = []
         self._most_stored = int(
-            memory_mb * 1e6 / (4.0 * (reduced.n + 1) ** 2 + 40 * 1500 + 2000)
+            OPEN_BYTES / (4.0 * (reduced.n + 1) ** 2 + 40 * 1500 + 2000)
         )
 
     def warm_start(self, r: Reduced, problem: Problem, seed: int) -> None:

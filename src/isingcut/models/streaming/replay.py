@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
+from isingcut.data.tokens import TokenSet
 from isingcut.errors import InputError
 from isingcut.formats.architectures.blocks import replace_forwards, text_config
 from isingcut.formats.libraries import report_missing_kernels
@@ -15,9 +16,6 @@ from isingcut.models.device import pick_device, pick_dtype
 from isingcut.models.load import LoadedModel, load_tokenizer
 from isingcut.models.replay import BLOCK_STREAMS, Replay
 from isingcut.models.streaming.store import Buffers, Store
-
-if TYPE_CHECKING:
-    from isingcut.data.tokens import TokenSet
 
 
 def load_streamed(
@@ -81,7 +79,7 @@ class StreamedReplay(Replay):
     store: Store
 
     def __init__(self, store: Store) -> None:
-        super().__init__(store.model, store=store)
+        super().__init__(store.model, store)
 
     def identity(self) -> dict[str, Any]:
         """Return values that identify this model, cheap to compute, for a journal's fingerprint."""
