@@ -131,7 +131,7 @@ class PartScores(PairScores):
 class MixedScores(PairScores):
     """`PairScores` on the whole text, and by source if it is a mixture."""
 
-    parts: dict[str, PartScores] = Field(default_factory=dict)
+    parts: dict[str, PartScores] = {}
 
 
 class FurtherPart(Perplexity):
@@ -144,8 +144,8 @@ class FurtherPart(Perplexity):
 class FurtherScores(FurtherPart):
     """`FurtherPart` on the whole text, and by source if it is a mixture."""
 
-    parts: dict[str, FurtherPart] = Field(default_factory=dict)
-    elsewhere: dict[str, FurtherPart] = Field(default_factory=dict)
+    parts: dict[str, FurtherPart] = {}
+    elsewhere: dict[str, FurtherPart] = {}
 
 
 class PackedScores(FurtherScores):
@@ -176,7 +176,7 @@ class EvaluationFile(MixedScores, Document, kind="evaluation"):
     """
 
     last: Literal["cut", "patched", "healed"] | None = None
-    unpatched: list[UnpatchedCut] = Field(default_factory=list)
+    unpatched: list[UnpatchedCut] = []
     cut: FurtherScores | None = None
     patched: FurtherScores | None = None
     gguf: PackedScores | None = None
@@ -185,13 +185,13 @@ class EvaluationFile(MixedScores, Document, kind="evaluation"):
     tokens: Some
     before: ModelScores
     after: ModelScores
-    elsewhere: dict[str, PartScores] = Field(default_factory=dict)
+    elsewhere: dict[str, PartScores] = {}
     answers: Answers | None = None
     device: str
     dtype: str
     threads: Some | None = None
-    not_measured: list[str] = Field(default_factory=list)
-    metrics: dict[str, Shown] = Field(default_factory=dict)
+    not_measured: list[str] = []
+    metrics: dict[str, Shown] = {}
     streamed: bool = False
 
 
@@ -260,7 +260,7 @@ class TaskRow(PairedScores):
     metric: str
     shots: Count
     flips: Flips | None = None
-    endings: list[EndingPair] = Field(default_factory=list)
+    endings: list[EndingPair] = []
 
 
 class BenchmarksFile(Document, kind="benchmarks"):
