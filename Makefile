@@ -60,7 +60,7 @@ lint: $(VENV)/.dev
 
 # Build the site in site/, offline. A broken link or an unknown reference fails.
 docs: $(VENV)/.dev
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 clean:
 	rm -rf $(VENV) demo-run site card-sites
