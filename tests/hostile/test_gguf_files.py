@@ -135,6 +135,11 @@ OTHERS = [
         "64 numbers in its stream, the run's model 32",
     ),
     ("an empty list", changed(empty_list), "an empty list as its metadata 'llama.ab'"),
+    (
+        "leading blocks in words",
+        file(leading_dense_block_count="two"),
+        "expected a whole number as its metadata 'llama.leading_dense_block_count', got 'two'",
+    ),
     ("NaN in a norm", nan("output_norm.weight"), "output_norm.weight differs from"),
     HEADERS[0],
 ]

@@ -448,6 +448,11 @@ def _find_windows(
     stored = fields.get(f"{architecture}.{_WINDOWS}", period)
     if isinstance(stored, list) and len(stored) == count:
         return None
+    if not isinstance(stored, int) or stored < 0:
+        raise CheckpointError(
+            f"{header.path}: expected a period or one entry for each of {count} blocks as its "
+            f"metadata '{architecture}.{_WINDOWS}', got {stored!r:.60}"
+        )
     return [stored == 0 or i % stored < stored - 1 for i in range(count)]
 
 
@@ -465,6 +470,10 @@ def _cut_value(
     if short == "block_count":
         return len(mapping)
     if short in _TABLE["prefix"]:
+        if not isinstance(value, int):
+            raise CheckpointError(
+                f"{header.path}: expected a whole number as its metadata {key!r}, got {value!r:.60}"
+            )
         return value - sum(i < value and i not in mapping for i in range(count))
     listed = isinstance(value, list) and len(value) == count
     if not listed or short in _TABLE["not_per_layer"]:
