@@ -119,8 +119,9 @@ class Registry:
             raise
         except (Exception, SystemExit) as e:
             plug_in = entry_point.dist.name if entry_point.dist else entry_point.value
+            kind = type(e).__name__
             raise InputError(
                 f"the {self.noun} {entry_point.name!r} comes from the plug-in {plug_in}, which "
-                f"cannot be imported ({type(e).__name__}: {one_line(e)}); repair or remove that "
-                f"plug-in, or choose another {self.noun}"
+                f"cannot be imported ({kind}: {one_line(e).removeprefix(f'{kind}: ')}); "
+                f"repair or remove that plug-in, or choose another {self.noun}"
             ) from e

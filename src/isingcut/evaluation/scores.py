@@ -71,7 +71,7 @@ class Scores:
     choices: list[Floats]
     questions: list[str]
     shots: int
-    endings: list[Ending]
+    endings: Sequence[Ending] = ()
 
 
 def score_states(

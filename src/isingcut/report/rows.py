@@ -20,8 +20,8 @@ CUT_RANKING = "cut, ranking text"
 
 # The studies support these bounds (docs/experiments/). Quantised to 4 to 6 bits, SmolLM2-135M has a
 # KL of 0.06 to 0.09 (frontier.md). Of the right answers above chance are lost, at a KL of
-# - 0.15 to 0.28: a quarter; of 27 word problems solved in steps, 3 to 5 are left (the coder, M = 4);
-# - 0.4 to 0.6: a fifth to a half (the coder, M = 7; objectives.md; healing.md, healed);
+# - 0.15 to 0.28: a quarter; of 27 word problems solved in steps, 3 to 5 are left (coder, M = 4);
+# - 0.4 to 0.6: a fifth to a half (coder, M = 7; objectives.md; healing.md, healed);
 # - 0.6 to 1.2: a third to two thirds (objectives.md, 44 states; healing.md, cut);
 # - above: a half to all (objectives.md; healing.md, 9 removed). The generations of both models in
 #   first_hour.md repeat themselves at 0.65 and do not at 0.29.
