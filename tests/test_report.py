@@ -165,7 +165,6 @@ def test_the_verdict_says_that_answers_no_longer_end(folder):
     page = page_of(folder)
     assert said in page
     assert "64 tokens, not ended, 75 % repeated" in page
-    assert "Of at most 64 tokens." in page
 
 
 def test_lm_eval_s_table_shows_the_scores(tmp_path):
