@@ -229,7 +229,8 @@ def test_where_a_task_does_not_say_what_is_right_the_score_counts():
 
 
 STATES = [(), (1,), (0, 4)]
-HOW = {"until": ["old"], "do_sample": False, "max_gen_toks": 12}
+# The models write both letters.
+HOW = {"until": ["G", "J"], "do_sample": False, "max_gen_toks": 12}
 PROMPTS = [
     "the cat sat",
     "a mat",
@@ -271,8 +272,8 @@ def ending_alone(plain, request):
     for count in range(1, most + 1):
         row = plain.model.generate(ids, max_new_tokens=count, do_sample=False)[0]
         text = plain.tokenizer.decode(row[ids.shape[1] :])
-        if "</s>" in text or "old" in text:
-            return count - ("</s>" in text), True
+        if {"G", "J"} & {*text}:
+            return count, True
     return most, False
 
 

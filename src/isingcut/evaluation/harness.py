@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from lm_eval.models.huggingface import HFLM
@@ -94,14 +96,18 @@ class Harness(HFLM):  # type: ignore[misc]
         ends = end_tokens(self.model, self.tokenizer)
         for whole in made[:, context.shape[1] :].tolist():
             row, ended = split_end(whole, ends)
-            text = self.tok_decode(row)
-            if not ended and any(term in text for term in stop):
+            # The rows of a batch go on until all have stopped.
+            stops = partial(self._has_any, stop, row)
+            if stops(len(row)):
                 ended = True
-                # Padded if others of the batch were longer.
-                while row[-1] == self.tokenizer.pad_token_id:
-                    row.pop()
+                row = row[: bisect_left(range(len(row)), True, key=stops)]
             self._of_rows.append(read_ending(row, ended=ended))
         return made
+
+    def _has_any(self, terms: Sequence[str], row: list[int], count: int) -> bool:
+        """Whether the first tokens of an answer have a text at which it stops."""
+        text = self.tok_decode(row[:count])
+        return any(term in text for term in terms)
 
     def add_partial(self, kind: str, request: tuple[str, Any], text: str) -> None:
         """Note how an answer ended; the harness reports each, in the order of its batch."""
