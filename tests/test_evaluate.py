@@ -159,6 +159,9 @@ def test_answers_of_a_batch_are_those_of_single_prompts_up_to_their_end(family):
         ends = [t for t in range(8) if expected[t] == alone[1][3]]
         assert (row, ended) == (expected[: ends[0] if ends else 8], bool(ends))
     assert rows[1][1]
+    model.generation_config.eos_token_id = tokenizer.eos_token = None
+    rows = generate_rows(model, tokenizer, prompts, 8)
+    assert rows == [(row, False) for row in alone]
 
 
 def test_answers_are_described_and_compared(tmp_path, monkeypatch):

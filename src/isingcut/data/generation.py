@@ -79,11 +79,13 @@ def _generate(
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the tokens that end a generated text."""
+    """Return the tokens that end a generated text; none for a model without an end token."""
     own: Any = model.generation_config
     end: Any = own.eos_token_id
     end = tokenizer.eos_token_id if end is None else end
-    return end if isinstance(end, list) else [end]
+    if isinstance(end, list):
+        return end
+    return [] if end is None else [end]
 
 
 def generate_rows(
@@ -99,7 +101,8 @@ def generate_rows(
     """
     ends = end_tokens(model, tokenizer)
     width = max(prompt.shape[1] for prompt in prompts)
-    ids = torch.full((len(prompts), width), ends[0] or 0)
+    padding = ends[0] if ends else 0
+    ids = torch.full((len(prompts), width), padding)
     mask = torch.zeros_like(ids)
     for i, prompt in enumerate(prompts):
         ids[i, width - prompt.shape[1] :] = prompt
@@ -111,8 +114,8 @@ def generate_rows(
         finite_logits(model),
         mask.to(model.device),
         do_sample=False,
-        eos_token_id=ends,
-        pad_token_id=ends[0],
+        eos_token_id=ends or None,
+        pad_token_id=padding,
     )
     return [split_end(row, ends) for row in out[:, width:].tolist()]
 

@@ -8,6 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import normalize_gen_kwargs
 
 from isingcut.data.conversations import render_chat
 from isingcut.data.generation import end_tokens, finite_logits, split_end
@@ -107,7 +108,8 @@ class Harness(HFLM):  # type: ignore[misc]
     def _has_any(self, terms: Sequence[str], row: list[int], count: int) -> bool:
         """Whether the first tokens of an answer have a text at which it stops."""
         text = self.tok_decode(row[:count])
-        return any(term in text for term in terms)
+        # As the harness, which ignores empty ones.
+        return any(term in text for term in terms if term)
 
     def add_partial(self, kind: str, request: tuple[str, Any], text: str) -> None:
         """Note how an answer ended; the harness reports each, in the order of its batch."""
@@ -135,7 +137,7 @@ class Harness(HFLM):  # type: ignore[misc]
         prompts = []
         for context, own in (r.args for r in requests):
             ids = tuple(self.tok_encode(context))
-            most = int(own.get("max_gen_toks") or self.max_gen_toks)
+            most = normalize_gen_kwargs(own, self.max_gen_toks)["max_gen_toks"]
             prompts.append((ids, {**own, "max_gen_toks": most}))
             room = self.max_length - most
             if room < 1:
