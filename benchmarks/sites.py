@@ -111,12 +111,16 @@ _RECORDER = Recorder()
 
 
 @contextlib.contextmanager
-def record(folder: Path, test: Path) -> Iterator[None]:
-    """Record the sites of a test, also of its new threads, in a folder.
+def record(*, path: bool = False) -> Iterator[None]:
+    """Record the sites of this process, also of its new threads, if the variable names a folder.
 
     All sites that the process has recorded are written at the end.
     """
-    _RECORDER.path = test.name == PATHS.name
+    folder = os.environ.get(FOLDER)
+    if not folder:
+        yield
+        return
+    _RECORDER.path = path
     run = threading.Thread.run
 
     def recorded(self: threading.Thread) -> None:
@@ -129,7 +133,8 @@ def record(folder: Path, test: Path) -> Iterator[None]:
             yield
     finally:
         threading.Thread.run = run  # type: ignore[method-assign]
-        folder.mkdir(parents=True, exist_ok=True)
+        place = Path(folder)
+        place.mkdir(parents=True, exist_ok=True)
         found = [
             [
                 name.removeprefix(ROOT),
@@ -139,7 +144,7 @@ def record(folder: Path, test: Path) -> Iterator[None]:
             ]
             for (name, line, function), level in sorted(_RECORDER.seen.items())
         ]
-        (folder / f"{os.getpid()}.json").write_text(json.dumps(found))
+        (place / f"{os.getpid()}.json").write_text(json.dumps(found))
 
 
 def load(folder: Path) -> dict[tuple[str, str, str], int]:

@@ -41,7 +41,7 @@ def pytest_runtest_protocol(item):
         return (yield)
     import sites
 
-    with sites.record(Path(os.environ["CARD_SITES"]), item.path):
+    with sites.record(path=item.path.name == sites.PATHS.name):
         return (yield)
 
 

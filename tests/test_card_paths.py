@@ -144,8 +144,9 @@ def tasks(place):
         tasks="arc_easy",
         questions=12,
     )
-    names = ("--tasks", "arc_easy,gsm8k", "--questions", 2)
-    place.type("evaluate", run, *names, "--data", data, "--skip-speed", "--overwrite")
+    names = ("--tasks", "arc_easy,gsm8k", "--questions", 2, "--data", data)
+    with mock.patch("isingcut.evaluation.harness.MOST", 16):
+        place.type("evaluate", run, *names, "--skip-speed", "--overwrite")
 
 
 def energies(place, **more):
@@ -290,8 +291,7 @@ def images(place):
 PATHS = {
     # The longest first, so that no processor waits for them. Then the numbers of cards: two, over
     # which the model is placed, where devices could mix; one, where the model is held whole.
-    "deep, 13 of 32": (functools.partial(deep, blocks=32, remove=13), 2),
-    "deep, 6 of 12": (functools.partial(deep, blocks=12, remove=6), 1),
+    "deep, 6 of 12": (functools.partial(deep, blocks=12, remove=6), 2),
     "deep, sublayers": (
         functools.partial(deep, blocks=6, remove=5, units="sublayers"),
         2,
@@ -299,7 +299,7 @@ PATHS = {
     "range": (functools.partial(Place.run, remove="1..2"), 2),
     "budget": (functools.partial(Place.run, remove="", budget="params=20%"), 1),
     "gguf": (from_gguf, 2),
-    "heal lora": (functools.partial(healing, method="lora:2"), 1, 2),
+    "heal lora": (functools.partial(healing, method="lora:2"), 2),
     "heal full": (functools.partial(healing, method="full"), 2),
     "heal, bfloat16": (healing_in_half, 1),
     "heal, resumed": (resumed, 2),
@@ -310,7 +310,7 @@ PATHS = {
     "gates": (gates, 1),
     "images": (images, 1),
     "run": (default, 1, 2),
-    "verbs": (verbs, 1, 2),
+    "verbs": (verbs, 2),
     "tasks": (tasks, 2),
     "streamed": (streamed, 1),
     "mtp": (mtp, 2),

@@ -269,9 +269,9 @@ def ending_alone(plain, request):
     prompt, how = request.args
     most = how["max_gen_toks"]
     ids = plain.tokenizer(prompt, return_tensors="pt").input_ids
+    row = plain.model.generate(ids, max_new_tokens=most, do_sample=False)[0]
     for count in range(1, most + 1):
-        row = plain.model.generate(ids, max_new_tokens=count, do_sample=False)[0]
-        text = plain.tokenizer.decode(row[ids.shape[1] :])
+        text = plain.tokenizer.decode(row[ids.shape[1] :][:count])
         if {"G", "J"} & {*text}:
             return count, True
     return most, False

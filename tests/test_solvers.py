@@ -183,14 +183,20 @@ def test_tabu():
     [
         ("dimod", {"sampler": SimulatedAnnealingSampler, "reads": 50}),
         ("dimod", {"sampler": TabuSampler, "reads": 5, "options": {"timeout": 5}}),
-        ("dimod:dimod.ExactCQMSolver", {}),
     ],
-    ids=["annealing", "tabu", "named"],
+    ids=["annealing", "tabu"],
 )
 def test_dimod_samplers(name, options):
     figures = check_solver(make(name, **options))
     assert figures["ground_states_found"] > 0.7
     assert figures["proofs"] == 0
+
+
+def test_a_sampler_by_name_that_takes_constraints():
+    problem = counted("indefinite", 6, 3)
+    found = solve(problem, "dimod:dimod.ExactCQMSolver", k=5)
+    assert_allclose(found.energies, solve(problem, "exact", k=5).energies)
+    assert not found.info.get("proven")
 
 
 class AllOnes:
