@@ -24,6 +24,7 @@ import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -92,7 +93,7 @@ from isingcut.models.verify import check_generation, random_tokens, reload
 Order = Steps | list[list[int]]
 """The micro-batches of a training, as sample indices."""
 
-# Maximum number of timed steps, and of the share of the time for them.
+# Maximum number of timed steps, and share of the time after which no other begins.
 _TIMED = 3
 _TIMING = 0.1
 # Files that `save_pretrained` or the training writes, so they are not copied from the start.
@@ -264,7 +265,7 @@ def measure_pace(job: Job, limit: float) -> float:
     if job.leads:
         shutil.rmtree(trial, ignore_errors=True)
     counts = np.diff([step.tokens for step in watch.curve.steps], prepend=0)
-    paces = (watch.seconds / counts).tolist()
+    paces: list[float] = (watch.seconds / counts).tolist()
     # Without the first step, which compiles and allocates, if there was time for others.
     return job.processes.decide(lambda: min(paces[1:] or paces))
 
@@ -540,7 +541,7 @@ class Watch(TrainerCallback):
         limit = self.recipe.seconds
         if limit is None:
             return left
-        pace = max(np.mean(self.seconds), self.seconds[-1], 1e-9)
+        pace = max(fmean(self.seconds), self.seconds[-1], 1e-9)
         left = max(0, int(min(left, (self.opened + limit - now) / pace)))
         return self.job.processes.decide(lambda: left)
 
