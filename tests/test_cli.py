@@ -591,13 +591,13 @@ def test_quick_replaces_defaults_alone_and_is_marked(tmp_path):
     assert "A rough first look (--quick): a-model" in (folder / "report.md").read_text()
 
 
-def test_a_page_begins_with_a_verdict_and_three_tiles(finished, run, printed):
+def test_a_page_begins_with_a_verdict_and_three_tiles(finished, run, text, printed):
     first = first_part((finished / "report.html").read_text())
     assert first.count("<dt>") == 3
     verdict = show.open_finished(finished).verdict
-    heal = f"10 minutes on this machine, with `isingcut heal {finished}/model --train 10min --out"
-    text = "On unseen text the patched model has perplexity"
-    assert all(part in verdict for part in ("fewer parameters", text, heal))
+    heal = f"with `isingcut heal {finished}/model --text {text} --train 10min --out"
+    said = "On unseen text the patched model has perplexity"
+    assert all(part in verdict for part in ("fewer parameters", said, heal))
     assert 'id="verdict"' in first
     show.show_run(show.open_finished(finished))
     assert printed().endswith(verdict.replace("`", ""))

@@ -25,6 +25,7 @@ from healings import (
     stored,
     write_student,
 )
+from isingcut.cli import show
 from isingcut.data.tokens import pieces
 from isingcut.files.healings import HealingFile
 from isingcut.formats.transformers_private import get_checkpointing
@@ -37,12 +38,14 @@ from isingcut.healing.training import train
 from isingcut.healing.training.student import load_student
 from isingcut.options.config import heal_config
 from isingcut.report.words import healing_warnings
+from run_files import change
 from shared import (
     ArchitectureError,
     HealConfig,
     OutputExistsError,
     RunConfig,
     StageFileError,
+    load_json,
     parametrize,
     refuses,
     write_jsonl,
@@ -269,13 +272,18 @@ def test_the_patch_is_the_default_once(models, tmp_path):
     assert "patch" not in further
 
 
-@parametrize("place, mixed", [("run", "{0}"), ("run/remove-2", "{0}=1,{1}=1")])
-def test_a_checkpoint_of_a_run_is_judged_on_what_the_run_reports_on(
-    models, tmp_path, monkeypatch, place, mixed
+@parametrize(
+    "place, mixed",
+    [("", ""), ("model", "{0}"), ("remove-2", ""), ("remove-2/model", "{0}=1,{1}=1")],
+)
+def test_a_run_is_healed_on_its_text_but_for_what_it_reports_on(
+    models, run, tmp_path, monkeypatch, place, mixed
 ):
     other = tmp_path / "b.txt"
     other.write_text("\n\n".join(f"{i}. words" for i in range(900, 990)))
-    student = shutil.copytree(models / "student", tmp_path / place / "model")
+    model = run / place.removesuffix("model") / "model"
+    if "remove" in place:
+        shutil.copytree(run / "model", model)
     text = str(models / "text.jsonl")
     used = build(
         text,
@@ -286,15 +294,16 @@ def test_a_checkpoint_of_a_run_is_judged_on_what_the_run_reports_on(
         report_samples=3,
         seed=0,
     )
-    used.save(tmp_path / "run/calibration.safetensors")
+    used.save(run / "calibration.safetensors")
+    measured_on(run, text)
     heal_checkpoint = mock.Mock()
     monkeypatch.setattr(home, "heal_checkpoint", heal_checkpoint)
-    heal(
-        options(
-            models, tmp_path / "out", student=student, text=mixed.format(text, other)
-        )
-    )
-    _, mine, *_ = heal_checkpoint.call_args.args
+    given = {"student": run / place, "teacher": "", "text": mixed.format(text, other)}
+    # The text has no further samples to report on.
+    given["report_samples"] = 500
+    heal(options(models, tmp_path / "out", **given))
+    job, mine, *_ = heal_checkpoint.call_args.args
+    assert (job.start, job.config.text) == (model, given["text"] or text)
     own = used.splits["report"]
     assert torch.equal(mine.report.input_ids, own.input_ids)
     reported, trained = (
@@ -302,6 +311,24 @@ def test_a_checkpoint_of_a_run_is_judged_on_what_the_run_reports_on(
         for t in (own, mine.train)
     )
     assert not reported & trained
+
+
+def measured_on(run, text):
+    """Let a run's record name another text."""
+    made = load_json(run / "run.json").provenance
+    made["calibration"]["source"] = text
+    change(run / "run.json", provenance=made)
+
+
+@parametrize("source", ["self", "wiki=1,-=1", "gone.txt"])
+def test_a_text_of_a_run_that_cannot_be_read_again_is_refused(run, source, refusal):
+    measured_on(run, source)
+    said = refusal("heal", run, "--out", run.parent / "healed")
+    assert f"of the run {run}" in said
+    assert "--text" in said
+    typed = f" --text {source}" if source == "gone.txt" else ""
+    shown = f"isingcut heal {run}/model{typed} --train 10min"
+    assert shown in show.open_finished(run).verdict
 
 
 def test_where_nothing_can_be_patched_healing_goes_on(models, tmp_path):
@@ -402,30 +429,72 @@ def test_a_budget_in_tokens_is_spent(models, tmp_path):
     assert bought(once).epochs == pytest.approx(1, abs=0.5)
 
 
-def test_a_time_is_turned_into_steps_once(models, tmp_path, stub):
-    # The fastest of the steps takes 6 milliseconds per token.
-    times = [(512, 9.0), (512, 3.2), (500, 3.0)]
-    stub(train, "step_times", times)
-    # The clock stands still, so that no time before the training counts.
-    stub(train.time, "monotonic", 1.0)
-    config = spending(models, tmp_path / "a", "0.25m", trainer=FOUR)
+@pytest.fixture
+def clock(monkeypatch):
+    """The clock of healings: only a step takes time, the last cost that has begun.
+
+    `costs` has seconds by the number of the first step, and `rates` gets the learning rates.
+    """
+    clock = SimpleNamespace(now=0.0, costs={}, rates=[])
+    for module in (home, train):
+        seen = SimpleNamespace(monotonic=lambda: clock.now)
+        monkeypatch.setattr(module, "time", seen)
+    step = train.OurTrainer.training_step
+
+    def timed(self, *given, **rest):
+        begun = [first for first in clock.costs if first <= self.state.global_step]
+        clock.now += clock.costs[max(begun)]
+        clock.rates += [group["lr"] for group in self.optimizer.param_groups[:1]]
+        return step(self, *given, **rest)
+
+    monkeypatch.setattr(train.OurTrainer, "training_step", timed)
+    return clock
+
+
+@parametrize("costs, steps", [({0: 3}, 18), ({0: 0.25}, 70), ({0: 1, 10: 8}, 15)])
+def test_a_time_is_kept_by_the_clock_with_its_schedule_run_down(
+    models, tmp_path, stub, clock, costs, steps
+):
+    stub(train, "measure_pace", 0.006)
+    clock.costs = costs
+    config = spending(models, tmp_path / "a", "1min", trainer=FOUR)
     whole = heal(config)
+    assert clock.now <= 0.9 * 60
+    assert len(curve(whole)) == len(clock.rates) == steps
     found = bought(whole)
-    assert found.steps == int(0.85 * 15 / (0.006 * 4 * 64)) == len(curve(whole))
-    assert found.seconds == pytest.approx(found.steps * 0.006 * 4 * 64)
+    assert found.steps == 2 * int(0.9 * 60 / (0.006 * 4 * 64))
+    assert clock.rates[-1] < 0.1 * max(clock.rates)
+    assert "stopped" not in result(whole)
     config = config.replace(out=tmp_path / "b")
     with pytest.raises(Killed):
-        heal(config, progress=killing(3))
-    # Another speed would give another schedule.
-    stub(train, "step_times", [(n, 3 * s) for n, s in times])
+        heal(config, progress=killing(20))
+    # Another pace would give another plan.
+    stub(train, "measure_pace", 0.018)
     heal(config)
     assert bought(tmp_path / "b") == found
     assert curve(tmp_path / "b") == curve(whole)
     assert stored(tmp_path / "b") == stored(whole)
 
 
+@parametrize("pace, each, done", [(0.006, 20, 2), (None, 100, 0)])
+def test_a_time_for_fewer_than_ten_steps_changes_nothing_and_says_so(
+    models, tmp_path, stub, clock, pace, each, done
+):
+    if pace:
+        stub(train, "measure_pace", pace)
+    clock.costs = {0: each}
+    out = heal(spending(models, tmp_path / "out", "1min", trainer=FOUR))
+    # Without a plan for ten steps, only one step was timed.
+    assert clock.now == max(1, done) * each
+    found = HealingFile.model_validate(result(out))
+    assert found.stopped.kept == 0
+    assert f"1min, was over after {done} steps" in healing_warnings(found)[-1]
+    assert len(found.steps) == done
+    assert stored(out) == stored(models / "student")
+
+
 def test_a_time_too_short_for_a_useful_step_is_refused(models, tmp_path):
-    with refuses(r"too short: evaluating .*10 steps .*give --train 1min"):
+    with refuses(r"too short: the evaluations.*10 steps .*give --train 1min"):
         heal(spending(models, tmp_path / "out", "0.0001min"))
     assert not (tmp_path / "out").exists()
 
@@ -436,20 +505,8 @@ def test_a_time_that_the_patch_would_use_up_is_refused(tmp_path):
     teacher = SimpleNamespace(model=None)
     job = home.Job(teacher, (2, 3), tmp_path, text, tmp_path, config)
     home._check_train(job, text.select([0, 1]), 4.0, patches=False)
-    with refuses(r"takes about 8 s here, the patch 24 s, .*give .* 4min"):
+    with refuses(r"take about 3 min here; give --train 4min"):
         home._check_train(job, text.select([0, 1]), 4.0, patches=True)
-
-
-def test_the_clock_is_read_on_real_steps(models, tmp_path, spy):
-    spent = spy(train, "_spend", lambda _, job: job.spent)
-    # On any machine the text ends long before this time.
-    out = heal(spending(models, tmp_path / "out", "2h"))
-    assert spent[0] > 0
-    found = bought(out)
-    assert found.seconds > 0
-    assert found.epochs == pytest.approx(recipe.EPOCHS, rel=0.2)
-    assert found.batch == 8
-    assert not list(tmp_path.glob(".out*"))
 
 
 def test_a_runs_budget_is_that_of_its_healing():

@@ -250,7 +250,7 @@ def test_a_run_without_extras_names_the_command(name, typed, tmp_path):
     only = f"Only one removal is here: isingcut solve {typed} --remove 4 --remove 8"
     assert only in text
     place = f"{name}/model" if name == typed else f"'{name}/model'"
-    assert f"isingcut heal {place} --train 10min --out healed" in text
+    assert f"isingcut heal {place} --text wiki --train 10min --out healed" in text
     assert "Healing" not in text
     assert "Benchmarks" not in text
 

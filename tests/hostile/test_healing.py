@@ -217,7 +217,8 @@ PAIRS += rows([
     ("a student of other shapes", heal(student="{here}/student"),
      "block 0 of .*student has a .* of shape", another_student),
     ("no teacher", heal(teacher="{here}/gone"), "there is no model at .*gone"),
-    ("the run as student", heal(student="{run}"), "run is not a checkpoint"),
+    ("a run without a model", heal(student="{run}"), "run/model is not a checkpoint",
+     lambda a: shutil.rmtree(a.run / "model")),
     ("no record, nothing missing", heal(student="{model}"), "has all blocks of model"),
 ])  # fmt: skip
 

@@ -49,6 +49,7 @@ def build(
     seed: int,
     used: Calibration | None = None,
     model: PreTrainedModel | None = None,
+    own: TokenSet | None = None,
 ) -> HealingText:
     """Read a text, or a mixture of several, to its end or until there are enough samples.
 
@@ -63,19 +64,20 @@ def build(
         seed: seed of the order of the documents.
         used: calibration whose text is left out.
         model: model whose embedding limits the token ids.
+        own: report samples of ``used``, instead of further text.
 
     Raises:
         CalibrationError: the text is unreadable or too short.
     """
     encode = Encoder(tokenizer, model)
     texts = open_parts(parts_of(source), encode, length, seed, 2, used=used)
-    report, _ = draw_split(texts, 0, length, seed, "report", report_samples)
-    train, _ = draw_split(texts, 1, length, seed, "train", samples, least=1)
+    if own is None:
+        report, _ = draw_split(texts, 0, length, seed, "report", report_samples)
+        own = tokens_of(report, texts, encode.pad)
+    drawn, _ = draw_split(texts, 1, length, seed, "train", samples, least=1)
+    train = tokens_of(drawn, texts, encode.pad)
     say_left_out(texts, length)
-    to_report, to_train = (
-        tokens_of(drawn, texts, encode.pad) for drawn in (report, train)
-    )
-    return HealingText(to_train, to_report, overlap(to_report, [to_train]))
+    return HealingText(train, own, overlap(own, [train]))
 
 
 def to_fit(

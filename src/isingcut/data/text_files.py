@@ -17,7 +17,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from isingcut.data.mixture import FORMATS
+from isingcut.data.mixture import FORMATS, is_object_name, places_in
 from isingcut.errors import CalibrationError, IsingcutError, one_line
 from isingcut.files.inputs import SMALL, parse_json, user_path
 
@@ -197,6 +197,14 @@ def is_read_once(source: str) -> bool:
         return True
     path = user_path(source)
     return path.exists() and not (path.is_file() or path.is_dir())
+
+
+def is_read_again(source: str) -> bool:
+    """Whether another command can read a text or a mixture that a run has read."""
+    return not any(
+        place == "self" or is_object_name(place) or is_read_once(place)
+        for place in places_in(source)
+    )
 
 
 @contextmanager

@@ -62,16 +62,17 @@ class HealingRecipe(Document, kind="healing-recipe"):
     """The settings of a training, from its options or from a budget of tokens or time.
 
     Attributes:
-        steps: number of optimiser steps, also the length of the learning-rate schedule.
+        steps: maximum number of optimiser steps, also the length of the learning-rate schedule; 0
+            if the time is too short.
         batch: sequences per step, over all processes.
         length: tokens of the longest sequence.
         learning_rate: the highest learning rate.
         tokens: approximate tokens of all steps.
-        seconds: estimated time of all steps, from timed ones; None without a budget in time.
+        seconds: time for all steps, at whose end the training ends; None without a budget in time.
         epochs: number of passes over the text.
     """
 
-    steps: Some
+    steps: Count
     batch: Some
     length: Some
     learning_rate: Positive
@@ -136,11 +137,20 @@ class HealingWork(Document, kind="healing-work"):
 
 
 class HealingCurve(Document, kind="healing-curve"):
-    """The training curve up to a saved state."""
+    """The training curve up to a saved state, and the plan of the other steps.
+
+    Attributes:
+        left: number of steps that follow.
+        position: place in the learning-rate schedule; the number of steps unless there is a time.
+        seconds: time of the training so far.
+    """
 
     steps: list[Step]
     checks: list[HealingCheck]
     trained_parameters: Count
+    left: Count
+    position: Positive
+    seconds: Positive
 
 
 class HealingMemory(Document, kind="healing-memory"):

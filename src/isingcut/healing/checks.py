@@ -13,8 +13,8 @@ from pydantic import ValidationError
 from isingcut.data import corpora
 from isingcut.data.corpora import text_hashes
 from isingcut.data.mixture import places_in
-from isingcut.data.text_files import is_read_once
-from isingcut.errors import InputError
+from isingcut.data.text_files import is_read_again, is_read_once
+from isingcut.errors import InputError, IsingcutError
 from isingcut.files.cuts import CardParts, CutRecord
 from isingcut.files.healings import HealingFile
 from isingcut.files.inputs import load_json, user_path
@@ -25,7 +25,8 @@ from isingcut.formats.sources import check_name, model_identity, resolve
 from isingcut.healing import CUT, RECORD
 from isingcut.healing.repairs import registry
 from isingcut.healing.work_folder import check_places, describe_options
-from isingcut.options.config import HealConfig
+from isingcut.options.config import TEXT, HealConfig
+from isingcut.report.run_files import RunFiles
 
 Removal = CutRecord | HealingFile
 """The record of a cut: the removed blocks, and the number of blocks before the cut."""
@@ -49,8 +50,14 @@ def check_inputs(
                 f"--{name} is missing" if name != "student" else "STUDENT is missing"
             )
     registry.check(config.repair)
-    corpora.check(config.text)
     student = user_path(config.student)
+    if (folder := find_run(student)) is not None:
+        run = RunFiles(folder, student)
+        if not (student / "config.json").is_file():
+            student = run.product
+        config = config.replace(text=config.text or _text_of(run))
+    config = config.replace(student=str(student), text=config.text or TEXT)
+    corpora.check(config.text)
     known = read_removal(student)
     if not config.teacher:
         original = None if known is None else original_of(known).get("name")
@@ -76,6 +83,26 @@ def check_inputs(
         inputs = [*(user_path(name) for name in names if name), *sources]
         check_places(config, user_path(config.out), inputs)
     return config
+
+
+def find_run(student: Path) -> Path | None:
+    """Return the run folder that a path is, or that has it as a checkpoint; None outside a run."""
+    places = (student, *student.resolve().parents[:2])
+    return next((place for place in places if (place / "run.json").is_file()), None)
+
+
+def _text_of(run: RunFiles) -> str:
+    """Return the text of a run; raise unless it can be read again."""
+    text = run.calibration.source if run.calibration else TEXT
+    try:
+        if not is_read_again(text):
+            raise InputError(f"{text} cannot be read again")
+        corpora.check(text)
+    except IsingcutError as e:
+        where = f"this is the text of the run {run.folder}"
+        e.args = (f"{e}; {where}, give another with --text",)
+        raise
+    return text
 
 
 def is_finished(config: HealConfig) -> bool:

@@ -20,8 +20,8 @@ from isingcut.console.progress import Progress, as_progress, duration, silent
 from isingcut.data import healing_text
 from isingcut.data.calibration import Calibration
 from isingcut.data.healing_text import HealingText
-from isingcut.data.mixture import places_in, shares_text
-from isingcut.data.tokens import TokenSet, overlap
+from isingcut.data.mixture import describe_source, places_in, shares_text
+from isingcut.data.tokens import TokenSet
 from isingcut.errors import InputError, VerificationError
 from isingcut.evaluation.quality import quality_of, sample_sums
 from isingcut.files.evaluations import PairScores
@@ -48,6 +48,7 @@ from isingcut.healing import RECORD
 from isingcut.healing.checks import (
     card_parts_of,
     check_inputs,
+    find_run,
     is_finished,
     read_removal,
     request_of,
@@ -143,11 +144,12 @@ def heal(
         else:
             removed = tuple(sorted(known.removed))
         used = _calibration_of(student)
-        text = build_text(config, teacher, used)
+        own = None
         if used is not None and shares_text(used.source, config.text):
             # The run's patch was fitted on what follows its calibration in the shared text.
-            own = used.splits["report"].first(text.report.tokens)
-            text = HealingText(text.train, own, overlap(own, [text.train]))
+            most = config.report_samples * sample_length(config, teacher.model)
+            own = used.splits["report"].first(most)
+        text = build_text(config, teacher, used, own)
         job = Job(
             teacher,
             removed,
@@ -166,13 +168,12 @@ def heal(
 
 def _calibration_of(student: Path) -> Calibration | None:
     """Return the calibration of the run whose folder has the checkpoint; None outside a run."""
-    for folder in student.resolve().parents[:2]:
-        file = folder / "calibration.safetensors"
-        if file.is_file():
-            own = Calibration.load(file)
-            # The text may have changed since: `overlap` counts what is trained on and reported.
-            return dataclasses.replace(own, meta={**own.meta, "texts": {}})
-    return None
+    folder = find_run(student)
+    if folder is None:
+        return None
+    own = Calibration.load(folder / "calibration.safetensors")
+    # The text may have changed since: `overlap` counts what is trained on and reported.
+    return dataclasses.replace(own, meta={**own.meta, "texts": {}})
 
 
 def _processes(config: HealConfig) -> Processes:
@@ -190,12 +191,16 @@ def _processes(config: HealConfig) -> Processes:
 
 
 def build_text(
-    config: HealConfig, teacher: LoadedModel, used: Calibration | None = None
+    config: HealConfig,
+    teacher: LoadedModel,
+    used: Calibration | None = None,
+    own: TokenSet | None = None,
 ) -> HealingText:
     """Read the text to train on, and the unseen text to report on.
 
     Args:
         used: a calibration whose text is left out.
+        own: samples of it to report on, instead of further text.
     """
     return healing_text.build(
         config.text,
@@ -206,6 +211,7 @@ def build_text(
         seed=config.seed,
         used=used,
         model=teacher.model,
+        own=own,
     )
 
 
@@ -371,7 +377,11 @@ def _train(job: Job, text: HealingText) -> tuple[Path, HealingFile | None]:
         report_samples=text.report.samples,
         report_tokens=text.report.tokens,
         overlap={"report": text.overlap},
-        options=HealOptions(**{**describe_options(config), "patch": patch}),
+        options=HealOptions(
+            **describe_options(config)
+            # Without folders, because the checkpoint may be shared.
+            | {"patch": patch, "text": describe_source(config.text)}
+        ),
         seconds=round(time.monotonic() - began, 1),
         provenance={
             **versions(),
@@ -395,19 +405,17 @@ def _check_train(job: Job, report: TokenSet, judging: float, *, patches: bool) -
     if seconds is None or job.config.method == "none":
         return
     token = judging / (2 * int(report.mask.sum()))
+    passes = patches * registry.get(job.config.repair).passes
+    read = passes * min(job.config.patch_tokens, int(job.tokens.mask.sum()))
     # A step: the student forward and backward, the teacher forward.
-    training = 4 * token * LEAST_STEPS * SHORT
-    read = token * min(job.config.patch_tokens, int(job.tokens.mask.sum()))
-    passes = registry.get(job.config.repair).passes
-    patching = patches * (read * passes + judging)
-    # Evaluated before and after.
-    if seconds < (total := 2 * judging + patching + training):
-        enough = math.ceil(total / 60 + 0.5)
+    read += 4 * LEAST_STEPS * SHORT
+    # Evaluated before and after training, and after a patch.
+    total = (2 + patches) * judging + token * read
+    if seconds < total:
         raise InputError(
-            f"--train {job.config.train} is too short: evaluating the model before and after "
-            f"takes about {duration(2 * judging)} here, the patch {duration(patching)}, and "
-            f"{LEAST_STEPS} steps of training {duration(training)}; give --train {enough}min or "
-            "more, or fewer --report-samples"
+            f"--train {job.config.train} is too short: the evaluations, the patch and "
+            f"{LEAST_STEPS} steps of training take about {duration(total)} here; give --train "
+            f"{math.ceil(total / 60 + 0.5)}min or more, or fewer --report-samples"
         )
 
 

@@ -252,7 +252,9 @@ EPOCHS = 4.0
 SHORT = 256
 """Minimum sample length for a budget, in tokens."""
 LEAST_STEPS = 10
-"""Minimum number of steps that justifies the time for the evaluations."""
+"""Minimum number of steps of a training in a time; with fewer, the model stays unchanged."""
+# How many times as many steps as expected a training in a time may make.
+_FASTER = 2
 # Default sequences per step.
 _BATCH = 16
 # Tokens of the largest step, and the approximate number of steps for few tokens.
@@ -322,33 +324,38 @@ def sizes(
     return batch, length, float(settings.get("learning_rate", rate))
 
 
-def choose_recipe(job: Job, tokens: float, pace: float | None) -> HealingRecipe:
+def choose_recipe(job: Job, tokens: float, seconds: float | None) -> HealingRecipe:
     """Choose the recipe to train a job on so many tokens, or on a few epochs if these are fewer.
 
     Args:
-        pace: seconds per token, for a budget in time.
+        seconds: time for these tokens, for a budget in time.
     """
     config = job.config
     text = job.tokens
     epochs = trainer_settings(config).get("num_train_epochs", EPOCHS)
-    tokens = min(tokens, epochs * int(text.mask.sum()))
     batch, length, rate = sizes(
         config,
-        tokens,
+        min(tokens, epochs * int(text.mask.sum())),
         width=int(text_config(job.teacher.model).hidden_size),
         longest=int(text.mask.sum(1).max()),
         processes=job.processes.size,
     )
     cut = pieces(text, length)
     step = batch * float(cut.mask.sum()) / cut.samples
-    steps = min(max(1, int(tokens / step)), _steps(cut, batch, epochs))
+    most = _steps(cut, batch, epochs)
+    steps = max(1, int(tokens / step))
+    if seconds is not None:
+        # The clock ends the training, so the plan has more steps than expected, or none.
+        enough = tokens / step >= min(LEAST_STEPS, most)
+        steps = _FASTER * steps * enough
+    steps = min(steps, most)
     return HealingRecipe(
         steps=steps,
         batch=batch,
         length=length,
         learning_rate=rate,
         tokens=int(steps * step),
-        seconds=None if pace is None else steps * step * pace,
+        seconds=seconds,
         epochs=steps * batch / cut.samples,
     )
 

@@ -295,7 +295,9 @@ class HealConfig(Options):
         8
     """
 
-    student: str = option("", "The cut checkpoint's folder.", argument=True)
+    student: str = option(
+        "", "A run folder, or the folder of a cut checkpoint.", argument=True
+    )
     teacher: str = option(
         "",
         "The original model: folder, hub id, .gguf file or 'smollm2' (default: the model named "
@@ -303,8 +305,9 @@ class HealConfig(Options):
     )
     out: str = option("", "Folder for the healed checkpoint.")
     text: str = option(
-        TEXT,
-        "Training text: every source of --calibration but 'self'.",
+        "",
+        "Training text: every source of --calibration but 'self' (default: that of the run; "
+        "outside a run wiki=0.75,python=0.25).",
     )
     samples: Count | None = option(None, "Samples of the training text (default: all).")
     length: Length | None = option(

@@ -19,8 +19,10 @@ from jinja2.environment import TemplateModule
 from markupsafe import Markup, escape
 
 from isingcut.console.printing import printable
+from isingcut.data.text_files import is_read_again
 from isingcut.files import cuts, healings, states
 from isingcut.files.provenance import __version__
+from isingcut.options.config import TEXT
 from isingcut.report import plots, rows
 
 
@@ -95,6 +97,7 @@ def _environment(**more: Any) -> jinja2.Environment:
     environment.filters["kl"] = lambda row: rows.kl_of(row).text()
     functions = (
         correlation_text,
+        is_read_again,
         known_rows,
         paragraphs,
         plots.meter,
@@ -112,6 +115,7 @@ def _environment(**more: Any) -> jinja2.Environment:
     environment.globals |= {function.__name__: function for function in functions}
     environment.globals["find_spec"] = find_spec
     environment.globals["CUT_RANKING"] = rows.CUT_RANKING
+    environment.globals["TEXT"] = TEXT
     environment.globals["version"] = __version__
     return environment
 

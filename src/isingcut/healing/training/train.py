@@ -5,8 +5,10 @@ of transformers trains: `accelerate launch`, FSDP and DeepSpeed configs, bfloat1
 checkpointing and resuming work as with it. Full fine-tuning trains all weights in float32; LoRA
 trains low-rank matrices on all linear layers, which are merged into the weights at the end.
 
-A time budget is converted to steps by timing a few steps of the largest micro-batch. The result is
-kept in the work folder, so that a resumed healing has the same schedule.
+A time budget is converted to steps by timing a few steps of the largest micro-batch. The clock ends
+the training: after each step, the number of steps left is estimated again, and the learning-rate
+schedule is moved so that it ends with them. The plan is kept in the work folder, so that a resumed
+healing continues it.
 
 Source: Jansen et al., arXiv 2602.00161, the retraining after the cut (one epoch, KL, temperature
 1, learning rate 2e-5, cosine, 100 warm-up steps, length 1,024).
@@ -22,6 +24,7 @@ import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -29,10 +32,11 @@ import torch
 from accelerate import DistributedType, FullyShardedDataParallelPlugin, PartialState
 from torch import Tensor
 from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from isingcut.console.progress import Bar
+from isingcut.console.progress import Bar, duration
 from isingcut.data.tokens import TokenSet, pieces
 from isingcut.errors import InputError, ModelError, one_line
 from isingcut.files.healings import (
@@ -52,6 +56,7 @@ from isingcut.formats.fp8 import DTYPES, read_tensor
 from isingcut.formats.libraries import quiet_transformers
 from isingcut.formats.transformers_private import get_checkpointing
 from isingcut.healing.job import (
+    LEAST_STEPS,
     SHORT,
     Job,
     choose_recipe,
@@ -88,12 +93,13 @@ from isingcut.models.verify import check_generation, random_tokens, reload
 Order = Steps | list[list[int]]
 """The micro-batches of a training, as sample indices."""
 
-# Number of timed steps.
+# Maximum number of timed steps, and share of the time after which no other begins.
 _TIMED = 3
+_TIMING = 0.1
 # Files that `save_pretrained` or the training writes, so they are not copied from the start.
 _REWRITTEN = ("config.json", "generation_config.json", "model.safetensors.index.json")
-# Usable share of the remaining time: states and checks take time too, and timing is inexact.
-_USED = 0.85
+# Usable share of the remaining time: writing the result takes time too.
+_USED = 0.9
 # Intended number of trained tokens between two checks.
 _EACH_CHECK = 100_000
 
@@ -127,13 +133,14 @@ def _spend(job: Job) -> Job:
     seconds = job.config.training.seconds
     tokens = job.config.training.tokens or math.inf
     file = job.work / RECIPE.file
-    pace = None
     if seconds is not None and not job.processes.decide(file.exists):
-        pace = measure_pace(job)
-        left = seconds - job.spent - (time.monotonic() - began)
-        tokens = _USED * left / pace
+        left = seconds - job.spent
+        left = job.processes.decide(lambda: left)
+        pace = measure_pace(job, _TIMING * left) if left > 0 else math.inf
+        seconds = max(0.0, _USED * (left - (time.monotonic() - began)))
+        tokens = seconds / pace
 
-    make = partial(choose_recipe, job, tokens, pace)
+    make = partial(choose_recipe, job, tokens, seconds)
     kept = job.processes.decide(
         lambda: keep_result(file, HealingRecipe, make).content()
     )
@@ -196,12 +203,13 @@ def train(job: Job) -> tuple[dict[str, Any], Path]:
     """
     recipe = job.recipe or usual_recipe(job)
     job = dataclasses.replace(job, recipe=recipe)
-    watch = Watch(job, recipe.batch)
+    watch = Watch(job, recipe)
     last = _last_state(job)
     if last is not None:
         watch.curve = read_document(last / CURVE, HealingCurve)
+        watch.opened -= watch.curve.seconds
     # Skip the training if it was complete when the process was killed.
-    if watch.judge() is None and len(watch.curve.steps) < recipe.steps:
+    if watch.judge() is None and watch.curve.left:
         with _student(job, recipe.batch) as (student, plan):
             watch.curve.trained_parameters = sum(
                 p.numel() for p in student.parameters() if p.requires_grad
@@ -224,7 +232,7 @@ def train(job: Job) -> tuple[dict[str, Any], Path]:
     step = stopped.kept if stopped else curve.steps[-1].step
     record = {
         "steps": curve.steps,
-        "tokens_seen": curve.steps[-1].tokens,
+        "tokens_seen": curve.steps[-1].tokens if curve.steps else 0,
         "samples": job.tokens.samples,
         "processes": job.processes.size,
         "trained_parameters": curve.trained_parameters,
@@ -234,11 +242,18 @@ def train(job: Job) -> tuple[dict[str, Any], Path]:
     return record, job.work / TRAINER.file / f"checkpoint-{step}"
 
 
-def step_times(job: Job) -> list[tuple[int, float]]:
-    """Return tokens and seconds of steps of many samples; discard their results."""
+def measure_pace(job: Job, limit: float) -> float:
+    """Return the seconds per token of steps of many samples, in all processes.
+
+    Args:
+        limit: seconds after which only a step that has begun is finished.
+    """
+    trial = job.work / TRIAL.file
+    job = dataclasses.replace(job, tokens=pieces(job.tokens, SHORT), work=trial)
     size = job.processes.size
     batch = 64 * size
-    watch = Watch(job, batch, timing=True)
+    timed = {"steps": _TIMED, "batch": batch, "seconds": limit}
+    watch = Watch(job, usual_recipe(job).model_copy(update=timed))
     with _student(job, batch) as (student, plan):
         several = max(1, plan.most // int(job.tokens.mask.sum(1).max()))
         starts = range(job.processes.rank, _TIMED * size, size)
@@ -247,20 +262,12 @@ def step_times(job: Job) -> list[tuple[int, float]]:
             for k in starts
         ]
         _run(watch, student, plan, order)
-    counts = np.diff([step.tokens for step in watch.curve.steps], prepend=0).tolist()
-    times = [*zip(counts, watch.seconds, strict=True)]
-    return job.processes.decide(lambda: times)
-
-
-def measure_pace(job: Job) -> float:
-    """Measure the seconds per token, in all processes."""
-    trial = job.work / TRIAL.file
-    text = pieces(job.tokens, SHORT)
-    times = step_times(dataclasses.replace(job, tokens=text, work=trial))
     if job.leads:
         shutil.rmtree(trial, ignore_errors=True)
-    # Without the first step, which compiles and allocates.
-    return min(seconds / tokens for tokens, seconds in times[1:])
+    counts = np.diff([step.tokens for step in watch.curve.steps], prepend=0)
+    paces: list[float] = (watch.seconds / counts).tolist()
+    # Without the first step, which compiles and allocates, if there was time for others.
+    return job.processes.decide(lambda: min(paces[1:] or paces))
 
 
 @contextlib.contextmanager
@@ -337,7 +344,9 @@ def _run(
     trainer.remove_callback(PrinterCallback)
     steps = trainer.args.max_steps
     longest = int(watch.job.tokens.mask.sum(1).max())
-    words = f"healing, {steps} steps of {watch.batch} x {longest} tokens"
+    limit = watch.recipe.seconds
+    long = steps if limit is None else f"{duration(limit)} of"
+    words = f"healing, {long} steps of {watch.recipe.batch} x {longest} tokens"
     if watch.timing:
         words = f"timing, {steps} steps"
     with watch.job.progress(words, steps) as watch.bar:
@@ -361,12 +370,11 @@ def _last_state(job: Job) -> Path | None:
 def _arguments(watch: Watch, plan: HealingMemory, order: Order) -> TrainingArguments:
     parts = order.micro_batches if isinstance(order, Steps) else 1
     job = watch.job
-    batch = watch.batch
+    batch = watch.recipe.batch
     config = job.config
     size = job.processes.size
     steps = len(order) // parts
     device = job.teacher.device
-    rate = job.recipe.learning_rate if job.recipe else 2e-5
     # Save two to ten states, each with a check, and at least one every 50 steps.
     tokens = steps * batch * (float(job.tokens.mask.sum()) / job.tokens.samples)
     states = min(10.0, max(2.0, tokens / _EACH_CHECK))
@@ -378,7 +386,7 @@ def _arguments(watch: Watch, plan: HealingMemory, order: Order) -> TrainingArgum
         given["fsdp_config"] = {**own, **(more or {})}
         again = {}
     settings: dict[str, Any] = {
-        "learning_rate": rate,
+        "learning_rate": watch.recipe.learning_rate,
         "lr_scheduler_type": "cosine",
         "warmup_steps": min(100, steps // 10),
         "weight_decay": 0.0,
@@ -465,24 +473,33 @@ class Watch(TrainerCallback):
     """Callback that keeps the loss curve, shows progress, runs checks, and raises at NaN losses.
 
     Args:
-        batch: sequences per step, over all processes.
-        timing: whether this is only a timing run.
+        recipe: settings of the training, or of a timing run, in which the job has none.
+
+    Attributes:
+        opened: when the time of the recipe began.
     """
 
-    def __init__(self, job: Job, batch: int, *, timing: bool = False) -> None:
+    def __init__(self, job: Job, recipe: HealingRecipe) -> None:
         self.job = job
-        self.batch = batch
-        self.timing = timing
+        self.recipe = recipe
+        self.timing = job.recipe is None
         self.bar: Bar
         device = job.teacher.device
         self.sums = torch.zeros(2, dtype=torch.float64, device=device)
-        self.curve = HealingCurve(steps=[], checks=[], trained_parameters=0)
+        self.curve = HealingCurve(
+            steps=[],
+            checks=[],
+            trained_parameters=0,
+            left=recipe.steps,
+            position=0.0,
+            seconds=0.0,
+        )
         self.seconds: list[float] = []
-        self.began = time.monotonic()
+        self.opened = self.began = time.monotonic()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
         if state.global_step:
-            self.bar.advance(state.global_step)
+            self.bar.advance(self.curve.position)
         else:
             self.check(rest["model"], 0)
         self.began = time.monotonic()
@@ -503,12 +520,37 @@ class Watch(TrainerCallback):
         steps.append(
             Step(step=state.global_step, tokens=before + int(predictions), loss=loss)
         )
-        self.bar.advance(1, f"loss {loss:.4f}")
+        curve = self.curve
+        curve.left = self._count_left(now)
+        moved = (self.recipe.steps - curve.position) / (curve.left + 1)
+        curve.position += moved
+        if self.recipe.seconds is not None:
+            schedule = rest["lr_scheduler"]
+            # DeepSpeed's own schedules cannot be moved.
+            if isinstance(schedule, LambdaLR):
+                schedule.last_epoch = curve.position - 1  # type: ignore[assignment]
+                schedule.step()
+            if not curve.left:
+                control.should_training_stop = True
+                control.should_save = not self.timing
+        self.bar.advance(moved, f"loss {loss:.4f}")
+
+    def _count_left(self, now: float) -> int:
+        """Return the number of steps that follow, by the slower of the last and the mean step."""
+        left = self.recipe.steps - len(self.curve.steps)
+        limit = self.recipe.seconds
+        if limit is None:
+            return left
+        pace = max(fmean(self.seconds), self.seconds[-1], 1e-9)
+        left = max(0, int(min(left, (self.opened + limit - now) / pace)))
+        return self.job.processes.decide(lambda: left)
 
     def on_save(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
         # Wait until the other processes have written their random states too.
         self.job.processes.wait()
         self.check(rest["model"], state.global_step)
+        self.began = time.monotonic()
+        self.curve.seconds = self.began - self.opened
         if self.job.leads:
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             write_document(folder / CURVE, self.curve)
@@ -543,7 +585,16 @@ class Watch(TrainerCallback):
             )
 
     def judge(self) -> HealingStop | None:
-        """Return the judge's verdict on the checks so far."""
+        """Return the judge's verdict on the checks so far, or that there was too little time."""
+        done = len(self.curve.steps)
+        least = min(LEAST_STEPS, self.recipe.steps) or LEAST_STEPS
+        timed = self.recipe.seconds is not None
+        if timed and not self.curve.left and done < least:
+            return HealingStop(
+                why=f"the training changed nothing: the time, {self.job.config.train}, was over "
+                f"after {done} steps, and fewer than {least} are not kept; give more time",
+                kept=0,
+            )
         judge = self.job.judge
         return judge.verdict(self.curve.checks) if judge else None
 
