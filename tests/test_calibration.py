@@ -43,18 +43,6 @@ def test_a_tokenizer_that_sets_bos_has_it_in_every_packed_sample(tmp_path):
 # documents ----------------------------------------------------------------------------
 
 
-def test_order_follows_the_seed_and_report_ignores_the_energys_samples(
-    tmp_path, tokenizer
-):
-    source = write_texts(tmp_path / "a.jsonl", sentences(60))
-    first = calibrate(source, tokenizer)
-    assert calibrate(source, tokenizer).sha256 == first.sha256
-    assert calibrate(source, tokenizer, seed=1).sha256 != first.sha256
-    more = calibrate(source, tokenizer, samples=9)
-    for name in ("report", "rank"):
-        assert torch.equal(more.splits[name].input_ids, first.splits[name].input_ids)
-
-
 def test_one_long_document_is_split_by_ranges(tmp_path, tokenizer):
     text = "".join(sentences(30))
     source = write_jsonl(tmp_path / "a.jsonl", [{"text": text}, {"text": text}])

@@ -19,13 +19,11 @@ from calibrating import (
 )
 from isingcut.data import calibration, healing_text, text_files
 from isingcut.data import tokens as encoder
-from isingcut.data.conversations import render_chat
 from isingcut.data.tokens import Encoder, TokenSet, overlap
 from isingcut.files.runs import CalibrationText
 from isingcut.report.words import overlap_warnings, repeat_warnings
 from shared import (
     CalibrationError,
-    ModelError,
     flags,
     load_json,
     parametrize,
@@ -234,21 +232,6 @@ def test_messages_need_a_chat_template(tmp_path):
     bare = tiny_tokenizer()
     bare.chat_template = None
     refused(write_jsonl(tmp_path / "a.jsonl", chats(12)), bare, "no chat template")
-
-
-def test_what_a_template_refuses_is_one_line():
-    own = tiny_tokenizer()
-    own.chat_template = (
-        "{{ messages[1].content }}{{ raise_exception('roles\nalternate') }}"
-    )
-    with refuses(r"refuses these messages \(.*\)$", ModelError) as caught:
-        render_chat(own, [{"role": "user", "content": "a"}])
-    assert "\n" not in str(caught.value)
-    own.chat_template = "{{ messages[0].content }}{{ add_generation_prompt }}"
-    found = render_chat(
-        own, [{"role": "user", "content": "a"}], add_generation_prompt=True
-    )
-    assert found == "aTrue"
 
 
 # pieces -------------------------------------------------------------------------------
