@@ -438,11 +438,14 @@ def test_a_mistake_that_needs_no_model_is_answered_without_torch(
 
 
 def test_the_package_for_questions_is_named_where_they_are_suggested(finished, stub):
-    named = "--tasks FILE.jsonl (first type pip install 'isingcut[eval]')"
+    named = "Next, measure your own task (first type `pip install 'isingcut[eval]'`):"
+    files = show.open_finished(finished)
+    files.healed = True
     for found in (None, object()):
         report_words._sentences.cache_clear()
         stub(report_words, "find_spec", found)
-        verdict = show.open_finished(finished).verdict.replace("`", "")
+        verdict = files.verdict
+        assert verdict.endswith(f"`isingcut evaluate {finished} --tasks FILE.jsonl`")
         assert (named in verdict) == (found is None)
     report_words._sentences.cache_clear()
 
@@ -588,19 +591,32 @@ def test_quick_replaces_defaults_alone_and_is_marked(tmp_path):
     config = load_json(folder / "run.json").config
     change(folder / "run.json", config={**config, "quick": True})
     write_report(folder)
-    assert "A rough first look (--quick): a-model" in (folder / "report.md").read_text()
+    assert "A rough first look (--quick): do not" in (folder / "report.md").read_text()
 
 
-def test_a_page_begins_with_a_verdict_and_three_tiles(finished, run, printed):
+def test_a_verdict_is_a_sentence_a_list_and_the_next_command_alone(
+    finished, run, printed
+):
+    """In the terminal, on the page and in Markdown."""
     first = first_part((finished / "report.html").read_text())
-    assert first.count("<dt>") == 3
-    verdict = show.open_finished(finished).verdict
-    heal = f"10 minutes on this machine, with `isingcut heal {finished}/model --train 10min --out"
-    text = "On unseen text the patched model has perplexity"
-    assert all(part in verdict for part in ("fewer parameters", text, heal))
-    assert 'id="verdict"' in first
-    show.show_run(show.open_finished(finished))
-    assert printed().endswith(verdict.replace("`", ""))
+    files = show.open_finished(finished)
+    verdict = files.verdict
+    lines = verdict.split("\n")
+    names = [line.partition(": ")[0] for line in lines]
+    listed = ["- removed", "- answers", "- size", "- speed", "- loss"]
+    assert names[1:-1] == [
+        *listed,
+        "Next, win back quality in 10 minutes on this machine:",
+    ]
+    assert lines[-1] == f"`isingcut heal {finished}/model --train 10min --out healed`"
+    page = first.partition('id="verdict"')[2]
+    assert re.findall(r"<(?:li|p|strong)>(\w+)", page)[:6] == [
+        lines[0].split()[0],
+        *(n[2:] for n in listed),
+    ]
+    assert f"\n\n{lines[1]}\n\n" in (finished / "report.md").read_text()
+    show.show_run(files)
+    assert printed().endswith(" ".join(verdict.replace("`", "").split()))
     assert show.run_data(show.open_finished(run))["verdict"].startswith(verdict[:40])
 
 

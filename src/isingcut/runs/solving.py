@@ -304,11 +304,25 @@ def with_solved(folder: RunFolder, config: RunConfig) -> RunConfig:
     return config.replace(**{key: made[key] for key in SOLVING if key in made})
 
 
+def check_blocks(table: BlockList, removed: Sequence[int]) -> None:
+    """Raise `InputError` if blocks typed by hand, ascending, do not exist or cannot be removed."""
+    n = len(table.blocks)
+    typed = f"--blocks {','.join(map(str, removed))[:60]}"
+    if removed[-1] >= n:
+        raise InputError(f"{typed}: this model's blocks are numbered 0 to {n - 1}")
+    for row in table.legality:
+        rule = LinearConstraint(**dict(row))
+        if not rule.satisfied(np.isin(range(n), removed)):
+            raise InputError(
+                f"{typed}: they cannot be removed together: {rule.describe()}"
+            )
+
+
 def require(folder: RunFolder, config: RunConfig, name: str) -> Path:
     """Return a file of an earlier stage of this removal; with an empty name, its folder.
 
     Raises:
-        StageFileError: it is of an earlier energy or spectrum, or does not exist; the message names
+        StageFileError: it is of an older energy or spectrum, or does not exist; the message names
             the first stage that is missing.
     """
     target = folder.target(config)
@@ -332,8 +346,8 @@ def require(folder: RunFolder, config: RunConfig, name: str) -> Path:
 
 def _outdated_error(folder: RunFolder, file: Path) -> StageFileError:
     return StageFileError(
-        f"{file} is of an earlier energy, spectrum or budget; solve and rank again, with "
-        f"--overwrite: isingcut solve {shlex.quote(str(folder.path))}"
+        f"{file} was made before the energy, the spectrum or the budget changed; solve and rank "
+        f"again, with --overwrite: isingcut solve {shlex.quote(str(folder.path))}"
     )
 
 
