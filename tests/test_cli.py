@@ -171,11 +171,19 @@ def test_blocks_named_by_hand(run, refusal):
     works("excise", run, "--blocks", "1\n4\n", "--overwrite", "--quiet")
     assert load_json(run / "model/isingcut.json").removed == [1, 4]
     for words, line in (
-        ("this model's blocks are numbered 0 to 5", ("5,6",)),
+        ("cannot drop block 6: blocks are numbered 0 to 5", ("5,6",)),
         ("--remove 3 is not the number of --blocks", ("0,1", "--remove", 3)),
         ("--blocks is empty", ("",)),
     ):
         assert words in refusal("excise", run, "--blocks", *line)
+    # A rule that two blocks, as the sublayers of a layer, may not both go.
+    table = load_json(run / "run.json").blocks
+    rule = {"name": "period (layer 2)", "sense": "<=", "rhs": 1.0}
+    table.legality.append({**rule, "coefficients": [0, 0, 0, 0, 1, 1]})
+    change(run / "run.json", blocks=table)
+    assert "drop 4 (block 4 is removed); drop 5" in refusal(
+        "excise", run, "--blocks", "4,5"
+    )
 
 
 def test_a_second_state_of_one_size_has_a_folder_of_its_own(run, refusal, answer):
@@ -204,7 +212,7 @@ def test_a_second_state_of_one_size_has_a_folder_of_its_own(run, refusal, answer
         found = answer("evaluate", run, option, "--skip-speed")
         assert found.file == str(place / "evaluation.json")
     page = Path(answer("report", other).report)
-    assert "isingcut evaluate run --blocks 1,2,3 --tasks" in page.read_text()
+    assert "`isingcut heal run/remove-3-blocks-1-2-3/model --train" in page.read_text()
     assert "type: isingcut excise" in refusal("evaluate", run, "--blocks", "2,3,4")
 
 
@@ -218,7 +226,7 @@ def test_options_of_a_run_folder_are_refused_with_an_original(run, refusal):
 
 def test_a_run_is_found_from_the_folder_of_a_removal(run, refusal):
     (run / "remove-2").mkdir()
-    assert f"with --remove give {run}" in refusal(
+    assert f"give the run folder, {run}" in refusal(
         "report", run / "remove-2", "--remove", "3"
     )
     assert "or the folder of its run" in refusal("evaluate", run / "model.gguf")
@@ -477,7 +485,9 @@ def test_every_loss_is_shown_with_its_text_and_its_model(finished, printed, tmp_
     assert "│ 25.0 (12.5 to 38.5) │" in said
     show.show_ranking(read_document(finished / "candidates.json", CandidatesFile))
     assert "KL (cut, ranking text) 0." in printed()
-    assert "perplexity (patched, unseen text)" in (finished / "report.html").read_text()
+    assert (
+        "loss: perplexity of the patched model " in show.open_finished(finished).verdict
+    )
 
 
 def test_differences_come_with_their_paired_errors(finished):
@@ -532,7 +542,7 @@ def test_a_patch_that_harms_other_text_is_called_so_first(
     works("report", run)
     assert RunFiles(run).verdict.startswith(words)
     assert words in (run / "report.md").read_text().split("\n\n")[1]
-    assert f'id="verdict"><strong>{words}' in (run / "report.html").read_text()
+    assert f'id="verdict">\n<p><strong>{words}' in (run / "report.html").read_text()
     monkeypatch.undo()
     (run / "evaluation.json").unlink()
     works("evaluate", run, "--skip-speed")

@@ -340,7 +340,9 @@ def reopen_at(
         raise InputError(
             f"--remove {config.remove} is not the number of --blocks; omit --remove"
         )
-    solving.check_blocks(folder.run.blocks, named)
+    # Illegal blocks are named as they were typed, before the model is loaded.
+    only = config.replace(keep="", must_remove=blocks)
+    solving.removal_rows(folder.run.blocks, only)
     return folder, config, named
 
 

@@ -255,8 +255,7 @@ def trade_off_figure(axis: Axis, groups: Sequence[Group], absent: str) -> Figure
     Args:
         absent: the reason if no removal has a measured KL and a position on the axis.
     """
-    removals = [files for group in groups for files in group.removals]
-    final = all(files.evaluation for files in removals if files.candidates)
+    final = all(f.evaluation for g in groups for f in g.removals if f.candidates)
     points = []
     for group in groups:
         for files in group.removals:

@@ -304,7 +304,8 @@ def _row(
     b = values[final]
     if a is None or b is None:
         return Row(key, label, unit, form, dict.fromkeys(values))
-    row = Row(key, label, unit, form, values)
+    notes = ["change: GGUF file"] * (final == "gguf")
+    row = Row(key, label, unit, form, values, notes=notes)
     error = models[final].get("kl_change_se" if key == "kl" else "nll_change_se")
     if first != "original":
         if error is None:

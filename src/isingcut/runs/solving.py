@@ -304,20 +304,6 @@ def with_solved(folder: RunFolder, config: RunConfig) -> RunConfig:
     return config.replace(**{key: made[key] for key in SOLVING if key in made})
 
 
-def check_blocks(table: BlockList, removed: Sequence[int]) -> None:
-    """Raise `InputError` if blocks typed by hand, ascending, do not exist or cannot be removed."""
-    n = len(table.blocks)
-    typed = f"--blocks {','.join(map(str, removed))[:60]}"
-    if removed[-1] >= n:
-        raise InputError(f"{typed}: this model's blocks are numbered 0 to {n - 1}")
-    for row in table.legality:
-        rule = LinearConstraint(**dict(row))
-        if not rule.satisfied(np.isin(range(n), removed)):
-            raise InputError(
-                f"{typed}: they cannot be removed together: {rule.describe()}"
-            )
-
-
 def require(folder: RunFolder, config: RunConfig, name: str) -> Path:
     """Return a file of an earlier stage of this removal; with an empty name, its folder.
 
