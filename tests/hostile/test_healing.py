@@ -367,9 +367,7 @@ def test_a_healed_student_is_replaced(arena):
 def test_a_patch_that_would_change_nothing_says_so(arena, stub):
     arena.works("excise {run} --patch none --overwrite", "run/*")
     stub("isingcut.healing.repairs.linear.fit_ridge", None)
-    line = (
-        r"no map of block \d's mlp.down_proj is better than none on validation tokens"
-    )
+    line = r"no linear map in mlp.down_proj of block \d lowers the error on validation tokens"
     arena.refuses(heal("--patch linear --method none"), line)
 
 
