@@ -60,7 +60,10 @@ def test_documents_that_would_have_to_be_shared_are_too_few(tmp_path, tokenizer)
     message = refused(
         write_jsonl(tmp_path / "a.jsonl", records), tokenizer, "too short"
     )
-    assert "from documents of no other split are needed, found 2;" in message
+    assert (
+        "energy samples of 16 tokens, and 5, from documents of no other split, are needed;"
+        in message
+    )
 
 
 # bad files ----------------------------------------------------------------------------
@@ -71,7 +74,11 @@ def test_exactly_enough_text_is_enough(tmp_path, tokenizer):
     file.write_text("x" * 160)
     assert calibrate(str(file), tokenizer).splits["energy"].tokens == 5 * 15
     file.write_text("x" * 159)
-    refused(str(file), tokenizer, "5 energy samples of 16 tokens are needed, found 4;")
+    refused(
+        str(file),
+        tokenizer,
+        "it gives 4 energy samples of 16 tokens, and 5 are needed;",
+    )
 
 
 @parametrize("words, sizes", [("length", {"length": 1}), ("rank", {"rank_samples": 0})])

@@ -259,7 +259,7 @@ def test_a_cut_that_no_map_helps_is_listed_and_the_others_go_on(monkeypatch):
     found = fit_patches(replay_of(model), tokens(), [2, 4], Work(96))
     (left,) = found.record.unpatched
     assert left.removed == [2, 2]
-    assert left.reason.startswith("no map of block 1's mlp.down_proj is be")
+    assert left.reason.startswith("no linear map in mlp.down_proj of block 1 lo")
     (alone,) = found.patches
     # The other patch is fitted on the cut model without a patch for the first cut.
     assert_stationary(model, tokens(), alone, [2])
@@ -496,7 +496,7 @@ def test_removing_a_block_that_changes_nothing_leaves_nothing_to_patch(family):
         for name in ("self_attn.o_proj", "mlp.down_proj"):
             model.model.layers[2].get_submodule(name).weight.zero_()
     with refuses(
-        r"no map of block 1's mlp.down_proj( or self_attn.o_proj)? is better than none",
+        "map in mlp.down_proj( or self_attn.o_proj)? of block 1 lowers the error",
         ArchitectureError,
     ):
         fitted(model, [2], tokens())

@@ -182,6 +182,8 @@ def test_ordinary_text_is_not_warned_of(finished):
     assert provenance.calibration.overlap == {"rank": 0.0, "report": 0.0}
     assert overlap_warnings(provenance.calibration.overlap) == []
     assert overlap_warnings({"rank": 0.019}) == []
+    (line,) = overlap_warnings({"rank": 0.02, "report": 0.16})
+    assert line.startswith("2% of the rank text and 16% of the report text is in")
     known = {"rank": 0.0, "report": 0.0}
     text = CalibrationText(
         source="t", sha256="", splits={}, overlap=known, repeats={"report": 0.17}
@@ -225,7 +227,7 @@ def test_conversations_equal_within_the_kept_length_count_once(tmp_path, tokeniz
     message = refused(
         write_jsonl(tmp_path / "a.jsonl", records), tokenizer, "too short"
     )
-    assert "are needed, found 1;" in message
+    assert "it gives 1 report samples of" in message
 
 
 def test_messages_need_a_chat_template(tmp_path):
