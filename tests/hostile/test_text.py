@@ -290,7 +290,7 @@ def pipe_of(content, *, again=False):
 
 
 STREAMED = [
-    ("nothing", b"", {}, "standard input is too short: .*found 0"),
+    ("nothing", b"", {}, "standard input is too short: it gives 0"),
     ("endless blanks", b" " * 65536, {"again": True}, None),
     (
         "an endless record",
