@@ -182,7 +182,10 @@ def solve(
         {"removals": removals},
         show_all,
         brief="\n".join(str(file) for *_, file in solved),
-        warnings=words.search_warnings(meta, [removal for removal, *_ in solved]),
+        warnings=[
+            *words.search_warnings(meta, [removal for removal, *_ in solved]),
+            *folder.model_warnings(),
+        ],
     )
 
 
@@ -459,6 +462,7 @@ def report(
             {"report": str(file), "html": page},
             lambda: show.show_lines(page, str(file)),
             brief=str(file),
+            warnings=removals[0][0].model_warnings(),
         )
     whole = out or Path("compare.html")
     places = [(folder.path, target) for folder, target in removals]

@@ -9,7 +9,7 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,7 @@ from isingcut.data.mixture import (
     register_object,
 )
 from isingcut.errors import InputError, IsingcutError, ModelError, one_line
-from isingcut.files.inputs import regular_file, user_path
+from isingcut.files.inputs import parse_json, regular_file, user_path
 from isingcut.files.writing import temporary_folder
 from isingcut.formats.gguf_files import convert_file, gguf_cache
 from isingcut.formats.libraries import convert_errors, quiet_transformers
@@ -47,6 +47,12 @@ _EXPECTED = "expected a local Hugging Face folder, a hub id, a .gguf file or 'sm
 _HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")
 _HUB_IGNORE = ("*/*.safetensors", "consolidated*", "onnx/*", "original/*", "runs/*")
 _LOADED = {".json", ".jinja", ".model", ".py", ".safetensors", ".tiktoken", ".txt"}
+_PARTS = {
+    "generation_config.json": ("generation_config.json",),
+    "tokenizer": ("*token*.json", "vocab*", "merges.txt", "*.model", "*.tiktoken"),
+    "chat template": ("chat_template*", "additional_chat_templates/*.jinja"),
+}
+"""The files of a model beside its weights and its config.json."""
 
 
 def resolve(
@@ -199,18 +205,26 @@ def _check_folder(folder: Path, weights: bool = True) -> Path:
 
 
 def model_identity(folder: Path) -> dict[str, Any]:
-    """Return a hash that identifies a checkpoint, and the bytes of its files with weights.
+    """Return a hash that identifies a checkpoint, one of each part, and the bytes of its weights.
 
-    The hash is SHA-256 over the config (without the transformers version) and, of each shard, the
-    name, size, safetensors header and first and last MiB. So only a few MiB of a shard are read. A
-    change only in the middle of a shard, with equal shapes, is not detected. For a model converted
-    from GGUF, the SHA-256 of that file is returned as well.
+    Parts are the config (without the transformers version), the tokenizer, the chat template, and
+    of each shard the name, size, safetensors header and first and last MiB. So only a few MiB of a
+    shard are read. A change only in the middle of a shard, with equal shapes, is not detected. For
+    a model converted from GGUF, the SHA-256 of that file is returned as well.
     """
-    digest = hashlib.sha256()
-    config = read_config(folder)
-    for volatile in ("transformers_version", "_name_or_path"):
-        config.pop(volatile, None)
-    digest.update(json.dumps(config, sort_keys=True).encode())
+    digests = {part: hashlib.sha256() for part in ("weights", "config.json", *_PARTS)}
+    digests["config.json"].update(_dump(read_config(folder)))
+    for part, patterns in _PARTS.items():
+        for file in sorted({f for pattern in patterns for f in folder.glob(pattern)}):
+            content = file.read_bytes() if file.is_file() else b""
+            if file.name.endswith("_config.json"):
+                with contextlib.suppress(ValueError, AttributeError, TypeError):
+                    settings = parse_json(content, infinite=True)
+                    if template := settings.pop("chat_template", None):
+                        digests["chat template"].update(json.dumps(template).encode())
+                    content = _dump(settings)
+            digests[part].update(f"{file.name}:{len(content)}".encode() + content)
+    digest = digests["weights"]
     total = 0
     for shard in weight_files(folder):
         size = shard.stat().st_size
@@ -221,10 +235,27 @@ def model_identity(folder: Path) -> dict[str, Any]:
             digest.update(f.read(min(header, size, HEADER_LIMIT) + _EDGE))
             f.seek(max(0, size - _EDGE))
             digest.update(f.read())
-    identity: dict[str, Any] = {"sha256": digest.hexdigest(), "weight_bytes": total}
+    parts = {part: digest.hexdigest()[:16] for part, digest in digests.items()}
+    whole = hashlib.sha256(_dump(parts)).hexdigest()
+    identity: dict[str, Any] = {"sha256": whole, "parts": parts, "weight_bytes": total}
     if folder.parent == gguf_cache():
         identity["gguf_sha256"] = folder.name
     return identity
+
+
+def _dump(settings: dict[str, Any]) -> bytes:
+    """Serialise the content of a JSON file, without what only tells who wrote it."""
+    volatile = ("transformers_version", "_name_or_path")
+    kept = {k: v for k, v in settings.items() if k not in volatile}
+    return json.dumps(kept, sort_keys=True).encode()
+
+
+def list_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """List the parts in which two identities differ, such as "tokenizer"; empty if none does."""
+    if before.get("sha256") == now["sha256"]:
+        return ""
+    parts = before.get("parts", {})
+    return ", ".join(k for k, v in now["parts"].items() if parts.get(k) != v)
 
 
 def weights_stamp(folder: Path) -> Any:
@@ -245,7 +276,7 @@ def check_unchanged(folder: Path, stamp: Any) -> None:
         return
     if changed:
         raise ModelError(
-            f"the weights in {folder} changed while they were read, so the measurement was "
+            f"the model in {folder} changed while it was read, so the measurement was "
             "discarded; stop all writes there, and start again with a new --out"
         )
 

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
+from isingcut.console.printing import say
 from isingcut.console.progress import Part
 from isingcut.data.calibration import build
 from isingcut.data.corpora import UNLIKE
@@ -29,8 +30,8 @@ from isingcut.files.schema import Document
 from isingcut.files.writing import atomic_file, lock_place, temporary_prefix
 from isingcut.formats.architectures.blocks import language_model, text_config
 from isingcut.formats.gguf_files import unpack_gguf
-from isingcut.formats.sources import resolve
-from isingcut.healing.checks import start_of
+from isingcut.formats.sources import list_differences, model_identity, resolve
+from isingcut.healing.checks import original_of, read_removal, start_of
 from isingcut.ising.states import Floats, states_of
 from isingcut.measure.losses import measure
 from isingcut.measure.work import Work
@@ -146,6 +147,14 @@ def write_scores(
     sources = [str(place), config.model, *([config.data] if config.data else [])]
     check_output(file, overwrite=config.overwrite, sources=sources)
     folder = resolve(str(place))
+    original = resolve(config.model, trust_remote_code=config.trust_remote_code)
+    record = read_removal(folder)
+    made_from = original_of(record) if record else {}
+    if made_from and (changed := list_differences(made_from, model_identity(original))):
+        say(
+            f"isingcut: warning: {checkpoint} was cut from another version of "
+            f"{made_from['name']} than {config.model} (different: {changed})"
+        )
     with lock_place(file):
         scores = score(folder)
         write_document(file, scores, seal=True)

@@ -23,7 +23,12 @@ from isingcut.files import ownership, writing
 from isingcut.files.inputs import user_path
 from isingcut.files.runs import RunFile
 from isingcut.files.states import CandidatesFile
-from isingcut.formats.sources import PACKAGED, PACKAGED_PACKAGE, resolve
+from isingcut.formats.sources import (
+    PACKAGED,
+    PACKAGED_PACKAGE,
+    list_differences,
+    resolve,
+)
 from isingcut.memory import convert_memory_errors
 from isingcut.options.config import RunConfig
 from isingcut.processes import ALONE, Processes
@@ -294,12 +299,14 @@ def session_of(
         session = Session(
             config.replace(model=place), progress, folder.run.provenance.dtype
         )
-        if session.identity.sha256 == made_with.sha256:
+        now = session.identity.content()
+        if not (changed := list_differences(made_with.content(), now)):
             break
     else:
         raise StageFileError(
             f"{folder.path} was made with another version of {made_with.name!r} than the one at "
-            f"{place}; give the original version with --model, or start a new run folder"
+            f"{place} (different: {changed}); give the original version with --model, or start a "
+            "new run folder"
         )
     session.attach(folder)
     join_processes(session, processes)
