@@ -111,7 +111,7 @@ class MissingExtraError(IsingcutError):
 
 _LONGEST = 300
 # Errors whose messages are sentences; messages of others are unclear without the class name.
-_SPEAKING = (OSError, ValueError, RuntimeError, ImportError)
+_SPEAKING = (IsingcutError, OSError, ValueError, RuntimeError, ImportError)
 
 
 def one_line(error: BaseException) -> str:

@@ -384,12 +384,14 @@ def evaluate(
                 {"file": str(file), **scores.content()},
                 lambda: show.show_evaluation(scores),
                 brief=f"{scores.kl:.4f}",
+                warnings=words.patch_warnings(scores),
             )
         rows, file = evaluating.benchmark_checkpoint(config, directory, out)
         return Output(
             {"benchmarks": {"file": str(file), **rows.content()}},
             lambda: show.show_benchmarks(rows, file),
             brief=str(file),
+            warnings=words.patch_warnings(rows),
         )
     if out is not None:
         raise InputError(
@@ -419,12 +421,16 @@ def evaluate(
         )
     rows = evaluating.benchmarks(session, folder, removed)
     file = target / "benchmarks.json"
+    asked_names = {*evaluating.questions_of(config)}
+    if asked_names <= rows.failed.keys():
+        raise evaluating.failed_error(rows.failed)
     files = RunFiles(folder.path, target)
     before = {} if files.evaluation is None else output | files.evaluation.content()
     return Output(
         before | {"benchmarks": {"file": str(file), **rows.content()}},
         lambda: show.show_benchmarks(rows, file, last=files.last),
         brief=str(file),
+        warnings=words.patch_warnings(rows),
     )
 
 

@@ -279,6 +279,8 @@ class RunFiles:
         if self.evaluation:
             lines += words.patch_warnings(self.evaluation)
             lines += words.paragraphs("part_warnings", self.evaluation)
+        if self.benchmarks:
+            lines += words.patch_warnings(self.benchmarks)
         if self.calibration:
             lines += words.overlap_warnings(self.calibration.overlap)
             lines += words.repeat_warnings(self.calibration)
