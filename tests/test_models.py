@@ -46,6 +46,7 @@ def _no_network(monkeypatch, tmp_path):
             for name in ("", "./nothing", "/no/such/model", "missing.gguf", "a/b/c")
         ),
         ("someone/no-such-model", "hub cannot be reached"),
+        ("smolm2", r"did you mean 'smollm2'\?"),
         ("two words", "there is no local folder two words"),
     ],
 )

@@ -9,6 +9,7 @@ from typing import Protocol
 
 from isingcut.console.printing import printable, say
 from isingcut.errors import InputError
+from isingcut.processes import launched_rank
 
 
 class Bar(Protocol):
@@ -25,7 +26,7 @@ Progress = Callable[[str, float], contextlib.AbstractContextManager[Bar]]
 
 @contextlib.contextmanager
 def silent(description: str, total: float) -> Iterator[Bar]:
-    """Show no progress: the default in Python."""
+    """Show no progress."""
     # Without a total, it prints nothing.
     yield PlainBar(description, 0)
 
@@ -33,13 +34,14 @@ def silent(description: str, total: float) -> Iterator[Bar]:
 def as_progress(given: Progress | bool | None) -> Progress:
     """Return the progress function for an argument: True is `terminal`, False `silent`.
 
-    None is `terminal` if standard error is a terminal.
+    None is `terminal` if standard error is a terminal, else `slow_work`, of one process of several.
 
     Raises:
         InputError: neither a bool nor a function.
     """
-    if given is None:
-        given = sys.stderr.isatty()
+    if given is None and not sys.stderr.isatty():
+        return silent if launched_rank() else slow_work
+    given = True if given is None else given
     if isinstance(given, bool):
         return terminal if given else silent
     if not callable(given):
@@ -150,6 +152,15 @@ def duration(seconds: float) -> str:
     if seconds < 5400:
         return f"{seconds / 60:.0f} min"
     return f"{seconds / 3600:.1f} h"
+
+
+@contextlib.contextmanager
+def slow_work(description: str, total: float) -> Iterator[Bar]:
+    """Print lines about a task that takes seconds: the default in Python without a terminal."""
+    bar = PlainBar(description, total)
+    yield bar
+    if bar.clock() - bar.began >= QUIET_SECONDS:
+        bar.finish()
 
 
 @contextlib.contextmanager

@@ -20,7 +20,13 @@ from isingcut.data.mixture import (
     is_object_name,
     register_object,
 )
-from isingcut.errors import InputError, IsingcutError, ModelError, one_line
+from isingcut.errors import (
+    InputError,
+    IsingcutError,
+    ModelError,
+    nearest,
+    one_line,
+)
 from isingcut.files.inputs import parse_json, regular_file, user_path
 from isingcut.files.writing import temporary_folder
 from isingcut.formats.gguf_files import convert_file, gguf_cache
@@ -170,13 +176,13 @@ def _download(name: str, trust_remote_code: bool, weights: bool) -> Path:
         raise ModelError(
             f"no model {name!r}: it is not a local folder and not in the hub cache, and the hub "
             "cannot be reached (offline, or HF_HUB_OFFLINE is set); give a local folder or a .gguf "
-            "file, or connect and run again"
+            f"file, or connect and run again{nearest(name, [PACKAGED])}"
         ) from e
     except Exception as e:
         # The hub's HTTP library has errors of its own.
         raise ModelError(
             f"there is no local folder {name}, and downloading it from the hub failed "
-            f"({one_line(e)}); {_EXPECTED}, or run again to resume"
+            f"({one_line(e)}); {_EXPECTED}, or run again to resume{nearest(name, [PACKAGED])}"
         ) from e
     return _check_folder(Path(folder), weights)
 

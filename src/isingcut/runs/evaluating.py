@@ -33,7 +33,12 @@ from isingcut.files.schema import Document
 from isingcut.files.writing import atomic_file, lock_place, temporary_prefix
 from isingcut.formats.architectures.blocks import language_model, text_config
 from isingcut.formats.gguf_files import unpack_gguf
-from isingcut.formats.sources import list_differences, model_identity, resolve
+from isingcut.formats.sources import (
+    find_gguf,
+    list_differences,
+    model_identity,
+    resolve,
+)
 from isingcut.healing.checks import original_of, read_removal, start_of
 from isingcut.ising.states import Floats, states_of
 from isingcut.measure.losses import measure
@@ -51,6 +56,8 @@ from isingcut.runs.session import Session
 from isingcut.runs.stages import Estimate, Making, Stage
 
 D = TypeVar("D", bound=Document)
+# Bytes of weights per second that transformers unpacks from a GGUF file and writes.
+_UNPACKED = 2e7
 Judge = Callable[[TokenSet], evaluations.MixedScores]
 """Compares the original and another model on a text."""
 
@@ -115,11 +122,15 @@ def _evaluate(
 
 
 def _price(prices: Prices) -> list[Estimate]:
-    """Estimate the evaluation of the original, the exact cut and the final model."""
+    """Estimate the evaluation of the original, the exact cut, the final model and its GGUF file."""
     samples = prices.config.report_samples
-    tokens = 3 * samples * prices.config.length
+    packed = find_gguf(prices.config.model) is not None
+    tokens = (3 + 2 * packed) * samples * prices.config.length
     work = 4 * prices.batch * prices.logits
-    return [prices.estimate(samples, tokens, reads=1, work=work)]
+    line = prices.estimate(samples, tokens, reads=1 + packed, work=work)
+    line.seconds += (1 + prices.left) * prices.answers
+    line.seconds += packed * prices.left * prices.weights / _UNPACKED
+    return [line]
 
 
 def check_template(session: Session, blocks: object) -> None:
