@@ -141,7 +141,7 @@ def test_identity_follows_weights_and_config_but_not_the_writer(folder, tmp_path
     settings = load_json(copy / "tokenizer_config.json")
     save_json(copy / "tokenizer_config.json", {**settings, "chat_template": "{{ a }}"})
     found = list_differences(first, model_identity(copy))
-    assert found == "config.json, chat template"
+    assert found == "config.json, tokenizer_config.json"
 
 
 def test_smollm2_without_package_and_hub_names_the_command(monkeypatch):

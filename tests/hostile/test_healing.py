@@ -12,6 +12,7 @@ from damage import (
     changed,
     config,
     edited,
+    exchange,
     linked,
     number,
     overflow,
@@ -148,12 +149,6 @@ def another_student(arena):
         "llama", arena.here / "student", num_hidden_layers=4, intermediate_size=64
     )
     shutil.copyfile(arena.here / RECORD, arena.here / "student/isingcut.json")
-
-
-def exchange(content):
-    """Exchange two letters in the student's tokenizer."""
-    words = content["model"]["vocab"]
-    words["a"], words["e"] = words["e"], words["a"]
 
 
 def one_bit(content):

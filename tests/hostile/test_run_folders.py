@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 from arena import Row, parametrised
-from damage import config, edited, other_model, written
+from damage import config, edited, exchange, other_model, written
 from heal_rows import heal
 
 import isingcut
@@ -96,35 +96,23 @@ FOUND = [
     Row("another took its place", EXCISE, "made with another version", replaced_model),
     Row("nothing is named", EXCISE + " --model {here}/nowhere", "no model at"),
 ]  # fmt: skip
-
-
-def exchange(content):
-    """Exchange two letters of a tokenizer."""
-    words = content["model"]["vocab"]
-    words["a"], words["e"] = words["e"], words["a"]
-
-
 vocabulary = edited("model/tokenizer.json", exchange)
 template = written("model/chat_template.jinja", "{{ messages }}")
 settings = config(rms_norm_eps=2e-6)
 ends = written("model/generation_config.json", '{"eos_token_id": 3}')
 NOTES = {"code": 0, "makes": ("run/*",)}
-SCORES = "evaluate run/model --original model --skip-speed"
 CHANGED = [
     ("vocabulary, run", f"run model {OPTIONS} --random-states 30 --out run",
-        "another model .*different: tokenizer", vocabulary, {}),
+        "another model .*different: tokenizer.json", vocabulary, {}),
     ("vocabulary, evaluate", "evaluate run --overwrite", "different: tokenizer", vocabulary, {}),
-    ("vocabulary, heal", heal(), "another model .*different: tokenizer", vocabulary, {}),
-    ("vocabulary, report", "report run", "changed since .*: tokenizer", vocabulary, NOTES),
-    ("template, rank", RANK, "different: chat template", template, {}),
+    ("vocabulary, heal", heal(), "another model .*different: tokenizer.json", vocabulary, {}),
+    ("vocabulary, report", "report run", "changed since .*: tokenizer.json", vocabulary, NOTES),
+    ("template, rank", RANK, "different: chat_template.jinja", template, {}),
     ("template, energy", f"energy model {OPTIONS} --out run --overwrite",
-        "different: chat template.*made again", template, NOTES),
+        "different: chat_template.jinja.*made again", template, NOTES),
     ("config, excise", EXCISE, "different: config.json", settings, {}),
     ("config, solve", "solve run --remove 3", "changed since .*: config.json", settings, NOTES),
     ("end token, solve", "solve run", "different: generation_config.json", ends, NOTES),
-    ("end token, a checkpoint", SCORES,
-        "cut from another version .*: generation_config", ends,
-        {"code": 0, "makes": ("run/model-evaluation.json",)}),
 ]  # fmt: skip
 ROWS = [*TRUST, *FOUND, *(Row(*row, **more) for *row, more in CHANGED)]
 

@@ -9,7 +9,6 @@ from typing import Protocol
 
 from isingcut.console.printing import printable, say
 from isingcut.errors import InputError
-from isingcut.processes import launched_rank
 
 
 class Bar(Protocol):
@@ -34,14 +33,13 @@ def silent(description: str, total: float) -> Iterator[Bar]:
 def as_progress(given: Progress | bool | None) -> Progress:
     """Return the progress function for an argument: True is `terminal`, False `silent`.
 
-    None is `terminal` if standard error is a terminal, else `slow_work`, of one process of several.
+    None is `terminal` if standard error is a terminal, else `slow_work`.
 
     Raises:
         InputError: neither a bool nor a function.
     """
-    if given is None and not sys.stderr.isatty():
-        return silent if launched_rank() else slow_work
-    given = True if given is None else given
+    if given is None:
+        return terminal if sys.stderr.isatty() else slow_work
     if isinstance(given, bool):
         return terminal if given else silent
     if not callable(given):

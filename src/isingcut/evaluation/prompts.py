@@ -58,33 +58,22 @@ PROMPTS = (
 summary, and some 2,000 tokens with a fact to find."""
 
 
-def encode_prompts(loaded: LoadedModel) -> list[Tensor]:
-    """Tokenize the prompts for both models.
-
-    Raises:
-        ModelError: the chat template refuses a plain user turn.
-    """
-    return [prompt_ids(loaded.tokenizer, prompt) for prompt in PROMPTS]
-
-
 def compare_answers(
-    original: LoadedModel,
-    other: LoadedModel,
-    ids: Sequence[Tensor],
-    most: int,
-    bar: Bar,
+    original: LoadedModel, other: LoadedModel, most: int, bar: Bar
 ) -> Answers | None:
     """Return the greedy answers of both models; None if none was possible.
 
     Prompts that fit neither the model's positions nor the memory are left out.
 
     Args:
-        ids: the tokens of the prompts, as `encode_prompts`.
         most: upper limit of new tokens.
         bar: progress display, two steps for each prompt.
     """
-    if not original.tokenizer.chat_template:
+    tokenizer = original.tokenizer
+    if not tokenizer.chat_template:
         most = min(most, PLAIN)
+    # Once for both models, because rendering a chat template starts a process.
+    ids = [prompt_ids(tokenizer, prompt) for prompt in PROMPTS]
     before = _answer(original, ids, most, bar)
     longest = max((answer.tokens for answer in before.values()), default=1)
     limit = min(most, max(PLAIN, 1 << (longest - 1).bit_length()))

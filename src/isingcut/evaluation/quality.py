@@ -14,7 +14,7 @@ from torch import Tensor
 from isingcut.data.tokens import TokenSet
 from isingcut.evaluation.failures import note_failure
 from isingcut.evaluation.metrics import registry
-from isingcut.evaluation.prompts import PROMPTS, compare_answers, encode_prompts
+from isingcut.evaluation.prompts import PROMPTS, compare_answers
 from isingcut.evaluation.speed import SPEED_KEYS, speed
 from isingcut.files.evaluations import (
     EvaluationFile,
@@ -79,9 +79,6 @@ def before_and_after(
         skip_speed: whether to skip speed and list its keys in ``not_measured``.
     """
     failed = dict[str, str]()
-    prompts = list[Tensor]()
-    with note_failure(ANSWERS, failed):
-        prompts = encode_prompts(original)
     both = {"before": original, "after": cut}
     first = original.runnable
     second = cut.runnable
@@ -99,13 +96,11 @@ def before_and_after(
                 speeds = speed(plain, tokens.select([0]))
                 bar.advance(1)
         rest = {} if speeds else {"not_measured": list(SPEED_KEYS)}
-        if prompts:
-            with (
-                work.progress(ANSWERS, 2 * len(PROMPTS)) as bar,
-                note_failure(ANSWERS, failed),
-            ):
-                given = original, cut, prompts, new_tokens, bar
-                rest["answers"] = compare_answers(*given)
+        with (
+            work.progress(ANSWERS, 2 * len(PROMPTS)) as bar,
+            note_failure(ANSWERS, failed),
+        ):
+            rest["answers"] = compare_answers(original, cut, new_tokens, bar)
     if scores.parts:
         rest["parts"] = scores.parts
     if metrics:

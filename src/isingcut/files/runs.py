@@ -30,7 +30,7 @@ class ModelIdentity(Strict):
     """The identity of a run's model.
 
     Attributes:
-        parts: a hash of each part: weights, config.json, tokenizer, chat template.
+        parts: a hash of the weights, and of each file of config, tokenizer and chat template.
         weight_bytes: bytes of the user's weights on disk: of a GGUF file, or of safetensors files.
     """
 

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +27,8 @@ from isingcut.errors import (
     nearest,
     one_line,
 )
-from isingcut.files.inputs import parse_json, regular_file, user_path
+from isingcut.files.inputs import regular_file, user_path
+from isingcut.files.ownership import file_sha256, hash_of
 from isingcut.files.writing import temporary_folder
 from isingcut.formats.gguf_files import convert_file, gguf_cache
 from isingcut.formats.libraries import convert_errors, quiet_transformers
@@ -53,12 +54,10 @@ _EXPECTED = "expected a local Hugging Face folder, a hub id, a .gguf file or 'sm
 _HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")
 _HUB_IGNORE = ("*/*.safetensors", "consolidated*", "onnx/*", "original/*", "runs/*")
 _LOADED = {".json", ".jinja", ".model", ".py", ".safetensors", ".tiktoken", ".txt"}
-_PARTS = {
-    "generation_config.json": ("generation_config.json",),
-    "tokenizer": ("*token*.json", "vocab*", "merges.txt", "*.model", "*.tiktoken"),
-    "chat template": ("chat_template*", "additional_chat_templates/*.jinja"),
-}
-"""The files of a model beside its weights and its config.json."""
+_TOLD = re.compile(
+    r".*token.*\.json|generation_config\.json|vocab.*|merges\.txt|.*\.(model|tiktoken)|chat_template.*"
+)
+"""Names of the files that are part of a model beside its weights and its config.json."""
 
 
 def resolve(
@@ -213,24 +212,16 @@ def _check_folder(folder: Path, weights: bool = True) -> Path:
 def model_identity(folder: Path) -> dict[str, Any]:
     """Return a hash that identifies a checkpoint, one of each part, and the bytes of its weights.
 
-    Parts are the config (without the transformers version), the tokenizer, the chat template, and
-    of each shard the name, size, safetensors header and first and last MiB. So only a few MiB of a
-    shard are read. A change only in the middle of a shard, with equal shapes, is not detected. For
-    a model converted from GGUF, the SHA-256 of that file is returned as well.
+    Parts are the config (without the transformers version), each file of the tokenizer, the chat
+    template and the end tokens, and of each shard the name, size, safetensors header and first and
+    last MiB. So only a few MiB of a shard are read. A change only in the middle of a shard, with
+    equal shapes, is not detected. For a model converted from GGUF, the SHA-256 of that file is
+    returned as well.
     """
-    digests = {part: hashlib.sha256() for part in ("weights", "config.json", *_PARTS)}
-    digests["config.json"].update(_dump(read_config(folder)))
-    for part, patterns in _PARTS.items():
-        for file in sorted({f for pattern in patterns for f in folder.glob(pattern)}):
-            content = file.read_bytes() if file.is_file() else b""
-            if file.name.endswith("_config.json"):
-                with contextlib.suppress(ValueError, AttributeError, TypeError):
-                    settings = parse_json(content, infinite=True)
-                    if template := settings.pop("chat_template", None):
-                        digests["chat template"].update(json.dumps(template).encode())
-                    content = _dump(settings)
-            digests[part].update(f"{file.name}:{len(content)}".encode() + content)
-    digest = digests["weights"]
+    digest = hashlib.sha256()
+    config = read_config(folder)
+    for volatile in ("transformers_version", "_name_or_path"):
+        config.pop(volatile, None)
     total = 0
     for shard in weight_files(folder):
         size = shard.stat().st_size
@@ -241,27 +232,24 @@ def model_identity(folder: Path) -> dict[str, Any]:
             digest.update(f.read(min(header, size, HEADER_LIMIT) + _EDGE))
             f.seek(max(0, size - _EDGE))
             digest.update(f.read())
-    parts = {part: digest.hexdigest()[:16] for part, digest in digests.items()}
-    whole = hashlib.sha256(_dump(parts)).hexdigest()
-    identity: dict[str, Any] = {"sha256": whole, "parts": parts, "weight_bytes": total}
+    parts = {"weights": digest.hexdigest(), "config.json": hash_of(config)}
+    for file in sorted(folder.iterdir()):
+        if _TOLD.fullmatch(file.name) and file.is_file():
+            parts[file.name] = file_sha256(file)
+    identity: dict[str, Any] = {"sha256": hash_of(parts), "parts": parts}
+    identity["weight_bytes"] = total
     if folder.parent == gguf_cache():
         identity["gguf_sha256"] = folder.name
     return identity
 
 
-def _dump(settings: dict[str, Any]) -> bytes:
-    """Serialise the content of a JSON file, without what only tells who wrote it."""
-    volatile = ("transformers_version", "_name_or_path")
-    kept = {k: v for k, v in settings.items() if k not in volatile}
-    return json.dumps(kept, sort_keys=True).encode()
-
-
 def list_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """List the parts in which two identities differ, such as "tokenizer"; empty if none does."""
+    """List the parts in which two identities differ, such as "tokenizer.json", or return ""."""
     if before.get("sha256") == now["sha256"]:
         return ""
-    parts = before.get("parts", {})
-    return ", ".join(k for k, v in now["parts"].items() if parts.get(k) != v)
+    parts = (before.get("parts", {}), now["parts"])
+    names = dict.fromkeys([*parts[1], *parts[0]])
+    return ", ".join(k for k in names if parts[0].get(k) != parts[1].get(k))
 
 
 def weights_stamp(folder: Path) -> Any:

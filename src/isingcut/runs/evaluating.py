@@ -33,13 +33,8 @@ from isingcut.files.schema import Document
 from isingcut.files.writing import atomic_file, lock_place, temporary_prefix
 from isingcut.formats.architectures.blocks import language_model, text_config
 from isingcut.formats.gguf_files import unpack_gguf
-from isingcut.formats.sources import (
-    find_gguf,
-    list_differences,
-    model_identity,
-    resolve,
-)
-from isingcut.healing.checks import original_of, read_removal, start_of
+from isingcut.formats.sources import find_gguf, resolve
+from isingcut.healing.checks import start_of
 from isingcut.ising.states import Floats, states_of
 from isingcut.measure.losses import measure
 from isingcut.measure.work import Work
@@ -128,7 +123,8 @@ def _price(prices: Prices) -> list[Estimate]:
     tokens = (3 + 2 * packed) * samples * prices.config.length
     work = 4 * prices.batch * prices.logits
     line = prices.estimate(samples, tokens, reads=1 + packed, work=work)
-    line.seconds += (1 + prices.left) * prices.answers
+    if not prices.streamed:
+        line.seconds += (1 + prices.left) * prices.answers
     line.seconds += packed * prices.left * prices.weights / _UNPACKED
     return [line]
 
@@ -174,14 +170,6 @@ def write_scores(
     sources = [str(place), config.model, *([config.data] if config.data else [])]
     check_output(file, overwrite=config.overwrite, sources=sources)
     folder = resolve(str(place))
-    original = resolve(config.model, trust_remote_code=config.trust_remote_code)
-    record = read_removal(folder)
-    made_from = original_of(record) if record else {}
-    if made_from and (changed := list_differences(made_from, model_identity(original))):
-        say(
-            f"isingcut: warning: {checkpoint} was cut from another version of "
-            f"{made_from['name']} than {config.model} (different: {changed})"
-        )
     with lock_place(file):
         scores = score(folder)
         write_document(file, scores, seal=True)

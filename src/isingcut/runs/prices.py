@@ -15,12 +15,11 @@ import torch
 from isingcut.data.tokens import TokenSet
 from isingcut.energies.base import Price
 from isingcut.energies.search import Target
-from isingcut.evaluation.prompts import PLAIN, PROMPTS
+from isingcut.evaluation.prompts import PROMPTS
 from isingcut.formats.architectures.blocks import text_config
 from isingcut.models.compute.divergence import CHUNK_ELEMENTS
 from isingcut.models.compute.head import Comparison, OutputHead
 from isingcut.models.device import allowance
-from isingcut.models.load import load_tokenizer
 from isingcut.models.replay import BLOCK_STREAMS, EMBED, HEAD, Replay
 from isingcut.models.streaming.replay import StreamedReplay
 from isingcut.models.streaming.store import Store
@@ -34,8 +33,8 @@ _DISK = 2e9
 RESIDENT = 1.54
 """Memory of a run on a card in multiples of the weights, without a quarter of the blocks that lie
 apart; measured by `benchmarks/card.py`."""
-# Steps of the answers of a chat model; others generate `PLAIN` tokens.
-_CHAT = 512
+# Tokens of the longest answer of a chat model, within a factor of 4.
+_ANSWER = 256
 # Float32 copies of a chunk of logits: two models, their difference, a gradient.
 _LOGIT_COPIES = 4
 
@@ -91,13 +90,9 @@ class Prices:
         self.batch = batch.positions
         self.latency = [s / self.batch for s in replay.latency(length, rows=rows)]
         self.once = _time_head(replay, batch) / self.batch
-        self.answers = 0.0
-        if not self.streamed:
-            # All prompts generate a token at a time; a chat model ends most of its answers.
-            step = sum(replay.latency(1, rows=len(PROMPTS))) + len(PROMPTS) * self.once
-            trust = config.trust_remote_code
-            tokenizer = load_tokenizer(session.source, trust_remote_code=trust)
-            self.answers = (_CHAT if tokenizer.chat_template else PLAIN) * step
+        # The prompts are answered together, a token at a time.
+        step = sum(replay.latency(1, rows=len(PROMPTS))) + len(PROMPTS) * self.once
+        self.answers = _ANSWER * step
         self.n = len(replay)
         self.logits = vocabulary * self.dtype.itemsize
         self.stream = replay.bytes_per_token
