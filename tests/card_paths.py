@@ -338,3 +338,6 @@ def test_card_path(name, count, shared, text, tmp_path):
     with short(), fake_cards(count) as cards:
         device = ",".join(str(card.device) for card in cards)
         PATHS[name](Place(device, tmp_path, shared, text))
+    # A part of an evaluation that fails costs its own figures only.
+    for file in tmp_path.rglob("*.json"):
+        assert '"failed"' not in file.read_text()
