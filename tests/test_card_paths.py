@@ -321,3 +321,6 @@ def test_card_path(path, count, shared, text, tmp_path):
     with short(), fake_cards(count) as cards:
         device = ",".join(str(card.device) for card in cards)
         path(Place(device, tmp_path, shared, text))
+    # A part of an evaluation that fails costs its own figures only.
+    for file in tmp_path.rglob("*.json"):
+        assert '"failed"' not in file.read_text()

@@ -272,6 +272,16 @@ def test_a_template_that_refuses_is_one_line(models):
         score_states(model, prepare_task("instructions", None, 1), [()])
 
 
+def test_a_model_without_an_end_token_answers(models):
+    tokenizer = tiny_tokenizer()
+    for name in ("eos_token", "pad_token", "unk_token"):
+        setattr(tokenizer, name, None)
+    model = replace(models["original"], tokenizer=tokenizer)
+    (found,) = score_states(model, prepare_task("instructions", None, 2), [()])
+    assert [ending.tokens for ending in found.endings] == [256] * 2
+    assert len(tokenizer) == len(tiny_tokenizer())
+
+
 @parametrize(
     "name, metric, most", [("instructions", "followed", 256), ("needle", "found", 32)]
 )
@@ -281,7 +291,6 @@ def test_a_task_without_data_runs_and_resumes(
     check_tasks([name], None, 2)
     assert name in task_names()
     task = prepare_task(name, tmp_path, 2)
-    assert task.generates
     assert len(set(task.pool())) == 2
     assert task.source == prepare_task(name, None, 2).source
     wrote = spy(
@@ -289,7 +298,7 @@ def test_a_task_without_data_runs_and_resumes(
         "_model_generate",
         lambda found, *_, context, **__: found.shape[1] - context.shape[1],
     )
-    (row,) = benchmark(models, [task], kept=tmp_path)
+    (row,), _ = benchmark(models, [task], kept=tmp_path)
     assert (row.task, row.metric, row.n, row.shots) == (name, metric, 2, 0)
     assert row.test == "mcnemar"
     assert max(wrote) <= most
@@ -297,7 +306,7 @@ def test_a_task_without_data_runs_and_resumes(
     assert [pair.before.ended for pair in row.endings] == [False] * 2
     assert [pair.after.tokens for pair in row.endings] == [most] * 2
     calls = len(wrote)
-    assert benchmark(models, [task], kept=tmp_path) == [row]
+    assert benchmark(models, [task], kept=tmp_path) == ([row], {})
     assert len(wrote) == calls
     # The text is longer than the tiny model's positions.
     said = capsys.readouterr().err

@@ -1,11 +1,13 @@
 """The choice by questions."""
 
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 import isingcut
+from isingcut.evaluation import scores as scoring
 from isingcut.evaluation.benchmark import choose_by_questions, draw_half
 from isingcut.evaluation.questions import prepare_task
 from isingcut.evaluation.scores import score_states
@@ -230,7 +232,7 @@ def test_scores_on_questions_that_changed_are_not_kept(
         file.write_text(text)
         works(*line, "--overwrite")
         file.write_text(text.replace("river", "brook"))
-        assert "was made with other options (files: " in refusal(*line)
+        assert "the files changed" in refusal(*line)
 
 
 def test_questions_are_answered_without_a_measurement_of_text(
@@ -244,6 +246,65 @@ def test_questions_are_answered_without_a_measurement_of_text(
         assert ("kl" in found) == there
         (run / "evaluation.json").unlink(missing_ok=True)
     assert not measured
+
+
+def test_scores_on_other_tasks_are_kept(run, questions, answer, refusal):
+    more = shutil.copyfile(questions, questions.with_name("more.jsonl"))
+    line = ["evaluate", run, "--questions", 4, "--tasks"]
+    (first,) = answer(*line, questions).benchmarks.rows
+    both = answer(*line, more).benchmarks.rows
+    assert [row.task for row in both] == ["mine.jsonl", "more.jsonl"]
+    assert both[0] == first
+    assert answer(*line, questions).benchmarks.rows == both
+    line[3] = 5
+    assert "tasks: more.jsonl: questions: was 4, now 5" in refusal(*line, more)
+    again = answer(*line, more, "--overwrite").benchmarks.rows
+    assert [row.n for row in again] == [4, 5]
+
+
+def test_a_part_that_fails_costs_its_own_rows(
+    shared, text, questions, tmp_path, monkeypatch, capsys
+):
+    model = tmp_path / "model"
+    shutil.copytree(shared.checkpoint(max_position_embeddings=512), model)
+    (model / "chat_template.jinja").write_text("{{ raise_exception('no') }}")
+    more = shutil.copyfile(questions, tmp_path / "odd.jsonl")
+    options = {**chosen_by(model, text), "choose": "measured", "questions": 4}
+    options |= {"out": tmp_path / "run", "random_states": 0}
+    # What the template or the positions tell is known before the first file.
+    short = {**options, "model": shared.checkpoint(max_position_embeddings=128)}
+    for given, line in (
+        (options, "instructions: the model's chat template refuses"),
+        (short, "instructions: it generates up to 256 tokens, but the model has 128"),
+    ):
+        with refuses(line):
+            isingcut.run(**given, tasks="instructions")
+        assert not (tmp_path / "run").exists()
+    score = scoring._score_one
+
+    def fails(engine, task, wanted):
+        if task.name == "odd.jsonl":
+            raise RuntimeError("no score here")
+        return score(engine, task, wanted)
+
+    monkeypatch.setattr(scoring, "_score_one", fails)
+    capsys.readouterr()
+    target = isingcut.run(**options, tasks=f"{questions},{more}")
+    said = capsys.readouterr().err
+    refused = "the model's chat template refuses these messages (TemplateError: no)"
+    assert f"answers to prompts will not be measured: {refused}" in said
+    found = load_json(target / "evaluation.json")
+    assert found.failed == {"answers to prompts": refused}
+    assert "answers" not in found
+    assert found.kl > 0
+    found = load_json(target / "benchmarks.json")
+    assert [row.task for row in found.rows] == ["mine.jsonl"]
+    page = (target / "report.md").read_text()
+    for line in (
+        f"answers to prompts not measured: {refused}",
+        "odd.jsonl not measured: no score here",
+    ):
+        assert line in page
 
 
 def test_unusable_tasks_are_refused(questions):

@@ -153,7 +153,9 @@ def test_a_run_without_an_attention_patches_its_gguf(text, tmp_path):
     run = run_tiny(file, text, tmp_path / "run", units="sublayers", **options)
     assert field(run / "model.gguf", "deci.attention.head_count") == [4, 4, 0, 4, 4, 4]
     found = load_json(run / "evaluation.json")
-    assert found.gguf_unread.startswith("model.gguf may have layers without attention")
+    assert found.failed["model.gguf"].startswith(
+        "model.gguf may have layers without attention"
+    )
     held = read(run / "model.gguf")
     assert not held["blk.4.ffn_down.weight"].any()
     wanted = named(load_file(run / "model/model.safetensors"))

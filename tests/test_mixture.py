@@ -68,6 +68,7 @@ def test_shares_add_up_and_files_are_called_by_their_names(tmp_path):
     one, two = (tmp_path / name for name in ("a.txt", "b/a.txt"))
     for file in (one, two):
         file.write_text("a")
+    assert len(parts_of("wiki=0.33,self=0.33,python=0.33")) == 3
     found = parts_of(f"wiki=3,{one}=1")
     assert found == (Part("wiki", "wiki", 0.75), Part(str(one), "a.txt", 0.25))
     names = [part.name for part in parts_of(f"{one}=1,{two}=1")]
@@ -104,6 +105,7 @@ UNLIKE = "its part '{}' is not"
         ("wiki=1e308,self=1e308", "too large or too unequal"),
         ("wiki=1e-200,self=1e200", "too large or too unequal"),
         ("wiki=1,wiki=1", "names 'wiki' twice"),
+        ("wiki=0.5,self=0.4", "sum to 0.9; write shares that sum to 1"),
     ],
 )
 def test_what_is_no_mixture_either_names_the_part(source, words):

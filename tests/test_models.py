@@ -11,11 +11,18 @@ from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from isingcut.formats import sources as model_sources
-from isingcut.formats.sources import hub_id, model_identity, resolve
+from isingcut.formats.sources import hub_id, list_differences, model_identity, resolve
 from isingcut.models import device
 from isingcut.models import load as models
 from isingcut.models.load import load_config
-from shared import CheckpointError, ModelError, load_json, parametrize, refuses
+from shared import (
+    CheckpointError,
+    ModelError,
+    load_json,
+    parametrize,
+    refuses,
+    save_json,
+)
 from tiny import edit_config, inspect_model, load_streamed, load_tiny, tiny_checkpoint
 
 
@@ -39,6 +46,7 @@ def _no_network(monkeypatch, tmp_path):
             for name in ("", "./nothing", "/no/such/model", "missing.gguf", "a/b/c")
         ),
         ("someone/no-such-model", "hub cannot be reached"),
+        ("smolm2", r"did you mean 'smollm2'\?"),
         ("two words", "there is no local folder two words"),
     ],
 )
@@ -129,7 +137,11 @@ def test_identity_follows_weights_and_config_but_not_the_writer(folder, tmp_path
     assert model_identity(other)["sha256"] != first["sha256"]
     with edit_config(copy) as config:
         config["rope_theta"] = 5.0
-    assert model_identity(copy)["sha256"] != first["sha256"]
+    assert list_differences(first, model_identity(copy)) == "config.json"
+    settings = load_json(copy / "tokenizer_config.json")
+    save_json(copy / "tokenizer_config.json", {**settings, "chat_template": "{{ a }}"})
+    found = list_differences(first, model_identity(copy))
+    assert found == "config.json, tokenizer_config.json"
 
 
 def test_smollm2_without_package_and_hub_names_the_command(monkeypatch):

@@ -70,7 +70,7 @@ def prices(**given):
         latency=(1.0,) * 4, once=2.0, reading=0.1,
         n=4, remove=2, weights=60, batch=64, logits=400, stream=8, graph=100, streamed=False,
         room=0, memory=SimpleNamespace(used=1000, total=10**9),
-        largest=10, dtype=torch.float32, left=0.5,
+        largest=10, dtype=torch.float32, left=0.5, answers=0.0,
     )  # fmt: skip
     vars(made).update(given)
     return made
@@ -110,6 +110,21 @@ def test_a_measurement_costs_its_blocks_heads_and_texts():
     assert price_energy(counted, "fisher").seconds == pytest.approx(
         5 * LENGTH * 2.5 * 6
     )
+
+
+def test_an_evaluation_costs_answers_and_a_file_to_unpack(llama, stub):
+    def seconds(**given):
+        return stage(prices(**given), "evaluate").seconds
+
+    text = 32 * LENGTH * 6
+    assert seconds() == pytest.approx(3 * text + 0.1 * 60)
+    # Both models answer, the second with half of the blocks.
+    assert seconds(answers=10.0) - seconds() == pytest.approx(15)
+    stub("isingcut.runs.evaluating.find_gguf", Path("m.gguf"))
+    monstrous = {"weights": 4 * 10**7, "reading": 0.0}
+    assert seconds(**monstrous) == pytest.approx(5 * text + 1)
+    session = Session(RunConfig(model=llama, length=LENGTH, remove=2))
+    assert Prices(session).answers > 0
 
 
 def test_a_patch_costs_passes_over_its_text():

@@ -12,7 +12,7 @@ from isingcut.console import progress
 from isingcut.console.printing import printable
 from isingcut.files import ownership
 from isingcut.healing.heal import heal
-from shared import Bars, parametrize
+from shared import Bars, parametrize, run_tiny
 from tiny import Calibration, Work, measure
 
 
@@ -144,11 +144,30 @@ def test_solving_and_proving_show_progress(run, tmp_path):
 @parametrize("shown", [True, False])
 def test_python_shows_progress_where_a_terminal_is(finished, shown, stub):
     stub(sys.stderr, "isatty", shown)
-    wanted = progress.terminal if shown else progress.silent
+    wanted = progress.terminal if shown else progress.slow_work
     assert isingcut.open_run(finished)._session.progress is wanted
     assert progress.as_progress(None) is progress.as_progress(shown) is wanted
     for call in (isingcut.prune, isingcut.run, isingcut.energy, heal):
         assert inspect.signature(call).parameters["progress"].default is None
+
+
+def test_without_a_terminal_a_script_sees_what_takes_seconds(capsys, monkeypatch):
+    def said():
+        with progress.slow_work("ranking", 2) as bar:
+            bar.advance(2)
+        return capsys.readouterr().err
+
+    assert said() == ""
+    monkeypatch.setattr(progress, "QUIET_SECONDS", 0)
+    assert "ranking: done, took 0 s" in said()
+
+
+def test_a_resumed_run_first_says_what_it_keeps(llama, text, run, capsys):
+    given = {"remove": 2, "compare_energies": "empirical-fisher", "progress": Bars()}
+    run_tiny(llama, text, run, **given)
+    first = capsys.readouterr().err.splitlines()[0]
+    assert first.startswith(f"resuming {run}, kept: calibration.safetensors, hamil")
+    assert first.endswith(", evaluation.json")
 
 
 def test_a_part_counts_its_share_of_a_bar():

@@ -5,7 +5,6 @@ import importlib
 import itertools
 import math
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -349,7 +348,7 @@ def test_rows_resume(models, tmp_path, spy):
     write_jsonl(tmp_path / "arc_easy/test.jsonl", [arc(i)[1] for i in range(8)])
     tasks = [prepare_task("arc_easy", tmp_path, 5)]
     kept = tmp_path / "kept"
-    (first,) = benchmark(models, tasks, kept=kept)
+    (first,), _ = benchmark(models, tasks, kept=kept)
     assert (first.n, first.shots, first.metric) == (5, 0, "acc")
     flips = first.flips
     net = flips.wrong_to_right.percent - flips.right_to_wrong.percent
@@ -357,7 +356,7 @@ def test_rows_resume(models, tmp_path, spy):
     assert flips.choice_kl > 0
     assert len(list(kept.glob("*.journal"))) == 2
     asked_again = spy(answers, "_scores")
-    assert benchmark(models, tasks, kept=kept) == [first]
+    assert benchmark(models, tasks, kept=kept) == ([first], {})
     assert not asked_again
 
 
@@ -403,15 +402,14 @@ def test_the_harness_lists_its_tasks_once(monkeypatch):
             made.append(self)
 
         def load(self, names):
-            task = SimpleNamespace(OUTPUT_TYPE="multiple_choice")
-            return {"tasks": dict.fromkeys(names, task)}
+            return {"tasks": dict.fromkeys(names)}
 
     monkeypatch.setattr("lm_eval.tasks.TaskManager", Manager)
     manager = functools.cache(questions._manager.__wrapped__)
     monkeypatch.setattr(questions, "_manager", manager)
     assert questions.split_names("theirs, theirs") == ["theirs"]
     questions.check_tasks(["theirs"], None, None)
-    assert not prepare_task("theirs", None).generates
+    assert list(prepare_task("theirs", None).make()) == ["theirs"]
     with refuses("has no task 'zorp'"):
         questions.check_tasks(["zorp"], None, None)
     assert len(made) == 1

@@ -111,7 +111,7 @@ class MissingExtraError(IsingcutError):
 
 _LONGEST = 300
 # Errors whose messages are sentences; messages of others are unclear without the class name.
-_SPEAKING = (OSError, ValueError, RuntimeError, ImportError)
+_SPEAKING = (IsingcutError, OSError, ValueError, RuntimeError, ImportError)
 
 
 def one_line(error: BaseException) -> str:
@@ -125,6 +125,10 @@ def one_line(error: BaseException) -> str:
 
 def suggest(name: str, known: Collection[str]) -> str:
     """Return the end of a message about an unknown name: the nearest known one, and all."""
+    return f"{nearest(name, known) or ';'} known: {', '.join(known)}"
+
+
+def nearest(name: str, known: Collection[str]) -> str:
+    """Return the question whether the nearest known name is meant; empty if none is near."""
     near = difflib.get_close_matches(name, known, n=1)
-    hint = f" did you mean {near[0]!r}?" if near else ""
-    return f";{hint} known: {', '.join(known)}"
+    return f"; did you mean {near[0]!r}?" if near else ""

@@ -55,6 +55,12 @@ def config(place=CONFIG, **changes):
     return edited(place, lambda content: content.update(changes))
 
 
+def exchange(content):
+    """Exchange two letters of a tokenizer."""
+    words = content["model"]["vocab"]
+    words["a"], words["e"] = words["e"], words["a"]
+
+
 def other_model(arena):
     """Write another version of the model, `other`."""
     shutil.copytree(arena.model, arena.here / "other")

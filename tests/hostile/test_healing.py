@@ -12,6 +12,7 @@ from damage import (
     changed,
     config,
     edited,
+    exchange,
     linked,
     number,
     overflow,
@@ -67,7 +68,7 @@ KEPT = [
     ("a file", NOT_OURS, written(WORK)),
     ("a link", NOT_OURS, linked(WORK, "home")),
     ("work of another version", NOT_OURS, written(f"{WORK}/identity.json", '"0123456789abcdef"')),
-    ("another's", "has an unfinished healing with other options; run that command again",
+    ("another's", "has an unfinished healing with other options or models; run that command again",
      unfinished),
 ]  # fmt: skip
 PLACES = rows((n, heal("--overwrite", out=out), *rest) for n, out, *rest in OUTPUTS)
@@ -150,12 +151,6 @@ def another_student(arena):
     shutil.copyfile(arena.here / RECORD, arena.here / "student/isingcut.json")
 
 
-def exchange(content):
-    """Exchange two letters in the student's tokenizer."""
-    words = content["model"]["vocab"]
-    words["a"], words["e"] = words["e"], words["a"]
-
-
 def one_bit(content):
     content[-9] ^= 1
 
@@ -164,7 +159,7 @@ def one_bit(content):
 unmarked = removed(f"run/model/{MARKER}")
 UNREADABLE = "isingcut.json is not a readable record of a cut"
 ANOTHER = (
-    r"was cut from .* \(sha256 .*but the teacher .* is another model .*--other-teacher"
+    r"was cut from .*but the teacher .* is another model \(different: .*--other-teacher"
 )
 HEAL = heal()
 OTHER = heal("--other-teacher", teacher="{here}/other")

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 from arena import Row, parametrised
-from damage import config, edited, other_model
+from damage import config, edited, exchange, other_model, written
 from heal_rows import heal
 
 import isingcut
@@ -96,7 +96,25 @@ FOUND = [
     Row("another took its place", EXCISE, "made with another version", replaced_model),
     Row("nothing is named", EXCISE + " --model {here}/nowhere", "no model at"),
 ]  # fmt: skip
-ROWS = [*TRUST, *FOUND]
+vocabulary = edited("model/tokenizer.json", exchange)
+template = written("model/chat_template.jinja", "{{ messages }}")
+settings = config(rms_norm_eps=2e-6)
+ends = written("model/generation_config.json", '{"eos_token_id": 3}')
+NOTES = {"code": 0, "makes": ("run/*",)}
+CHANGED = [
+    ("vocabulary, run", f"run model {OPTIONS} --random-states 30 --out run",
+        "another model .*different: tokenizer.json", vocabulary, {}),
+    ("vocabulary, evaluate", "evaluate run --overwrite", "different: tokenizer", vocabulary, {}),
+    ("vocabulary, heal", heal(), "another model .*different: tokenizer.json", vocabulary, {}),
+    ("vocabulary, report", "report run", "changed since .*: tokenizer.json", vocabulary, NOTES),
+    ("template, rank", RANK, "different: chat_template.jinja", template, {}),
+    ("template, energy", f"energy model {OPTIONS} --out run --overwrite",
+        "different: chat_template.jinja.*made again", template, NOTES),
+    ("config, excise", EXCISE, "different: config.json", settings, {}),
+    ("config, solve", "solve run --remove 3", "changed since .*: config.json", settings, NOTES),
+    ("end token, solve", "solve run", "different: generation_config.json", ends, NOTES),
+]  # fmt: skip
+ROWS = [*TRUST, *FOUND, *(Row(*row, **more) for *row, more in CHANGED)]
 
 
 @parametrised(ROWS)
@@ -186,7 +204,7 @@ def test_weights_that_are_overwritten_while_they_are_measured(
         put(journal, rows)
 
     monkeypatch.setattr(Journal, "put", late)
-    line = "the weights in .*model changed while they were read"
+    line = "the model in .*model changed while it was read"
     made = ("new*", "run/*", "model/model.safetensors")
     arena.refuses(command, line, makes=made)
     place = arena.here / "new" if command.startswith("energy") else arena.run
@@ -209,7 +227,7 @@ def test_weights_that_are_overwritten_while_they_are_healed(arena, monkeypatch, 
         end(watch, *arguments, **rest)
 
     monkeypatch.setattr(Watch, "on_step_end", late)
-    line = f"the weights in .*/{place} changed while they were read"
+    line = f"the model in .*/{place} changed while it was read"
     arena.refuses(heal(), line, makes=(f"{place}/model.safetensors",))
 
 

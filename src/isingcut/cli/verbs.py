@@ -182,7 +182,10 @@ def solve(
         {"removals": removals},
         show_all,
         brief="\n".join(str(file) for *_, file in solved),
-        warnings=words.search_warnings(meta, [removal for removal, *_ in solved]),
+        warnings=[
+            *words.search_warnings(meta, [removal for removal, *_ in solved]),
+            *folder.model_warnings(),
+        ],
     )
 
 
@@ -381,12 +384,14 @@ def evaluate(
                 {"file": str(file), **scores.content()},
                 lambda: show.show_evaluation(scores),
                 brief=f"{scores.kl:.4f}",
+                warnings=words.patch_warnings(scores),
             )
         rows, file = evaluating.benchmark_checkpoint(config, directory, out)
         return Output(
             {"benchmarks": {"file": str(file), **rows.content()}},
             lambda: show.show_benchmarks(rows, file),
             brief=str(file),
+            warnings=words.patch_warnings(rows),
         )
     if out is not None:
         raise InputError(
@@ -416,12 +421,15 @@ def evaluate(
         )
     rows = evaluating.benchmarks(session, folder, removed)
     file = target / "benchmarks.json"
+    if not rows.rows:
+        raise evaluating.failed_error(rows.failed)
     files = RunFiles(folder.path, target)
     before = {} if files.evaluation is None else output | files.evaluation.content()
     return Output(
         before | {"benchmarks": {"file": str(file), **rows.content()}},
         lambda: show.show_benchmarks(rows, file, last=files.last),
         brief=str(file),
+        warnings=words.patch_warnings(rows),
     )
 
 
@@ -459,6 +467,7 @@ def report(
             {"report": str(file), "html": page},
             lambda: show.show_lines(page, str(file)),
             brief=str(file),
+            warnings=removals[0][0].model_warnings(),
         )
     whole = out or Path("compare.html")
     places = [(folder.path, target) for folder, target in removals]

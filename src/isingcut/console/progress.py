@@ -25,7 +25,7 @@ Progress = Callable[[str, float], contextlib.AbstractContextManager[Bar]]
 
 @contextlib.contextmanager
 def silent(description: str, total: float) -> Iterator[Bar]:
-    """Show no progress: the default in Python."""
+    """Show no progress."""
     # Without a total, it prints nothing.
     yield PlainBar(description, 0)
 
@@ -33,13 +33,13 @@ def silent(description: str, total: float) -> Iterator[Bar]:
 def as_progress(given: Progress | bool | None) -> Progress:
     """Return the progress function for an argument: True is `terminal`, False `silent`.
 
-    None is `terminal` if standard error is a terminal.
+    None is `terminal` if standard error is a terminal, else `slow_work`.
 
     Raises:
         InputError: neither a bool nor a function.
     """
     if given is None:
-        given = sys.stderr.isatty()
+        return terminal if sys.stderr.isatty() else slow_work
     if isinstance(given, bool):
         return terminal if given else silent
     if not callable(given):
@@ -150,6 +150,15 @@ def duration(seconds: float) -> str:
     if seconds < 5400:
         return f"{seconds / 60:.0f} min"
     return f"{seconds / 3600:.1f} h"
+
+
+@contextlib.contextmanager
+def slow_work(description: str, total: float) -> Iterator[Bar]:
+    """Print lines about a task that takes seconds: the default in Python without a terminal."""
+    bar = PlainBar(description, total)
+    yield bar
+    if bar.clock() - bar.began >= QUIET_SECONDS:
+        bar.finish()
 
 
 @contextlib.contextmanager

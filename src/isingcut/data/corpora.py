@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from isingcut.data import text_files
 from isingcut.data.conversations import Render, mark_answers, render_chat
 from isingcut.data.mixture import (
+    ANSWERS,
     FORMATS,
     find_object,
     find_packaged,
@@ -32,7 +33,13 @@ from isingcut.data.mixture import (
     places_in,
 )
 from isingcut.data.text_files import Record, clear_errors, read_text
-from isingcut.errors import CalibrationError, IsingcutError, ModelError, one_line
+from isingcut.errors import (
+    CalibrationError,
+    IsingcutError,
+    ModelError,
+    nearest,
+    one_line,
+)
 from isingcut.files.inputs import find_surrogate, user_path
 from isingcut.files.ownership import edges_sha256, file_sha256
 
@@ -197,8 +204,10 @@ def _check_one(source: str) -> None:
                 f"{source} is a folder without data files; {_SOURCES}"
             )
     elif has_format(path) or source.startswith((".", "/", "~")):
+        prefix, _, place = source.partition(":")
+        near = nearest(prefix + ":", [ANSWERS]) if place else ""
         raise CalibrationError(
-            f"the calibration file {source!r} does not exist; {_SOURCES}"
+            f"the calibration file {source!r} does not exist{near or ';'} {_SOURCES}"
         )
 
 

@@ -124,8 +124,8 @@ def parts_of(source: str) -> tuple[Part, ...]:
     An existing file or folder is never a mixture, whatever its name.
 
     Raises:
-        CalibrationError: a part has no positive weight or no name, or occurs twice; or the share of
-            one rounds to zero.
+        CalibrationError: a part has no positive weight or no name, or occurs twice; the share of
+            one rounds to zero; or shares do not sum to 1.
     """
     if "=" not in source or is_object_name(source) or _exists(source):
         return (Part(source, source, 1.0),)
@@ -135,10 +135,16 @@ def parts_of(source: str) -> tuple[Part, ...]:
         if sources.count(name) > 1:
             raise CalibrationError(f"the mixture {source!r} names {name!r} twice")
     files = [_without_folder(name) for name in sources]
-    whole = sum(weight for _, weight in named)
-    if not min(weight for _, weight in named) / whole:
+    weights = [weight for _, weight in named]
+    whole = sum(weights)
+    if not min(weights) / whole:
         raise CalibrationError(
             f"the weights in {source!r} are too large or too unequal"
+        )
+    if any(weight % 1 for weight in weights) and not 0.98 < whole < 1.02:
+        raise CalibrationError(
+            f"the shares in {source!r} sum to {whole:g}; write shares that sum to 1, or whole "
+            "numbers such as wiki=2,python=1"
         )
     # Files of one name are numbered, because their folders may be private.
     names = [

@@ -4,5 +4,6 @@
 `candidates`: measured losses of the spectrum, and rank correlations; `questions`: benchmark tasks;
 `checks`: tasks that a program judges; `prompts`: answers of both models to fixed prompts;
 `answers`: log-likelihoods and generations of many states; `scores`, `harness`: scores by
-lm-evaluation-harness; `benchmark`: paired comparison of two models, and choice of candidates.
+lm-evaluation-harness; `benchmark`: paired comparison of two models, and choice of candidates;
+`failures`: parts that could not be measured.
 """

@@ -22,6 +22,7 @@ import numpy as np
 
 from isingcut.console.progress import Part
 from isingcut.errors import InputError
+from isingcut.evaluation.failures import note_failure
 from isingcut.evaluation.questions import Prepared
 from isingcut.evaluation.scores import Scores, score_states
 from isingcut.files.evaluations import EndingPair, Flips, PairedScores, Percent, TaskRow
@@ -43,8 +44,8 @@ def benchmark(
     *,
     but: Collection[str] = (),
     kept: Path | None = None,
-) -> list[TaskRow]:
-    """Score two models on tasks, and return the rows of `benchmarks.json` that compare them.
+) -> tuple[list[TaskRow], dict[str, str]]:
+    """Score two models on tasks, and compare them.
 
     Args:
         models: two models by name; rows call them ``original`` and ``cut``.
@@ -52,29 +53,32 @@ def benchmark(
         but: keys (`question_key`) of questions to leave out.
         kept: folder for journals, for resuming.
 
-    Raises:
-        InputError: a task has no score per question.
+    Returns:
+        the rows of `benchmarks.json`; and by task the reason why it has none, such as that it has
+        no score per question.
     """
     assert len(models) == 2
     left_out = frozenset(but)
     rows = []
+    failed = dict[str, str]()
     with work.progress("benchmarks", 2 * len(tasks)) as bar:
         for task in tasks:
             pair = []
-            for name, model in models.items():
-                depends = [task.limit, *sorted(left_out)]
-                journal = (
-                    None if kept is None else journal_of(kept, task, model, depends)
-                )
-                part = Part(bar, 1)
-                own = replace(work, progress=part, journal=journal)
-                (scores,) = score_states(
-                    model, task, [()], own, wanted=lambda key: key not in left_out
-                )
-                part.finish(f"{task.name}, {name}: {scores.values.mean():.3f}")
-                pair.append(scores)
-            rows.append(row(*pair))
-    return rows
+            with note_failure(task.name, failed):
+                for name, model in models.items():
+                    depends = [task.limit, *sorted(left_out)]
+                    journal = (
+                        None if kept is None else journal_of(kept, task, model, depends)
+                    )
+                    part = Part(bar, 1)
+                    own = replace(work, progress=part, journal=journal)
+                    (scores,) = score_states(
+                        model, task, [()], own, wanted=lambda key: key not in left_out
+                    )
+                    part.finish(f"{task.name}, {name}: {scores.values.mean():.3f}")
+                    pair.append(scores)
+                rows.append(row(*pair))
+    return rows, failed
 
 
 def row(original: Scores, cut: Scores) -> TaskRow:

@@ -55,10 +55,14 @@ class Harness(HFLM):  # type: ignore[misc]
         *,
         chat: bool = False,
     ) -> None:
-        self.chat = chat and bool(loaded.tokenizer.chat_template)
+        tokenizer: Any = loaded.tokenizer
+        self.chat = chat and bool(tokenizer.chat_template)
+        if not (tokenizer.pad_token or tokenizer.unk_token or tokenizer.eos_token):
+            # The harness would add a token that the model does not have.
+            tokenizer.pad_token_id = 0
         super().__init__(
             pretrained=language_model(loaded.model),
-            tokenizer=loaded.tokenizer,
+            tokenizer=tokenizer,
             softmax_dtype="float32",
             # The template has the special tokens, as in `prompt_ids`.
             add_bos_token=False if self.chat else None,
@@ -88,6 +92,26 @@ class Harness(HFLM):  # type: ignore[misc]
     def max_gen_toks(self) -> int:
         """Limit of new tokens of tasks that have none."""
         return min(MOST, int(self.max_length) // 2)
+
+    def tok_decode(self, tokens: Any, skip_special_tokens: bool = True) -> Any:
+        """Decode tokens; the harness gives None for the end token of a model without one."""
+        return (
+            None if tokens is None else super().tok_decode(tokens, skip_special_tokens)
+        )
+
+    def limits(self, settings: dict[str, Any]) -> tuple[int, int]:
+        """Return the most new tokens by generation settings, and the positions left for a prompt.
+
+        Raises:
+            InputError: the model has too few positions.
+        """
+        most = normalize_gen_kwargs(settings, self.max_gen_toks)["max_gen_toks"]
+        if most >= self.max_length:
+            raise InputError(
+                f"it generates up to {most} tokens, but the model has {self.max_length} "
+                "positions; choose another task"
+            )
+        return most, self.max_length - most
 
     def _model_generate(self, context: Any, stop: list[str], **rest: Any) -> Any:
         own = finite_logits(self.model)
@@ -137,14 +161,8 @@ class Harness(HFLM):  # type: ignore[misc]
         prompts = []
         for context, own in (r.args for r in requests):
             ids = tuple(self.tok_encode(context))
-            most = normalize_gen_kwargs(own, self.max_gen_toks)["max_gen_toks"]
+            most, room = self.limits(own)
             prompts.append((ids, {**own, "max_gen_toks": most}))
-            room = self.max_length - most
-            if room < 1:
-                raise InputError(
-                    f"a task generates up to {most} tokens, but the model has "
-                    f"{self.max_length} positions; choose another task"
-                )
             self._count([len(ids)], room)
         found = self.texts(prompts, write)
         for request, (_, ending) in zip(requests, found, strict=True):

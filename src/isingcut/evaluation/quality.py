@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from isingcut.data.tokens import TokenSet
+from isingcut.evaluation.failures import note_failure
 from isingcut.evaluation.metrics import registry
 from isingcut.evaluation.prompts import PROMPTS, compare_answers
 from isingcut.evaluation.speed import SPEED_KEYS, speed
@@ -46,6 +47,8 @@ if TYPE_CHECKING:
 
 # Hidden states of both models: after the blocks, before the blocks, and the current ones.
 _STREAMS = 6
+ANSWERS = "answers to prompts"
+"""Name of the part of an evaluation whose texts both models generate."""
 # Maximum loss in nats per token; the perplexity of a larger one is treated as infinite.
 _MOST_NATS = 700
 
@@ -75,6 +78,7 @@ def before_and_after(
         new_tokens: upper limit of the tokens of each answer to a prompt.
         skip_speed: whether to skip speed and list its keys in ``not_measured``.
     """
+    failed = dict[str, str]()
     both = {"before": original, "after": cut}
     first = original.runnable
     second = cut.runnable
@@ -87,24 +91,29 @@ def before_and_after(
     rest: dict[str, Any] = {"streamed": True}
     if not (original.streamed or cut.streamed):
         if not skip_speed:
-            with work.progress("speed", 1) as bar:
+            with work.progress("speed", 1) as bar, note_failure("speed", failed):
                 plain = {name: language_model(m.model) for name, m in both.items()}
                 speeds = speed(plain, tokens.select([0]))
                 bar.advance(1)
-        with work.progress("answers to prompts", 2 * len(PROMPTS)) as bar:
-            answers = compare_answers(original, cut, new_tokens, bar)
-        rest = {"not_measured": list(SPEED_KEYS)} if skip_speed else {}
-        rest["answers"] = answers
+        rest = {} if speeds else {"not_measured": list(SPEED_KEYS)}
+        with (
+            work.progress(ANSWERS, 2 * len(PROMPTS)) as bar,
+            note_failure(ANSWERS, failed),
+        ):
+            rest["answers"] = compare_answers(original, cut, new_tokens, bar)
     if scores.parts:
         rest["parts"] = scores.parts
     if metrics:
         rest["metrics"] = {
             k: Shown(unit=m.unit, form=m.form) for k, m in metrics.items()
         }
-    rest["elsewhere"] = {
-        name: _part(text, quality(first, second, text, work, exact.get(name)))
-        for name, text in elsewhere.items()
-    }
+    rest["elsewhere"] = {}
+    for name, text in elsewhere.items():
+        with note_failure(name, failed):
+            whole = quality(first, second, text, work, exact.get(name))
+            rest["elsewhere"][name] = _part(text, whole)
+    if failed:
+        rest["failed"] = failed
     for name, side in both.items():
         figures: dict[str, Any] = {}
         for key, metric in metrics.items():

@@ -63,13 +63,6 @@ class Prepared:
             for t, m in made.items()
         }
 
-    @property
-    def generates(self) -> bool:
-        """Whether the model generates the answers."""
-        with quiet():
-            kinds = [each.OUTPUT_TYPE for each in self.make().values()]
-        return "generate_until" in kinds
-
     def pool(self) -> list[str]:
         """Return the keys of all questions of the task."""
         with quiet():

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from isingcut.console.printing import say
+from isingcut.data.generation import prompt_ids
 from isingcut.errors import InputError, ModelError
 from isingcut.evaluation.answers import (
     Continuation,
@@ -72,6 +73,29 @@ class Scores:
     questions: list[str]
     shots: int
     endings: Sequence[Ending] = ()
+
+
+def check_task(loaded: LoadedModel, task: Prepared) -> None:
+    """Check what the tokenizer, the template and the config of a model tell about a task.
+
+    Raises:
+        InputError: it generates text, but the model is streamed or has too few positions.
+        ModelError: the chat template refuses a prompt.
+    """
+    with quiet():
+        from isingcut.evaluation.harness import Harness
+
+        engine = Harness(loaded, lambda rows: [], lambda *prompts: [], chat=task.chat)
+        for each in task.make().values():
+            if each.OUTPUT_TYPE == "generate_until":
+                if loaded.streamed:
+                    raise InputError(
+                        f"{task.name} needs the whole model, which does not fit the memory limit; "
+                        "raise --memory-limit, or remove it from --tasks"
+                    )
+                engine.limits(each.get_config("generation_kwargs"))
+        if engine.chat:
+            prompt_ids(loaded.tokenizer, task.name)
 
 
 def score_states(

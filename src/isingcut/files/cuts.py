@@ -141,7 +141,7 @@ class CutRecord(Document, kind="removal"):
     removed: Blocks
     layers: Blocks | None = None
     of: Annotated[int, Field(ge=1, le=2**20)]
-    model: dict[str, Scalar] = {}
+    model: dict[str, Scalar | dict[str, str]] = {}
     card: CardParts | None = None
     proof: CutProof | None = None
     patch: PatchRecord | None = None

@@ -3,7 +3,7 @@
 
 from collections.abc import Sequence
 from statistics import fmean, stdev
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import Field
 
@@ -169,7 +169,7 @@ class EvaluationFile(MixedScores, Document, kind="evaluation"):
         last: name of the final model, whose scores are in ``after``; None for a GGUF file that no
             run cut.
         cut, patched: scores of the exact cut and of the patched model, if these are not the last.
-        gguf_unread: reason why the cut GGUF file next to the checkpoint was not measured.
+        failed: reasons why parts, such as the answers or `model.gguf`, were not measured.
         elsewhere: scores on unrelated texts, which no choice or fit used.
         not_measured: keys of speeds that were not measured.
         metrics: further figures of ``before`` and ``after``, by their keys there.
@@ -181,7 +181,7 @@ class EvaluationFile(MixedScores, Document, kind="evaluation"):
     cut: FurtherScores | None = None
     patched: FurtherScores | None = None
     gguf: PackedScores | None = None
-    gguf_unread: str = ""
+    failed: dict[str, str] = {}
     samples: Some
     tokens: Some
     before: ModelScores
@@ -272,6 +272,7 @@ class BenchmarksFile(Document, kind="benchmarks"):
         seed: seed of the examples in prompts.
         template_sha: fingerprint of the chat template, if a task used it.
         left_out: number of questions that had been used for the choice.
+        failed: reasons why tasks have no row.
     """
 
     rows: list[TaskRow]
@@ -279,6 +280,21 @@ class BenchmarksFile(Document, kind="benchmarks"):
     seed: Count | None = None
     template_sha: str = ""
     left_out: Count = 0
+    failed: dict[str, str] = {}
+
+    @property
+    def tasks(self) -> list[str]:
+        """The tasks that are in the file, with a row or the reason why they have none."""
+        return [*(row.task for row in self.rows), *self.failed]
+
+    def add(self, earlier: Self) -> None:
+        """Add the other tasks of an earlier file, before its own."""
+        own = {*self.tasks}
+        self.rows = [row for row in earlier.rows if row.task not in own] + self.rows
+        failed = {k: v for k, v in earlier.failed.items() if k not in own} | self.failed
+        if failed:
+            self.failed = failed
+        self.template_sha = self.template_sha or earlier.template_sha
 
     @property
     def endings(self) -> list[EndingPair]:

@@ -30,10 +30,12 @@ class ModelIdentity(Strict):
     """The identity of a run's model.
 
     Attributes:
+        parts: a hash of the weights, and of each file of config, tokenizer and chat template.
         weight_bytes: bytes of the user's weights on disk: of a GGUF file, or of safetensors files.
     """
 
     sha256: str
+    parts: dict[str, str] = {}
     weight_bytes: Count = 0
     gguf_sha256: str | None = None
     name: str

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +20,15 @@ from isingcut.data.mixture import (
     is_object_name,
     register_object,
 )
-from isingcut.errors import InputError, IsingcutError, ModelError, one_line
+from isingcut.errors import (
+    InputError,
+    IsingcutError,
+    ModelError,
+    nearest,
+    one_line,
+)
 from isingcut.files.inputs import regular_file, user_path
+from isingcut.files.ownership import file_sha256, hash_of
 from isingcut.files.writing import temporary_folder
 from isingcut.formats.gguf_files import convert_file, gguf_cache
 from isingcut.formats.libraries import convert_errors, quiet_transformers
@@ -47,6 +54,10 @@ _EXPECTED = "expected a local Hugging Face folder, a hub id, a .gguf file or 'sm
 _HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")
 _HUB_IGNORE = ("*/*.safetensors", "consolidated*", "onnx/*", "original/*", "runs/*")
 _LOADED = {".json", ".jinja", ".model", ".py", ".safetensors", ".tiktoken", ".txt"}
+_TOLD = re.compile(
+    r".*token.*\.json|generation_config\.json|vocab.*|merges\.txt|.*\.(model|tiktoken)|chat_template.*"
+)
+"""Names of the files that are part of a model beside its weights and its config.json."""
 
 
 def resolve(
@@ -164,13 +175,13 @@ def _download(name: str, trust_remote_code: bool, weights: bool) -> Path:
         raise ModelError(
             f"no model {name!r}: it is not a local folder and not in the hub cache, and the hub "
             "cannot be reached (offline, or HF_HUB_OFFLINE is set); give a local folder or a .gguf "
-            "file, or connect and run again"
+            f"file, or connect and run again{nearest(name, [PACKAGED])}"
         ) from e
     except Exception as e:
         # The hub's HTTP library has errors of its own.
         raise ModelError(
             f"there is no local folder {name}, and downloading it from the hub failed "
-            f"({one_line(e)}); {_EXPECTED}, or run again to resume"
+            f"({one_line(e)}); {_EXPECTED}, or run again to resume{nearest(name, [PACKAGED])}"
         ) from e
     return _check_folder(Path(folder), weights)
 
@@ -199,18 +210,18 @@ def _check_folder(folder: Path, weights: bool = True) -> Path:
 
 
 def model_identity(folder: Path) -> dict[str, Any]:
-    """Return a hash that identifies a checkpoint, and the bytes of its files with weights.
+    """Return a hash that identifies a checkpoint, one of each part, and the bytes of its weights.
 
-    The hash is SHA-256 over the config (without the transformers version) and, of each shard, the
-    name, size, safetensors header and first and last MiB. So only a few MiB of a shard are read. A
-    change only in the middle of a shard, with equal shapes, is not detected. For a model converted
-    from GGUF, the SHA-256 of that file is returned as well.
+    Parts are the config (without the transformers version), each file of the tokenizer, the chat
+    template and the end tokens, and of each shard the name, size, safetensors header and first and
+    last MiB. So only a few MiB of a shard are read. A change only in the middle of a shard, with
+    equal shapes, is not detected. For a model converted from GGUF, the SHA-256 of that file is
+    returned as well.
     """
     digest = hashlib.sha256()
     config = read_config(folder)
     for volatile in ("transformers_version", "_name_or_path"):
         config.pop(volatile, None)
-    digest.update(json.dumps(config, sort_keys=True).encode())
     total = 0
     for shard in weight_files(folder):
         size = shard.stat().st_size
@@ -221,10 +232,24 @@ def model_identity(folder: Path) -> dict[str, Any]:
             digest.update(f.read(min(header, size, HEADER_LIMIT) + _EDGE))
             f.seek(max(0, size - _EDGE))
             digest.update(f.read())
-    identity: dict[str, Any] = {"sha256": digest.hexdigest(), "weight_bytes": total}
+    parts = {"weights": digest.hexdigest(), "config.json": hash_of(config)}
+    for file in sorted(folder.iterdir()):
+        if _TOLD.fullmatch(file.name) and file.is_file():
+            parts[file.name] = file_sha256(file)
+    identity: dict[str, Any] = {"sha256": hash_of(parts), "parts": parts}
+    identity["weight_bytes"] = total
     if folder.parent == gguf_cache():
         identity["gguf_sha256"] = folder.name
     return identity
+
+
+def list_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """List the parts in which two identities differ, such as "tokenizer.json", or return ""."""
+    if before.get("sha256") == now["sha256"]:
+        return ""
+    parts = (before.get("parts", {}), now["parts"])
+    names = dict.fromkeys([*parts[1], *parts[0]])
+    return ", ".join(k for k in names if parts[0].get(k) != parts[1].get(k))
 
 
 def weights_stamp(folder: Path) -> Any:
@@ -245,7 +270,7 @@ def check_unchanged(folder: Path, stamp: Any) -> None:
         return
     if changed:
         raise ModelError(
-            f"the weights in {folder} changed while they were read, so the measurement was "
+            f"the model in {folder} changed while it was read, so the measurement was "
             "discarded; stop all writes there, and start again with a new --out"
         )
 

@@ -16,7 +16,7 @@ from isingcut.data.tokens import Encoder
 from isingcut.errors import InputError
 from isingcut.formats.architectures.blocks import stack_modules
 from isingcut.formats.checkpoints import Checkpoint
-from isingcut.formats.sources import model_identity
+from isingcut.formats.sources import list_differences, model_identity
 from isingcut.healing import CUT
 from isingcut.healing.checks import Removal, original_of
 from isingcut.models.load import LoadedModel, load, load_tokenizer
@@ -42,12 +42,12 @@ def check_pair(
     if removal is not None:
         if (wanted := original_of(removal)) and not config.other_teacher:
             given = model_identity(teacher)
-            names = ("sha256", "gguf_sha256")
-            if not any(wanted.get(k) == given.get(k) is not None for k in names):
+            packed = given.get("gguf_sha256")
+            changed = list_differences(wanted, given)
+            if changed and (packed is None or wanted.get("gguf_sha256") != packed):
                 raise InputError(
-                    f"{student} was cut from {wanted['name']} (sha256 {wanted['sha256'][:12]}), "
-                    f"but the teacher {config.teacher} is another model (sha256 "
-                    f"{given['sha256'][:12]}); give the original as --teacher, or add "
+                    f"{student} was cut from {wanted['name']}, but the teacher {config.teacher} is "
+                    f"another model (different: {changed}); give the original as --teacher, or add "
                     "--other-teacher if it replaces it (a quantised copy, for example)"
                 )
         _check_cut(ours, removal, config.teacher, theirs)

@@ -111,8 +111,8 @@ def claim_work(work: Path, identity: str) -> Iterator[None]:
     if owner and not is_made(work, owner, identity):
         if _is_worth_keeping(work):
             raise StageFileError(
-                f"{work} has an unfinished healing with other options; run that command again to "
-                "finish it, or delete the folder"
+                f"{work} has an unfinished healing with other options or models; run that command "
+                "again to finish it, or delete the folder"
             )
         release(work)
     with clear_os_errors(work):

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar, get_args, get_type_hints
 
-from isingcut.errors import InputError, suggest
+from isingcut.errors import InputError, nearest, suggest
 from isingcut.files.inputs import find_surrogate, read_text
 from isingcut.options.parsed import Parsed
 
@@ -26,7 +26,7 @@ _WRONG = {
     "float_type": "must be a number, got {shown}",
     "bool_type": "must be true or false, got {shown}",
     "string_type": "must be text, got {shown}",
-    "literal_error": "must be one of {words}; got {shown}",
+    "literal_error": "must be one of {words}; got {shown}{near}",
     "finite_number": "must be a finite number, got {shown}",
     "greater_than": "must be above {gt:.0f}, got {shown}",
     "greater_than_equal": "must be at least {ge:.0f}, got {shown}",
@@ -138,7 +138,8 @@ def _check_value(kind: Any, f: dataclasses.Field[Any], value: Any) -> Any:
         context = {**first.get("ctx", {}), "shown": shorten(first["input"])}
         # Pydantic lists choices as 'a', 'b' or 'c'.
         words = str(context.get("expected")).replace("'", "").replace(" or ", ", ")
-        wrong = _WRONG[first["type"]].format(**context, words=words)
+        near = nearest(str(value), words.split(", "))
+        wrong = _WRONG[first["type"]].format(**context, words=words, near=near)
         raise OptionError(f, f" {wrong}") from None
     except (InputError, ValueError) as e:
         # Of a text that is parsed.

@@ -44,7 +44,9 @@ def card_parts(
     ranking = files.candidates
     place = provenance.model_path
     model = provenance.model
-    facts = {"original weights and config, SHA-256 of headers and edges": model.sha256}
+    facts = {
+        "original model, SHA-256 of config, tokenizer, headers and edges": model.sha256
+    }
     if size := model.weight_bytes:
         file = " (a GGUF file)" if model.gguf_sha256 else ""
         facts["original weights on disk"] = f"{size / 1e6:.1f} MB{file}"

@@ -13,15 +13,19 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
+from isingcut.console.printing import say
 from isingcut.console.progress import Part
 from isingcut.data.calibration import build
 from isingcut.data.corpora import UNLIKE
+from isingcut.data.generation import prompt_ids
 from isingcut.data.tokens import TokenSet, overlap
 from isingcut.errors import InputError, ModelError
 from isingcut.evaluation import benchmark
-from isingcut.evaluation.quality import before_and_after, quality, quality_of
+from isingcut.evaluation.failures import note_failure
+from isingcut.evaluation.prompts import PROMPTS
+from isingcut.evaluation.quality import ANSWERS, before_and_after, quality, quality_of
 from isingcut.evaluation.questions import Prepared, prepare_task, split_names
-from isingcut.evaluation.scores import score_states
+from isingcut.evaluation.scores import check_task, score_states
 from isingcut.files import cuts, evaluations, states
 from isingcut.files.ownership import check_output
 from isingcut.files.results import fingerprint, read_document, write_document
@@ -29,7 +33,7 @@ from isingcut.files.schema import Document
 from isingcut.files.writing import atomic_file, lock_place, temporary_prefix
 from isingcut.formats.architectures.blocks import language_model, text_config
 from isingcut.formats.gguf_files import unpack_gguf
-from isingcut.formats.sources import resolve
+from isingcut.formats.sources import find_gguf, resolve
 from isingcut.healing.checks import start_of
 from isingcut.ising.states import Floats, states_of
 from isingcut.measure.losses import measure
@@ -47,6 +51,8 @@ from isingcut.runs.session import Session
 from isingcut.runs.stages import Estimate, Making, Stage
 
 D = TypeVar("D", bound=Document)
+# Bytes of weights per second that transformers unpacks from a GGUF file and writes.
+_UNPACKED = 2e7
 Judge = Callable[[TokenSet], evaluations.MixedScores]
 """Compares the original and another model on a text."""
 
@@ -79,15 +85,16 @@ def _evaluate(
     splits = measuring.read_calibration(folder).splits
     tokens = splits["report"]
     session.choose_tuning(folder)
-    elsewhere = _unlike(session, splits)
+    elsewhere = dict[str, TokenSet]()
+    failed = dict[str, str]()
+    with note_failure(UNLIKE, failed):
+        elsewhere = _unlike(session, splits)
     further, exact = _further_scores(session, checkpoint, tokens, elsewhere)
     if packed:
         folder.check(gguf)
-        try:
+        with note_failure(gguf.name, failed):
             blocks = packed.options.removed or []
             further["gguf"] = score_gguf(session, gguf, blocks, tokens, elsewhere)
-        except ModelError as e:
-            further["gguf_unread"] = str(e)
     cut = session.open_cut(checkpoint)
     scores = before_and_after(
         session.loaded,
@@ -98,6 +105,8 @@ def _evaluate(
         exact=exact,
         skip_speed=skip,
     ).model_copy(update=further)
+    if failed:
+        scores.failed = failed | scores.failed
     scores.before.bytes = session.identity.weight_bytes
     card = checkpoint / "README.md"
     if card.is_file():
@@ -108,17 +117,32 @@ def _evaluate(
 
 
 def _price(prices: Prices) -> list[Estimate]:
-    """Estimate the evaluation of the original, the exact cut and the final model."""
+    """Estimate the evaluation of the original, the exact cut, the final model and its GGUF file."""
     samples = prices.config.report_samples
-    tokens = 3 * samples * prices.config.length
+    packed = find_gguf(prices.config.model) is not None
+    tokens = (3 + 2 * packed) * samples * prices.config.length
     work = 4 * prices.batch * prices.logits
-    return [prices.estimate(samples, tokens, reads=1, work=work)]
+    line = prices.estimate(samples, tokens, reads=1 + packed, work=work)
+    if not prices.streamed:
+        line.seconds += (1 + prices.left) * prices.answers
+    line.seconds += packed * prices.left * prices.weights / _UNPACKED
+    return [line]
+
+
+def check_template(session: Session, blocks: object) -> None:
+    """Say before a run that its evaluation will have no answers, if that is known."""
+    failed = dict[str, str]()
+    with note_failure(ANSWERS, failed):
+        prompt_ids(session.loaded.tokenizer, PROMPTS[0])
+    for part, reason in failed.items():
+        say(f"isingcut: warning: {part} will not be measured: {reason}")
 
 
 evaluate = Stage(
     "evaluate",
     _evaluate,
     partial(read_document, model=evaluations.EvaluationFile),
+    check=check_template,
     additions=("gguf", "skip_speed"),
     price=_price,
 )
@@ -309,18 +333,23 @@ def _further_part(scores: evaluations.PairScores) -> evaluations.FurtherPart:
 # Tasks ------------------------------------------------------------------------------------
 
 
-def check_whole(session: Session, blocks: object = None) -> None:
-    """Raise if a task needs the whole model in memory, but the model is streamed.
+def check_models(session: Session, blocks: object = None) -> None:
+    """Check each task of a run's options against the model.
 
     Raises:
-        InputError: a task with generated answers.
+        InputError, ModelError: as `scores.check_task`, with the name of the task.
     """
-    for task in prepare_tasks(session.config) if session.streaming else ():
-        if task.generates:
-            raise InputError(
-                f"{task.name} needs the whole model, which does not fit the memory limit; raise "
-                "--memory-limit, or remove it from --tasks"
-            )
+    failed = dict[str, str]()
+    for task in prepare_tasks(session.config):
+        with note_failure(task.name, failed):
+            check_task(session.loaded, task)
+    if failed:
+        raise failed_error(failed)
+
+
+def failed_error(failed: Mapping[str, str]) -> InputError:
+    """Return the error for tasks that cannot be scored."""
+    return InputError("; ".join(f"{task}: {reason}" for task, reason in failed.items()))
 
 
 def prepare_tasks(config: RunConfig) -> list[Prepared]:
@@ -329,13 +358,12 @@ def prepare_tasks(config: RunConfig) -> list[Prepared]:
     return [prepare_task(name, data_of(config), config.questions) for name in names]
 
 
-def hashes_of(config: RunConfig) -> dict[str, Any]:
-    """Return a stage option with the hash of each task's questions; empty if all are of the hub."""
-    names = split_names(config.tasks)
-    sources = (task.source for task in prepare_tasks(config))
-    pairs = zip(names, sources, strict=True)
-    hashes = {name: source for name, source in pairs if source != "hub"}
-    return {"files": hashes} if hashes else {}
+def questions_of(config: RunConfig) -> dict[str, Any]:
+    """Return the stage option with the questions of each task: a hash of them, or of the hub."""
+    return {
+        task.name: {"files": task.source, "questions": config.questions}
+        for task in prepare_tasks(config)
+    }
 
 
 def last_blocks(size: int, count: int) -> list[int]:
@@ -389,7 +417,7 @@ def choose_by_tasks(
 def _benchmarks(
     session: Session, folder: RunFolder, removed: Sequence[int] | None = None
 ) -> Making:
-    """Score both models on the options' tasks.
+    """Score both models on the options' tasks, and keep the scores on other tasks.
 
     Args:
         removed: the blocks of another state than the chosen one.
@@ -404,27 +432,35 @@ def _benchmarks(
     )
     # Questions that were used for the choice must not be used to score it.
     but = chosen.questions if chosen else []
-    options = {
-        "model": made.fingerprint,
-        "tasks": split_names(config.tasks),
-        "questions": config.questions,
-        "data": bool(config.data),
-        **({"left_out": fingerprint(but)} if but else {}),
-        **hashes_of(config),
-    }
+    file = checkpoint.with_name("benchmarks.json")
+    options: dict[str, Any] = {"model": made.fingerprint}
+    if but:
+        options["left_out"] = fingerprint(but)
+    asked = questions_of(config)
+    before = folder.find_record(file)
+    known = before.options.content() if before and file.is_file() else {}
+    tasks = known.pop("tasks", {})
+    earlier = None
+    if tasks and known == options:
+        earlier = read_document(file, evaluations.BenchmarksFile)
+        asked = {name: tasks[name] for name in earlier.tasks if name in tasks} | asked
     work = checkpoint.with_name(".benchmarks")
 
-    path = yield folder, checkpoint.with_name("benchmarks.json"), options
+    path = yield folder, file, options | {"tasks": asked}
     session.choose_tuning(folder)
-    write_document(path, _score_both(session, checkpoint, but=but, kept=work))
+    scores = _score_both(session, checkpoint, but=but, kept=work)
+    if earlier is not None:
+        scores.add(earlier)
+    write_document(path, scores)
 
 
 benchmarks = Stage(
     "benchmarks",
     _benchmarks,
     partial(read_document, model=evaluations.BenchmarksFile),
-    check=check_whole,
+    check=check_models,
     journals=(".benchmarks/*.journal",),
+    additions=("tasks",),
 )
 
 
@@ -441,10 +477,16 @@ def benchmark_checkpoint(
         the scores, and the file that they were written to.
 
     Raises:
-        InputError: a task with generated answers, but the model is streamed.
+        InputError, ModelError: as `check_models`, or no task could be scored.
         ModelError, OutputExistsError: as `write_scores`.
     """
-    score = partial(_score_both, Session(config))
+
+    def score(folder: Path) -> evaluations.BenchmarksFile:
+        scores = _score_both(Session(config), folder)
+        if not scores.rows:
+            raise failed_error(scores.failed)
+        return scores
+
     return write_scores(config, checkpoint, out, "benchmarks", score)
 
 
@@ -461,7 +503,7 @@ def _score_both(
         but: keys of questions to leave out.
         kept: folder for journals; None keeps nothing.
     """
-    check_whole(session)
+    check_models(session)
     config = session.config
     work = session.work()
     cut = session.open_cut(checkpoint)
@@ -469,7 +511,7 @@ def _score_both(
     if not cut.streamed:
         cut.replay.attention = session.replay.attention
     tasks = prepare_tasks(config)
-    rows = benchmark.benchmark(models, tasks, work, but=but, kept=kept)
+    rows, failed = benchmark.benchmark(models, tasks, work, but=but, kept=kept)
     from lm_eval.defaults import DEFAULT_OTHER_SEED
 
     template = session.loaded.tokenizer.chat_template
@@ -480,4 +522,6 @@ def _score_both(
         scores.template_sha = fingerprint(template)
     if but:
         scores.left_out = len(but)
+    if failed:
+        scores.failed = failed
     return scores

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
+from isingcut.console.printing import say
 from isingcut.console.progress import Progress, silent
 from isingcut.data.mixture import places_in
 from isingcut.errors import (
@@ -31,6 +32,7 @@ from isingcut.files import ownership, results, runs, writing
 from isingcut.files.inputs import user_path
 from isingcut.files.provenance import model_path, versions
 from isingcut.files.stages import find_outdated, is_made
+from isingcut.formats.sources import list_differences, model_identity
 from isingcut.options.config import RunConfig
 from isingcut.options.declaration import options_from
 from isingcut.processes import ALONE, Processes
@@ -88,12 +90,13 @@ class RunFolder:
         if (path / MANIFEST).is_file():
             folder = cls.open(path, overwrite=config.overwrite)
             before = folder.run.provenance.model
-            if before.sha256 != model.sha256:
+            if changed := list_differences(before.content(), model.content()):
+                what = f"{path} is a run of another model ({before.name}; different: {changed})"
                 if not config.overwrite:
                     raise OutputExistsError(
-                        f"{path} is a run of another model ({before.name}); choose another --out "
-                        "or pass --overwrite"
+                        f"{what}; choose another --out or pass --overwrite"
                     )
+                say(f"isingcut: {what}; everything is made again")
                 # Keep the records, so that only recorded files may be replaced.
                 for record in folder.run.stages.values():
                     record.fingerprint = ""
@@ -190,6 +193,21 @@ class RunFolder:
                 "--model"
             )
         return there
+
+    def model_warnings(self) -> list[str]:
+        """Return a warning if the run's model changed, unless its folder is not here."""
+        made_with = self.run.provenance.model.content()
+        places = [
+            self.path / place for _, place in self.run.provenance.model_path or ()
+        ]
+        there = [place for place in places if (place / "config.json").is_file()]
+        changed = [list_differences(made_with, model_identity(p)) for p in there]
+        if not all(changed) or not changed:
+            return []
+        return [
+            f"the model of {self.path} has changed since (different: {changed[0]}); these results "
+            "are of the earlier version"
+        ]
 
     def save(self) -> None:
         """Write run.json."""

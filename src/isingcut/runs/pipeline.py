@@ -15,7 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from isingcut.console.printing import say
-from isingcut.console.progress import Progress, as_progress, duration, silent
+from isingcut.console.progress import (
+    Progress,
+    as_progress,
+    duration,
+    silent,
+    slow_work,
+)
 from isingcut.data import corpora
 from isingcut.energies import registry
 from isingcut.errors import InputError, ModelError, StageFileError
@@ -23,7 +29,12 @@ from isingcut.files import ownership, writing
 from isingcut.files.inputs import user_path
 from isingcut.files.runs import RunFile
 from isingcut.files.states import CandidatesFile
-from isingcut.formats.sources import PACKAGED, PACKAGED_PACKAGE, resolve
+from isingcut.formats.sources import (
+    PACKAGED,
+    PACKAGED_PACKAGE,
+    list_differences,
+    resolve,
+)
 from isingcut.memory import convert_memory_errors
 from isingcut.options.config import RunConfig
 from isingcut.processes import ALONE, Processes
@@ -70,7 +81,7 @@ def run(
     Args:
         config: all options; or give them by name (`model`, `remove` and `out` at least).
         progress: True shows bars on stderr; or any `isingcut.console.progress.Progress`. By
-            default, bars are shown if stderr is a terminal.
+            default, bars if stderr is a terminal, else lines about what takes seconds.
 
     Returns:
         The run folder. Its `model/` is a plain Hugging Face checkpoint, the cut with its patch. If
@@ -223,6 +234,10 @@ def open_session(
         yield _follow(config, progress, processes)
         return
     out = user_path(config.out)
+    if progress is not silent and (out / MANIFEST).is_file():
+        begun = RunFolder.open(out)
+        kept = [key for key in begun.run.stages if begun.find_finished(out / key)]
+        say(f"resuming {out}, kept: {', '.join(kept) or 'nothing yet'}")
     check_inputs(config, ranks=need_removal)
     for name in config.energies:
         measuring.energy_part(config, name)
@@ -294,12 +309,14 @@ def session_of(
         session = Session(
             config.replace(model=place), progress, folder.run.provenance.dtype
         )
-        if session.identity.sha256 == made_with.sha256:
+        now = session.identity.content()
+        if not (changed := list_differences(made_with.content(), now)):
             break
     else:
         raise StageFileError(
             f"{folder.path} was made with another version of {made_with.name!r} than the one at "
-            f"{place}; give the original version with --model, or start a new run folder"
+            f"{place} (different: {changed}); give the original version with --model, or start a "
+            "new run folder"
         )
     session.attach(folder)
     join_processes(session, processes)
@@ -323,7 +340,8 @@ def say_times(session: Session, folder: RunFolder) -> None:
     """Print the time of each stage of a run, from its first removals; nothing if it is resumed."""
     file = folder.path / "hamiltonian.safetensors"
     alone = session.processes.size == 1
-    if session.progress is silent or not alone or folder.find_record(file):
+    unseen = session.progress in (silent, slow_work)
+    if unseen or not alone or folder.find_record(file):
         return
     prices = Prices(session, folder)
     lines = measuring.energy.price(prices) + price_stages(prices)

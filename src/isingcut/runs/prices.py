@@ -15,6 +15,7 @@ import torch
 from isingcut.data.tokens import TokenSet
 from isingcut.energies.base import Price
 from isingcut.energies.search import Target
+from isingcut.evaluation.prompts import PROMPTS
 from isingcut.formats.architectures.blocks import text_config
 from isingcut.models.compute.divergence import CHUNK_ELEMENTS
 from isingcut.models.compute.head import Comparison, OutputHead
@@ -32,6 +33,8 @@ _DISK = 2e9
 RESIDENT = 1.54
 """Memory of a run on a card in multiples of the weights, without a quarter of the blocks that lie
 apart; measured by `benchmarks/card.py`."""
+# Tokens of the longest answer of a chat model, within a factor of 4.
+_ANSWER = 256
 # Float32 copies of a chunk of logits: two models, their difference, a gradient.
 _LOGIT_COPIES = 4
 
@@ -45,6 +48,7 @@ class Prices:
     Attributes:
         latency: (N,) seconds per token of each block.
         once: seconds per token of the output head and the loss.
+        answers: seconds of the original's answers to the prompts of an evaluation.
         reading: seconds per byte of weights, read from disk and converted.
     """
 
@@ -86,6 +90,9 @@ class Prices:
         self.batch = batch.positions
         self.latency = [s / self.batch for s in replay.latency(length, rows=rows)]
         self.once = _time_head(replay, batch) / self.batch
+        # The prompts are answered together, a token at a time.
+        step = sum(replay.latency(1, rows=len(PROMPTS))) + len(PROMPTS) * self.once
+        self.answers = _ANSWER * step
         self.n = len(replay)
         self.logits = vocabulary * self.dtype.itemsize
         self.stream = replay.bytes_per_token

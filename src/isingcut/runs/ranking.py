@@ -64,14 +64,12 @@ def _rank(session: Session, folder: RunFolder) -> Making:
             **share_options(config),
         }
     check_run_tasks(config)
-    evaluating.check_whole(session)
     if config.choose == "tasks":
-        options |= {
-            name: getattr(config, name) for name in ("tasks", "data", "questions")
-        }
-        options |= evaluating.hashes_of(config)
+        options["tasks"] = evaluating.questions_of(config)
 
     path = yield folder, target / "candidates.json", options
+    if config.choose == "tasks":
+        evaluating.check_models(session)
     split = measuring.read_calibration(folder).splits["rank"]
     problem = solving.problem_of(folder, config)
     session.choose_tuning(folder)

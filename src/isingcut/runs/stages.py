@@ -57,7 +57,8 @@ class Stage(Generic[P, T]):
         together: whether all processes make the file, or rank 0 only.
         journals: patterns of the journals next to the file, ``{}`` for its name. They are deleted
             once the result is recorded, so that a kill before that loses nothing.
-        additions: options whose change needs no `--overwrite`, because nothing else is lost.
+        additions: options whose change needs no `--overwrite`, because nothing else is lost; of a
+            mapping, unless it changes an entry.
         price: estimates its time and memory from `prices.Prices`, for `plan`; a line without a name
             gets that of the stage.
     """
@@ -177,6 +178,11 @@ class Stage(Generic[P, T]):
             before.fingerprint
             and self.additions
             and all(made.get(key) == options.get(key) for key in others)
+            and all(
+                made[key].items() <= options[key].items()
+                for key in self.additions
+                if isinstance(made.get(key), dict)
+            )
         )
         fits = only_added or before.fingerprint == folder.fingerprint(options)
         if not (fits or folder.overwrite):
