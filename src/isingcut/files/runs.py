@@ -146,8 +146,8 @@ class BlockCosts(Strict):
         parameters: number of parameters.
         bytes: their size in their current dtype, or as stored.
         active_parameters: number of parameters used for one token (top-k of the experts).
-        kv_bytes_per_token: key and value cache per token, in the model's dtype.
-        window: tokens of the cache of sliding attention; 0 for other kinds.
+        kv_bytes_per_token: what a token adds to the cache of transformers, in the model's dtype.
+        window: tokens after which it adds `kv_bytes_past_window` only; 0 for other kinds.
         state_bytes: recurrent and convolution state per sequence, in the model's dtype.
         latency_seconds: time on one sequence, if measured.
         path: module path of its layer in the loaded model, for example ``"model.layers.3"``.
@@ -160,6 +160,7 @@ class BlockCosts(Strict):
     active_parameters: Count = 0
     kv_bytes_per_token: Count = 0
     window: Count = 0
+    kv_bytes_past_window: Number = 0.0
     state_bytes: Count = 0
     latency_seconds: Positive | None = None
     path: str = ""

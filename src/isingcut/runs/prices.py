@@ -58,7 +58,7 @@ class Prices:
         self.memory = allowance(config.memory_limit, device)
         self.largest = 0
         if folder is None:
-            inspected = check_by_config(session.source, config, needed=False)
+            inspected = check_by_config(session, config, needed=False)
         if folder is not None and not self.streamed:
             session.choose_tuning(folder)
             replay = session.replay

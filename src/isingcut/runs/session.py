@@ -30,6 +30,7 @@ from isingcut.measure.splitting import choose_batch_tokens
 from isingcut.measure.work import Work
 from isingcut.models import device as devices
 from isingcut.models import load as models
+from isingcut.models.cache import copy_cache
 from isingcut.models.device import (
     allowance,
     first_card,
@@ -233,6 +234,16 @@ class Session:
         return find_stack(self.loaded.model)
 
     @cached_property
+    def inspected(self) -> Inspection:
+        """What the model's configuration tells, before its weights are read."""
+        return inspect_model(
+            self.source,
+            trust_remote_code=self.config.trust_remote_code,
+            dtype=self.dtype,
+            units=self.config.units,
+        )
+
+    @cached_property
     def replay(self) -> Replay:
         """The model's blocks, to run one at a time."""
         replay = self.loaded.replay
@@ -249,6 +260,7 @@ class Session:
         if context > most:
             raise InputError(f"--budget latency: the model has a context of {most}")
         seconds = self.replay.latency(context or min(TIMED_TOKENS, most))
+        copy_cache(self.inspected.stack, self.stack)
         parameters = list(model.parameters())
         size = sum(p.numel() * p.element_size() for p in parameters)
         return describe_blocks(
@@ -328,11 +340,11 @@ def _use_own_card(config: RunConfig, processes: Processes) -> None:
             )
 
 
-def check_by_config(folder: Path, config: RunConfig, *, needed: bool) -> Inspection:
+def check_by_config(session: Session, config: RunConfig, *, needed: bool) -> Inspection:
     """Check the options against a model's configuration, before its weights are read.
 
     Args:
-        folder: the model's folder, from `resolve`.
+        session: only its model's configuration is read.
         needed: whether a removal is required.
 
     Raises:
@@ -341,9 +353,7 @@ def check_by_config(folder: Path, config: RunConfig, *, needed: bool) -> Inspect
             than its positions.
         InfeasibleError: the constraints conflict, as far as known without the weights.
     """
-    model = inspect_model(
-        folder, trust_remote_code=config.trust_remote_code, units=config.units
-    )
+    model = session.inspected
     if model.refusal:
         raise ArchitectureError(model.refusal)
     if model.unused:

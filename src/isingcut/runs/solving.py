@@ -170,8 +170,9 @@ def _costs(blocks: BlockList, budget: Budget) -> tuple[Floats, float, float]:
         # Keys and values in float16, llama.cpp's default.
         for i, b in enumerate(blocks.blocks):
             tokens = min(budget.context, b.window or budget.context)
-            each = 2 * b.parameters / b.bytes * b.kv_bytes_per_token
-            cache[i] = each * tokens + b.state_bytes
+            beyond = b.kv_bytes_past_window * (budget.context - tokens)
+            grown = b.kv_bytes_per_token * tokens + beyond
+            cache[i] = 2 * b.parameters / b.bytes * grown + b.state_bytes
     costs = getattr(packed, quantity.cost) + cache
     now = float(costs.sum()) + getattr(packed, quantity.whole)
     return costs, packed.read_before + float(cache.sum()), now
