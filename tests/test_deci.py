@@ -11,10 +11,21 @@ from safetensors.torch import load_file
 from torch.nn import functional
 
 from gguf_files import named, write, write_packed
+from isingcut.errors import InfeasibleError
 from isingcut.formats.architectures.blocks import skip_blocks
 from isingcut.formats.cutting.gguf import Changed, _interleave, cut_gguf
+from isingcut.models.packing import Packer
 from isingcut.models.sublayers import check_sublayers, split_layers
-from shared import ArchitectureError, load_json, parametrize, refuses, run_tiny
+from isingcut.options.config import RunConfig
+from isingcut.runs.session import Session
+from isingcut.runs.solving import removal_rows
+from shared import (
+    ArchitectureError,
+    load_json,
+    parametrize,
+    refuses,
+    run_tiny,
+)
 from tiny import tiny_model
 
 Kind = gguf.GGMLQuantizationType
@@ -140,6 +151,25 @@ def test_zero_bytes_are_zeros_in_every_type():
             zeros = np.zeros(4 * size, np.uint8)
             dtype = {"F32": np.float32, "F16": np.float16}.get(kind.name, np.uint8)
             assert not gguf.dequantize(zeros.view(dtype), kind).any()
+
+
+def test_a_budget_counts_the_sublayers_that_leave_the_file(tmp_path):
+    file = write_packed(tmp_path / "in.gguf", Kind.Q4_1)
+    config = RunConfig(model=file, dtype="float32", device="cpu", units="sublayers")
+    session = Session(config)
+    blocks = session.describe_blocks()
+    packed = Packer(session.loaded, file).costs("", blocks.blocks)
+    cut_gguf(file, [], tmp_path / "out.gguf", attention=[2], mlps=[4])
+    # The header of the whole file is longer.
+    header = packed.size([4, 9]) - (tmp_path / "out.gguf").stat().st_size
+    assert 0 <= header < 9 * 80
+    # The first attention, and every MLP, stay as zeros.
+    assert [size > 0 for size in packed.bytes] == [False, False, *[True, False] * 5]
+    blocks.packed = packed
+    for budget in ("file=1kB", "memory=1kB@64", "bytes=20%", "params=20%"):
+        with refuses("stay as zeros here: give --units blocks", InfeasibleError):
+            removal_rows(blocks, config.replace(budget=budget))
+    assert removal_rows(blocks, config.replace(budget="kv=50%"))
 
 
 def test_a_run_without_an_attention_patches_its_gguf(text, tmp_path):

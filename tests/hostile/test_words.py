@@ -309,6 +309,10 @@ EARLY = [
     ("--budget params=99%", r"the largest possible is params=\d+(\.\d)?%"),
     ("--remove 1 --budget params=50%", r"the largest possible is params=\d+(\.\d)?%"),
     (
+        "--units sublayers --budget params=20%",
+        "possible is params=0%; removed sublayers stay as zeros here: give --units blocks",
+    ),
+    (
         "--remove 2 --length 200",
         "--length 200 is more than this model's 128 positions; give --length 128",
     ),

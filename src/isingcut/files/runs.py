@@ -5,6 +5,7 @@ One more document describes a whole run: `packing.json`.
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -224,6 +225,12 @@ class BlockList(Strict):
     legality: list[LegalityRow]
     packed: PackedModel | None = None
     timed_tokens: Count = 0
+
+    @property
+    def halves(self) -> list[bool]:
+        """Whether each block is a sublayer, a part of its layer."""
+        layers = Counter(block.layer for block in self.blocks)
+        return [layers[block.layer] > 1 for block in self.blocks]
 
     @model_validator(mode="after")
     def _in_order(self) -> Self:

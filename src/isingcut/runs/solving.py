@@ -108,8 +108,13 @@ def removal_rows(
         each = [_furthest(blocks, plain, b) for row, b in pairs if row.rhs > 0]
         alone = "each alone " if len(each) > 1 else ""
         most = "nearest" if config.budget.packed else "largest"
+        zeros = (
+            "; removed sublayers stay as zeros here: give --units blocks, or a budget of kv"
+            if any(blocks.halves)
+            else ""
+        )
         raise InfeasibleError(
-            f"{e}; the {most} possible {alone}is {', '.join(each)}"
+            f"{e}; the {most} possible {alone}is {', '.join(each)}{zeros}"
         ) from e
     return [*counts, *bounds, *others]
 
@@ -147,7 +152,11 @@ def budget_row(blocks: BlockList, budget: Budget) -> LinearConstraint:
 
 
 def _costs(blocks: BlockList, budget: Budget) -> tuple[Floats, float, float]:
-    """Return the costs of the blocks, and of the whole model before and after any packing."""
+    """Return the costs of the blocks, and of the whole model before and after any packing.
+
+    They are those of what is written: a sublayer that goes alone stays as zeros, which the
+    checkpoint holds and transformers computes; only its keys and values can be left out.
+    """
     quantity = budget.quantity
     if not quantity.packed:
         if budget.name == "latency" and budget.context != blocks.timed_tokens:
@@ -158,7 +167,8 @@ def _costs(blocks: BlockList, budget: Budget) -> tuple[Floats, float, float]:
             )
         costs = np.array([getattr(b, quantity.cost) for b in blocks.blocks], float)
         total = float(getattr(blocks, quantity.whole, costs.sum()))
-        return costs, total, total
+        stay = blocks.halves if budget.name != "kv" else False
+        return np.where(stay, 0, costs), total, total
     packed = blocks.packed
     if packed is None:
         raise InputError(
@@ -173,8 +183,10 @@ def _costs(blocks: BlockList, budget: Budget) -> tuple[Floats, float, float]:
             beyond = b.kv_bytes_past_window * (budget.context - tokens)
             grown = b.kv_bytes_per_token * tokens + beyond
             cache[i] = 2 * b.parameters / b.bytes * grown + b.state_bytes
-    costs = getattr(packed, quantity.cost) + cache
-    now = float(costs.sum()) + getattr(packed, quantity.whole)
+    own = np.array(getattr(packed, quantity.cost))
+    now = float((own + cache).sum()) + getattr(packed, quantity.whole)
+    # What the file keeps as zeros keeps its cache.
+    costs = np.where(own > 0, own + cache, 0)
     return costs, packed.read_before + float(cache.sum()), now
 
 
