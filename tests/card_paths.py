@@ -46,7 +46,6 @@ FEW = {
     "states": 2,
     "patch": "linear",
     "patch_tokens": 100,
-    "skip_speed": True,
 }
 """Options of a run of a second."""
 SEARCHED = {"energy": "auto", "effort": "3"}
@@ -84,7 +83,7 @@ class Place:
 def default(place):
     """A run with the defaults: searched, near candidates patched, tuned, its speed measured."""
     more = {**SEARCHED, "patch": "tuned", "patch_tokens": 1000, "states": 5}
-    place.run(**more, skip_speed=False, compare_energies="fisher")
+    place.run(**more, compare_energies="fisher")
 
 
 def verbs(place):
@@ -96,9 +95,9 @@ def verbs(place):
     place.type("solve", run, "--remove", 1)
     place.type("rank", run, "--remove", 1)
     place.type("excise", run, "--blocks", "1,4", "--patch", "linear")
-    place.type("evaluate", run, "--blocks", "1,4", "--skip-speed")
+    place.type("evaluate", run, "--blocks", "1,4")
     plain = ("--device", place.device)
-    scores = ("--out", place.out / "scores.json", "--skip-speed")
+    scores = ("--out", place.out / "scores.json")
     place.type("evaluate", run / "model", "--original", model, *plain, *scores)
     place.type("inspect", model, *plain)
     place.type("plan", model, *plain, "--remove", 2, "--length", 16)
@@ -148,11 +147,11 @@ def tasks(place):
         questions=12,
     )
     names = ("--tasks", "arc_easy,gsm8k", "--questions", 2)
-    place.type("evaluate", run, *names, "--data", data, "--skip-speed", "--overwrite")
+    place.type("evaluate", run, *names, "--data", data, "--overwrite")
 
 
 def energies(place, **more):
-    later = ("patch_tokens", "skip_speed", "random_states", "states", "rank_samples")
+    later = ("patch_tokens", "random_states", "states", "rank_samples")
     given = {k: v for k, v in FEW.items() if k not in later}
     given |= {"model": str(place.shared.checkpoint()), "calibration": str(place.text)}
     for name in energy_parts.names():
@@ -166,7 +165,7 @@ def gguf_file(place):
 
 
 def from_gguf(place):
-    place.type("evaluate", place.run(model=str(gguf_file(place))), "--skip-speed")
+    place.type("evaluate", place.run(model=str(gguf_file(place))))
 
 
 def sublayers(place):
@@ -296,7 +295,7 @@ PATHS = {
     "deep, 6 of 12": functools.partial(deep, blocks=12, remove=6),
     "deep, sublayers": functools.partial(deep, blocks=6, remove=5, units="sublayers"),
     "range": functools.partial(Place.run, remove="1..2"),
-    "budget": functools.partial(Place.run, remove="", budget="params=20%"),
+    "budget": functools.partial(Place.run, remove="", budget="params=20%,speed=1%@16"),
     "gguf": from_gguf,
     "heal lora": functools.partial(healing, method="lora:2"),
     "heal full": functools.partial(healing, method="full"),

@@ -381,7 +381,6 @@ FEW = {
     "states": 3,
     "random_states": 0,
     "patch": "none",
-    "skip_speed": True,
 }
 
 

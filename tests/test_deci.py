@@ -178,7 +178,6 @@ def test_a_run_without_an_attention_patches_its_gguf(text, tmp_path):
         "energy": "fisher",
         "remove": 2,
         "must_remove": "4,9",
-        "skip_speed": True,
     }
     run = run_tiny(file, text, tmp_path / "run", units="sublayers", **options)
     assert field(run / "model.gguf", "deci.attention.head_count") == [4, 4, 0, 4, 4, 4]

@@ -187,8 +187,8 @@ FILES = [
     ("stream true", "stream: true", "stream must be one of auto, on, off; got True"),
     (
         "a flag in a word",
-        "skip-speed: maybe",
-        "skip_speed must be true or false, got 'maybe'",
+        "drop-mtp: maybe",
+        "drop_mtp must be true or false, got 'maybe'",
     ),
     (
         "samples of many digits",

@@ -151,6 +151,7 @@ class BlockCosts(Strict):
         window: tokens after which it adds `kv_bytes_past_window` only; 0 for other kinds.
         state_bytes: recurrent and convolution state per sequence, in the model's dtype.
         latency_seconds: time on one sequence, if measured.
+        decode_seconds: time in a decoding step, if measured.
         path: module path of its layer in the loaded model, for example ``"model.layers.3"``.
     """
 
@@ -164,6 +165,7 @@ class BlockCosts(Strict):
     kv_bytes_past_window: Number = 0.0
     state_bytes: Count = 0
     latency_seconds: Positive | None = None
+    decode_seconds: Positive = 0.0
     path: str = ""
 
     @property
@@ -216,6 +218,8 @@ class BlockList(Strict):
 
     Attributes:
         timed_tokens: context of the latency budget that they were timed for; 0 without one.
+        decoded_tokens: context of the speed budget, likewise.
+        decode_seconds: time of a decoding step of the whole model, if measured.
     """
 
     path: str
@@ -225,6 +229,8 @@ class BlockList(Strict):
     legality: list[LegalityRow]
     packed: PackedModel | None = None
     timed_tokens: Count = 0
+    decoded_tokens: Count = 0
+    decode_seconds: Positive = 0.0
 
     @property
     def halves(self) -> list[bool]:

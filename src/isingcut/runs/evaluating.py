@@ -69,10 +69,6 @@ def _evaluate(
     packed = None if folder.find_outdated(gguf) else folder.find_record(gguf)
     if packed:
         options["gguf"] = packed.fingerprint
-    # A result with speed has everything that is requested.
-    skip = config.skip_speed and not folder.is_made(file, options)
-    if skip:
-        options["skip_speed"] = True
 
     path = yield folder, file, options
     folder.check(checkpoint)
@@ -96,7 +92,8 @@ def _evaluate(
         work=session.work(),
         elsewhere=elsewhere,
         exact=exact,
-        skip_speed=skip,
+        decoded=speed.context if (speed := config.budget.part("speed")) else 0,
+        seconds=_seconds(config),
     ).model_copy(update=further)
     scores.before.bytes = session.identity.weight_bytes
     card = checkpoint / "README.md"
@@ -105,6 +102,11 @@ def _evaluate(
         with atomic_file(card) as temporary:
             temporary.write_text(written, encoding="utf-8")
     write_document(path, scores)
+
+
+def _seconds(config: RunConfig) -> float:
+    """Return the limit of the speed test."""
+    return 30.0 if config.quick else 120.0
 
 
 def _price(prices: Prices) -> list[Estimate]:
@@ -185,7 +187,8 @@ def evaluate_checkpoint(
             cut,
             measuring.build_calibration(session).splits["report"],
             work=session.work(),
-            skip_speed=config.skip_speed or packed,
+            skip_speed=packed,
+            seconds=_seconds(config),
         )
         scores.before.bytes = session.identity.weight_bytes
         if packed:

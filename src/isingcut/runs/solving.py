@@ -141,8 +141,14 @@ def budget_row(blocks: BlockList, budget: Budget) -> LinearConstraint:
         reason = f"{budget.name} of at most {most:.6g} bytes"
         name = f"budget {budget.name}"
         return LinearConstraint(name, costs, ">=", now - most, reason)
+    share = budget.share
+    if budget.name == "speed":
+        assert share is not None
+        # Of the time: twice the speed is half of the time.
+        row = rows.budget("speed", costs, share=share / (1 + share), total=before)
+        return dataclasses.replace(row, reason=f"speed at least {share:.6g} higher")
     row = rows.budget(
-        budget.name, costs, share=budget.share, amount=budget.amount, total=before
+        budget.name, costs, share=share, amount=budget.amount, total=before
     )
     unit = quantity.unit
     amount = f"{row.rhs / quantity.units[unit.lower()]:.6g}{unit}"
@@ -165,6 +171,13 @@ def _costs(blocks: BlockList, budget: Budget) -> tuple[Floats, float, float]:
                 f"the blocks of this run were timed on {timed}; for another context, give "
                 "--budget to a new run"
             )
+        if budget.name == "speed" and not (
+            blocks.decode_seconds and budget.context == blocks.decoded_tokens
+        ):
+            raise InputError(
+                f"decoding of this run was not timed for --budget {budget.name}; give it to a new "
+                "run"
+            )
         costs = np.array([getattr(b, quantity.cost) for b in blocks.blocks], float)
         total = float(getattr(blocks, quantity.whole, costs.sum()))
         stay = blocks.halves if budget.name != "kv" else False
@@ -173,7 +186,7 @@ def _costs(blocks: BlockList, budget: Budget) -> tuple[Floats, float, float]:
     if packed is None:
         raise InputError(
             f"--budget {budget.name} chooses a type by measurement, which only `isingcut run` "
-            "does; give --remove M, or a budget of params, bytes, kv or latency"
+            "does; give --remove M, or a budget of params, bytes, kv, latency or speed"
         )
     cache = np.zeros(len(blocks.blocks))
     if budget.context:
@@ -201,6 +214,8 @@ def _furthest(blocks: BlockList, problem: Problem, budget: Budget) -> str:
     # Rounded so that the printed value is feasible.
     if budget.share is not None:
         share = (before - now + most) / before
+        if budget.name == "speed":
+            share = share / (1 - share)
         return f"{budget.name}={math.floor(1000 * share) / 10:g}%{at}"
     scale = budget.quantity.units[unit.lower()]
     amount = math.floor(1e6 * most / scale) / 1e6
