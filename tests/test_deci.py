@@ -178,10 +178,13 @@ def test_a_run_without_an_attention_patches_its_gguf(text, tmp_path):
         "energy": "fisher",
         "remove": 2,
         "must_remove": "4,9",
+        "quick": True,
     }
     run = run_tiny(file, text, tmp_path / "run", units="sublayers", **options)
     assert field(run / "model.gguf", "deci.attention.head_count") == [4, 4, 0, 4, 4, 4]
     found = load_json(run / "evaluation.json")
+    # A quick run measures speed too.
+    assert found.after.decode_tokens_per_second
     assert found.gguf_unread.startswith("model.gguf may have layers without attention")
     held = read(run / "model.gguf")
     assert not held["blk.4.ffn_down.weight"].any()

@@ -114,14 +114,15 @@ def test_a_step_of_decoding_is_timed_block_by_block(pair, tokens, monkeypatch):
     assert not any(b._forward_hooks or b._forward_pre_hooks for b in blocks)
 
 
-def test_a_speed_test_ends_in_time_and_decodes_after_the_tokens_asked_for(pair, tokens):
+def test_a_speed_test_ends_in_time_and_decodes_after_the_tokens_asked_for(stub, tokens):
+    stub(timing, "_SECONDS", 0.0)
     model = tiny_model("llama")
     lengths = []
     model.register_forward_pre_hook(
         lambda _, args, kwargs: lengths.append(kwargs["input_ids"].shape[1]),
         with_kwargs=True,
     )
-    timing.speed({"a": model}, tokens.select([2]), 50, new_tokens=2, seconds=0.0)
+    timing.speed({"a": model}, tokens.select([2]), 50, new_tokens=2)
     assert lengths == [20, 50, 50, 1, 1]
 
 

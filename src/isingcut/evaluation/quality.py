@@ -61,7 +61,6 @@ def before_and_after(
     new_tokens: int = 1024,
     skip_speed: bool = False,
     decoded: int = 0,
-    seconds: float = 120.0,
 ) -> EvaluationFile:
     """Measure quality, size and speed of both models.
 
@@ -77,7 +76,6 @@ def before_and_after(
         new_tokens: upper limit of the tokens of each answer to a prompt.
         skip_speed: whether to skip speed and list its keys in ``not_measured``.
         decoded: tokens of the text that decoding is timed after; 0: as `speed`.
-        seconds: limit of the speed test.
     """
     both = {"before": original, "after": cut}
     first = original.runnable
@@ -93,7 +91,7 @@ def before_and_after(
         if not skip_speed:
             with work.progress("speed", 1) as bar:
                 plain = {name: language_model(m.model) for name, m in both.items()}
-                speeds = speed(plain, tokens.select([0]), decoded, seconds=seconds)
+                speeds = speed(plain, tokens.select([0]), decoded)
                 bar.advance(1)
         with work.progress("answers to prompts", 2 * len(PROMPTS)) as bar:
             answers = compare_answers(original, cut, new_tokens, bar)

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 DECODED = 16
 """Tokens of the text that decoding is timed after, unless a budget names another number."""
+# A speed test begins no further round after this time.
+_SECONDS = 60.0
 # Standard error of a median over that of a mean, for normal errors: sqrt(pi / 2).
 _MEDIAN_ERROR = 1.2533
 
@@ -42,7 +44,6 @@ def speed(
     *,
     new_tokens: int = 32,
     repeats: int = 5,
-    seconds: float = 120.0,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, dict[str, float | None]]:
     """Measure prefill and decode tokens/s of each model, with errors (``_se``).
@@ -57,7 +58,7 @@ def speed(
     Args:
         sample: its first row, unpadded, is the text for prefill.
         decoded: tokens of that prompt, the first row as often as needed; 0: `DECODED`.
-        repeats: timed rounds; no further one begins after ``seconds``.
+        repeats: timed rounds; no further one begins after a minute.
         clock: function that returns the time in seconds.
     """
     ids = sample.input_ids[:1, : int(sample.mask[0].sum())]
@@ -76,7 +77,7 @@ def speed(
     tokens = {PREFILL: ids.shape[1], DECODE: new_tokens}
     times: dict[str, dict[str, list[float]]]
     times = {name: {key: [] for key in tokens} for name in models}
-    last = time.monotonic() + seconds
+    last = time.monotonic() + _SECONDS
     for done in range(repeats + 1):
         if done and time.monotonic() > last:
             break
@@ -111,7 +112,7 @@ def time_decoding(
 ) -> tuple[list[float], float]:
     """Return the seconds of each block in a decoding step, and those of the whole step.
 
-    Figures are medians over the steps; blocks whose parameters have the same shapes have one mean.
+    Figures are medians over the steps.
 
     Args:
         model: the model to generate with.
@@ -134,13 +135,8 @@ def time_decoding(
         prompt = torch.ones(1, decoded, dtype=torch.long, device=model.device)
         decode_tokens(model, prompt, 1 + new_tokens)
     # The first pass reads the text.
-    each = [np.median(np.diff(own)[2::2]) for own in marks[:-1]]
-    kinds = [tuple((n, p.shape) for n, p in b.named_parameters()) for b in blocks]
-    same = [
-        [t for t, k in zip(each, kinds, strict=True) if k == kind] for kind in kinds
-    ]
-    step = np.median(np.diff(marks[-1])[1:])
-    return [float(np.mean(own)) for own in same], float(step)
+    each = [float(np.median(np.diff(own)[2::2])) for own in marks[:-1]]
+    return each, float(np.median(np.diff(marks[-1])[1:]))
 
 
 def _rate(

@@ -218,7 +218,7 @@ class BlockList(Strict):
 
     Attributes:
         timed_tokens: context of the latency budget that they were timed for; 0 without one.
-        decoded_tokens: context of the speed budget, likewise.
+        decoded_tokens: context of the speed budget, likewise; None without one.
         decode_seconds: time of a decoding step of the whole model, if measured.
     """
 
@@ -229,7 +229,7 @@ class BlockList(Strict):
     legality: list[LegalityRow]
     packed: PackedModel | None = None
     timed_tokens: Count = 0
-    decoded_tokens: Count = 0
+    decoded_tokens: Count | None = None
     decode_seconds: Positive = 0.0
 
     @property

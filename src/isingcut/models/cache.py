@@ -5,7 +5,7 @@ So latents, windows, compressed entries and keys that layers share are counted a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -90,9 +90,11 @@ def _cached(
     text: Any, layers: Sequence[nn.Module], tokens: int
 ) -> tuple[list[int], list[int]]:
     """Return the window of each layer, and the bytes that it caches of a text."""
-    cache = _fill_cache(text, tokens)
-    # Of a decoder with cross-attention, only its own cache grows.
-    cache = getattr(cache, "self_attention_cache", cache)
+    device = torch.device("meta")
+    shapes = _NoValues()  # type: ignore[no-untyped-call]
+    whole = cast(Any, fake_shapes).patch(meta_nonzero_assume_all_nonzero=True)
+    with quiet_transformers(), whole, shapes, device:
+        cache = fill_cache(text, torch.zeros(1, tokens, dtype=torch.long))
     parts = list(getattr(cache, "layers", ()))
     windows = []
     sizes = []
@@ -103,39 +105,41 @@ def _cached(
         places = {getattr(m, "layer_idx", None) for m in numbered}
         own = [part for i, part in enumerate(parts) if i in places]
         # RecurrentGemma caches in its modules.
-        kept = [v for m in modules for v in vars(m).values() if isinstance(v, Tensor)]
+        kept = tensors_on(modules)
         windows.append(max((getattr(p, "sliding_window", 0) for p in own), default=0))
-        sizes.append(_size([own, kept]))
+        sizes.append(size_of([own, kept]))
     # What names no layer belongs to all that hold nothing, in equal parts.
     empty = [i for i, size in enumerate(sizes) if not size]
-    rest = _size([cache]) - sum(sizes) if empty else 0
+    rest = size_of([cache]) - sum(sizes) if empty else 0
     for i in empty:
         sizes[i] = max(rest, 0) // len(empty)
     return windows, sizes
 
 
-def _fill_cache(text: Any, tokens: int) -> Any:
-    """Run a model on a text without values; return its cache, None if it has none."""
+@torch.no_grad()
+def fill_cache(text: Any, ids: Tensor) -> Any:
+    """Run a model on tokens (1, T); return its own cache, without that of cross-attention."""
     from transformers import DynamicCache
 
-    ids = torch.zeros(1, tokens, dtype=torch.long, device="meta")
-    whole = cast(Any, fake_shapes).patch(meta_nonzero_assume_all_nonzero=True)
-    device = torch.device("meta")
-    shapes = _NoValues()  # type: ignore[no-untyped-call]
-    with torch.no_grad(), quiet_transformers(), whole, shapes, device:
-        output = text(input_ids=ids, use_cache=True, return_dict=True)
-        name = next((name for name in _NAMES if name in output), None)
-        if name is not None:
-            return output[name]
-        # Some make none themselves; `generate` gives them one.
-        cache = DynamicCache(config=text.config)
-        name = next((n for n in _NAMES[:2] if n in parameters(text.forward)), None)
-        if name is not None:
-            text(input_ids=ids, use_cache=True, **{name: cache})
-        return cache
+    output = text(input_ids=ids, use_cache=True, return_dict=True)
+    name = next((name for name in _NAMES if name in output), None)
+    if name is not None:
+        return getattr(output[name], "self_attention_cache", output[name])
+    # Some make none themselves; `generate` gives them one.
+    cache = DynamicCache(config=text.config)
+    taken = [name for name in _NAMES[:2] if name in parameters(text.forward)]
+    if taken:
+        text(input_ids=ids, use_cache=True, **{taken[0]: cache})
+    return cache
 
 
-def _size(value: Any) -> int:
+def tensors_on(modules: Iterable[nn.Module]) -> list[Tensor]:
+    """Return the tensors that modules hold beside parameters and buffers."""
+    return [v for m in modules for v in vars(m).values() if isinstance(v, Tensor)]
+
+
+def size_of(value: Any) -> int:
+    """Return the bytes of all tensors in an object."""
     return sum(t.nbytes for t in {id(t): t for t in _tensors(value)}.values())
 
 

@@ -219,7 +219,7 @@ class RunConfig(Options):
     quick: bool = option(
         False,
         "Take a first look in about a quarter of the time: less text, a shorter search, a smaller "
-        "patch, a shorter speed test. The figures are marked as rough.",
+        "patch. The figures are marked as rough.",
     )
 
     overwrite: bool = option(False, "Replace an existing output.")

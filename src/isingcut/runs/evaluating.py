@@ -93,7 +93,6 @@ def _evaluate(
         elsewhere=elsewhere,
         exact=exact,
         decoded=speed.context if (speed := config.budget.part("speed")) else 0,
-        seconds=_seconds(config),
     ).model_copy(update=further)
     scores.before.bytes = session.identity.weight_bytes
     card = checkpoint / "README.md"
@@ -102,11 +101,6 @@ def _evaluate(
         with atomic_file(card) as temporary:
             temporary.write_text(written, encoding="utf-8")
     write_document(path, scores)
-
-
-def _seconds(config: RunConfig) -> float:
-    """Return the limit of the speed test."""
-    return 30.0 if config.quick else 120.0
 
 
 def _price(prices: Prices) -> list[Estimate]:
@@ -188,7 +182,6 @@ def evaluate_checkpoint(
             measuring.build_calibration(session).splits["report"],
             work=session.work(),
             skip_speed=packed,
-            seconds=_seconds(config),
         )
         scores.before.bytes = session.identity.weight_bytes
         if packed:

@@ -265,7 +265,7 @@ class Session:
         budget = self.config.budget
         asked = {n: b.context for n in ("latency", "speed") if (b := budget.part(n))}
         context = asked.get("latency", 0)
-        most = int(longest or max(TIMED_TOKENS, *asked.values()))
+        most = int(longest or max([TIMED_TOKENS, *asked.values()]))
         for name, tokens in asked.items():
             if tokens > most:
                 raise InputError(f"--budget {name}: the model has a context of {most}")

@@ -165,18 +165,11 @@ def _costs(blocks: BlockList, budget: Budget) -> tuple[Floats, float, float]:
     """
     quantity = budget.quantity
     if not quantity.packed:
-        if budget.name == "latency" and budget.context != blocks.timed_tokens:
-            timed = f"{blocks.timed_tokens or TIMED_TOKENS} tokens"
+        timed = {"latency": blocks.timed_tokens, "speed": blocks.decoded_tokens}
+        if timed.get(budget.name, budget.context) != budget.context:
             raise InputError(
-                f"the blocks of this run were timed on {timed}; for another context, give "
+                f"the blocks of this run were not timed for this context of {budget.name}; give "
                 "--budget to a new run"
-            )
-        if budget.name == "speed" and not (
-            blocks.decode_seconds and budget.context == blocks.decoded_tokens
-        ):
-            raise InputError(
-                f"decoding of this run was not timed for --budget {budget.name}; give it to a new "
-                "run"
             )
         costs = np.array([getattr(b, quantity.cost) for b in blocks.blocks], float)
         total = float(getattr(blocks, quantity.whole, costs.sum()))
