@@ -290,7 +290,6 @@ def fit_local(place: Path) -> tuple[float, ...]:
         "patch_tokens": BROAD // 2 + 256,
         "length": 64,
         "patch": "linear",
-        "skip_speed": True,
     }
     for room, maps in ((math.inf, "reads"), (share * weights(model) / 2, "writes")):
 

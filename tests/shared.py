@@ -227,7 +227,7 @@ def leave_speed_out(put):
 
     # `wraps` keeps the parameters of the replaced function, which a plan inspects.
     @functools.wraps(speed.speed)
-    def unmeasured(models, *_):
+    def unmeasured(models, *_, **__):
         return dict.fromkeys(models, rates)
 
     put("isingcut.evaluation.quality.speed", unmeasured)

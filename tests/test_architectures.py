@@ -8,6 +8,7 @@ from transformers import T5Config, T5ForConditionalGeneration
 
 from isingcut.formats.architectures.blocks import text_config
 from isingcut.formats.architectures.cuts import rename_pattern, renumber_blocks
+from isingcut.models.verify import reload
 from shared import (
     ArchitectureError,
     ModelError,
@@ -18,6 +19,7 @@ from shared import (
     works,
 )
 from sweep import conformance
+from sweep.caches import compare_cache
 from sweep.conformance import Entry, check_entry, check_family
 from sweep.shrink import tiny_configuration
 from tiny import (
@@ -49,8 +51,28 @@ def test_conformance_of_a_family(family, tmp_path):
     assert report.states >= 1
 
 
-def test_kinds_and_costs_of_a_hybrid():
-    stack = find_stack(tiny_model("nemotron_h"))
+@parametrize(
+    "family, per_token",
+    [
+        # A latent of 16 and a rotary key of 8, in float32.
+        ("deepseek_v3", [4 * (16 + 8)] * 6),
+        ("mistral", [128] * 6),
+        ("gpt2", [2 * 4 * 32] * 6),
+        # The last three blocks use keys and values of earlier ones.
+        ("gemma3n", [128] * 5 + [0] * 3),
+    ],
+)
+def test_the_cache_is_counted_as_transformers_fills_it(family, per_token, tmp_path):
+    source = tiny_checkpoint(family, tmp_path)
+    stack = inspect_model(source).stack
+    assert [b.kv_bytes_per_token for b in stack.blocks] == per_token
+    assert compare_cache(reload(source, dtype=torch.float32), stack) == ""
+    stack.blocks[0].kv_bytes_per_token += 1
+    assert "of" in compare_cache(reload(source, dtype=torch.float32), stack)
+
+
+def test_kinds_and_costs_of_a_hybrid(tmp_path):
+    stack = inspect_model(tiny_checkpoint("nemotron_h", tmp_path)).stack
     assert stack.path == "model.layers"
     assert stack.kinds[:4] == ("mamba2", "moe", "attention", "mlp")
     mamba, moe, _, mlp = stack.blocks[:4]

@@ -43,7 +43,6 @@ FEW = {
     "states": 2,
     "patch": "linear",
     "patch_tokens": 100,
-    "skip_speed": True,
 }
 """Options of a run of a second."""
 SEARCHED = {"energy": "auto", "effort": "3"}
@@ -81,7 +80,7 @@ class Place:
 def default(place):
     """A run with the defaults: searched, near candidates patched, tuned, its speed measured."""
     more = {**SEARCHED, "patch": "tuned", "patch_tokens": 1000, "states": 5}
-    place.run(**more, skip_speed=False, compare_energies="fisher,empirical-fisher")
+    place.run(**more, compare_energies="fisher,empirical-fisher")
 
 
 def verbs(place):
@@ -93,9 +92,9 @@ def verbs(place):
     works("solve", run, "--remove", 1)
     works("rank", run, "--remove", 1)
     works("excise", run, "--blocks", "1,3", "--patch", "linear")
-    works("evaluate", run, "--blocks", "1,3", "--skip-speed")
+    works("evaluate", run, "--blocks", "1,3")
     plain = ("--device", place.device)
-    scores = ("--out", place.out / "scores.json", "--skip-speed")
+    scores = ("--out", place.out / "scores.json")
     works("evaluate", run / "model", "--original", model, *plain, *scores)
     works("inspect", model, *plain)
     works("plan", model, *plain, "--remove", 2, "--length", 16)
@@ -146,7 +145,7 @@ def tasks(place):
     )
     names = ("--tasks", "arc_easy,gsm8k", "--questions", 2, "--data", data)
     with mock.patch("isingcut.evaluation.harness.MOST", 16):
-        works("evaluate", run, *names, "--skip-speed", "--overwrite")
+        works("evaluate", run, *names, "--overwrite")
 
 
 def gguf_file(place):
@@ -154,7 +153,7 @@ def gguf_file(place):
 
 
 def from_gguf(place):
-    works("evaluate", place.run(model=str(gguf_file(place))), "--skip-speed")
+    works("evaluate", place.run(model=str(gguf_file(place))))
 
 
 def sublayers(place):
@@ -259,6 +258,7 @@ PATHS = {
         2,
     ),
     "range": (partial(Place.run, remove="1..2"), 2),
+    "speed": (partial(Place.run, remove="", budget="params=20%,speed=1%@16"), 2),
     "gguf": (from_gguf, 2),
     "heal lora": (partial(Place.heal, method="lora:2", patch="linear"), 2),
     "heal full": (partial(Place.heal, patch="linear"), 2),

@@ -382,7 +382,6 @@ FEW = {
     "states": 3,
     "random_states": 0,
     "patch": "none",
-    "skip_speed": True,
 }
 
 

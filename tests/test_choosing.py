@@ -224,7 +224,7 @@ def test_scores_on_questions_that_changed_are_not_kept(
     data = tmp_path / "data/arc_easy/test.jsonl"
     data.parent.mkdir(parents=True)
     text = questions.read_text()
-    again = ["evaluate", run, "--skip-speed", "--tasks", "arc_easy"]
+    again = ["evaluate", run, "--tasks", "arc_easy"]
     for file, line in (
         (own, ["rank", run, "--choose", "tasks", "--tasks", own]),
         (data, [*again, "--data", tmp_path / "data"]),

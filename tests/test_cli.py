@@ -211,7 +211,7 @@ def test_a_second_state_of_one_size_has_a_folder_of_its_own(run, refusal, answer
     other = run / "remove-3-blocks-1-2-3"
     assert removed(other) == [1, 2, 3]
     for place, option in ((run / "remove-3", "--remove=3"), (other, "--blocks=1-3")):
-        found = answer("evaluate", run, option, "--skip-speed")
+        found = answer("evaluate", run, option)
         assert found.file == str(place / "evaluation.json")
     page = Path(answer("report", other).report)
     assert "`isingcut heal run/remove-3-blocks-1-2-3/model --text" in page.read_text()
@@ -531,7 +531,7 @@ def test_a_patch_that_harms_other_text_is_called_so_first(
     for _ in range(2):
         capsys.readouterr()
         (run / "evaluation.json").unlink()
-        said = typed("evaluate", run, "--skip-speed").err.splitlines()
+        said = typed("evaluate", run).err.splitlines()
         first = next(line for line in said if line.startswith("isingcut: warning: "))
         part = load_json(run / "evaluation.json").elsewhere.manual
         assert part.kl_above_cut == pytest.approx(part.kl, rel=0.01)
@@ -550,7 +550,7 @@ def test_a_patch_that_harms_other_text_is_called_so_first(
     assert f'id="verdict">\n<p><strong>{words}' in (run / "report.html").read_text()
     monkeypatch.undo()
     (run / "evaluation.json").unlink()
-    works("evaluate", run, "--skip-speed")
+    works("evaluate", run)
     found = load_json(run / "evaluation.json")
     cut, part = (judged.elsewhere.manual for judged in (found.cut, found))
     assert part.kl_above_cut == pytest.approx(part.kl - cut.kl, abs=1e-6)
@@ -601,7 +601,7 @@ def test_the_help_of_a_run_has_headings_and_begins_with_twelve_options(printed):
 
 def test_quick_replaces_defaults_alone_and_is_marked(tmp_path):
     quick = RunConfig(model="m", remove="2", quick=True, samples=99)
-    assert (quick.samples, quick.length, quick.skip_speed) == (99, 128, True)
+    assert (quick.samples, quick.length, quick.random_states) == (99, 128, 0)
     folder = write_run(tmp_path / "r", extras=False)
     config = load_json(folder / "run.json").config
     change(folder / "run.json", config={**config, "quick": True})

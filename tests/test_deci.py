@@ -11,10 +11,21 @@ from safetensors.torch import load_file
 from torch.nn import functional
 
 from gguf_files import named, write, write_packed
+from isingcut.errors import InfeasibleError
 from isingcut.formats.architectures.blocks import skip_blocks
 from isingcut.formats.cutting.gguf import Changed, _interleave, cut_gguf
+from isingcut.models.packing import Packer
 from isingcut.models.sublayers import check_sublayers, split_layers
-from shared import ArchitectureError, load_json, parametrize, refuses, run_tiny
+from isingcut.options.config import RunConfig
+from isingcut.runs.session import Session
+from isingcut.runs.solving import removal_rows
+from shared import (
+    ArchitectureError,
+    load_json,
+    parametrize,
+    refuses,
+    run_tiny,
+)
 from tiny import tiny_model
 
 Kind = gguf.GGMLQuantizationType
@@ -142,17 +153,38 @@ def test_zero_bytes_are_zeros_in_every_type():
             assert not gguf.dequantize(zeros.view(dtype), kind).any()
 
 
+def test_a_budget_counts_the_sublayers_that_leave_the_file(tmp_path):
+    file = write_packed(tmp_path / "in.gguf", Kind.Q4_1)
+    config = RunConfig(model=file, dtype="float32", device="cpu", units="sublayers")
+    session = Session(config)
+    blocks = session.describe_blocks()
+    packed = Packer(session.loaded, file).costs("", blocks.blocks)
+    cut_gguf(file, [], tmp_path / "out.gguf", attention=[2], mlps=[4])
+    # The header of the whole file is longer.
+    header = packed.size([4, 9]) - (tmp_path / "out.gguf").stat().st_size
+    assert 0 <= header < 9 * 80
+    # The first attention, and every MLP, stay as zeros.
+    assert [size > 0 for size in packed.bytes] == [False, False, *[True, False] * 5]
+    blocks.packed = packed
+    for budget in ("file=1kB", "memory=1kB@64", "bytes=20%", "params=20%"):
+        with refuses("stay as zeros here: give --units blocks", InfeasibleError):
+            removal_rows(blocks, config.replace(budget=budget))
+    assert removal_rows(blocks, config.replace(budget="kv=50%"))
+
+
 def test_a_run_without_an_attention_patches_its_gguf(text, tmp_path):
     file = write_packed(tmp_path / "tiny.gguf", Kind.Q4_1)
     options = {
         "energy": "fisher",
         "remove": 2,
         "must_remove": "4,9",
-        "skip_speed": True,
+        "quick": True,
     }
     run = run_tiny(file, text, tmp_path / "run", units="sublayers", **options)
     assert field(run / "model.gguf", "deci.attention.head_count") == [4, 4, 0, 4, 4, 4]
     found = load_json(run / "evaluation.json")
+    # A quick run measures speed too.
+    assert found.after.decode_tokens_per_second
     assert found.failed["model.gguf"].startswith(
         "model.gguf may have layers without attention"
     )

@@ -144,7 +144,7 @@ def _fisher_and_run(place, out, given):
             "random_states": 0,
         }
         _, *energy = _typed(place, out / "whole", "refined")
-        works("run", *energy, *flags(whole), "--skip-speed", *given)
+        works("run", *energy, *flags(whole), *given)
 
 
 @parametrize(

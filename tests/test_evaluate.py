@@ -105,6 +105,27 @@ def test_speed_takes_turns_and_reports_medians(pair, tokens):
         )
 
 
+def test_a_step_of_decoding_is_timed_block_by_block(pair, tokens, monkeypatch):
+    ticks = itertools.count()
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: next(ticks))
+    blocks = list(pair[0].model.layers)
+    # The clock advances with each reading: twice a block, and once for the model.
+    assert timing.time_decoding(pair[0], blocks, 12, new_tokens=3) == ([1] * 6, 13)
+    assert not any(b._forward_hooks or b._forward_pre_hooks for b in blocks)
+
+
+def test_a_speed_test_ends_in_time_and_decodes_after_the_tokens_asked_for(stub, tokens):
+    stub(timing, "_SECONDS", 0.0)
+    model = tiny_model("llama")
+    lengths = []
+    model.register_forward_pre_hook(
+        lambda _, args, kwargs: lengths.append(kwargs["input_ids"].shape[1]),
+        with_kwargs=True,
+    )
+    timing.speed({"a": model}, tokens.select([2]), 50, new_tokens=2)
+    assert lengths == [20, 50, 50, 1, 1]
+
+
 def test_a_speed_that_no_clock_can_tell_is_refused(pair, tokens):
     with refuses(r"prefill_tokens_per_second of .*20 tokens in 0 s", ModelError):
         timing.speed(

@@ -132,9 +132,9 @@ def test_what_a_block_hands_on_and_no_other_reads_does_not_hinder_measuring():
 
 
 @parametrize("family", ["kimi_linear", "bailing_hybrid", "glm5_next", "olmo_hybrid"])
-def test_linear_attention_is_told_by_what_it_does(family):
-    model = odd_model(family)
-    stack = find_stack(model)
+def test_linear_attention_is_told_by_what_it_does(family, tmp_path):
+    model = odd_checkpoint(family, tmp_path)
+    stack = inspect_model(tmp_path).stack
     text = model.config.get_text_config(decoder=True)
     for block, kind in zip(stack.blocks, text.layer_types, strict=True):
         linear = kind == "linear_attention"

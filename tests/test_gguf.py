@@ -278,7 +278,6 @@ def gguf_run(packed_model, text, tmp_path_factory):
         energy="fisher",
         remove=2,
         must_remove="2,3",
-        skip_speed=True,
     )
 
 
@@ -339,7 +338,7 @@ def test_the_written_gguf_is_judged_with_its_checkpoint(gguf_run, typed):
     figure = f"{found['gguf']['kl']:.4f}"
     for name in ("report.md", "report.html", "model.gguf.md"):
         assert figure in (gguf_run / name).read_text()
-    assert figure in typed("evaluate", gguf_run, "--skip-speed").out
+    assert figure in typed("evaluate", gguf_run).out
 
 
 def test_sizes_are_compared_with_the_file_that_the_user_has(gguf_run, packed_model):
@@ -377,7 +376,7 @@ def test_any_checkpoint_is_judged_against_its_original(
 ):
     cut = shutil.copytree(gguf_run / "model", tmp_path / "cut")
     line = ("evaluate", cut, "--original", packed_model)
-    assert "KL to the original" in typed(*line, "--skip-speed").out
+    assert "KL to the original" in typed(*line).out
     found = load_json(tmp_path / "cut-evaluation.json")
     assert found.kl > 0.001
     assert (found.after.blocks, found.last) == (4, "patched")

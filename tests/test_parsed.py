@@ -38,6 +38,7 @@ READ = [
             "kv=1536B": Budget("kv", None, 1536.0),
             "latency = 3 ms": Budget("latency", None, 0.003),
             "latency=20%@2k": Budget("latency", 0.2, None, 2048),
+            "speed=15%@512": Budget("speed", 0.15, None, 512),
         },
     ),
     (
@@ -88,7 +89,7 @@ NONE = [
      "params=5ms | params=nan | params=inf | params=-3 | params=5%,params=6% | params=5%, | "
      "latency=1 | file=0MB | params=NINES"),
     (Budgets, "no unit; known: %, b, k, kb, m, ", "kv=1536 | bytes=3"),
-    (Budgets, "no unit; known: %$", "decode=120"),
+    (Budgets, "no unit; known: %$", "decode=120 | speed=2"),
     (Budgets, "no unit; known: b, k, kb, m, ", "file=142016"),
     (Budgets, "no unit; known: %, k, m, g, b, t$", "params=15"),
     (Memory, "no unit; known: %, b, k, kb, m, ", "16000000000"),

@@ -22,12 +22,21 @@ from isingcut.energies.base import price_states
 from isingcut.energies.pairwise import list_removals
 from isingcut.runs import measuring
 from isingcut.runs import prices as pricing
+from isingcut.runs import session as sessions
 from isingcut.runs.folder import RunFolder
 from isingcut.runs.measuring import price_energy
 from isingcut.runs.pipeline import make_plan, price_stages
 from isingcut.runs.prices import Prices
 from isingcut.runs.solving import removal_rows
-from shared import RunConfig, flags, parametrize, refuses, run_tiny
+from shared import (
+    InfeasibleError,
+    InputError,
+    RunConfig,
+    flags,
+    parametrize,
+    refuses,
+    run_tiny,
+)
 from tiny import (
     Replay,
     Session,
@@ -285,10 +294,30 @@ def test_blocks_are_timed_at_the_context_of_a_latency_budget(llama, monkeypatch)
     config = RunConfig(model=llama, budget="latency=200s@100")
     blocks = Session(config).describe_blocks()
     assert removal_rows(blocks, config)[-1].coefficients.tolist() == [100] * 6
-    with refuses("timed on 100 tokens"):
+    with refuses("not timed for this context of latency"):
         removal_rows(blocks, config.replace(budget="latency=20%"))
     with refuses("has a context of"):
         Session(config.replace(budget="latency=9s@900k")).describe_blocks()
+
+
+def test_a_budget_of_speed_counts_the_measured_steps_of_decoding(llama, stub):
+    # Six seconds of 20 are in blocks.
+    stub(sessions, "time_decoding", ([1.0] * 6, 20.0))
+    config = RunConfig(model=llama, budget="speed=25%@20")
+    blocks = Session(config).describe_blocks()
+    row = removal_rows(blocks, config)[1]
+    # A quarter faster, a fifth of 20 seconds less.
+    assert row.coefficients.tolist() == [1] * 6
+    assert row.rhs == pytest.approx(4)
+    with refuses("largest possible is speed=33.3%@20$", InfeasibleError):
+        removal_rows(blocks, config.replace(budget="speed=34%@20"))
+    with refuses("not timed for this context of speed", InputError):
+        removal_rows(blocks, config.replace(budget="speed=25%"))
+    with refuses("has a context of", InputError):
+        Session(config.replace(budget="speed=9%@900k")).describe_blocks()
+    with refuses("is streamed from disk; raise --memory-limit", InputError):
+        Session(config.replace(stream="on")).describe_blocks()
+    assert Prices(Session(config.replace(length=16, batch_tokens=64))).remove >= 1
 
 
 def test_a_run_prices_its_stages_by_the_model_in_memory(

@@ -7,7 +7,7 @@ import pytest
 from arena import Row, parametrised
 from damage import both, edited, written
 
-from shared import load_json, parametrize
+from shared import parametrize
 
 HEAD = """
 import sys
@@ -199,38 +199,3 @@ def test_more_time_for_a_solver_is_not_ignored(arena):
     words = r"solve_seconds: was 1\.0, now 9\.0"
     arena.refuses(f"{command} 9", words)
     arena.works(f"{command} 9 --overwrite", *made)
-
-
-# Speed, which may be left out ---------------------------------------------------------
-
-
-def evaluation(arena):
-    return load_json(arena.run / "evaluation.json")
-
-
-def test_speed_that_was_left_out_is_measured_later_and_nothing_else(arena):
-    whole = evaluation(arena)
-    keys = ["prefill_tokens_per_second", "decode_tokens_per_second"]
-    # An evaluation with speeds is kept.
-    arena.works("evaluate {run} --skip-speed")
-
-    (arena.run / "evaluation.json").unlink()
-    made = ("run/run.json", "run/evaluation.json")
-    shown = arena.works("evaluate {run} --skip-speed", *made)
-    assert "decode, tokens/s" not in shown
-    short = evaluation(arena)
-    assert short.not_measured == keys
-    assert not set(keys) & set(short.after)
-    arena.works("evaluate {run} --skip-speed")
-    arena.works("report {run} --overwrite", "run/report.*")
-    assert (arena.run / "report.md").read_text().count(" not measured |  |") == 4
-
-    shown = arena.works("evaluate {run}", *made, seconds=60)
-    found = evaluation(arena)
-    assert "not_measured" not in found
-    assert found.keys() == whole.keys()
-    assert found.after.keys() == whole.after.keys()
-    assert found.after.nll == short.after.nll
-    assert found.answers == short.answers
-    line = next(x for x in shown.splitlines() if "decode, tokens/s" in x)
-    assert line.count("±") == 3  # one of each model, one of the change

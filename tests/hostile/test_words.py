@@ -187,8 +187,8 @@ FILES = [
     ("stream true", "stream: true", "stream must be one of auto, on, off; got True"),
     (
         "a flag in a word",
-        "skip-speed: maybe",
-        "skip_speed must be true or false, got 'maybe'",
+        "drop-mtp: maybe",
+        "drop_mtp must be true or false, got 'maybe'",
     ),
     (
         "samples of many digits",
@@ -308,6 +308,10 @@ EARLY = [
     ),
     ("--budget params=99%", r"the largest possible is params=\d+(\.\d)?%"),
     ("--remove 1 --budget params=50%", r"the largest possible is params=\d+(\.\d)?%"),
+    (
+        "--units sublayers --budget params=20%",
+        "possible is params=0%; removed sublayers stay as zeros here: give --units blocks",
+    ),
     (
         "--remove 2 --length 200",
         "--length 200 is more than this model's 128 positions; give --length 128",

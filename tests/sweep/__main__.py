@@ -87,6 +87,7 @@ def main(names):
         print(f"architectures_{outcome.replace(' ', '_')}: {count}")
     split = [r for r in reports if r.outcome == "passed"]
     print(f"sublayer_sweep_passed: {sum(not r.unsplit for r in split)} of {len(split)}")
+    print(f"kv_bytes_wrong: {sum(bool(r.kv_wrong) for r in reports)}")
     with_mtp = [r for r in reports if r.mtp and (r.states or r.outcome == "failed")]
     kept = [r for r in with_mtp if r.outcome != "failed"]
     print(f"mtp_heads_found: {sum(r.mtp.count for r in with_mtp)}")
@@ -117,7 +118,7 @@ def _report(name, result):
             + ", drafts" * r.drafts
         )
     remarks = "; ".join(
-        filter(None, (r.reason or r.rows, r.unseen, r.unsplit, mtp))
+        filter(None, (r.reason or r.rows, r.unseen, r.unsplit, r.kv_wrong, mtp))
     ).replace("|", "/")
     cells = (
         r.kinds,

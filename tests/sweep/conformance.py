@@ -29,6 +29,7 @@ from isingcut.ising.states import blocks_of
 from isingcut.models.placement import connect, place
 from isingcut.models.sublayers import check_sublayers, find_zeroed, split_layers
 from isingcut.models.verify import random_tokens, reload
+from sweep.caches import compare_cache
 from sweep.gates import check_gates
 from sweep.images import invent_images
 from sweep.mtp import MtpLayers, add_mtp_layers, check_mtp_layers
@@ -108,6 +109,7 @@ class Report:
         drafts: whether transformers generates with them, with the same tokens as without.
         unsplit: why its layers are not split into sublayers; empty if they are, and a cut without
             two of them is exact.
+        kv_wrong: how the counted bytes of its cache differ from the real ones; else empty.
     """
 
     name: str
@@ -122,6 +124,7 @@ class Report:
     mtp: MtpLayers | None = None
     drafts: bool = False
     unsplit: str = ""
+    kv_wrong: str = ""
 
     def facts(self):
         """Return what the documentation says of the architecture."""
@@ -261,14 +264,16 @@ def _check(model, mtp, folder, states):
         worst = max(worst, proof.difference)
         unseen = next((r for r in proof.remarks if "on text only" in r), "")
     unsplit = ""
+    kv_wrong = ""
     if not reason:
+        kv_wrong = compare_cache(model, shown.stack)
         try:
             worst = max(worst, _check_sublayers(model, tokens, folder))
         except ArchitectureError as error:
             unsplit = str(error)
     return Report(
         "",
-        "refused" if reason else "passed",
+        "failed" if kv_wrong else "refused" if reason else "passed",
         kinds=", ".join(f"{n} {kind}" for kind, n in Counter(stack.kinds).items()),
         rows="; ".join(dict.fromkeys(row.reason for row in rows)),
         states=len(chosen),
@@ -279,6 +284,7 @@ def _check(model, mtp, folder, states):
         mtp=mtp,
         drafts=drafts,
         unsplit=unsplit,
+        kv_wrong=kv_wrong,
     )
 
 

@@ -177,7 +177,8 @@ def inspection_data(model: Inspection) -> dict[str, Any]:
 def show_inspection(model: Inspection) -> None:
     """Print a model's blocks, their costs and the rules that states obey."""
     header, *rows = model.table()
-    title = f"{model.model_type}: {len(model.stack)} blocks in {model.stack.path}; costs of each"
+    where = f"{len(model.stack)} blocks in {model.stack.path}"
+    title = f"{model.model_type}: {where}; costs of each, cached as in transformers"
     _show_table(title, header, rows, ["kind"], foot=1)
     if model.quantisation:
         show_lines(f"quantised: {model.quantisation}")

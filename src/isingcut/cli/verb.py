@@ -95,7 +95,7 @@ _PANELS = {
     "Model and machine": "cards_per_process dtype attention batch_tokens stream trust_remote_code",
     "Choosing": "energy compare_energies solver states solve_seconds random_states choose",
     "Repair": "patch patch_tokens patch_share healing drop_mtp",
-    "Judging": "data questions skip_speed",
+    "Judging": "data questions",
 }
 """The options of a run, grouped under the headings of its help."""
 _LONG = 15

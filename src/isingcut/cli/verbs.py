@@ -326,7 +326,7 @@ def heal(progress: Any, config: ConfigFile = None, **options: Any) -> Output:
     )
 
 
-@verb("skip_speed", "tasks", "data", "questions", *OF_RUN, group=STAGES)
+@verb("tasks", "data", "questions", *OF_RUN, group=STAGES)
 def evaluate(
     directory: Annotated[
         Path,

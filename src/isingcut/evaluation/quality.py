@@ -63,6 +63,7 @@ def before_and_after(
     exact: Mapping[str, Floats] = MappingProxyType({}),
     new_tokens: int = 1024,
     skip_speed: bool = False,
+    decoded: int = 0,
 ) -> EvaluationFile:
     """Measure quality, size and speed of both models.
 
@@ -77,6 +78,7 @@ def before_and_after(
         exact: KL of the exact cut on these texts, summed by sample, if it is not ``cut``.
         new_tokens: upper limit of the tokens of each answer to a prompt.
         skip_speed: whether to skip speed and list its keys in ``not_measured``.
+        decoded: tokens of the text that decoding is timed after; 0: as `speed`.
     """
     failed = dict[str, str]()
     both = {"before": original, "after": cut}
@@ -93,7 +95,7 @@ def before_and_after(
         if not skip_speed:
             with work.progress("speed", 1) as bar, note_failure("speed", failed):
                 plain = {name: language_model(m.model) for name, m in both.items()}
-                speeds = speed(plain, tokens.select([0]))
+                speeds = speed(plain, tokens.select([0]), decoded)
                 bar.advance(1)
         rest = {} if speeds else {"not_measured": list(SPEED_KEYS)}
         with (

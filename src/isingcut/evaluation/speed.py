@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from torch import nn
 
 from isingcut.data.generation import decode_tokens
 from isingcut.data.tokens import TokenSet
@@ -20,7 +23,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-_DECODE_PROMPT = 16
+DECODED = 16
+"""Tokens of the text that decoding is timed after, unless a budget names another number."""
+# A speed test begins no further round after this time.
+_SECONDS = 60.0
 # Standard error of a median over that of a mean, for normal errors: sqrt(pi / 2).
 _MEDIAN_ERROR = 1.2533
 
@@ -34,6 +40,7 @@ SPEED_KEYS = (PREFILL, DECODE)
 def speed(
     models: Mapping[str, PreTrainedModel],
     sample: TokenSet,
+    decoded: int = 0,
     *,
     new_tokens: int = 32,
     repeats: int = 5,
@@ -46,14 +53,17 @@ def speed(
     Models alternate in every repeat, so that other load on the machine affects all of them. Each
     model is warmed up once. Figures are medians over the repeats, with the standard error of a
     median (normal errors assumed). Decoding is the time of ``new_tokens`` greedy steps with a cache
-    after a short prompt, without the prompt's time.
+    after a prompt, without the prompt's time.
 
     Args:
         sample: its first row, unpadded, is the text for prefill.
-        repeats: timed rounds.
+        decoded: tokens of that prompt, the first row as often as needed; 0: `DECODED`.
+        repeats: timed rounds; no further one begins after a minute.
         clock: function that returns the time in seconds.
     """
     ids = sample.input_ids[:1, : int(sample.mask[0].sum())]
+    length = decoded or DECODED
+    prompt = ids.repeat(1, -(-length // ids.shape[1]))[:, :length]
 
     def time_call(
         model: PreTrainedModel, work: Callable[..., object], *arguments: Any
@@ -65,26 +75,68 @@ def speed(
         return clock() - began
 
     tokens = {PREFILL: ids.shape[1], DECODE: new_tokens}
-    seconds: dict[str, dict[str, list[float]]]
-    seconds = {name: {key: [] for key in tokens} for name in models}
-    for _ in range(repeats + 1):
+    times: dict[str, dict[str, list[float]]]
+    times = {name: {key: [] for key in tokens} for name in models}
+    last = time.monotonic() + _SECONDS
+    for done in range(repeats + 1):
+        if done and time.monotonic() > last:
+            break
         for name, model in models.items():
             text = ids.to(model.device)
-            start = text[:, :_DECODE_PROMPT]
+            start = prompt.to(model.device)
             reading = time_call(model, partial(model, input_ids=text, use_cache=True))
             first = time_call(model, decode_tokens, model, start, 1)
             whole = time_call(model, decode_tokens, model, start, 1 + new_tokens)
-            seconds[name][PREFILL].append(reading)
-            seconds[name][DECODE].append(whole - first)
-    # The first round is the warm-up.
+            times[name][PREFILL].append(reading)
+            times[name][DECODE].append(whole - first)
+    # The first round is the warm-up, if there is another.
     return {
         name: {
             k: v
             for key, taken in own.items()
-            for k, v in _rate(models[name], key, tokens[key], taken[1:]).items()
+            for k, v in _rate(
+                models[name], key, tokens[key], taken[1:] or taken
+            ).items()
         }
-        for name, own in seconds.items()
+        for name, own in times.items()
     }
+
+
+@torch.no_grad()
+def time_decoding(
+    model: PreTrainedModel,
+    blocks: Sequence[nn.Module],
+    decoded: int,
+    *,
+    new_tokens: int = 32,
+) -> tuple[list[float], float]:
+    """Return the seconds of each block in a decoding step, and those of the whole step.
+
+    Figures are medians over the steps.
+
+    Args:
+        model: the model to generate with.
+        decoded: tokens of the text before.
+    """
+    marks: list[list[float]] = [[] for _ in (*blocks, model)]
+
+    def mark(i: int) -> Callable[..., None]:
+        def read_clock(*_: Any) -> None:
+            synchronise(*devices_of(model))
+            marks[i].append(time.perf_counter())
+
+        return read_clock
+
+    with contextlib.ExitStack() as hooks:
+        for i, block in enumerate(blocks):
+            hooks.enter_context(block.register_forward_pre_hook(mark(i)))
+            hooks.enter_context(block.register_forward_hook(mark(i)))
+        hooks.enter_context(model.register_forward_pre_hook(mark(-1)))
+        prompt = torch.ones(1, decoded, dtype=torch.long, device=model.device)
+        decode_tokens(model, prompt, 1 + new_tokens)
+    # The first pass reads the text.
+    each = [float(np.median(np.diff(own)[2::2])) for own in marks[:-1]]
+    return each, float(np.median(np.diff(marks[-1])[1:]))
 
 
 def _rate(
@@ -96,7 +148,7 @@ def _rate(
     if middle <= 0:
         raise ModelError(
             f"{key} of {model.name_or_path} was measured as {tokens} tokens in {middle:g} s; the "
-            "clock is too coarse or the machine too busy: run again, or pass --skip-speed"
+            "clock is too coarse or the machine too busy: run again"
         )
     error = None
     if len(seconds) > 1:

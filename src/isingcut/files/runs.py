@@ -5,6 +5,7 @@ One more document describes a whole run: `packing.json`.
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -148,10 +149,11 @@ class BlockCosts(Strict):
         parameters: number of parameters.
         bytes: their size in their current dtype, or as stored.
         active_parameters: number of parameters used for one token (top-k of the experts).
-        kv_bytes_per_token: key and value cache per token, in the model's dtype.
-        window: tokens of the cache of sliding attention; 0 for other kinds.
+        kv_bytes_per_token: what a token adds to the cache of transformers, in the model's dtype.
+        window: tokens after which it adds `kv_bytes_past_window` only; 0 for other kinds.
         state_bytes: recurrent and convolution state per sequence, in the model's dtype.
         latency_seconds: time on one sequence, if measured.
+        decode_seconds: time in a decoding step, if measured.
         path: module path of its layer in the loaded model, for example ``"model.layers.3"``.
     """
 
@@ -162,8 +164,10 @@ class BlockCosts(Strict):
     active_parameters: Count = 0
     kv_bytes_per_token: Count = 0
     window: Count = 0
+    kv_bytes_past_window: Number = 0.0
     state_bytes: Count = 0
     latency_seconds: Positive | None = None
+    decode_seconds: Positive = 0.0
     path: str = ""
 
     @property
@@ -216,6 +220,8 @@ class BlockList(Strict):
 
     Attributes:
         timed_tokens: context of the latency budget that they were timed for; 0 without one.
+        decoded_tokens: context of the speed budget, likewise; None without one.
+        decode_seconds: time of a decoding step of the whole model, if measured.
     """
 
     path: str
@@ -225,6 +231,14 @@ class BlockList(Strict):
     legality: list[LegalityRow]
     packed: PackedModel | None = None
     timed_tokens: Count = 0
+    decoded_tokens: Count | None = None
+    decode_seconds: Positive = 0.0
+
+    @property
+    def halves(self) -> list[bool]:
+        """Whether each block is a sublayer, a part of its layer."""
+        layers = Counter(block.layer for block in self.blocks)
+        return [layers[block.layer] > 1 for block in self.blocks]
 
     @model_validator(mode="after")
     def _in_order(self) -> Self:

@@ -29,6 +29,7 @@ from isingcut.formats.architectures.fields import config_object
 from isingcut.formats.checkpoints import Checkpoint, check_sizes
 from isingcut.formats.libraries import quiet_transformers
 from isingcut.ising.constraints import LinearConstraint
+from isingcut.models.cache import copy_cache, count_cache
 from isingcut.models.device import pick_device, pick_devices, pick_dtype
 from isingcut.models.load import build_on_meta, find_auto_class, find_unused
 from isingcut.models.placement import place
@@ -233,6 +234,9 @@ def inspect_model(
     model, _ = build_on_meta(seen, trust_remote_code=trust_remote_code)
     check_sizes(seen, model)
     stack = find_stack(model)
+    if dtype != "auto":
+        model.to(pick_dtype(dtype, pick_device(device)))
+    count_cache(model, stack)
     refusal = ""
     rows = []
     try:
@@ -241,8 +245,10 @@ def inspect_model(
     except ArchitectureError as error:
         refusal = str(error)
     if units == "sublayers" and not refusal:
+        whole = stack
         split_layers(model)
         stack = find_stack(model)
+        copy_cache(whole, stack)
         rows = legality(seen.config, stack)
     parameters = sum(p.numel() for p in model.parameters())
     size = parameters * pick_dtype(dtype, pick_device(device)).itemsize

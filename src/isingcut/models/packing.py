@@ -16,7 +16,7 @@ from isingcut.formats.architectures.blocks import (
     tensor_prefixes,
     text_config,
 )
-from isingcut.formats.cutting.gguf import names_in_gguf
+from isingcut.formats.cutting.gguf import names_in_gguf, omits_attention
 from isingcut.formats.gguf_files import (
     PLAIN_TYPES,
     GgufHeader,
@@ -46,15 +46,25 @@ class Packer:
         self._kinds = gguf.GGMLQuantizationType
         self._sizes = gguf.GGML_QUANT_SIZES
         model = loaded.model
+        self.header: GgufHeader | None = None if file is None else read_gguf(file)
         self._align = 32
         self._places = tensor_prefixes(model)
         self._types: dict[str, Any] = {}
         # Shape (row length last), current type and block (-1 outside all) of each tensor.
         self._tensors: dict[str, tuple[list[int], Any, int]] = {}
+        stack = find_stack(model)
+        # Sublayers that go alone stay as zeros in the file, unless llama.cpp can run without them.
+        self._stay = {
+            i for i, k in enumerate(stack.layers) if stack.layers.count(k) > 1
+        }
+        written = (
+            self.header.architecture if self.header else text_config(model).model_type
+        )
+        if omits_attention(written):
+            self._stay -= {stack.layers.index(k) for k in stack.layers if k}
         # The embedding, if it is not also the head: a token reads only one row of it.
         self._looked_up = ""
-        self.header: GgufHeader | None = None
-        if file is None:
+        if self.header is None:
             embedding = language_model(model).get_input_embeddings().weight
             for name, p in model.named_parameters():
                 kind = self._kinds.BF16 if p.ndim > 1 else self._kinds.F32
@@ -65,19 +75,19 @@ class Packer:
                 21 + 2 * len(word.encode()) for word in loaded.tokenizer.get_vocab()
             )
             return
-        self.header = header = read_gguf(file)
+        assert file is not None
+        header = self.header
         count = header.check_blocks()
         known = header.tensors
         named = names_in_gguf(header, count, read_checkpoint(loaded.folder))
         for name, stored in named.items():
             if name in known:
                 self._types[stored.name] = known[name].tensor_type
-        split = find_stack(model).split
         self._align = int(header.value("general.alignment") or 32)
         for name, t in known.items():
             place = (block_of(name) or (count, ""))[0]
             block = place if place < count else -1
-            if split:
+            if stack.split:
                 block = self._block(named[name].name) if name in named else -1
             self._tensors[name] = t.shape[::-1].tolist(), t.tensor_type, block
         self._looked_up = "token_embd.weight" if "output.weight" in known else ""
@@ -104,9 +114,10 @@ class Packer:
         for name, (shape, own, block) in self._tensors.items():
             packed_type(name, shape, own, wanted, inside=block >= 0, new=block >= 0)
             kind = packed_type(name, shape, own, wanted, inside=block >= 0)
-            size[block] += self._bytes(shape, kind)
+            place = -1 if block in self._stay else block
+            size[place] += self._bytes(shape, kind)
             if name != self._looked_up:
-                read[block] += self._bytes(shape, kind) * active[block]
+                read[place] += self._bytes(shape, kind) * active[block]
                 before[block] += self._bytes(shape, own) * active[block]
         *each, other = map(int, size)
         *each_read, other_read = map(int, read)

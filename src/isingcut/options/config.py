@@ -45,7 +45,6 @@ QUICK: dict[str, Any] = {
     "states": 8,
     "random_states": 0,
     "patch_tokens": 16384,
-    "skip_speed": True,
 }
 """Values that `quick` sets for options with their default value."""
 
@@ -147,9 +146,11 @@ class RunConfig(Options):
     budget: parsed.Budgets = option(
         parsed.Budgets(),
         "Remove at least this much, comma-separated: params=25%, bytes=1GB, kv=30%, "
-        "latency=20%@2k. Or let `run` choose a GGUF type and how many blocks go with it, none if "
-        "quantising is better: file=90MB (the largest file), memory=2GB@8k (the same with the "
-        "cache of 8k tokens), decode=25% (fewer bytes to read per token, which bound decoding).",
+        "latency=20%@2k (prefill of 2k tokens, by default 128, without the head). Or speed=15%@512 "
+        "(decode 15% faster, measured after 512 tokens). Or let `run` choose a GGUF type and how "
+        "many blocks go with it, none if quantising is better: file=90MB (the largest file), "
+        "memory=2GB@8k (the same with the cache of 8k tokens), decode=25% (fewer bytes to read per "
+        "token, which bound decoding).",
     )
     solve_seconds: Annotated[float, Bounds(gt=0, le=3600 * 24 * 365)] = option(
         60.0, "Time limit of the solver, in seconds."
@@ -214,15 +215,11 @@ class RunConfig(Options):
         False,
         "Leave out the layers for multi-token prediction (MTP); without it they are kept.",
     )
-    skip_speed: bool = option(
-        False,
-        "Do not measure speed (slow for a small model); `evaluate` can add it later.",
-    )
 
     quick: bool = option(
         False,
         "Take a first look in about a quarter of the time: less text, a shorter search, a smaller "
-        "patch, no speed test. The figures are marked as rough.",
+        "patch. The figures are marked as rough.",
     )
 
     overwrite: bool = option(False, "Replace an existing output.")

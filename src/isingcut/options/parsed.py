@@ -80,6 +80,7 @@ QUANTITIES = {
     "bytes": Quantity("bytes", "total_bytes", _SHARE | _BYTES, "MB", early=True),
     "kv": Quantity("kv_bytes_per_token", "", _SHARE | _BYTES, "kB"),
     "latency": Quantity("latency_seconds", "", _SHARE | _SECONDS, "ms", context=True),
+    "speed": Quantity("decode_seconds", "decode_seconds", _SHARE, "%", context=True),
     "file": Quantity("bytes", "other", _BYTES, "MB", packed=True),
     "memory": Quantity("bytes", "other", _BYTES, "GB", packed=True, context=True),
     "decode": Quantity("read", "read_other", _SHARE, "%", packed=True, context=True),
@@ -88,6 +89,7 @@ QUANTITIES = {
 
 Shares of parameters and bytes refer to the whole model, embeddings included; shares of the KV cache
 and of latency to the sum over the blocks; shares of decoding to the bytes that the original reads.
+Latency is prefill through the blocks, without the head; a share of speed is gained, not removed.
 """
 
 
@@ -154,7 +156,6 @@ class Budgets(Parsed):
     Attributes:
         parts: one `Budget` per quantity.
         packed: whether the quantities are of a packed model.
-        tokens: the context of a latency, 0 without one.
     """
 
     def __init__(self, text: str = "") -> None:
@@ -166,11 +167,14 @@ class Budgets(Parsed):
                     f"{name!r} occurs twice in {_cut(text)}; keep one of the two"
                 )
         self.packed = any(b.quantity.packed for b in self.parts)
-        self.tokens = sum(b.context for b in self.parts if b.name == "latency")
         if others := [b.name for b in self.parts if b.quantity.packed != self.packed]:
             raise InputError(
                 f"{_cut(text)}: a GGUF type is chosen for it; omit {others[0]}"
             )
+
+    def part(self, name: str) -> Budget | None:
+        """Return the part of a quantity."""
+        return next((b for b in self.parts if b.name == name), None)
 
 
 def _read_budget(text: str) -> Budget:

@@ -25,6 +25,7 @@ from isingcut.files import (
 from isingcut.files.ownership import check_recorded
 from isingcut.files.results import read_document
 from isingcut.ising.hamiltonian import Hamiltonian
+from isingcut.options.parsed import Budgets
 from isingcut.report import words
 from isingcut.report.rows import Row, evaluation_rows
 
@@ -230,6 +231,12 @@ class RunFiles:
         if self.removed is not None:
             return words.paragraphs("verdict", self)
         return words.paragraphs("packing_words", self) if self.packing else []
+
+    @property
+    def wanted_speed(self) -> float:
+        """How many times as fast decoding should be, of the solved budget; 0 without a wish."""
+        part = Budgets(self.solved.budget if self.solved else "").part("speed")
+        return 1 + (part.share or 0.0) if part else 0.0
 
     @property
     def last(self) -> str:

@@ -75,10 +75,6 @@ def _evaluate(
     packed = None if folder.find_outdated(gguf) else folder.find_record(gguf)
     if packed:
         options["gguf"] = packed.fingerprint
-    # A result with speed has everything that is requested.
-    skip = config.skip_speed and not folder.is_made(file, options)
-    if skip:
-        options["skip_speed"] = True
 
     path = yield folder, file, options
     folder.check(checkpoint)
@@ -103,7 +99,7 @@ def _evaluate(
         work=session.work(),
         elsewhere=elsewhere,
         exact=exact,
-        skip_speed=skip,
+        decoded=speed.context if (speed := config.budget.part("speed")) else 0,
     ).model_copy(update=further)
     if failed:
         scores.failed = failed | scores.failed
@@ -143,7 +139,7 @@ evaluate = Stage(
     _evaluate,
     partial(read_document, model=evaluations.EvaluationFile),
     check=check_template,
-    additions=("gguf", "skip_speed"),
+    additions=("gguf",),
     price=_price,
 )
 
@@ -209,7 +205,7 @@ def evaluate_checkpoint(
             cut,
             measuring.build_calibration(session).splits["report"],
             work=session.work(),
-            skip_speed=config.skip_speed or packed,
+            skip_speed=packed,
         )
         scores.before.bytes = session.identity.weight_bytes
         if packed:

@@ -43,7 +43,7 @@ MANIFEST = "run.json"
 
 # Options of one command only. Trust is given on each command line, because another person may open
 # the folder.
-_NOT_KEPT = ("out", "overwrite", "trust_remote_code", "skip_speed")
+_NOT_KEPT = ("out", "overwrite", "trust_remote_code")
 
 
 @dataclasses.dataclass(eq=False)

@@ -247,7 +247,7 @@ def open_session(
             config, progress, before.run.provenance.dtype if before else None
         )
         ownership.refuse_source(out, [session.source])
-        check_by_config(session.source, config, needed=need_removal)
+        check_by_config(session, config, needed=need_removal)
         if need_removal:
             for one in each_removal(config):
                 check_report(out if before is None else before.target(one))

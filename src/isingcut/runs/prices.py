@@ -62,7 +62,7 @@ class Prices:
         self.memory = allowance(config.memory_limit, device)
         self.largest = 0
         if folder is None:
-            inspected = check_by_config(session.source, config, needed=False)
+            inspected = check_by_config(session, config, needed=False)
         if folder is not None and not self.streamed:
             session.choose_tuning(folder)
             replay = session.replay
@@ -104,7 +104,8 @@ class Prices:
         if folder is not None:
             blocks = folder.run.blocks
         else:
-            context = config.budget.tokens
+            timing = config.budget.part("latency")
+            context = timing.context if timing else 0
             timed = context or min(TIMED_TOKENS, longest or TIMED_TOKENS)
             seconds = [timed * s for s in self.latency]
             size = inspected.other_bytes + sum(b.bytes for b in inspected.stack.blocks)
@@ -116,6 +117,12 @@ class Prices:
                 seconds,
                 context,
             )
+            # A step of decoding is divided among the blocks like a pass.
+            for block, each in zip(blocks.blocks, self.latency, strict=True):
+                block.decode_seconds = each
+            speed = config.budget.part("speed")
+            blocks.decode_seconds = self.forward
+            blocks.decoded_tokens = speed.context if speed else 0
         self.whole = blocks.total_bytes
         if config.removal:
             last = each_removal(config)[-1]

@@ -14,10 +14,17 @@ import torch
 from isingcut.console.printing import say
 from isingcut.console.progress import Progress, silent
 from isingcut.errors import ArchitectureError, InputError, ModelError
+from isingcut.evaluation.speed import DECODED, time_decoding
 from isingcut.files.cuts import CutRecord
 from isingcut.files.results import read_document
 from isingcut.files.runs import BlockList, Computed, ModelIdentity
-from isingcut.formats.architectures.blocks import BlockStack, find_stack, text_config
+from isingcut.formats.architectures.blocks import (
+    BlockStack,
+    find_stack,
+    language_model,
+    stack_modules,
+    text_config,
+)
 from isingcut.formats.architectures.cuts import legality
 from isingcut.formats.sources import (
     check_unchanged,
@@ -30,6 +37,7 @@ from isingcut.measure.splitting import choose_batch_tokens
 from isingcut.measure.work import Work
 from isingcut.models import device as devices
 from isingcut.models import load as models
+from isingcut.models.cache import copy_cache
 from isingcut.models.device import (
     allowance,
     first_card,
@@ -233,6 +241,16 @@ class Session:
         return find_stack(self.loaded.model)
 
     @cached_property
+    def inspected(self) -> Inspection:
+        """What the model's configuration tells, before its weights are read."""
+        return inspect_model(
+            self.source,
+            trust_remote_code=self.config.trust_remote_code,
+            dtype=self.dtype,
+            units=self.config.units,
+        )
+
+    @cached_property
     def replay(self) -> Replay:
         """The model's blocks, to run one at a time."""
         replay = self.loaded.replay
@@ -244,11 +262,16 @@ class Session:
         model = self.loaded.model
         legal = legality(model.config.to_dict(), self.stack)
         longest = getattr(text_config(model), "max_position_embeddings", None)
-        context = self.config.budget.tokens
-        most = int(longest or max(context, TIMED_TOKENS))
-        if context > most:
-            raise InputError(f"--budget latency: the model has a context of {most}")
+        budget = self.config.budget
+        asked = {n: b.context for n in ("latency", "speed") if (b := budget.part(n))}
+        context = asked.get("latency", 0)
+        most = int(longest or max([TIMED_TOKENS, *asked.values()]))
+        for name, tokens in asked.items():
+            if tokens > most:
+                raise InputError(f"--budget {name}: the model has a context of {most}")
         seconds = self.replay.latency(context or min(TIMED_TOKENS, most))
+        copy_cache(self.inspected.stack, self.stack)
+        decoding = self._time_decoding(asked["speed"]) if "speed" in asked else {}
         parameters = list(model.parameters())
         size = sum(p.numel() * p.element_size() for p in parameters)
         return describe_blocks(
@@ -258,7 +281,21 @@ class Session:
             size,
             seconds,
             context,
-        )
+        ).model_copy(update=decoding)
+
+    def _time_decoding(self, context: int) -> dict[str, Any]:
+        """Time decoding after a text of these tokens; return what `run.json` has of it."""
+        if self.streaming:
+            raise InputError(
+                "--budget speed times the whole model, which is streamed from disk; raise "
+                "--memory-limit, or give a budget of latency"
+            )
+        model = self.loaded.model
+        blocks = stack_modules(model)
+        each, whole = time_decoding(language_model(model), blocks, context or DECODED)
+        for block, seconds in zip(self.stack.blocks, each, strict=True):
+            block.decode_seconds = seconds
+        return {"decoded_tokens": context, "decode_seconds": whole}
 
 
 def join_processes(session: Session, processes: Processes) -> None:
@@ -328,11 +365,11 @@ def _use_own_card(config: RunConfig, processes: Processes) -> None:
             )
 
 
-def check_by_config(folder: Path, config: RunConfig, *, needed: bool) -> Inspection:
+def check_by_config(session: Session, config: RunConfig, *, needed: bool) -> Inspection:
     """Check the options against a model's configuration, before its weights are read.
 
     Args:
-        folder: the model's folder, from `resolve`.
+        session: only its model's configuration is read.
         needed: whether a removal is required.
 
     Raises:
@@ -341,9 +378,7 @@ def check_by_config(folder: Path, config: RunConfig, *, needed: bool) -> Inspect
             than its positions.
         InfeasibleError: the constraints conflict, as far as known without the weights.
     """
-    model = inspect_model(
-        folder, trust_remote_code=config.trust_remote_code, units=config.units
-    )
+    model = session.inspected
     if model.refusal:
         raise ArchitectureError(model.refusal)
     if model.unused:

@@ -108,8 +108,13 @@ def removal_rows(
         each = [_furthest(blocks, plain, b) for row, b in pairs if row.rhs > 0]
         alone = "each alone " if len(each) > 1 else ""
         most = "nearest" if config.budget.packed else "largest"
+        zeros = (
+            "; removed sublayers stay as zeros here: give --units blocks, or a budget of kv"
+            if any(blocks.halves)
+            else ""
+        )
         raise InfeasibleError(
-            f"{e}; the {most} possible {alone}is {', '.join(each)}"
+            f"{e}; the {most} possible {alone}is {', '.join(each)}{zeros}"
         ) from e
     return [*counts, *bounds, *others]
 
@@ -136,8 +141,14 @@ def budget_row(blocks: BlockList, budget: Budget) -> LinearConstraint:
         reason = f"{budget.name} of at most {most:.6g} bytes"
         name = f"budget {budget.name}"
         return LinearConstraint(name, costs, ">=", now - most, reason)
+    share = budget.share
+    if budget.name == "speed":
+        assert share is not None
+        # Of the time: twice the speed is half of the time.
+        row = rows.budget("speed", costs, share=share / (1 + share), total=before)
+        return dataclasses.replace(row, reason=f"speed at least {share:.6g} higher")
     row = rows.budget(
-        budget.name, costs, share=budget.share, amount=budget.amount, total=before
+        budget.name, costs, share=share, amount=budget.amount, total=before
     )
     unit = quantity.unit
     amount = f"{row.rhs / quantity.units[unit.lower()]:.6g}{unit}"
@@ -147,33 +158,41 @@ def budget_row(blocks: BlockList, budget: Budget) -> LinearConstraint:
 
 
 def _costs(blocks: BlockList, budget: Budget) -> tuple[Floats, float, float]:
-    """Return the costs of the blocks, and of the whole model before and after any packing."""
+    """Return the costs of the blocks, and of the whole model before and after any packing.
+
+    They are those of what is written: a sublayer that goes alone stays as zeros, which the
+    checkpoint holds and transformers computes; only its keys and values can be left out.
+    """
     quantity = budget.quantity
     if not quantity.packed:
-        if budget.name == "latency" and budget.context != blocks.timed_tokens:
-            timed = f"{blocks.timed_tokens or TIMED_TOKENS} tokens"
+        timed = {"latency": blocks.timed_tokens, "speed": blocks.decoded_tokens}
+        if timed.get(budget.name, budget.context) != budget.context:
             raise InputError(
-                f"the blocks of this run were timed on {timed}; for another context, give "
+                f"the blocks of this run were not timed for this context of {budget.name}; give "
                 "--budget to a new run"
             )
         costs = np.array([getattr(b, quantity.cost) for b in blocks.blocks], float)
         total = float(getattr(blocks, quantity.whole, costs.sum()))
-        return costs, total, total
+        stay = blocks.halves if budget.name != "kv" else False
+        return np.where(stay, 0, costs), total, total
     packed = blocks.packed
     if packed is None:
         raise InputError(
             f"--budget {budget.name} chooses a type by measurement, which only `isingcut run` "
-            "does; give --remove M, or a budget of params, bytes, kv or latency"
+            "does; give --remove M, or a budget of params, bytes, kv, latency or speed"
         )
     cache = np.zeros(len(blocks.blocks))
     if budget.context:
         # Keys and values in float16, llama.cpp's default.
         for i, b in enumerate(blocks.blocks):
             tokens = min(budget.context, b.window or budget.context)
-            each = 2 * b.parameters / b.bytes * b.kv_bytes_per_token
-            cache[i] = each * tokens + b.state_bytes
-    costs = getattr(packed, quantity.cost) + cache
-    now = float(costs.sum()) + getattr(packed, quantity.whole)
+            beyond = b.kv_bytes_past_window * (budget.context - tokens)
+            grown = b.kv_bytes_per_token * tokens + beyond
+            cache[i] = 2 * b.parameters / b.bytes * grown + b.state_bytes
+    own = np.array(getattr(packed, quantity.cost))
+    now = float((own + cache).sum()) + getattr(packed, quantity.whole)
+    # What the file keeps as zeros keeps its cache.
+    costs = np.where(own > 0, own + cache, 0)
     return costs, packed.read_before + float(cache.sum()), now
 
 
@@ -188,6 +207,8 @@ def _furthest(blocks: BlockList, problem: Problem, budget: Budget) -> str:
     # Rounded so that the printed value is feasible.
     if budget.share is not None:
         share = (before - now + most) / before
+        if budget.name == "speed":
+            share = share / (1 - share)
         return f"{budget.name}={math.floor(1000 * share) / 10:g}%{at}"
     scale = budget.quantity.units[unit.lower()]
     amount = math.floor(1e6 * most / scale) / 1e6

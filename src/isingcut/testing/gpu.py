@@ -192,7 +192,6 @@ class Checks(unittest.TestCase):
         healed = []
         given: dict[str, Any] = {
             "dtype": "float32",
-            "skip_speed": True,
             "batch_tokens": 256,
             "heal": "all",
             "healing": {"method": "lora", "trainer": {"max_steps": 4}},
@@ -227,7 +226,7 @@ class Checks(unittest.TestCase):
 
     def test_heal(self) -> None:
         """Check that every healing method trains and writes a verified checkpoint."""
-        out = self.run_in("to-heal", patch="none", skip_speed=True)
+        out = self.run_in("to-heal", patch="none")
         for method in ("lora", "full"):
             healed = heal(
                 student=str(out / "model"),
@@ -252,7 +251,7 @@ class Checks(unittest.TestCase):
         taken = torch.empty(max(0, free), dtype=torch.uint8, device=self.device)
         synchronise(self.device)
         try:
-            self.run_in("crowded", skip_speed=True)
+            self.run_in("crowded")
         finally:
             size = taken.numel()
             del taken

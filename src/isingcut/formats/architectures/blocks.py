@@ -170,18 +170,14 @@ def describe(module: nn.Module, index: int, path: str, config: Any) -> BlockCost
     parameters = list(module.parameters())
     total = sum(p.numel() for p in parameters)
     mixers = find_mixers(module, int(path.rpartition(".")[2]), config)
-    names = list(dict.fromkeys(name for name, _, _ in mixers if name))
-    kind = "+".join(filter(None, [*names, _feed_forward(module)])) or "other"
+    kind = "+".join(filter(None, [*dict.fromkeys(mixers), _feed_forward(module)]))
     return BlockCosts(
         index=index,
         path=path,
-        kind=kind,
+        kind=kind or "other",
         parameters=total,
         bytes=sum(p.numel() * p.element_size() for p in parameters),
         active_parameters=total - _idle_expert_parameters(module, config),
-        kv_bytes_per_token=sum(kv for _, kv, _ in mixers),
-        window=(getattr(config, "sliding_window", 0) or 0) if "sliding" in kind else 0,
-        state_bytes=sum(state for _, _, state in mixers),
     )
 
 
@@ -189,15 +185,8 @@ def _own(module: nn.Module) -> dict[str, torch.Tensor]:
     return dict(module.named_parameters(recurse=False))
 
 
-def _itemsize(module: nn.Module) -> int:
-    sizes = (p.element_size() for p in module.parameters() if p.is_floating_point())
-    return next((size for size in sizes if size >= 2), 2)
-
-
-def find_mixers(
-    module: nn.Module, layer: int, config: Any
-) -> list[tuple[str, int, int]]:
-    """Return all token mixers, outermost first: (kind, KV bytes per token, state bytes).
+def find_mixers(module: nn.Module, layer: int, config: Any) -> list[str]:
+    """Return the kinds of all token mixers, outermost first.
 
     The structure of a module decides, not its name alone. A module named attention that contains a
     recurrence is a recurrence, and a module that contains other mixers is only a wrapper.
@@ -209,45 +198,32 @@ def find_mixers(
         m for child in module.children() for m in find_mixers(child, layer, config)
     ]
     name = type(module).__name__.lower()
-    keys = getattr(module, "wk", None)
-    if "indexer" in name and isinstance(keys, nn.Linear):
-        inside.append(("", keys.out_features * _itemsize(module), 0))
     # Some attentions contain short convolutions (Inkling); with other mixers it is a wrapper.
-    if any(kind not in ("", "conv") for kind, _, _ in inside) or "mask" in name:
+    if any(kind != "conv" for kind in inside) or "mask" in name:
         return inside
     children = dict(module.named_children())
     if "shortconv" in name and "conv" in children:
-        return [("conv", 0, _conv_state(children["conv"]) * _itemsize(module)), *inside]
+        return ["conv", *inside]
     if _is_attention(name, children):
-        kind = f"{_span(module, layer, config)}attention"
-        return [(kind, _kv_elements(module, config) * _itemsize(module), 0), *inside]
+        return [f"{_span(module, layer, config)}attention", *inside]
     return inside
 
 
-def _recurrence(module: nn.Module) -> tuple[str, int, int] | None:
+def _recurrence(module: nn.Module) -> str | None:
     own = _own(module)
-    size = _itemsize(module)
-    convolutions = [c for n, c in module.named_children() if n.startswith("conv")]
-    conv = _conv_state(convolutions[0]) if convolutions else 0
     if "recurrent_param" in own:
-        return "recurrent", 0, own["recurrent_param"].numel() * size
+        return "recurrent"
     if "time_decay" in own and "time_first" in own:
-        return "rwkv", 0, 5 * own["time_decay"].numel() * size
-    if "A_log" not in own and convolutions:
+        return "rwkv"
+    if any(name.startswith("conv") for name, _ in module.named_children()):
         # The decay may be in a separate module (Kimi Delta Attention) next to the convolution.
         gates = (_own(child) for child in module.children())
-        own = next((gate for gate in gates if "A_log" in gate), own)
+        own = next((gate for gate in (own, *gates) if "A_log" in gate), own)
     if "A_log" not in own:
         return None
-    heads = own["A_log"].numel()
-    width = int(getattr(module, "head_dim", 0))
-    if "D" not in own:  # gated delta rule: a key x value matrix per head
-        key, value = (int(getattr(module, f"head_{s}_dim", width)) for s in "kv")
-        return "linear-attention", 0, (conv + heads * key * value) * size
-    if own["A_log"].ndim > 1:
-        return "mamba", 0, (conv + heads) * size
-    state = heads * width * int(getattr(module, "ssm_state_size", 0))
-    return "mamba2", 0, (conv + state) * size
+    if "D" not in own:
+        return "linear-attention"
+    return "mamba" if own["A_log"].ndim > 1 else "mamba2"
 
 
 def _is_attention(name: str, children: dict[str, nn.Module]) -> bool:
@@ -265,30 +241,6 @@ def _span(module: nn.Module, layer: int, config: Any) -> str:
         )
     window = getattr(module, "sliding_window", None)
     return "sliding-" if isinstance(window, int) and window > 0 else ""
-
-
-def _conv_state(convolution: nn.Module) -> int:
-    weight = getattr(convolution, "weight", None)
-    return weight.shape[0] * weight.shape[-1] if isinstance(weight, torch.Tensor) else 0
-
-
-def _kv_elements(module: nn.Module, config: Any) -> int:
-    """Count the elements of keys and values that transformers caches per token in one attention."""
-    projections: list[Any] = [getattr(module, p, None) for p in ("k_proj", "v_proj")]
-    widths = [p.out_features for p in projections if hasattr(p, "out_features")]
-    if widths:
-        # Without a value projection, keys serve as values (or values of another layer are used).
-        return int(2 * sum(widths) // len(widths))
-    heads = int(getattr(config, "num_attention_heads", 0) or 0)
-    groups = int(getattr(config, "num_key_value_heads", None) or heads)
-    several = getattr(config, "new_decoder_architecture", False)
-    if getattr(config, "multi_query", False) and not several:
-        groups = 1
-    if getattr(config, "kv_lora_rank", None):
-        key = int(config.qk_nope_head_dim) + int(config.qk_rope_head_dim)
-        return heads * (key + int(config.v_head_dim))
-    width = getattr(config, "head_dim", None) or config.hidden_size // max(heads, 1)
-    return 2 * groups * int(width)
 
 
 def _feed_forward(block: nn.Module) -> str:

@@ -368,6 +368,15 @@ def cut_gguf(
                 bar.advance(1)
 
 
+def omits_attention(architecture: str) -> bool:
+    """Whether llama.cpp runs the layers of an architecture but the first without attention.
+
+    Args:
+        architecture: of a GGUF file, or the model type of a checkpoint.
+    """
+    return architecture == "mistral" or architecture in _TABLE["deci"]["rotates"]
+
+
 def _pop_heads(
     header: GgufHeader, values: dict[str, Any], bare: Sequence[bool]
 ) -> dict[str, Any]:
