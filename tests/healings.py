@@ -39,7 +39,8 @@ def write_text(path, documents=60, seed=0):
 def write_student(teacher, out, removed=REMOVED):
     """Write the exact cut of a teacher, with the record of its blocks."""
     excise(teacher, removed, out)
-    save_json(out / "isingcut.json", {"removed": removed, "of": 6})
+    of = load_json(teacher / "config.json").num_hidden_layers
+    save_json(out / "isingcut.json", {"removed": removed, "of": of})
 
 
 @module_fixture

@@ -247,8 +247,8 @@ def test_conversations_without_an_answer_within_the_length_are_left_out(
     ]
     file = write_jsonl(tmp_path / "chat.jsonl", long)
     words = "30 conversations have no answer in their first 16 tokens; raise --length"
-    refused(f"answers:{file}", tokenizer, f"too short.*found 0; {words}$")
-    with refuses(f"found 0; {words}$", CalibrationError):
+    refused(f"answers:{file}", tokenizer, f"too short.*gives 0 .*needed; {words}$")
+    with refuses(f"needed; {words}$", CalibrationError):
         healing_text.build(
             f"answers:{file}", tokenizer, samples=2, report_samples=2, length=16, seed=0
         )

@@ -252,23 +252,6 @@ def test_a_poor_energy_warns_once_with_what_to_do(place, monkeypatch, stub):
     assert caught[0].filename == __file__
 
 
-def test_progress_may_be_a_flag_or_a_function(place, monkeypatch, capsys):
-    monkeypatch.chdir(place)
-    said = []
-
-    def progress(description, total):
-        said.append(description)
-        return isingcut.console.progress.silent(description, total)
-
-    assert isingcut.open_run("my-run", remove=5, progress=progress).ranking
-    assert any("candidates" in d for d in said)
-    assert capsys.readouterr().err == ""
-    assert isingcut.open_run("my-run", remove=6, progress=True).ranking
-    captured = capsys.readouterr()
-    assert "candidates" in captured.err
-    assert captured.out == ""
-
-
 def test_arguments_of_another_type_are_refused_in_words(place, monkeypatch):
     monkeypatch.chdir(place)
     run = isingcut.open_run("my-run")

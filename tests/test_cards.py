@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers.integrations import hub_kernels
 
+from card import short
 from cards import fake_cards
 from isingcut.evaluation import candidates
 from isingcut.healing.repairs import linear, tuned
@@ -422,12 +423,13 @@ def test_a_run_that_runs_out_of_memory_goes_on_from_disk(
 def test_a_patch_that_runs_out_of_memory_leaves_the_model_resident(
     module, step, shared, text, tmp_path, monkeypatch
 ):
-    with fake_cards() as (card,):
+    with short(), fake_cards() as (card,):
         card.budget = 1 << 30
         exhausted = lambda *_, **__: torch.empty(2 << 30, device=card.device)  # noqa: E731
         monkeypatch.setattr(module, step, exhausted)
-        more = {**FEW, "patch": "tuned", "device": str(card.device)}
-        out = run_tiny(shared.checkpoint(), text, tmp_path / "run", **more)
+        more = {"patch": "tuned", "patch_tokens": 100, "device": str(card.device)}
+        model = shared.checkpoint(num_hidden_layers=4)
+        out = run_tiny(model, text, tmp_path / "run", **FEW | more)
     stages = load_json(out / "run.json").stages
     assert not any(record.get("streamed") for record in stages.values())
     patch = load_json(out / "model/isingcut.json").patch

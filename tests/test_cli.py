@@ -171,11 +171,21 @@ def test_blocks_named_by_hand(run, refusal):
     works("excise", run, "--blocks", "1\n4\n", "--overwrite", "--quiet")
     assert load_json(run / "model/isingcut.json").removed == [1, 4]
     for words, line in (
-        ("this model's blocks are numbered 0 to 5", ("5,6",)),
+        ("cannot drop block 6: blocks are numbered 0 to 5", ("5,6",)),
         ("--remove 3 is not the number of --blocks", ("0,1", "--remove", 3)),
         ("--blocks is empty", ("",)),
     ):
         assert words in refusal("excise", run, "--blocks", *line)
+    # A rule that two blocks, as the sublayers of a layer, may not both go.
+    table = load_json(run / "run.json").blocks
+    rule = {
+        "name": "layer 2",
+        "sense": "<=",
+        "rhs": 1,
+        "coefficients": [0] * 4 + [1, 1],
+    }
+    change(run / "run.json", blocks={**table, "legality": [rule]})
+    assert "drop 5 (block 5 is removed)" in refusal("excise", run, "--blocks", "4,5")
 
 
 def test_a_second_state_of_one_size_has_a_folder_of_its_own(run, refusal, answer):
@@ -204,7 +214,7 @@ def test_a_second_state_of_one_size_has_a_folder_of_its_own(run, refusal, answer
         found = answer("evaluate", run, option, "--skip-speed")
         assert found.file == str(place / "evaluation.json")
     page = Path(answer("report", other).report)
-    assert "isingcut evaluate run --blocks 1,2,3 --tasks" in page.read_text()
+    assert "`isingcut heal run/remove-3-blocks-1-2-3/model --text" in page.read_text()
     assert "type: isingcut excise" in refusal("evaluate", run, "--blocks", "2,3,4")
 
 
@@ -218,7 +228,7 @@ def test_options_of_a_run_folder_are_refused_with_an_original(run, refusal):
 
 def test_a_run_is_found_from_the_folder_of_a_removal(run, refusal):
     (run / "remove-2").mkdir()
-    assert f"with --remove give {run}" in refusal(
+    assert f"give the run folder, {run}" in refusal(
         "report", run / "remove-2", "--remove", "3"
     )
     assert "or the folder of its run" in refusal("evaluate", run / "model.gguf")
@@ -422,7 +432,7 @@ def test_a_mistake_that_needs_no_model_is_answered_without_torch(
         "plan ./gone --remove 2": "there is no model at ./gone",
         f"evaluate {run} --tasks mine.jsonl": "type: pip install 'isingcut[eval]'",
         f"heal {run}/model": "--out is missing",
-        f"heal {run} --out new": "is not a checkpoint (no config.json)",
+        "heal used --out new": "is not a checkpoint (no config.json)",
         f"heal {run}/model --teacher ./gone --out new": "there is no model at ./gone",
         f"heal {run}/model --out used": "the output used already exists",
     }
@@ -438,11 +448,14 @@ def test_a_mistake_that_needs_no_model_is_answered_without_torch(
 
 
 def test_the_package_for_questions_is_named_where_they_are_suggested(finished, stub):
-    named = "--tasks FILE.jsonl (first type pip install 'isingcut[eval]')"
+    named = "Next, measure your own task (first type `pip install 'isingcut[eval]'`):"
+    files = show.open_finished(finished)
+    files.healed = True
     for found in (None, object()):
         report_words._sentences.cache_clear()
         stub(report_words, "find_spec", found)
-        verdict = show.open_finished(finished).verdict.replace("`", "")
+        verdict = files.verdict
+        assert verdict.endswith(f"`isingcut evaluate {finished} --tasks FILE.jsonl`")
         assert (named in verdict) == (found is None)
     report_words._sentences.cache_clear()
 
@@ -474,7 +487,9 @@ def test_every_loss_is_shown_with_its_text_and_its_model(finished, printed, tmp_
     assert "│ 25.0 (12.5 to 38.5) │" in said
     show.show_ranking(read_document(finished / "candidates.json", CandidatesFile))
     assert "KL (cut, ranking text) 0." in printed()
-    assert "perplexity (patched, unseen text)" in (finished / "report.html").read_text()
+    assert (
+        "loss: perplexity of the patched model " in show.open_finished(finished).verdict
+    )
 
 
 def test_differences_come_with_their_paired_errors(finished):
@@ -529,7 +544,7 @@ def test_a_patch_that_harms_other_text_is_called_so_first(
     works("report", run)
     assert RunFiles(run).verdict.startswith(words)
     assert words in (run / "report.md").read_text().split("\n\n")[1]
-    assert f'id="verdict"><strong>{words}' in (run / "report.html").read_text()
+    assert f'id="verdict">\n<p><strong>{words}' in (run / "report.html").read_text()
     monkeypatch.undo()
     (run / "evaluation.json").unlink()
     works("evaluate", run, "--skip-speed")
@@ -588,20 +603,24 @@ def test_quick_replaces_defaults_alone_and_is_marked(tmp_path):
     config = load_json(folder / "run.json").config
     change(folder / "run.json", config={**config, "quick": True})
     write_report(folder)
-    assert "A rough first look (--quick): a-model" in (folder / "report.md").read_text()
+    assert "A rough first look (--quick): do not" in (folder / "report.md").read_text()
 
 
-def test_a_page_begins_with_a_verdict_and_three_tiles(finished, run, text, printed):
-    first = first_part((finished / "report.html").read_text())
-    assert first.count("<dt>") == 3
-    verdict = show.open_finished(finished).verdict
-    heal = f"with `isingcut heal {finished}/model --text {text} --train 10min --out"
-    said = "On unseen text the patched model has perplexity"
-    assert all(part in verdict for part in ("fewer parameters", said, heal))
-    assert 'id="verdict"' in first
-    show.show_run(show.open_finished(finished))
-    assert printed().endswith(verdict.replace("`", ""))
-    assert show.run_data(show.open_finished(run))["verdict"].startswith(verdict[:40])
+def test_a_verdict_is_a_sentence_a_list_and_the_next_command_alone(
+    finished, run, text, printed
+):
+    files = show.open_finished(finished)
+    first, *listed, _, command = files.judgement
+    names = [line.partition(": ")[0] for line in listed]
+    assert names == ["- removed", "- answers", "- size", "- speed", "- loss"]
+    heal = f"`isingcut heal {finished}/model --text {text} --train 10min --out healed`"
+    assert command == heal
+    page = first_part((finished / "report.html").read_text())
+    assert [f"- {name}" for name in re.findall(r"<li>(\w+)", page)] == names
+    assert f"\n\n{listed[0]}\n\n" in (finished / "report.md").read_text()
+    show.show_run(files)
+    assert printed().endswith(" ".join(files.judgement).replace("`", ""))
+    assert show.run_data(show.open_finished(run))["verdict"].startswith(first)
 
 
 def test_a_hub_model_is_looked_at_without_its_weights(monkeypatch, llama, tmp_path):

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from card import short
 from cards import MixedDevicesError, fake_cards
 from isingcut.data import generation
 from isingcut.energies.search.evaluator import Evaluator
@@ -232,14 +233,13 @@ def test_a_step_keeps_to_its_devices(step, shared):
     expected = np.asarray(STEPS[step](Place(folder, CPU)))
     with fake_cards(4) as cards:
         devices = [card.device for card in cards]
-        one, *others = (
-            np.asarray(STEPS[step](Place(folder, *devices[:n]))) for n in (1, 2, 4)
+        one, several = (
+            np.asarray(STEPS[step](Place(folder, *devices[:n]))) for n in (1, 3)
         )
     np.testing.assert_allclose(one, expected, rtol=2e-4, atol=2e-5)
     # A norm of gradients may be summed in another order, depending on its place in memory.
     rounding = 1e-6 if step.startswith("distillation") else 0
-    for found in others:
-        np.testing.assert_allclose(found, one, rtol=rounding)
+    np.testing.assert_allclose(several, one, rtol=rounding)
 
 
 def test_a_stream_that_stays_on_its_card_is_refused():
@@ -255,7 +255,7 @@ def test_a_stream_that_stays_on_its_card_is_refused():
 def test_a_whole_run_on_several_cards_writes_the_files_of_one(
     shared, text, no_speed, tmp_path
 ):
-    with fake_cards(4) as cards:
+    with short(), fake_cards(4) as cards:
         names = [",".join(str(card.device) for card in cards[:n]) for n in (1, 4)]
         for device in names:
             model = shared.checkpoint(num_hidden_layers=4)

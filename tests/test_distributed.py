@@ -200,46 +200,40 @@ def test_all_processes_compute_in_the_dtype_that_rank_0_picks(place, tmp_path):
     assert picked == ["torch.bfloat16", "torch.bfloat16"]
 
 
-def _fails(place, out, meeting):
-    """Let rank 1 fail with an error of isingcut in the middle of a measurement."""
+def _fails(arguments, meeting=None):
+    """Let rank 1 fail with an error of isingcut in the middle of a measurement.
+
+    With ``meeting`` the ranks wait for each other there, or rank 0 may finish before rank 1 begins.
+    Without, rank 0 computes for any time.
+    """
     import isingcut.measure.losses as module
     from isingcut.errors import ArchitectureError
 
     measured = module._measure
 
-    def broken(*arguments):
-        # The ranks wait for each other here; else rank 0 may finish before rank 1 begins.
-        meeting.open("w").close()
-        raise ArchitectureError("this block cannot be run")
-
-    def waiting(*arguments):
+    def broken(*given):
+        if os.environ["RANK"] == "1":
+            if meeting:
+                meeting.open("w").close()
+            raise ArchitectureError("this block cannot be run")
+        if not meeting:
+            signal.pause()
         meeting.open().close()
         module._measure = measured
-        return measured(*arguments)
+        return measured(*given)
 
-    module._measure = broken if os.environ["RANK"] == "1" else waiting
-    type_in(*_typed(place, out))
+    module._measure = broken
+    type_in(*arguments)
 
 
 def test_an_error_anywhere_ends_all_with_one_line(place, tmp_path):
     said = tmp_path / "said"
     meeting = tmp_path / "meeting"
     os.mkfifo(meeting)
-    ranks.run([2, 2], said, _fails, place, tmp_path / "run", meeting)
+    ranks.run([2, 2], said, _fails, _typed(place, tmp_path / "run"), meeting)
     assert lines_of(said) == ["isingcut: rank 1 of 2: this block cannot be run"]
     assert "Traceback" not in said.read_text()
     assert not list((tmp_path / "run").glob(".*")), "no half-written files"
-
-
-def _refused(place, out):
-    type_in("energy", place / "nothing", "--out", out)
-
-
-def test_an_error_of_rank_0_is_its_own_line(place, tmp_path):
-    ranks.run([2, 2], tmp_path / "said", _refused, place, tmp_path / "run")
-    (line,) = (tmp_path / "said").read_text().splitlines()
-    assert line.startswith("isingcut: there is no model at")
-    assert not (tmp_path / "run").exists()
 
 
 def _killed(place, out, which):
@@ -283,25 +277,11 @@ def _torchrun(said, function, *arguments):
     return lines_of(said)
 
 
-def _raises(arguments):
-    """Let rank 1 fail with an error of isingcut while rank 0 computes."""
-    import isingcut.measure.losses as module
-    from isingcut.errors import ArchitectureError
-
-    def broken(*arguments):
-        if os.environ["RANK"] == "1":
-            raise ArchitectureError("this block cannot be run")
-        signal.pause()
-
-    module._measure = broken
-    type_in(*arguments)
-
-
 def test_the_reason_of_another_process_is_printed_while_rank_0_computes(
     place, tmp_path
 ):
     arguments = _typed(place, tmp_path / "run", also=False)
-    lines = _torchrun(tmp_path / "said", _raises, arguments)
+    lines = _torchrun(tmp_path / "said", _fails, arguments)
     assert lines == ["isingcut: rank 1 of 2: this block cannot be run"]
 
 

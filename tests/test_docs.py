@@ -1,6 +1,7 @@
 """The documentation is correct: its code runs, its commands exist, its pages are linked."""
 
 import contextlib
+import functools
 import importlib.util
 import io
 import re
@@ -13,6 +14,7 @@ import pytest
 import typer
 import yaml
 
+import isingcut
 from isingcut.cli import main as cli
 from isingcut.energies import registry as energies
 from isingcut.evaluation.metrics import registry as metrics
@@ -74,7 +76,9 @@ def test_code_on_pages_runs(page, place, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore::isingcut.PoorEnergyWarning")
-def test_the_python_example_runs(place, capsys):
+def test_the_python_example_runs(place, capsys, no_speed, monkeypatch):
+    few = functools.partial(isingcut.prune, patch_tokens=2000, report_samples=4)
+    monkeypatch.setattr(isingcut, "prune", few)
     script(ROOT / "examples/prune.py").main("my-model", "smaller")
     assert "blocks (" in capsys.readouterr().out
     assert load_json(Path("smaller/config.json")).num_hidden_layers == 4

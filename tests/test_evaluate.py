@@ -191,7 +191,7 @@ def test_answers_are_described_and_compared(tmp_path, monkeypatch):
     assert [pair.before.tokens for pair in found.pairs] == [8, 8, 30]
     assert [pair.before.repeated for pair in found.pairs[:2]] == [0.6, 0.6]
     assert {pair.after.repeated for pair in found.pairs} == {0.8}
-    assert found.worse, "fewer answers end"
+    assert found.lost == 1.0, "no answer ends"
     rows = {row.key: row for row in answer_rows(found, "cut")}
     assert rows["answers_ended"].way == "100 → 0"
     assert rows["answers_ended"].change == "-100 ± 0"

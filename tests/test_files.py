@@ -11,10 +11,10 @@ from numpy.testing import assert_array_equal
 from safetensors.torch import save_file
 
 from isingcut.files.journal import Journal
-from isingcut.files.ownership import MARKER, edges_sha256
+from isingcut.files.ownership import edges_sha256
 from isingcut.files.provenance import versions
 from isingcut.files.writing import atomic_file, atomic_folder
-from shared import OutputExistsError, parametrize, refuses, write_json
+from shared import parametrize, refuses, write_json
 
 
 def test_the_command_line_of_a_result_can_be_typed_again(monkeypatch):
@@ -56,26 +56,6 @@ def test_whoever_may_read_the_folder_may_read_the_weights_in_it(tmp_path):
     modes = {p.name: stat.S_IMODE(p.stat().st_mode) for p in (tmp_path / "d").iterdir()}
     assert modes["model.safetensors"] == 0o640
     assert modes["run.sh"] == 0o700
-
-
-def test_an_existing_folder_is_kept_unless_overwritten(tmp_path):
-    target = tmp_path / "d"
-    target.mkdir()
-    (target / "mine").write_text("1")
-    with refuses("--overwrite", OutputExistsError), atomic_folder(target):
-        pass
-    assert (target / "mine").read_text() == "1"
-    with (
-        refuses("only files of isingcut", OutputExistsError),
-        atomic_folder(target, overwrite=True),
-    ):
-        pass
-    (target / "mine").unlink()
-    for content in ("1", "2"):
-        with atomic_folder(target, overwrite=True) as temporary:
-            (temporary / content).write_text(content)
-        assert set(os.listdir(target)) == {content, MARKER}
-    assert os.listdir(tmp_path) == ["d"]
 
 
 @parametrize("place, noticed", [(0, True), (-1, True), (9, False)])

@@ -4,7 +4,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from isingcut.evaluation.quality import quality
@@ -101,44 +100,6 @@ def test_blocks_that_text_does_not_run_are_named(tmp_path):
     with refuses("does not run the blocks 3 ", ArchitectureError):
         replay_of(model)
     assert prove_cut(model, [0], tmp_path).difference == 0.0
-
-
-class Handing(nn.Module):
-    """A block that returns a second tensor, and may add the one that it receives to the stream."""
-
-    def __init__(self, reads):
-        super().__init__()
-        self.map = nn.Linear(8, 8)
-        self.reads = reads
-
-    def forward(self, hidden_states, beside=None):
-        stream = hidden_states + self.map(hidden_states)
-        if self.reads and beside is not None:
-            stream = stream + beside
-        return stream, self.map(stream)
-
-
-class Handed(nn.Module):
-    device = torch.device("cpu")
-
-    def __init__(self, reads):
-        super().__init__()
-        self.layers = nn.ModuleList(Handing(reads) for _ in range(3))
-
-    def forward(self, input_ids, use_cache):
-        stream = torch.ones(*input_ids.shape, 8)
-        beside = None
-        for layer in self.layers:
-            stream, beside = layer(stream, beside=beside)
-        return stream
-
-
-def test_what_blocks_hand_on_matters_where_it_is_read(monkeypatch):
-    blocks_of = lambda model: list(model.layers)  # noqa: E731
-    monkeypatch.setattr("isingcut.models.replay.stack_modules", blocks_of)
-    assert len(Replay(Handed(reads=False))) == 3
-    with refuses("more than the residual stream", ArchitectureError):
-        Replay(Handed(reads=True))
 
 
 def test_a_period_beside_the_list_it_stands_for_says_nothing(tmp_path):

@@ -78,41 +78,41 @@ def test_what_is_read(kind, read, texts):
         assert kind(text) == text
 
 
+# Class, expected words, and refused texts; NINES stands for 5,000 of them.
 NONE = [
     (Removal, "removal|removes|large|twice|range|share",
-     ["two", "attention", "attention=x", "a=1,a=2", "-1", "a=1;b=2", "0", "3.5", "4..4", "0..3",
-      "1..1000000000", "9" * 5000, "attention=0", "a=1,", "a=100000"]),
+     "two | attention | attention=x | a=1,a=2 | -1 | a=1;b=2 | 0 | 3.5 | 4..4 | 0..3 | "
+     "1..1000000000 | attention=0 | a=1, | a=100000 | NINES"),
     (Budgets, "budget|twice",
-     ["params", "params=", "params=125%", "params=3xb", "=3", "zorp=5", "params=0%", "params=0.0K",
-      "params=5ms", "params=nan", "params=inf", "params=-3", "params=5%,params=6%", "params=5%,",
-      "latency=1", "params=" + "9" * 400, "file=0MB"]),
-    (Budgets, "no unit; known: %, b, k, kb, m, ", ["kv=1536", "bytes=3"]),
-    (Budgets, "no unit; known: %$", ["decode=120"]),
-    (Budgets, "no unit; known: b, k, kb, m, ", ["file=142016"]),
-    (Budgets, "no unit; known: %, k, m, g, b, t$", ["params=15"]),
-    (Memory, "no unit; known: %, b, k, kb, m, ", ["16000000000"]),
-    (Budgets, "unknown unit '%'; known: b, k,", ["file=25%"]),
-    (Budgets, "unknown unit 'GB'; known: %$", ["decode=5GB"]),
-    (Budgets, "a context .*=2GB@8k$", ["memory=2GB", "memory=2GB@0k", "memory=2GB@x"]),
-    (Budgets, "a GGUF type is chosen for it; omit kv", ["file=9MB,kv=5%"]),
-    (BlockList, "block|large",
-     ["a", "3-1", "1,,x", "-1", "3.5", "0-100000", "0-" + "9" * 5000]),
+     "params | params= | params=125% | params=3xb | =3 | zorp=5 | params=0% | params=0.0K | "
+     "params=5ms | params=nan | params=inf | params=-3 | params=5%,params=6% | params=5%, | "
+     "latency=1 | file=0MB | params=NINES"),
+    (Budgets, "no unit; known: %, b, k, kb, m, ", "kv=1536 | bytes=3"),
+    (Budgets, "no unit; known: %$", "decode=120"),
+    (Budgets, "no unit; known: b, k, kb, m, ", "file=142016"),
+    (Budgets, "no unit; known: %, k, m, g, b, t$", "params=15"),
+    (Memory, "no unit; known: %, b, k, kb, m, ", "16000000000"),
+    (Budgets, "unknown unit '%'; known: b, k,", "file=25%"),
+    (Budgets, "unknown unit 'GB'; known: %$", "decode=5GB"),
+    (Budgets, "a context .*=2GB@8k$", "memory=2GB | memory=2GB@0k | memory=2GB@x"),
+    (Budgets, "a GGUF type is chosen for it; omit kv", "file=9MB,kv=5%"),
+    (BlockList, "block|large", "a | 3-1 | 1,,x | -1 | 3.5 | 0-100000 | 0-NINES"),
     (Memory, "expected a share .* or an amount|memory ",
-     ["much", "0GB", "0%", "101%", "8ms", "-8GB"]),
+     "much | 0GB | 0% | 101% | 8ms | -8GB"),
     (Training, "expected a time",
-     ["10", "5M", "0min", "0.5tokens", "10minutess", "-3h", "1e6tokens", "nan h", "h", "9999999h",
-      "2000Gtokens", "9" * 400 + "min"]),
-    (BlockList, "cannot read '007' as block numbers", ["007"]),
-    (Removal, "cannot read '\u0663' as a removal", ["\u0663"]),
-    (Removal, "or a share as --budget params=20%$", ["20%"]),
+     "10 | 5M | 0min | 0.5tokens | 10minutess | -3h | 1e6tokens | nan h | h | 9999999h | "
+     "2000Gtokens | NINESmin"),
+    (BlockList, "cannot read '007' as block numbers", "007"),
+    (Removal, "cannot read '\u0663' as a removal", "\u0663"),
+    (Removal, "or a share as --budget params=20%$", "20%"),
 ]  # fmt: skip
 
 
 @parametrize("kind, words, texts", NONE)
 def test_what_is_refused(kind, words, texts):
-    for text in texts:
+    for text in texts.split(" | "):
         with refuses(words):
-            kind(text)
+            kind(text.replace("NINES", "9" * 5000))
 
 
 def test_lists_of_blocks():

@@ -223,11 +223,6 @@ def test_a_state_without_a_cut_to_patch_is_refused_with_the_reasons(removed, rea
         fitted(model, removed, tokens())
 
 
-def test_a_single_sample_is_refused():
-    with refuses("at least two samples"):
-        fitted(tiny_model("llama"), [3], tokens(1))
-
-
 def job_of(folder, family, removed, **options):
     source = tiny_checkpoint(family, folder / "source", **options)
     excise(source, removed, folder / "cut")
@@ -264,7 +259,7 @@ def test_a_cut_that_no_map_helps_is_listed_and_the_others_go_on(monkeypatch):
     found = fit_patches(replay_of(model), tokens(), [2, 4], Work(96))
     (left,) = found.record.unpatched
     assert left.removed == [2, 2]
-    assert left.reason.startswith("no map of block 1's mlp.down_proj is be")
+    assert left.reason.startswith("no linear map in mlp.down_proj of block 1 lo")
     (alone,) = found.patches
     # The other patch is fitted on the cut model without a patch for the first cut.
     assert_stationary(model, tokens(), alone, [2])
@@ -482,8 +477,6 @@ def test_gains_are_those_of_the_norm_behind_the_layer():
 @parametrize(
     "family, place, name, found, reason",
     [
-        ("gemma2", _Fitting, "_error", 1.0, "no map of block 1's mlp.down_proj or "
-         "self_attn.o_proj is better than none"),
         ("mixtral", linear, "find_scaled_writes", [], r"block 1 \(attention\+moe\) cannot absorb a "
          "patch: none of its linear layers writes"),
     ],
@@ -502,5 +495,8 @@ def test_removing_a_block_that_changes_nothing_leaves_nothing_to_patch(family):
     with torch.no_grad():
         for name in ("self_attn.o_proj", "mlp.down_proj"):
             model.model.layers[2].get_submodule(name).weight.zero_()
-    with refuses(r"no map of block 1's .* is better than none", ArchitectureError):
+    with refuses(
+        "map in mlp.down_proj( or self_attn.o_proj)? of block 1 lowers the error",
+        ArchitectureError,
+    ):
         fitted(model, [2], tokens())

@@ -72,7 +72,9 @@ def test_a_ranking_keeps_the_blocks_that_its_spectrum_was_solved_with(
 ):
     kept = load_json(run / "candidates.json").chosen.removed[0]
     works("solve", run, "--keep", kept, "--overwrite")
-    assert "is of an earlier energy, spectrum or budget" in refusal("excise", run)
+    assert "made before the energy, the spectrum or the budget changed" in refusal(
+        "excise", run
+    )
     with refuses("solve and rank again", StageFileError):
         _ = isingcut.open_run(run).chosen
     assert f"keep: was none, now {kept}" in refusal("rank", run)
@@ -82,8 +84,9 @@ def test_a_ranking_keeps_the_blocks_that_its_spectrum_was_solved_with(
     config = isingcut.runs.folder.RunFolder.open(run).config
     isingcut.energy(config.replace(compare_energies="", effort="3", overwrite=True))
     capsys.readouterr()
-    assert "spectrum.json is of an earlier energy, spectrum or budget" in refusal(
-        "rank", run, "--overwrite"
+    assert (
+        "spectrum.json was made before the energy, the spectrum or the budget"
+        in refusal("rank", run, "--overwrite")
     )
 
 

@@ -42,15 +42,6 @@ PATTERN = "MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME"
 KINDS = {"M": "mamba", "E": "moe", "*": "attention"}
 
 
-@parametrize("layout", ["fp8", "compressed-tensors", "modelopt"])
-def test_every_layout_is_read(layout, tmp_path):
-    source = tiny_checkpoint("qwen3", tmp_path / "source")
-    quantise(source, layout)
-    assert fp8_layout(source, load_json(source / "config.json")) == layout
-    model, _ = load_plain(source, torch.float32)
-    assert_weights_close(model, tiny_model("qwen3"), 1e-3)
-
-
 def test_fp8_weights_of_a_model_with_its_own_code_are_read(tmp_path):
     source = tiny_checkpoint("qwen3", tmp_path / "source")
     quantise(source, "fp8")
@@ -83,10 +74,12 @@ def test_a_patched_layer_is_plain_and_listed_and_the_others_keep_their_bytes(
 ):
     source = tiny_checkpoint("qwen3", tmp_path / "source")
     quantise(source, layout)
+    assert fp8_layout(source, load_json(source / "config.json")) == layout
     cut = tmp_path / "cut"
     patched = tmp_path / "patched"
     excise(source, [2], cut, max_shard_bytes=shards)
     teacher = load_tiny(source)
+    assert_weights_close(teacher.model, tiny_model("qwen3"), 1e-3)
     config = HealConfig(patch=patch, patch_tokens=4096)
     job = Job(teacher, (2,), cut, random_tokens([24] * 48), tmp_path / "work", config)
     record = patch_checkpoint(job, patched)
@@ -173,7 +166,7 @@ def test_nemotron_h_of_52_blocks_in_fp8(tmp_path):
     model, _ = load_plain(source, torch.float32)
     stack = find_stack(model)
     assert [stack.kinds.count(k) for k in ("mamba2", "moe", "attention")] == [23, 23, 6]
-    for removed in ([5, 42], [1, 20, 51], [0, 5, 12, 51]):
+    for removed in ([1, 20, 51], [0, 5, 12, 51]):
         out = tmp_path / f"without-{removed[0]}-{len(removed)}"
         excise(source, removed, out, max_shard_bytes=400_000)
         kept = [i for i in range(52) if i not in removed]

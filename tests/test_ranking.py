@@ -17,6 +17,7 @@ from isingcut.files.states import CandidatesFile, ChosenState, PatchedState
 from isingcut.ising.constraints import LinearConstraint, count, keep
 from isingcut.ising.problem import Problem
 from isingcut.ising.solvers import solve
+from isingcut.report.run_files import RunFiles
 from isingcut.report.words import sentence
 from isingcut.runs import cutting, pipeline, trials
 from isingcut.runs.folder import RunFolder
@@ -145,7 +146,7 @@ def test_random_states_take_a_quarter_of_the_text_and_are_compared_on_it(ranked)
 
 
 def test_near_candidates_are_patched_for_the_choice(llama, text, tmp_path, spy):
-    tried = spy(trials, "changed_losses", stop=2)
+    tried = spy(trials, "changed_losses", lambda *given: given[5], stop=2)
     given = (llama, text, tmp_path / "run")
     options = {"remove": 2, "patch": "linear"}
     with pytest.raises(KeyboardInterrupt):
@@ -159,12 +160,15 @@ def test_near_candidates_are_patched_for_the_choice(llama, text, tmp_path, spy):
     ][:3]
     assert near == [row for row in rows if "patched_kl" in row]
     assert len(tried) == len(near) > 1
+    assert set(tried) == {
+        f"without {RunFiles(target).name_blocks(row.removed)}, patched" for row in near
+    }
     assert not (target / "patched.journal").exists()
     best, *others = sorted(near, key=lambda row: row.patched_kl)
     ranked = read_document(target / "candidates.json", CandidatesFile)
     assert (ranked.chosen.removed, ranked.chosen.why) == (best.removed, "patch")
     why = sentence("why_words", ranked)
-    assert f"; lower after a patch: {best['patched_kl']:.4g} against " in why
+    assert why.startswith(f"lowest KL after a patch: {best['patched_kl']:.4g}, and ")
     assert all(f"{row['patched_kl']:.4g}" in why for row in others)
     with refuses(r"candidates.json was made .*patch_tokens: was", OutputExistsError):
         run_tiny(*given, **options, patch_tokens=2 * RunConfig().patch_tokens)
@@ -201,14 +205,15 @@ def test_a_state_of_the_search_is_chosen_if_it_is_clearly_better_after_a_patch(
         found, True, RunConfig(), lambda removed, *_: losses[removed[0]], [[2]]
     )
     assert order == [chosen, 1 - chosen]
-    words = "lower" if chosen else "lowest KL, and within 5 % of the lowest"
+    words = "lowest KL " + "as cut, and within 5 % of the lowest " * (not chosen)
     compared = [PatchedState(position=i, patched_kl=losses[i + 1]) for i in order]
     picked = ChosenState.model_construct(why="patch", compared=compared, deep=True)
     ranked = CandidatesFile.model_construct(chosen=picked, samples=16)
     why = sentence("why_words", ranked)
-    assert why.startswith("compared in a deep cut with state")
-    assert (
-        f"on 16 samples; {words} after a patch: {losses[chosen + 1]:.4g} against" in why
+    kls = [f"{losses[i + 1]:.4g}" for i in order]
+    assert why == (
+        f"{words}after a patch: {kls[0]}, and {kls[1]} of state {order[1]} (16 samples, "
+        "compared because the cut is deep)"
     )
 
 

@@ -1,6 +1,8 @@
 """The report and the model card show what the files hold, and report missing files."""
 
+import math
 import re
+from pathlib import Path
 
 import pytest
 import yaml
@@ -18,7 +20,7 @@ from isingcut.files.states import (
     Correlations,
     Judged,
 )
-from isingcut.report import card, words
+from isingcut.report import card, rows, words
 from isingcut.report.run_files import RunFiles
 from isingcut.report.words import fence_text
 from run_files import (
@@ -110,10 +112,6 @@ def test_a_finished_run_is_recognised_by_its_files(folder):
 @parametrize(
     "why, said",
     [
-        (
-            "near states 1 and 2; lower after a patch",
-            "near states 1 and 2; lower after a patch",
-        ),
         ("ground", "the ground state, as --choose ground says"),
     ],
 )
@@ -150,21 +148,45 @@ def rates(folder, name, before, after):
 def test_a_speed_up_has_the_error_of_both_timings(folder):
     page = rates(folder, "decode", {"": 20.0, "_se": 3.0}, {"": 25.0, "_se": 5.0})
     # 1.25 x the root of 0.15 squared and 0.2 squared.
-    assert "decodes 1.25 ± 0.31 times as fast" in page
+    assert (
+        "\n- speed: decodes 1.25 ± 0.31 times as fast (20.0 → 25.0 tokens/s)\n" in page
+    )
     assert "+25.0 ± 31.2 %" in page
 
 
-def test_the_verdict_says_that_answers_no_longer_end(folder):
-    pairs = [answers("Yes.", "Yes yes", tokens=64, ended=False, repeated=0.75)]
-    said = (
-        "Of 1 answers, 0 end by themselves, 1 of the original's; 75 % of their "
-        "sequences of four tokens are repetitions, of the original's 0 %."
-    )
-    assert said not in page_of(folder)
-    change(folder / "evaluation.json", answers={"limit": 64, "pairs": pairs})
+POOR = "Do not deploy this as a chat model: it is often wrong"
+
+
+@parametrize(
+    "ended, repeated, followed, said",
+    [
+        (8, 0.0, 0.25, "Expect fluent text with many mistakes"),
+        (7, 0.34, 0.25, POOR),
+        (12, 0.31, 0.25, POOR),
+        (12, 0.0, 0.05, POOR),
+        (12, 0.0, 0.24, "Expect nearly the same answers"),
+    ],
+)
+def test_the_worse_of_loss_and_answers_speaks(folder, ended, repeated, followed, said):
+    """Of 12 answers the original ends 10; it follows 25 % of the instructions."""
+    pairs = [
+        answers("Yes.", "Yes yes", ended=k < ended, repeated=repeated)
+        for k in range(12)
+    ]
+    for pair in pairs[10:]:
+        pair["before"]["ended"] = False
+    change(folder / "evaluation.json", kl=0.09, answers={"limit": 64, "pairs": pairs})
+    row = {**task("instructions", 0.25, followed), "metric": "followed,none"}
+    write_json(folder / "benchmarks.json", "benchmarks", {"rows": [row], "engine": "x"})
     page = page_of(folder)
-    assert said in page
-    assert "64 tokens, not ended, 75 % repeated" in page
+    first = page.split("\n\n")[1]
+    assert first.startswith(said)
+    assert ("worse than that KL suggests" in first) == ("nearly" not in said)
+    assert (
+        f"- answers: {ended} of 12 end by themselves (original 10); {100 * repeated:.0f} % of "
+        "their text is repetition (original 0 %); instructions: "
+        f"{100 * followed:.0f} % followed (original 25 %)\n"
+    ) in page
 
 
 def test_lm_eval_s_table_shows_the_scores(tmp_path):
@@ -192,30 +214,29 @@ def test_the_answers_of_tasks_are_pooled_with_those_to_prompts(tmp_path):
     rows = [{**task("ours", 0.5, 0.5), "endings": pairs}]
     change(folder / "benchmarks.json", rows=rows)
     page = page_of(folder)
-    assert "Of 4 answers, 2 end by themselves, 4 of the original's; 25 % of" in page
+    assert "answers: 2 of 4 end by themselves (original 4); 25 % of their text" in page
     # The changes are 0, 0, -1 and -1.
     (ended,) = (row for row in RunFiles(folder).scores if row.key == "answers_ended")
     assert (ended.change, ended.notes) == ("-50 ± 29", ["n = 4"])
     assert "100% and 33% ended" in page
 
 
-@parametrize(
-    "kl, said",
-    [
-        (0.09, "Expect nearly the same answers"),
-        (0.1, "Expect answers of the same kind with more mistakes"),
-        (0.3, "Expect fluent text with many mistakes"),
-        (
-            0.6,
-            "Expect text that repeats itself and is often wrong: heal it, or cut less",
-        ),
-        (1.2, "Text breaks down: cut less, or heal"),
-    ],
-)
-def test_the_first_sentence_judges(folder, kl, said):
+@parametrize("kl, band", [(0.09, 0), (0.1, 1), (0.3, 2), (0.6, 3), (1.2, 4)])
+def test_the_first_sentence_judges_by_the_table_of_the_page(folder, kl, band):
+    page = (Path(__file__).parents[1] / "docs/loss.md").read_text()
+    found = re.findall(
+        r"^\| ([^|]+) \| ([^|]*) \| ((?:expect|do not) .*) \|$", page, re.M
+    )
+    *cells, said = found[band]
+    bounds = [
+        math.inf if "above" in c or not c else float(c.strip("% ").split()[-1])
+        for c in cells
+    ]
+    assert (bounds[0], bounds[1] / 100, said) == rows.BANDS[band]
+    assert len(found) == len(rows.BANDS)
+    first = f"{said[0].upper()}{said[1:]} (KL {kl:.3f} ± 0.010 nats per token on unseen text)."
     change(folder / "evaluation.json", kl=kl)
-    first = f"{said} (KL {kl:.3f} ± 0.010 nats per token on unseen text)."
-    assert page_of(folder).split("\n")[2].startswith(f"{first} a-model without blocks")
+    assert page_of(folder).split("\n")[2] == first
     html = (folder / "report.html").read_text()
     assert f"<strong>{words.code(first)}</strong>" in html
     assert RunFiles(folder).judgement[0] == first
@@ -224,7 +245,7 @@ def test_the_first_sentence_judges(folder, kl, said):
         row["kl"] = kl
     change(folder / "candidates.json", **ranked)
     shown = model_card(folder, ranked.chosen.removed)
-    assert f"At such a KL, {said[0].lower()}{said[1:]}." in shown
+    assert f"At such a KL, {said}." in shown
 
 
 def test_a_gguf_that_grew_is_not_smaller(folder):
@@ -235,8 +256,11 @@ def test_a_gguf_that_grew_is_not_smaller(folder):
     found.before["bytes"] = 202_752
     change(folder / "evaluation.json", **{**found, "gguf": packed})
     page = page_of(folder)
-    assert "| weights on disk, MB | 0.2 | 22.0 | 0.2 | +3.2 % |" in page
-    assert "takes 0.2 MB on disk instead of 0.2 (+3.2 %)" in page
+    assert (
+        "| weights on disk, MB (change: GGUF file) | 0.2 | 22.0 | 0.2 | +3.2 % |"
+        in page
+    )
+    assert "- size: 0.2 MB on disk instead of 0.2 (+3.2 %)" in page
 
 
 @parametrize(
@@ -411,7 +435,8 @@ def test_a_patch_is_reported_with_its_text_and_its_proof():
 
     text = "700 tokens of standard input (4 samples that the energy was measured on and 3 oth"
     assert text in said()
-    assert "on text they differ by 1.0e-07" in said()
+    assert "on text they differ by at most 1.0e-07" in said()
+    assert "they are equal." in said(proof={**patch()["proof"], "difference": 0.0})
     assert "--patch-tokens is" not in said()
     short = {**patch()["text"], "short": "the source has no more"}
     refused = [{"removed": [0, 0], "reason": "nothing stands before it"}]

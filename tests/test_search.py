@@ -338,12 +338,6 @@ def test_search_is_deterministic_and_resumes(replay, tokens, tmp_path):
     assert resumed.evaluator.ledger.passes == plain.evaluator.ledger.passes
 
 
-def test_search_obeys_constraints(replay, tokens):
-    target = Target("3 but 0", [count(N, 3), *keep(N, [0, 7])])
-    found = Search(replay, tokens, WORK, [target], 8.0).run()
-    assert not {0, 7} & {*best(found)[0]}
-
-
 def test_search_refuses_a_single_sample(replay, tokens):
     with refuses("at least 2 calibration samples"):
         Search(replay, tokens.select([0]), WORK, counts(3))

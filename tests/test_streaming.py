@@ -104,18 +104,6 @@ def test_slopes_at_a_cut_model_are_those_in_memory(family, removed, tmp_path):
     assert_array_equal(gate_slopes(parts, tokens, state, 16), expected)
 
 
-def test_a_forward_pass_reads_what_it_needs(tmp_path):
-    """Llama 4 reads the device of the embedding's weight before it calls the embedding."""
-    folder = tiny_checkpoint("llama4", tmp_path)
-    ids = samples().input_ids[:1]
-    whole = in_memory(folder)
-    parts = streamed(folder)
-    with torch.no_grad():
-        expected = whole.model(input_ids=ids, use_cache=False).logits
-        assert torch.equal(parts.model(input_ids=ids, use_cache=False).logits, expected)
-        assert torch.equal(parts.record(ids).entered, whole.record(ids).entered)
-
-
 JOBS = {
     "losses": lambda replay, tokens, state: measure(
         replay, tokens, state[None], work=Work(24)

@@ -207,8 +207,6 @@ def test_memory_allowed_and_needed(llama, monkeypatch, stub):
     assert allowance("1GB", CPU).total == 10**9
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert allowance("", CPU).left == 1000
-    with refuses(r"memory 'much': expected a share .*, got 'much'"):
-        allowance("much", CPU)
     parameters = sum(p.numel() for p in load_tiny(llama).model.parameters())
     assert weight_bytes(llama, torch.bfloat16) == 2 * parameters
 

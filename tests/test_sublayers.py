@@ -310,19 +310,6 @@ def test_a_streamed_run_chooses_the_same(llama, text, tmp_path, no_speed, one_la
     assert first.chosen.kl == second.chosen.kl
 
 
-def test_a_model_without_sublayers_is_refused_before_it_is_loaded(
-    shared, text, tmp_path, refusal
-):
-    model = shared.checkpoint("nemotron_h")
-    said = refusal(
-        "run",
-        *flags({"model": model, "units": "sublayers", "remove": 1}),
-        f"--out={tmp_path}/r",
-    )
-    assert "have no two sublayers; pass --units blocks" in said
-    assert said.count("\n") == 1
-
-
 def test_inspect_lists_sublayers_whose_costs_sum_to_the_model(llama, answer):
     whole = answer("inspect", llama)
     split = answer("inspect", llama, "--units", "sublayers")

@@ -19,13 +19,11 @@ from calibrating import (
 )
 from isingcut.data import calibration, healing_text, text_files
 from isingcut.data import tokens as encoder
-from isingcut.data.conversations import render_chat
 from isingcut.data.tokens import Encoder, TokenSet, overlap
 from isingcut.files.runs import CalibrationText
 from isingcut.report.words import overlap_warnings, repeat_warnings
 from shared import (
     CalibrationError,
-    ModelError,
     flags,
     load_json,
     parametrize,
@@ -184,6 +182,8 @@ def test_ordinary_text_is_not_warned_of(finished):
     assert provenance.calibration.overlap == {"rank": 0.0, "report": 0.0}
     assert overlap_warnings(provenance.calibration.overlap) == []
     assert overlap_warnings({"rank": 0.019}) == []
+    (line,) = overlap_warnings({"rank": 0.02, "report": 0.16})
+    assert line.startswith("2% of the rank text and 16% of the report text is in")
     known = {"rank": 0.0, "report": 0.0}
     text = CalibrationText(
         source="t", sha256="", splits={}, overlap=known, repeats={"report": 0.17}
@@ -227,28 +227,13 @@ def test_conversations_equal_within_the_kept_length_count_once(tmp_path, tokeniz
     message = refused(
         write_jsonl(tmp_path / "a.jsonl", records), tokenizer, "too short"
     )
-    assert "are needed, found 1;" in message
+    assert "it gives 1 report samples of" in message
 
 
 def test_messages_need_a_chat_template(tmp_path):
     bare = tiny_tokenizer()
     bare.chat_template = None
     refused(write_jsonl(tmp_path / "a.jsonl", chats(12)), bare, "no chat template")
-
-
-def test_what_a_template_refuses_is_one_line():
-    own = tiny_tokenizer()
-    own.chat_template = (
-        "{{ messages[1].content }}{{ raise_exception('roles\nalternate') }}"
-    )
-    with refuses(r"refuses these messages \(.*\)$", ModelError) as caught:
-        render_chat(own, [{"role": "user", "content": "a"}])
-    assert "\n" not in str(caught.value)
-    own.chat_template = "{{ messages[0].content }}{{ add_generation_prompt }}"
-    found = render_chat(
-        own, [{"role": "user", "content": "a"}], add_generation_prompt=True
-    )
-    assert found == "aTrue"
 
 
 # pieces -------------------------------------------------------------------------------

@@ -6,7 +6,9 @@ import sys
 
 import pytest
 
+from shared import works
 from studies import runner
+from studies.clients import models
 from studies.clients.rows import CONTROL, Answer, Row, compare, figures, table
 from studies.clients.study import WORKER, Clients, error_line
 
@@ -72,7 +74,9 @@ def test_a_near_tie_is_no_agreement():
     assert "    isingcut says no" in lines
 
 
-def test_a_cut_model_answers_in_transformers_as_the_skipped_one(tmp_path):
+def test_a_cut_model_answers_in_transformers_as_the_skipped_one(tmp_path, monkeypatch):
+    # In this process, where torch is loaded.
+    monkeypatch.setattr(models, "_isingcut", works)
     words = ["--models=llama", "--envs", str(tmp_path), "--new-tokens=2"]
     words += [f"--work={tmp_path}/work"]
     runner.run(Clients, words)

@@ -207,6 +207,8 @@ PLAIN = [
 ]  # fmt: skip
 PAIRS = rows((name, HEAL, *rest) for name, *rest in PLAIN)
 PAIRS += rows([
+    ("a huge width", heal("--other-teacher"),
+     "a width of 32, but the teacher .* has 10000000", config(hidden_size=10**7)),
     ("another depth", OTHER, "cut from a model of 6 blocks, but the teacher .* has 5",
      another(num_hidden_layers=5)),
     ("itself", heal("--other-teacher", teacher="{run}/model"), "of 6 blocks, but .* has 4"),
@@ -362,15 +364,6 @@ def test_a_healed_student_is_replaced(arena):
     types(arena, heal())
     types(arena, heal("--overwrite --seed 1", learning_rate=1e-2))
     assert load_json(arena.here / "healed/healing.json").options.seed == 1
-
-
-def test_a_patch_that_would_change_nothing_says_so(arena, stub):
-    arena.works("excise {run} --patch none --overwrite", "run/*")
-    stub("isingcut.healing.repairs.linear.fit_ridge", None)
-    line = (
-        r"no map of block \d's mlp.down_proj is better than none on validation tokens"
-    )
-    arena.refuses(heal("--patch linear --method none"), line)
 
 
 def exact_cut(arena):

@@ -15,7 +15,7 @@ from isingcut.formats.libraries import catch_errors
 from isingcut.healing.heal import heal
 from isingcut.memory import is_memory_exhausted
 from isingcut.models import verify
-from shared import MemoryExhaustedError, load_json, parametrize, refuses
+from shared import MemoryExhaustedError, parametrize, refuses
 
 TOO_MANY = 10**15
 
@@ -106,14 +106,3 @@ def generates(monkeypatch):
 def test_no_library_or_model_is_blamed(monkeypatch, step):
     with pytest.raises(MemoryExhaustedError):
         step(monkeypatch)
-
-
-def test_a_patch_is_left_as_fitted_where_memory_does_not_suffice_to_tune_it(
-    arena, monkeypatch
-):
-    monkeypatch.setattr("isingcut.healing.repairs.tuned.tune", in_torch)
-    command = "excise {run} --blocks 0,3"
-    arena.works(command, "run/*", line="model")
-    record = arena.run / "remove-2-blocks-0-3/model/isingcut.json"
-    tuning = load_json(record).patch.tuning
-    assert "out of memory for tuning the patch" in tuning.left_out

@@ -1,7 +1,9 @@
 """Model folders with foreign or damaged config, index, headers, weights and tokenizer."""
 
+import json
+
 import numpy as np
-from arena import Row, tried
+from arena import Row, cells, tried
 from damage import (
     CONFIG,
     ENERGY,
@@ -28,112 +30,42 @@ LOOK = "inspect {model}"
 UP = "model.layers.2.mlp.up_proj.weight"
 TOKENIZER = "model/tokenizer.json"
 
-INVALID = "the configuration is not a valid llama configuration: "
-RUNS = {
-    "model_type": "mine",
-    "auto_map": {"AutoConfig": "c.C", "AutoModelForCausalLM": "c.M"},
-}
 # Found by `inspect`, with which every run begins: name, changed fields, expected line.
-CONFIGS = [
-    (
-        "a depth in words",
-        {"num_hidden_layers": "six"},
-        f"{INVALID}.*expected int, got str",
-    ),
-    (
-        "no block",
-        {"num_hidden_layers": 0},
-        "says num_hidden_layers=0; expected at least 1",
-    ),
-    (
-        "a billion blocks",
-        {"num_hidden_layers": 10**9},
-        f"says num_.*={10**9}; expected at most 100000",
-    ),
-    (
-        "another width",
-        {"hidden_size": 64},
-        r"shape \[.*32\], but its model expects \[.*64\]",
-    ),
-    (
-        "a huge width",
-        {"hidden_size": 10**7},
-        "describes a model with more than .* more than its weights have",
-    ),
-    (
-        "an unknown activation",
-        {"hidden_act": "swishish"},
-        "cannot load the model in .*'swishish'",
-    ),
-    (
-        "an unknown model type",
-        {"model_type": "lama"},
-        "has model type `lama` but Transformers",
-    ),
-    (
-        "a list of model types",
-        {"model_type": ["llama"]},
-        r"=\['llama'\]; expected a text",
-    ),
-    (
-        "an encoder-decoder",
-        {"model_type": "t5"},
-        "no text-generating decoder of .* type 't5'",
-    ),
-    (
-        "quantised in a word",
-        {"quantization_config": "fp8"},
-        "config='fp8'; expected an object",
-    ),
-    (
-        "code of its own",
-        RUNS,
-        "it needs its own Python code; .* pass --trust-remote-code",
-    ),
-]
+CONFIGS = r"""
+a depth in words :: {"num_hidden_layers": "six"} :: a valid llama configuration: .*expected int
+no block :: {"num_hidden_layers": 0} :: says num_hidden_layers=0; expected at least 1
+a billion blocks :: {"num_hidden_layers": 1000000000} :: 1000000000; expected at most 100000
+another width :: {"hidden_size": 64} :: shape \[.*32\], but its model expects \[.*64\]
+a huge width :: {"hidden_size": 10000000} :: more than .* more than its weights have
+an unknown activation :: {"hidden_act": "swishish"} :: cannot load the model in .*'swishish'
+an unknown model type :: {"model_type": "lama"} :: has model type `lama` but Transformers
+a list of model types :: {"model_type": ["llama"]} :: =\['llama'\]; expected a text
+an encoder-decoder :: {"model_type": "t5"} :: no text-generating decoder of .* type 't5'
+quantised in a word :: {"quantization_config": "fp8"} :: config='fp8'; expected an object
+"""
 # Fields that the model's class ignores, but a cut would use.
-UNREAD = [
-    (
-        "mlp layers in a number",
-        {"mlp_only_layers": 3},
-        "'mlp_only_layers' has an unknown form",
-    ),
-    ("shared layers alone", {"num_kv_shared_layers": 2}, "no list 'layer_types'"),
-    (
-        "a period of 0",
-        {"attn_layer_period": 0},
-        "'attn_layer_period' has an unknown form",
-    ),
-    (
-        "a list per block of words",
-        {"moe_layer_freq": {}},
-        "moe_layer_freq has 0 entries for 6",
-    ),
-    (
-        "blocks by name",
-        {"layer_overrides": {"first": 1}},
-        "'layer_overrides' has an unknown form",
-    ),
-    ("no block type", {"block_types": []}, "'block_types' has an unknown form"),
-    (
-        "a place beyond the blocks",
-        {"ple_layer_ids": [1, 200]},
-        "'ple_layer_ids' has an unknown",
-    ),
-    (
-        "a place before the blocks",
-        {"ple_layer_ids": [0, 1]},
-        "'ple_layer_ids' has an unknown form",
-    ),
-    (
-        "images nowhere",
-        {"deepstack_layer_map": [[]]},
-        "'deepstack_layer_map' has an unknown form",
-    ),
-]
+UNREAD = r"""
+mlp layers in a number :: {"mlp_only_layers": 3} :: 'mlp_only_layers' has an unknown form
+shared layers alone :: {"num_kv_shared_layers": 2} :: no list 'layer_types'
+a period of 0 :: {"attn_layer_period": 0} :: 'attn_layer_period' has an unknown form
+a list per block of words :: {"moe_layer_freq": {}} :: moe_layer_freq has 0 entries for 6
+blocks by name :: {"layer_overrides": {"first": 1}} :: 'layer_overrides' has an unknown form
+no block type :: {"block_types": []} :: 'block_types' has an unknown form
+a place beyond the blocks :: {"ple_layer_ids": [1, 200]} :: 'ple_layer_ids' has an unknown
+a place before the blocks :: {"ple_layer_ids": [0, 1]} :: 'ple_layer_ids' has an unknown form
+images nowhere :: {"deepstack_layer_map": [[]]} :: 'deepstack_layer_map' has an unknown form
+"""
 DEEP = "recursion limit exceeded"
 DAMAGED = "is damaged, truncated or not a safetensors file"
 FILES = [
+    (
+        "code of its own",
+        config(
+            model_type="mine",
+            auto_map={"AutoConfig": "c.C", "AutoModelForCausalLM": "c.M"},
+        ),
+        "it needs its own Python code; .* pass --trust-remote-code",
+    ),
     ("a deep config", deep(CONFIG), DEEP),
     (
         "a deep generation config",
@@ -222,37 +154,13 @@ LOADED = [
     ("a noisy tokenizer", written(TOKENIZER, b"\x00\xff" * 99), "load the tokenizer"),
     ("a deep tokenizer", deep(TOKENIZER), "cannot load the tokenizer"),
 ]
-# A few of each sort, for `heal`; `run` reads a model as `energy` does.
-HEAL = (
-    "heal {run}/model --teacher {model} --other-teacher --text {text} --length 16 "
-    "--out {here}/new"
-)
-SOME = [
-    ("a depth in words", config(num_hidden_layers="six"), INVALID),
-    (
-        "a huge width",
-        config(hidden_size=10**7),
-        "a width of 32, but the teacher .* has 10000000",
-    ),
-    ("a pipe for weights", pipe(WEIGHTS), "model.safetensors is a pipe"),
-    ("NaN", number(UP, np.nan), f"{UP} .* has NaN or infinite values"),
-]
-NAMES = [
-    ("a name too long", f"inspect ./{'x' * 5000}", "there is no model at"),
-    ("a dangling model", "inspect {here}/dangling", "is a broken link"),
-    (
-        "a device as a model",
-        "inspect /dev/zero",
-        "is a device; expected a regular file",
-    ),
-    ("a model that is a text", "inspect {text}", "is not a model"),
-    ("a folder without a model", "inspect {home}", "has no config.json"),
-    (
-        "a dangling teacher",
-        "heal {model} --teacher {here}/dangling --out {here}/new",
-        "a broken link",
-    ),
-]
+NAMES = r"""
+a dangling model :: inspect {here}/dangling :: is a broken link
+a device as a model :: inspect /dev/zero :: is a device; expected a regular file
+a model that is a text :: inspect {text} :: is not a model
+a folder without a model :: inspect {home} :: has no config.json
+a dangling teacher :: heal {model} --teacher {here}/dangling --out {here}/new :: a broken link
+"""
 
 
 ENERGIES = ("pairwise", "refined", "empirical-fisher", "fisher")
@@ -302,21 +210,20 @@ def _rows():
             tensors(lambda t: without(t, *(f".{i}." for i in range(1, 6)))),
         ),
     )
-    for what, fields, line in CONFIGS:
-        yield Row(f"inspect: {what}", LOOK, line, config(**fields))
+    for what, fields, line in cells(CONFIGS):
+        yield Row(f"inspect: {what}", LOOK, line, config(**json.loads(fields)))
     for what, prepare, line in FILES:
         yield Row(f"inspect: {what}", LOOK, line, prepare)
     yield Row(
         "inspect: names that are no block's", LOOK, "", tensors(misnumbered), code=0
     )
-    for what, fields, line in UNREAD:
-        yield Row(f"energy: {what}", ENERGY, line, config(**fields))
+    for what, fields, line in cells(UNREAD):
+        yield Row(f"energy: {what}", ENERGY, line, config(**json.loads(fields)))
     for what, prepare, line in LOADED:
         yield Row(f"energy: {what}", ENERGY, line, prepare)
         yield Row(f"streamed: {what}", f"{ENERGY} --stream on", line, prepare)
-    for what, prepare, line in SOME:
-        yield Row(f"heal: {what}", HEAL, line, prepare)
-    for what, command, line in NAMES:
+    yield Row("a name too long", f"inspect ./{'x' * 5000}", "there is no model at")
+    for what, command, line in cells(NAMES):
         yield Row(what, command, line, linked("dangling", "no"))
 
 

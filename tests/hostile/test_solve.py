@@ -123,7 +123,6 @@ ROWS = [
     *(Row(f"the name {n}", f"{SOLVE}'{n}'", line) for n, line in NAMES.items()),
     Row("run with a name", "run {model} --remove 2 --calibration {text} --length 16 "
         "--out {here}/new --solver dimod:os.system", NAMES["dimod:os.system"]),
-    Row("a billion states", SOLVE + "exact --states 1000000000", "100,?000.* got 1000000000"),
     Row("a failed solve over a good one", "solve {run} --solver dimod:bad.Bad --overwrite",
         FAILED + "ValueError", method("raise ValueError")),
 ]  # fmt: skip

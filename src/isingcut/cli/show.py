@@ -279,7 +279,8 @@ def show_plan(plan: dict[str, Any]) -> None:
         ]
         _show_table(title, (name, "samples", "time", "memory"), rows, [name])
     show_lines(
-        f"times are right within a factor of 2; the checkpoint has {decimal(plan['checkpoint'])}",
+        f"times are right within a factor of 2; the checkpoint takes "
+        f"{decimal(plan['checkpoint'])} on disk",
         f"on a card a run needs {plan['card_weights']} x weights + {decimal(plan['card_bytes'])} "
         "and CUDA's own memory",
         f"a run with {plan['energy']} takes {duration(plan['seconds'])} in all",

@@ -324,6 +324,8 @@ def reopen_at(
 
     Without `--remove`, the number of blocks in `--blocks` is removed.
     """
+    from isingcut.runs import solving
+
     if blocks is None:
         return (*reopen(directory, options), None)
     try:
@@ -338,12 +340,9 @@ def reopen_at(
         raise InputError(
             f"--remove {config.remove} is not the number of --blocks; omit --remove"
         )
-    total = len(folder.run.blocks.blocks)
-    if named[-1] >= total:
-        raise InputError(
-            f"--blocks {','.join(map(str, named))[:60]}: this model's blocks are numbered 0 to "
-            f"{total - 1}"
-        )
+    # Illegal blocks are named as they were typed, before the model is loaded.
+    only = config.replace(keep="", must_remove=blocks)
+    solving.removal_rows(folder.run.blocks, only)
     return folder, config, named
 
 
@@ -360,7 +359,8 @@ def removal_at(
     if not of_run and directory.is_dir() and whole.name.startswith("remove-"):
         if alone and (options.get("remove") or options.get("budget")):
             raise InputError(
-                f"{directory} is of one removal; with --remove give {whole.parent}"
+                f"{directory} is the folder of one removal; to select another by --remove or "
+                f"--budget, give the run folder, {whole.parent}"
             )
         return RunFolder.open(whole.parent), whole
     folder, config = reopen(directory, options, several=True)

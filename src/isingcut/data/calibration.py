@@ -383,16 +383,16 @@ def draw_split(
             if row is None:
                 if count is None and len(drawn) >= least:
                     return drawn, True
-                share = (
-                    "" if part.share == 1 else f", {part.share:.0%} of them from it,"
-                )
+                needed = f"{count or least}"
+                if part.share < 1:
+                    needed = f"{part.share:.0%} of {needed}"
                 if texts[i].facts["kind"] == "documents":
-                    share += " from documents of no other split"
+                    needed += ", from documents of no other split,"
                 lower = "give more text, or lower --length or the number of samples"
                 raise CalibrationError(
-                    f"{words_for(place_of(part.source))} is too short: {count or least} {name} "
-                    f"samples of {length} tokens{share} are needed, found "
-                    f"{sum(k == i for k, _ in drawn)}; {left_out(texts[i], length) or lower}"
+                    f"{words_for(place_of(part.source))} is too short: it gives "
+                    f"{sum(k == i for k, _ in drawn)} {name} samples of {length} tokens, and "
+                    f"{needed} are needed; {left_out(texts[i], length) or lower}"
                 )
         had[i] += sum(token >= 0 for token in row)
         ahead[i] = fraction()

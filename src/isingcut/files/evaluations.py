@@ -68,11 +68,12 @@ class Endings(Strict):
         return stdev(change) / len(change) ** 0.5 if len(change) > 1 else None
 
     @property
-    def worse(self) -> bool:
-        """Whether fewer answers end, or they repeat themselves more by two standard errors."""
+    def lost(self) -> float:
+        """What got worse: the share of the original's ends that are lost, or the share of sequences
+        that became repetitions, whichever is larger."""
+        ended = [not pair.after.ended for pair in self.pairs if pair.before.ended]
         more = self.mean("after", "repeated") - self.mean("before", "repeated")
-        fewer = self.mean("after", "ended") < self.mean("before", "ended")
-        return fewer or more > 2 * (self.error("repeated") or 0.0)
+        return max(fmean(ended or [0.0]), more)
 
 
 class Answer(Ending):

@@ -52,7 +52,7 @@ def check_inputs(
     registry.check(config.repair)
     student = user_path(config.student)
     if (folder := find_run(student)) is not None:
-        run = RunFiles(folder, student)
+        run = RunFiles(folder, student.resolve())
         if not (student / "config.json").is_file():
             student = run.product
         config = config.replace(text=config.text or _text_of(run))
@@ -87,7 +87,8 @@ def check_inputs(
 
 def find_run(student: Path) -> Path | None:
     """Return the run folder that a path is, or that has it as a checkpoint; None outside a run."""
-    places = (student, *student.resolve().parents[:2])
+    place = student.resolve()
+    places = (place, *place.parents[:2])
     return next((place for place in places if (place / "run.json").is_file()), None)
 
 

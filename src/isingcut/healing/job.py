@@ -165,8 +165,8 @@ def trainer_settings(config: HealConfig) -> dict[str, Any]:
             near = difflib.get_close_matches(str(name), names, n=1)
             hint = f"did you mean {near[0]!r}? " if near else ""
             raise InputError(
-                f"--trainer cannot set {str(name)[:60]!r}; {hint}give options of `isingcut heal` "
-                f"next to it; it may set: {', '.join(names)}"
+                f"--trainer cannot set {str(name)[:60]!r}; {hint}options of `isingcut heal` "
+                f"stand outside of it; it may set: {', '.join(names)}"
             )
         # transformers also accepts a boolean for fsdp, and prefers it.
         kind = types[name] | bool if name == "fsdp" else types[name]

@@ -248,24 +248,28 @@ class Group:
 
 
 def trade_off_figure(axis: Axis, groups: Sequence[Group], absent: str) -> Figure:
-    """Plot the measured KL of removals against an axis.
+    """Plot the KL of removals against an axis.
+
+    It is that of the final models on unseen text if all were evaluated, else that of the cuts.
 
     Args:
         absent: the reason if no removal has a measured KL and a position on the axis.
     """
+    final = all(f.evaluation for g in groups for f in g.removals if f.candidates)
     points = []
     for group in groups:
         for files in group.removals:
             at = axis.place(files)
             if at is not None and isinstance(files.best, MeasuredState):
-                points.append((group, files, at, kl_of(files.best)))
+                kl = kl_of((final and files.evaluation) or files.best)
+                points.append((group, files, at, kl))
     if not points:
         return Figure(axis.key, axis.title, absent)
     plot = Plot(
         x_span([axis.whole, *(at for *_, at, _ in points)]),
         y_span([0.0, *(kl.high for *_, kl in points)], zero=True),
         axis.label,
-        f"KL ({CUT_RANKING}), nats/token",
+        f"KL ({'final model, unseen text' if final else CUT_RANKING}), nats/token",
     )
     plot.mark(axis.whole, 0.0, "the original", "original")
     legend = {"original": "original"}

@@ -23,22 +23,29 @@ CUT_RANKING = "cut, ranking text"
 # - 0.15 to 0.28: a quarter; of 27 word problems solved in steps, 3 to 5 are left (coder, M = 4);
 # - 0.4 to 0.6: a fifth to a half (coder, M = 7; objectives.md; healing.md, healed);
 # - 0.6 to 1.2: a third to two thirds (objectives.md, 44 states; healing.md, cut);
-# - above: a half to all (objectives.md; healing.md, 9 removed). The generations of both models in
-#   first_hour.md repeat themselves at 0.65 and do not at 0.29.
+# - above: a half to all (objectives.md; healing.md, 9 removed).
+# At a KL of 0.3 a model may lose a third of the ends of its answers and most of the instructions
+# that it followed (answers.md), so the answers have a bound of their own.
+_POOR = "do not deploy this as a chat model: "
 BANDS = (
-    (0.1, "expect nearly the same answers"),
-    (0.3, "expect answers of the same kind with more mistakes"),
-    (0.6, "expect fluent text with many mistakes"),
-    (1.2, "expect text that repeats itself and is often wrong: heal it, or cut less"),
-    (math.inf, "text breaks down: cut less, or heal"),
+    (0.1, 0.1, "expect nearly the same answers"),
+    (0.3, 0.2, "expect answers of the same kind; details and arithmetic suffer"),
+    (0.6, 0.3, "expect fluent text with many mistakes"),
+    (
+        1.2,
+        math.inf,
+        f"{_POOR}it is often wrong, repeats itself or does not end; heal it, or cut less",
+    ),
+    (math.inf, math.inf, f"{_POOR}its text breaks down; cut less, or heal it"),
 )
-"""What a model is good for by its KL to the original in nats per token: below each bound, in words.
-"""
+"""What to expect of a model, by two bounds: of its KL to the original in nats per token, and of the
+share that its answers have lost (`RunFiles.lost`). docs/loss.md has the same table."""
 
 
-def judge_kl(kl: float) -> str:
-    """Return in words what to expect of a model with this KL to the original."""
-    return next(words for bound, words in BANDS if kl < bound or bound == math.inf)
+def judge(kl: float, lost: float = 0.0) -> str:
+    """Return in words what to expect of a model with this KL, whose answers lost this share."""
+    found = (words for top, most, words in BANDS if kl < top and lost < most)
+    return next(found, BANDS[-1][-1])
 
 
 def plus_minus(figure: float, error: float | None, form: str = ".4f") -> str:
@@ -297,7 +304,8 @@ def _row(
     b = values[final]
     if a is None or b is None:
         return Row(key, label, unit, form, dict.fromkeys(values))
-    row = Row(key, label, unit, form, values)
+    notes = ["change: GGUF file"] * (final == "gguf")
+    row = Row(key, label, unit, form, values, notes=notes)
     error = models[final].get("kl_change_se" if key == "kl" else "nll_change_se")
     if first != "original":
         if error is None:
@@ -330,8 +338,8 @@ def _value(figures: Figures, key: str, scale: float) -> Value | None:
     return Value(figure / scale, error and error / scale)
 
 
-def kl_of(row: states.MeasuredLoss) -> Value:
-    """Return the measured KL of a state."""
+def kl_of(row: states.MeasuredLoss | evaluations.PairScores) -> Value:
+    """Return the measured KL of a state or model."""
     return Value(row.kl, row.kl_se)
 
 
@@ -390,6 +398,10 @@ def benchmark_rows(
             )
             notes.append(f"{before:.0%} and {after:.0%} ended")
         notes += ["within the noise"] * (not r.more_than_noise)
+        flips = r.flips
+        if flips is not None and flips.choice_kl is not None:
+            low = flips.kept and flips.kept.low
+            notes += ["at chance level"] * ((low or 0.0) <= 0)
         interval = f"({r.difference_low:+.3f} to {r.difference_high:+.3f})"
         change = f"{r.difference:+.4f} {interval}"
         whole = max(1.0, r.original, r.cut)

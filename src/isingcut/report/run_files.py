@@ -220,12 +220,13 @@ class RunFiles:
 
     @property
     def verdict(self) -> str:
-        """The sentences of the `verdict` as one text; empty before a choice."""
-        return " ".join(self.judgement)
+        """The paragraphs of the `judgement` as lines of one text; empty before a choice."""
+        return "\n".join(self.judgement)
 
     @property
     def judgement(self) -> list[str]:
-        """Sentences on quality, size, speed, budget and the next step; none before a choice."""
+        """What to expect, a list of figures (each begins with a dash), the budget, and the next
+        command alone; none before a choice."""
         if self.removed is not None:
             return words.paragraphs("verdict", self)
         return words.paragraphs("packing_words", self) if self.packing else []
@@ -258,6 +259,16 @@ class RunFiles:
         return evaluations.Endings(pairs=[*pairs, *tasks]) if pairs or tasks else None
 
     @property
+    def lost(self) -> float:
+        """Largest share that the answers lost: `Endings.lost`, or of the followed instructions."""
+        rows = self.benchmarks.rows if self.benchmarks else []
+        followed = [r for r in rows if r.metric.startswith("followed") and r.original]
+        shares = [1 - r.cut / r.original for r in followed if r.more_than_noise]
+        if self.endings:
+            shares.append(self.endings.lost)
+        return max(shares, default=0.0)
+
+    @property
     def judged(self) -> dict[str, states.Judged]:
         """Agreement of each energy's ranking with the measured losses, by the energy's name."""
         ranking = self.candidates
@@ -268,23 +279,7 @@ class RunFiles:
     @property
     def warnings(self) -> list[str]:
         """Warnings about the energy, the choice, the cut, its repair and its figures."""
-        lines: list[str] = []
-        if self.hamiltonian and self.spectrum:
-            lines += words.search_warnings(self.hamiltonian.meta, [self.name])
-        if self.candidates:
-            lines += words.ranking_warnings(self.energy, self.candidates)
-        if self.removal:
-            lines += self.removal.proof.remarks if self.removal.proof else []
-            lines += words.patch_warnings(self.removal)
-        if self.evaluation:
-            lines += words.patch_warnings(self.evaluation)
-            lines += words.paragraphs("part_warnings", self.evaluation)
-        if self.calibration:
-            lines += words.overlap_warnings(self.calibration.overlap)
-            lines += words.repeat_warnings(self.calibration)
-        if self.healing:
-            lines += words.healing_warnings(self.healing)
-        return list(dict.fromkeys(lines))
+        return list(dict.fromkeys(words.paragraphs("warnings", self)))
 
     @property
     def winners(self) -> list[states.BaselineFile]:

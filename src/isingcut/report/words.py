@@ -20,7 +20,7 @@ from markupsafe import Markup, escape
 
 from isingcut.console.printing import printable
 from isingcut.data.text_files import is_read_again
-from isingcut.files import cuts, healings, states
+from isingcut.files import cuts, states
 from isingcut.files.provenance import __version__
 from isingcut.options.config import TEXT
 from isingcut.report import plots, rows
@@ -41,13 +41,14 @@ def join_blocks(removed: Sequence[int]) -> str:
 
 def sentence(name: str, *about: Any) -> str:
     """Render a macro of `templates/words.j2` with its arguments, as one line."""
-    return " ".join(str(getattr(_sentences(), name)(*about)).split())
+    return " ".join(paragraphs(name, *about))
 
 
 def paragraphs(name: str, *about: Any) -> list[str]:
-    """Render a macro as a list of paragraphs, which blank lines separate."""
+    """Render a macro as a list of paragraphs, which blank lines of the template separate."""
     text = re.split(r"\n\s*\n", str(getattr(_sentences(), name)(*about)))
-    return [" ".join(words.split()) for words in text if words.strip()]
+    joined = [" ".join(words.replace(_NOTHING, "").split()) for words in text]
+    return list(filter(None, joined))
 
 
 def table(name: str, *about: Any, columns: int = 0) -> list[tuple[str, ...]]:
@@ -56,7 +57,8 @@ def table(name: str, *about: Any, columns: int = 0) -> list[tuple[str, ...]]:
     Args:
         columns: number of columns; a further ``::`` is text of the last one. 0: any number.
     """
-    lines = str(getattr(_sentences(), name)(*about)).split("\n")
+    text = str(getattr(_sentences(), name)(*about))
+    lines = text.replace(_NOTHING, "").split("\n")
     split = [line.split("::", columns - 1) for line in lines if line.strip()]
     return [tuple(cell.strip() for cell in row) for row in split]
 
@@ -66,12 +68,7 @@ ranking_warnings = partial(paragraphs, "ranking_warnings")
 overlap_warnings = partial(paragraphs, "overlap_warnings")
 repeat_warnings = partial(paragraphs, "repeat_warnings")
 patch_warnings = partial(paragraphs, "patch_warnings")
-
-
-def healing_warnings(healing: healings.HealingFile) -> list[str]:
-    """Return the warnings about a healing: its patch, its text, its training and its results."""
-    lines = paragraphs("healing_warnings", healing)
-    return [*patch_warnings(healing), *overlap_warnings(healing.overlap), *lines]
+healing_warnings = partial(paragraphs, "healing_warnings")
 
 
 def _environment(**more: Any) -> jinja2.Environment:
@@ -83,47 +80,46 @@ def _environment(**more: Any) -> jinja2.Environment:
         lstrip_blocks=True,
         **more,
     )
-    filters = (
+    functions = (
         cell,
         cells,
-        fence_text,
-        join_blocks,
-        numbers,
-        policy_hash,
-        shlex.quote,
-        state_map,
-    )
-    environment.filters |= {function.__name__: function for function in filters}
-    environment.filters["kl"] = lambda row: rows.kl_of(row).text()
-    functions = (
         correlation_text,
+        fence_text,
         is_read_again,
+        join_blocks,
         known_rows,
+        numbers,
         paragraphs,
         plots.meter,
+        policy_hash,
         rows.benchmark_rows,
         rows.flip_rows,
         rows.healing_rows,
         rows.healing_start,
-        rows.judge_kl,
+        rows.judge,
         rows.kl_of,
         rows.plus_minus,
         sentence,
+        shlex.quote,
+        state_map,
         table,
         was_tuned,
     )
-    environment.globals |= {function.__name__: function for function in functions}
-    environment.globals["find_spec"] = find_spec
-    environment.globals["CUT_RANKING"] = rows.CUT_RANKING
-    environment.globals["TEXT"] = TEXT
-    environment.globals["version"] = __version__
+    named = {function.__name__: function for function in functions}
+    environment.filters |= {**named, "kl": lambda row: rows.kl_of(row).text()}
+    constants = {"CUT_RANKING": rows.CUT_RANKING, "version": __version__, "TEXT": TEXT}
+    environment.globals |= {**named, **constants, "find_spec": find_spec}
     return environment
+
+
+# What an empty value prints, so that its line is not a blank one, which would end a paragraph.
+_NOTHING = "\0"
 
 
 @cache
 def _sentences() -> TemplateModule:
     environment = _environment(
-        finalize=lambda value: re.sub(r"\s*\n\s*", " ", str(value))
+        finalize=lambda value: re.sub(r"\s*\n\s*", " ", str(value)) or _NOTHING
     )
     return environment.get_template("words.j2").module
 

@@ -308,7 +308,7 @@ def require(folder: RunFolder, config: RunConfig, name: str) -> Path:
     """Return a file of an earlier stage of this removal; with an empty name, its folder.
 
     Raises:
-        StageFileError: it is of an earlier energy or spectrum, or does not exist; the message names
+        StageFileError: it is of an older energy or spectrum, or does not exist; the message names
             the first stage that is missing.
     """
     target = folder.target(config)
@@ -332,8 +332,8 @@ def require(folder: RunFolder, config: RunConfig, name: str) -> Path:
 
 def _outdated_error(folder: RunFolder, file: Path) -> StageFileError:
     return StageFileError(
-        f"{file} is of an earlier energy, spectrum or budget; solve and rank again, with "
-        f"--overwrite: isingcut solve {shlex.quote(str(folder.path))}"
+        f"{file} was made before the energy, the spectrum or the budget changed; solve and rank "
+        f"again, with --overwrite: isingcut solve {shlex.quote(str(folder.path))}"
     )
 
 

@@ -30,7 +30,7 @@ from isingcut.measure.ledger import Ledger
 from isingcut.measure.packed import changed_losses
 from isingcut.measure.streams import Kept
 from isingcut.options.config import RunConfig
-from isingcut.report.words import join_blocks
+from isingcut.report.run_files import RunFiles
 from isingcut.runs.cutting import fit_patch
 from isingcut.runs.folder import RunFolder
 from isingcut.runs.session import Session
@@ -93,6 +93,7 @@ def patched_losses(
         kept: as in `make_patches`, for the text of the fits.
     """
     measured = Kept()
+    files = RunFiles(folder.path, run=folder.run)
     work = dataclasses.replace(session.work(journal), progress=progress)
     ledger = Ledger(session.replay, text, work)
 
@@ -110,7 +111,7 @@ def patched_losses(
                 text,
                 lambda name, _: new.get(name),
                 work,
-                f"without {join_blocks(removed)}, patched",
+                f"without {files.name_blocks(removed)}, patched",
                 removed,
                 measured,
                 known,

@@ -282,8 +282,8 @@ class _Fitting:
         if usable and not reasons:
             paths = " or ".join(write.path for write in tried)
             return (
-                f"no map of block {p}'s {paths} is better than none on validation tokens; raise "
-                "--patch-tokens, or heal by distillation"
+                f"no linear map in {paths} of block {p} lowers the error on validation tokens; "
+                "raise --patch-tokens, or heal by distillation"
             )
         why = reasons or ["none of its linear layers writes to the residual stream"]
         return (
@@ -297,7 +297,7 @@ class _Fitting:
     def _fit_write(
         self, p: int, last: int, entered: Sequence[Tensor], write: Write
     ) -> list[Patch]:
-        """Return the patch of one layer, if a map of it is better than none; for a layer with a
+        """Return the patch of one layer, if it lowers the error; for a layer with a
         gain, the one whose block output has the least validation error."""
         record = PatchedCut(
             removed=[p + 1, last],
