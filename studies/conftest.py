@@ -2,6 +2,7 @@
 
 import json
 import random
+import tomllib
 
 import pytest
 
@@ -75,3 +76,20 @@ def tiny(model, data):
         "--judged-tokens=96",
         "--batch-tokens=96",
     ]
+
+
+@pytest.fixture
+def install(request, tmp_path, monkeypatch):
+    """Return a function that makes the plug-in of the test's folder found, as pip does."""
+    text = (request.path.parent / "pyproject.toml").read_text()
+    ((group, parts),) = tomllib.loads(text)["project"]["entry-points"].items()
+    lines = [f"[{group}]", *(f"{name} = {part}" for name, part in parts.items())]
+
+    def write():
+        place = tmp_path / "plug_in-0.1.dist-info"
+        place.mkdir()
+        (place / "METADATA").write_text("Name: plug-in\nVersion: 0.1")
+        (place / "entry_points.txt").write_text("\n".join(lines))
+        monkeypatch.syspath_prepend(tmp_path)
+
+    return write

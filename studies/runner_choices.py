@@ -25,6 +25,7 @@ from isingcut.ising.problem import Problem
 from isingcut.ising.solvers import solve
 from isingcut.measure.work import Work
 from isingcut.models.replay import Replay
+from studies.evopress.isingcut_evopress import Evopress
 from studies.runner import Content
 
 PLAIN = ("random", "block-influence", "angular-window", "sleb")
@@ -163,7 +164,6 @@ def _evolution(s: Setting, remove: int) -> Outcome:
     one and takes that one's measurements from the journal.
     """
     held = int(s.wide.mask.sum())
-    evopress = registry.get("evopress")
     first = FIRST_STEP if held >= 4 * FIRST_STEP else max(1, held // 4)
     steps = (first, min(LAST_STEP, held))
     best = None
@@ -171,7 +171,7 @@ def _evolution(s: Setting, remove: int) -> Outcome:
     published = math.ceil(remove * (len(s.replay) - remove) / 1.5)
     for initial in (64, 32, 16, 8, 4, 2, 1):
         for generations in range(published + 1):
-            part = evopress(generations=generations, step_tokens=steps, initial=initial)
+            part = Evopress(generations=generations, step_tokens=steps, initial=initial)
             found = part.choose(s.replay, s.wide, remove, s.working("wide"), s.seed)
             longer = s.priced(found.removed, found.passes, found.heads)
             if longer.passes > budget:

@@ -1,8 +1,6 @@
 """The plug-in: exact curvatures against autograd on plain models, and how it is found."""
 
 import functools
-import tomllib
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -116,23 +114,10 @@ def test_half_precision_and_a_card_come_near(kind):
 
 
 def test_an_installed_plug_in_is_found_measured_and_judged(
-    model, tmp_path, monkeypatch, capsys
+    model, install, tmp_path, capsys
 ):
-    written = tomllib.loads((Path(__file__).parent / "pyproject.toml").read_text())[
-        "project"
-    ]
-    points = written["entry-points"]["isingcut.energies"]
-    # What pip writes.
-    place = tmp_path / "isingcut_curvature-0.1.dist-info"
-    place.mkdir()
-    lines = [
-        "[isingcut.energies]",
-        *(f"{name} = {found}" for name, found in points.items()),
-    ]
-    (place / "METADATA").write_text("Name: isingcut-curvature\nVersion: 0.1\n")
-    (place / "entry_points.txt").write_text("\n".join(lines))
     assert not {*KINDS} & {*registry.names()}
-    monkeypatch.syspath_prepend(tmp_path)
+    install()
     assert [registry.get(name) for name in KINDS] == [Hessian, GaussNewton]
     text = tmp_path / "text.txt"
     text.write_text(" ".join(f"word{i * i % 97}" for i in range(900)))

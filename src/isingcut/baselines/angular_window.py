@@ -32,7 +32,5 @@ class AngularWindow:
         _, angles = one_pass(replay, tokens, work)
         distances = np.diagonal(angles, remove)
         start = int(np.argmin(distances))
-        info = {"distance": distances.tolist()}
-        return Outcome(
-            tuple(range(start, start + remove)), passes=1.0, heads=0.0, info=info
-        )
+        window = tuple(range(start, start + remove))
+        return Outcome(window, passes=1.0, info={"distance": distances.tolist()})

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from isingcut.data.tokens import TokenSet
-from isingcut.errors import InputError
 from isingcut.measure.ledger import Ledger
 from isingcut.measure.work import Work
 from isingcut.models.replay import Replay
@@ -30,7 +29,7 @@ class Outcome:
 
     removed: tuple[int, ...]
     passes: float
-    heads: float
+    heads: float = 0.0
     info: dict[str, Any] = field(default_factory=dict)
 
 
@@ -44,21 +43,5 @@ def open_ledger(replay: Replay, tokens: TokenSet, work: Work, loss: str) -> Ledg
         InputError: ``loss`` is neither ``"kl"`` nor ``"nll"``.
     """
     ledger = Ledger(replay, tokens, work, loss)
-    ledger.pay("original", len(replay), 1.0 if loss == "kl" else 0.0)
+    ledger.pay("original", len(replay), float(loss == "kl"))
     return ledger
-
-
-def check_count(replay: Replay, remove: int, *, kept: int = 0) -> None:
-    """Check the number of blocks to remove.
-
-    Args:
-        kept: number of blocks that the method never removes.
-
-    Raises:
-        InputError: fewer than one removal, or more than there are removable blocks.
-    """
-    most = len(replay) - max(1, kept)
-    if not 1 <= remove <= most:
-        raise InputError(
-            f"cannot remove {remove} of {len(replay)} blocks; expected 1 to {most} with this method"
-        )

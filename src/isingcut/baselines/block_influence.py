@@ -29,5 +29,6 @@ class BlockInfluence:
     ) -> Outcome:
         """Choose the blocks of lowest influence; ``seed`` has no effect."""
         scores = one_pass(replay, tokens, work)[0]
-        info = {"influence": scores.tolist()}
-        return Outcome(pick_blocks(scores, remove), passes=1.0, heads=0.0, info=info)
+        return Outcome(
+            pick_blocks(scores, remove), passes=1.0, info={"influence": scores.tolist()}
+        )

@@ -63,15 +63,14 @@ class Cbo:
             "energies": spectrum.energies.tolist(),
             "states": [spectrum.removed(k) for k in range(len(spectrum))],
             "proven": spectrum.proven,
-            "gradient_passes": 1 + BACKWARD,
             "counted": "gradients: one forward pass and a backward pass that counts as two",
         }
         chosen = 0
         if self.top > 1:
             losses = ledger.losses(spectrum.states, description="lowest states")
             chosen = int(np.argmin(losses))
-            info |= {"kl": losses.tolist()}
-        info |= {"position": chosen, "evaluations": ledger.evaluations}
+            info["kl"] = losses.tolist()
+        info["position"] = chosen
         return Outcome(
             tuple(spectrum.removed(chosen)),
             ledger.passes + BACKWARD,

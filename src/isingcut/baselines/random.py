@@ -21,4 +21,4 @@ class Random:
     ) -> Outcome:
         """Draw ``remove`` blocks without replacement; costs nothing."""
         drawn = np.random.default_rng(seed).choice(len(replay), remove, replace=False)
-        return Outcome(tuple(sorted(int(i) for i in drawn)), passes=0.0, heads=0.0)
+        return Outcome(tuple(sorted(drawn.tolist())), passes=0.0)

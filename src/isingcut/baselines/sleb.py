@@ -13,8 +13,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from isingcut.baselines.base import Outcome, check_count, open_ledger
+from isingcut.baselines.base import Outcome, open_ledger
 from isingcut.data.tokens import TokenSet
+from isingcut.errors import InputError
 from isingcut.measure.work import Work
 from isingcut.models.replay import Replay
 
@@ -40,27 +41,26 @@ class Sleb:
 
         Complexity: about M (N - M / 2) states, which share their prefixes within a step.
         """
-        check_count(replay, remove, kept=2 if self.keep_ends else 0)
         n = len(replay)
+        most = n - 1 - self.keep_ends
+        if not 1 <= remove <= most:
+            raise InputError(
+                f"cannot remove {remove} of {n} blocks; expected 1 to {most} with this method"
+            )
         ledger = open_ledger(replay, tokens, work, self.loss)
-        ends = {0, n - 1} if self.keep_ends else set()
+        free = range(self.keep_ends, n - self.keep_ends)
         state = np.zeros(n, dtype=bool)
         order: list[int] = []
         path: list[float] = []
         for step in range(remove):
-            candidates = [i for i in range(n) if not state[i] and i not in ends]
+            candidates = [i for i in free if not state[i]]
             states = state | np.eye(n, dtype=bool)[candidates]
             losses = ledger.losses(
                 states, description=f"removal {step + 1} of {remove}"
             )
-            best = int(np.argmin(losses))
-            state[candidates[best]] = True
-            order.append(candidates[best])
-            path.append(float(losses[best]))
-        info = {
-            "order": order,
-            "losses": path,
-            "loss": self.loss,
-            "evaluations": ledger.evaluations,
-        }
+            best = candidates[int(np.argmin(losses))]
+            state[best] = True
+            order.append(best)
+            path.append(float(losses.min()))
+        info = {"order": order, "losses": path}
         return Outcome(tuple(sorted(order)), ledger.passes, ledger.heads, info)

@@ -13,8 +13,6 @@ from isingcut.measure.losses import measure_together, tree_nodes
 from isingcut.measure.work import SharedJournal, Work, identity
 from isingcut.models.replay import Replay
 
-LOSSES = ("kl", "nll")
-
 
 class Ledger:
     """The measurements on one text and their cost.
@@ -33,7 +31,6 @@ class Ledger:
         counts: (m,) number of predicted tokens of each sample.
         runs: number of block evaluations so far, per token of the whole text.
         heads: number of output head evaluations so far, in the same unit.
-        evaluations: number of measured states, counted per set of samples.
 
     Raises:
         InputError: unknown loss.
@@ -42,8 +39,8 @@ class Ledger:
     def __init__(
         self, replay: Replay, tokens: TokenSet, work: Work, loss: str = "kl"
     ) -> None:
-        if loss not in LOSSES:
-            raise InputError(f"loss must be one of {', '.join(LOSSES)}; got {loss!r}")
+        if loss not in ("kl", "nll"):
+            raise InputError(f"loss must be kl or nll; got {loss!r}")
         self._replay = replay
         self._tokens = tokens
         self._loss = loss
@@ -55,7 +52,6 @@ class Ledger:
         self._kept = SharedJournal(work.journal, measured, replay.processes)
         self._paid: set[str] = set()
         self.runs = self.heads = 0.0
-        self.evaluations = 0
 
     @property
     def passes(self) -> float:
@@ -64,7 +60,7 @@ class Ledger:
 
     def share(self, rows: Sequence[int]) -> float:
         """Return the share of the text's tokens that are in the given samples."""
-        return int(self._real[list(rows)].sum()) / int(self._real.sum())
+        return float(self._real[list(rows)].sum() / self._real.sum())
 
     def pay(self, key: str, runs: float, heads: float) -> None:
         """Add the cost of ``key``, unless it was added before."""
@@ -111,7 +107,6 @@ class Ledger:
                 self._paid |= unpaid.keys()
                 self.runs += tree_nodes(np.array([*unpaid.values()])) * share
                 self.heads += len(unpaid) * share
-                self.evaluations += len(unpaid)
             absent = {k: s for k, s in unpaid.items() if self._kept.get(k) is None}
             if absent:
                 missing.append((absent, self._tokens.select(rows)))
@@ -126,13 +121,8 @@ class Ledger:
             for own, (_, rows) in zip(keys, wanted, strict=True)
         ]
 
-    def losses(
-        self,
-        states: States,
-        rows: Sequence[int] | None = None,
-        description: str = "searching",
-    ) -> Floats:
-        """Return the mean loss per token (S,) of states (S, N), on all or on the given samples."""
-        chosen = range(len(self.counts)) if rows is None else sorted(rows)
-        (sums,) = self.sums([(states, chosen)], f"{description}: {len(states)} states")
-        return np.asarray(sums.sum(1) / self.counts[list(chosen)].sum())
+    def losses(self, states: States, description: str = "searching") -> Floats:
+        """Return the mean loss per token (S,) of states (S, N) on the whole text."""
+        wanted = [(states, range(len(self.counts)))]
+        (sums,) = self.sums(wanted, f"{description}: {len(states)} states")
+        return np.asarray(sums.sum(1) / self.counts.sum())

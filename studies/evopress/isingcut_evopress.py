@@ -1,9 +1,12 @@
-"""`evopress`: a (1 + lambda) evolution of the set of removed blocks, selected in steps.
+"""Baseline `evopress`: an evolution of the set of removed blocks; an example of a plug-in.
 
-A generation makes `offspring` children of the parent, each by exchanging one to three removed
-blocks for kept ones (the smaller of two uniform draws). All children are measured on few
-tokens; the best go on to more tokens; in the last step the parent is measured with them on the
-same tokens, and the best of all is the next parent. Every step draws new text.
+    pip install ./studies/evopress
+
+It is a (1 + lambda) evolution with selection in steps. A generation makes `offspring` children of
+the parent, each by exchanging one to three removed blocks for kept ones (the smaller of two uniform
+draws). All children are measured on few tokens; the best go on to more tokens; in the last step the
+parent is measured with them on the same tokens, and the best of all is the next parent. Every step
+draws new text.
 
 Source: Sieberling et al., arXiv 2410.14649, algorithm 1 with level-switch mutation, and the
 depth-pruning settings of the script its authors published: the best of 64 random states on 2,048
@@ -24,8 +27,6 @@ from isingcut.ising.states import Bools, States, blocks_of, key_of
 from isingcut.measure.ledger import Ledger
 from isingcut.measure.work import Work
 from isingcut.models.replay import Replay
-
-__all__ = ["Evopress"]
 
 
 @dataclass(frozen=True)
@@ -73,11 +74,7 @@ class Evopress:
                 )
             improved += int((pool[0] != parent).any())
             parent = pool[0]
-        info = {
-            "generations": generations,
-            "improved": improved,
-            "evaluations": ledger.evaluations,
-        }
+        info = {"generations": generations, "improved": improved}
         removed = tuple(blocks_of(parent))
         return Outcome(removed, ledger.passes, ledger.heads, info)
 
@@ -86,7 +83,8 @@ def _best(
     ledger: Ledger, states: States, rows: list[int], count: int, words: str
 ) -> States:
     """Return the ``count`` states of lowest loss on the rows; ties go to the earlier one."""
-    losses = ledger.losses(states, rows, words)
+    (sums,) = ledger.sums([(states, rows)], f"{words}: {len(states)} states")
+    losses = sums.sum(1) / ledger.counts[rows].sum()
     return states[np.argsort(losses, kind="stable")[:count]]
 
 
@@ -94,7 +92,7 @@ def _rows(rng: np.random.Generator, tokens: TokenSet, wanted: int) -> list[int]:
     """Draw samples without replacement until they have ``wanted`` tokens, or all are drawn."""
     order = rng.permutation(tokens.samples)
     total = np.cumsum(tokens.mask.sum(1).numpy()[order])
-    return [int(r) for r in order[: int(np.searchsorted(total, wanted)) + 1]]
+    return sorted(order[: int(np.searchsorted(total, wanted)) + 1].tolist())
 
 
 def _children(rng: np.random.Generator, parent: Bools, count: int) -> States:
