@@ -114,8 +114,8 @@ def test_a_step_of_decoding_is_timed_block_by_block(pair, tokens, monkeypatch):
     assert not any(b._forward_hooks or b._forward_pre_hooks for b in blocks)
 
 
-def test_a_speed_test_ends_in_time_and_decodes_after_the_tokens_asked_for(stub, tokens):
-    stub(timing, "_SECONDS", 0.0)
+def test_a_speed_test_ends_in_time_and_decodes_after_a_text(monkeypatch, tokens):
+    monkeypatch.setattr(timing, "_SECONDS", 0.0)
     model = tiny_model("llama")
     lengths = []
     model.register_forward_pre_hook(

@@ -349,9 +349,9 @@ def test_sizes_are_compared_with_the_file_that_the_user_has(gguf_run, packed_mod
     change = f"{100 * (sizes[1] / sizes[0] - 1):+.1f} %"
     names = ("report.md", "model/README.md", "model.gguf.md")
     page, card, packed_card = ((gguf_run / name).read_text() for name in names)
-    row = rf"MB \| {before} \|.*\| {after} \|"
+    row = rf"MB.* \| {before} \|.*\| {after} \|"
     assert re.search(rf"{row} {re.escape(change)}", page)
-    assert f"takes {after} MB on disk instead of {before} ({change})" in page
+    assert f"- size: {after} MB on disk instead of {before} ({change})" in page
     assert f"weights on disk | {before} MB (a GGUF file) |" in card
     assert re.search(row, packed_card)
 
