@@ -23,7 +23,7 @@ from isingcut.evaluation.quality import before_and_after, quality, quality_of
 from isingcut.evaluation.questions import Prepared, prepare_task, split_names
 from isingcut.evaluation.scores import score_states
 from isingcut.files import cuts, evaluations, states
-from isingcut.files.ownership import check_output
+from isingcut.files.ownership import check_output, folder_hash, foreign_in, mark
 from isingcut.files.results import fingerprint, read_document, write_document
 from isingcut.files.schema import Document
 from isingcut.files.writing import atomic_file, lock_place, temporary_prefix
@@ -37,7 +37,8 @@ from isingcut.measure.work import Work
 from isingcut.models.load import LoadedModel
 from isingcut.models.sharing import fits
 from isingcut.options.config import RunConfig
-from isingcut.report.card import mark_harm
+from isingcut.report.card import add_figures, mark_harm
+from isingcut.report.run_files import RunFiles
 from isingcut.runs import measuring, solving
 from isingcut.runs.checks import data_of, resolve_energy
 from isingcut.runs.cutting import product
@@ -99,12 +100,28 @@ def _evaluate(
         skip_speed=skip,
     ).model_copy(update=further)
     scores.before.bytes = session.identity.weight_bytes
-    card = checkpoint / "README.md"
-    if card.is_file():
-        written = mark_harm(card.read_text(encoding="utf-8"), scores)
-        with atomic_file(card) as temporary:
-            temporary.write_text(written, encoding="utf-8")
+    files = RunFiles(folder.path, checkpoint.parent)
+    files.evaluation = scores
+    _rewrite_card(folder, files)
     write_document(path, scores)
+
+
+def _rewrite_card(folder: RunFolder, files: RunFiles) -> None:
+    """Write the figures to the model card of a run's final checkpoint; what a user wrote stays."""
+    card = files.product / "README.md"
+    if not card.is_file():
+        return
+    written = add_figures(card.read_text(encoding="utf-8"), files)
+    if files.evaluation:
+        written = mark_harm(written, files.evaluation)
+    own = foreign_in(files.product) is None
+    with atomic_file(card) as temporary:
+        temporary.write_text(written, encoding="utf-8")
+    if own:
+        # Else the card would count as the user's, which --overwrite does not replace.
+        mark(files.product)
+        folder.record(files.product).sha256 = folder_hash(files.product)
+        folder.save()
 
 
 def _price(prices: Prices) -> list[Estimate]:
@@ -416,7 +433,10 @@ def _benchmarks(
 
     path = yield folder, checkpoint.with_name("benchmarks.json"), options
     session.choose_tuning(folder)
-    write_document(path, _score_both(session, checkpoint, but=but, kept=work))
+    files = RunFiles(folder.path, checkpoint.parent)
+    files.benchmarks = _score_both(session, checkpoint, but=but, kept=work)
+    _rewrite_card(folder, files)
+    write_document(path, files.benchmarks)
 
 
 benchmarks = Stage(

@@ -29,7 +29,7 @@ from isingcut.errors import (
 )
 from isingcut.files import ownership, results, runs, writing
 from isingcut.files.inputs import user_path
-from isingcut.files.provenance import model_path, versions
+from isingcut.files.provenance import command_line, model_path, versions
 from isingcut.files.stages import find_outdated, is_made
 from isingcut.options.config import RunConfig
 from isingcut.options.declaration import options_from
@@ -109,7 +109,9 @@ class RunFolder:
                 config=options,
                 stages={},
                 blocks=blocks,
-                provenance=runs.Provenance(**versions(), **now),
+                provenance=runs.Provenance(
+                    **versions(), command_line=command_line(), **now
+                ),
                 complete=False,
             )
             folder = cls(path, run, config.overwrite)
