@@ -381,9 +381,7 @@ def _train(job: Job, text: HealingText) -> tuple[Path, HealingFile | None]:
         report_samples=text.report.samples,
         report_tokens=text.report.tokens,
         overlap={"report": text.overlap},
-        options=HealOptions(
-            **describe_options(config) | {"patch": patch}
-        ),
+        options=HealOptions(**describe_options(config) | {"patch": patch}),
         seconds=round(time.monotonic() - began, 1),
         provenance={
             **versions(),
