@@ -15,7 +15,7 @@ import pytest
 from isingcut.cli import main as cli
 from isingcut.cli import show
 from isingcut.files.evaluations import EvaluationFile
-from isingcut.files.ownership import MARKER, folder_hash
+from isingcut.files.ownership import folder_hash
 from isingcut.files.results import write_document
 from isingcut.files.states import CandidatesFile
 from isingcut.ising.spectrum import Spectrum
@@ -251,35 +251,6 @@ def test_a_number_takes_the_place_of_a_budget_alone(run, refusal, answer):
     assert "got 1..2; choose one with --remove M" in refusal(
         "evaluate", run, "--remove", "1..2"
     )
-
-
-def test_push_takes_a_run_or_a_checkpoint(run, monkeypatch, refusal, answer):
-    pushed = []
-
-    def push(files, repository, **options):
-        index = b"model-index" in files["README.md"]
-        pushed.append((index, repository, options["private"]))
-        return f"https://hub/{repository}"
-
-    monkeypatch.setattr("isingcut.runs.uploading.push", push)
-    found = answer("push", run, "me/cut", "--private")
-    assert set(found) == documented_keys()["push"] | {"verb", "warnings"}
-    works("push", run / "model", "me/cut")
-    assert "--remove and --budget are for a run folder" in refusal(
-        "push", run / "model", "me/cut", "--remove", 4
-    )
-    listed = answer("push", run, "me/cut", "--dry-run")
-    assert listed.url is None
-    assert {f.name for f in listed.files} == {
-        p.name for p in (run / "model").iterdir() if p.name != MARKER
-    }
-    index = listed.metadata["model-index"][0]
-    perplexity = index.results[0].metrics[0]
-    assert (index.name, perplexity.type) == ("cut", "perplexity")
-    error = perplexity["name"].rpartition(" ± ")[2]
-    page = (run / "report.md").read_text()
-    assert f"| {perplexity['value']:.2f} ± {error} |" in page
-    assert pushed == [(True, "me/cut", True), (False, "me/cut", False)]
 
 
 # Exit codes and streams --------------------------------------------------------------------
@@ -524,7 +495,11 @@ def test_a_patch_that_harms_other_text_is_called_so_first(
         found = exact(*given)
         return dataclasses.replace(found, kl_sums=found.kl_sums / 1000)
 
-    plain = (run / "model/README.md").read_text()
+    def text_of_card():
+        # The figures in front of it are those of each evaluation.
+        return (run / "model/README.md").read_text().split("---\n", 2)[2]
+
+    plain = text_of_card()
     assert "harms" not in plain + RunFiles(run).verdict
     # The exact cut is made to look better than the patched model.
     monkeypatch.setattr(evaluating, "measure", lower)
@@ -539,8 +514,8 @@ def test_a_patch_that_harms_other_text_is_called_so_first(
         words = "The patch harms other text: on manual, which the model was not calibrated on"
         assert words in first
         assert f"{part.kl:.3f} nats per token, and" in first
-        card = (run / "model/README.md").read_text()
-        title, said, *_ = card.split("---\n")[2].strip().split("\n\n")
+        card = text_of_card()
+        title, said, *_ = card.strip().split("\n\n")
         assert title.startswith("# ")
         assert said.startswith(f"**Warning.** {words}")
         assert card.replace(f"{said}\n\n", "") == plain
@@ -554,7 +529,7 @@ def test_a_patch_that_harms_other_text_is_called_so_first(
     found = load_json(run / "evaluation.json")
     cut, part = (judged.elsewhere.manual for judged in (found.cut, found))
     assert part.kl_above_cut == pytest.approx(part.kl - cut.kl, abs=1e-6)
-    assert (run / "model/README.md").read_text() == plain
+    assert text_of_card() == plain
 
 
 def test_a_calibration_on_that_text_is_judged_on_no_other(llama, tmp_path, no_speed):

@@ -12,14 +12,14 @@ from safetensors.torch import save_file
 
 from isingcut.files.journal import Journal
 from isingcut.files.ownership import edges_sha256
-from isingcut.files.provenance import versions
+from isingcut.files.provenance import command_line
 from isingcut.files.writing import atomic_file, atomic_folder
 from shared import parametrize, refuses, write_json
 
 
 def test_the_command_line_of_a_result_can_be_typed_again(monkeypatch):
     monkeypatch.setattr("sys.argv", ["/bin/isingcut", "run", "my model"])
-    assert versions()["command_line"] == "isingcut run 'my model'"
+    assert command_line() == "isingcut run 'my model'"
 
 
 def test_not_a_number_is_never_written(tmp_path):

@@ -157,12 +157,6 @@ def a_loop(arena):
 ROWS += [
     Row("solve: run.json", SOLVE, "blocks: missing", NO_BLOCKS),
     Row(
-        "push: isingcut.json",
-        "push {run}/model me/it",
-        "expected a valid list",
-        edited("model/isingcut.json", "removed", value=None),
-    ),
-    Row(
         "solve without run.json", SOLVE, NO_RUN, lambda a: (a.run / "run.json").unlink()
     ),
     Row("a run folder that is a file", "report {run}/run.json", NO_RUN),

@@ -112,7 +112,6 @@ def test_a_second_writer_is_refused_and_touches_nothing(arena, tmp_path, name):
     first, where, second, place, afterwards = ORDERS[name]
     with working(arena, tmp_path, first, where) as (holder,):
         arena.refuses(second, busy(place).replace(r"pid \d+", f"pid {holder.pid}"))
-        arena.works("push {run}/model me/it --dry-run")
     assert not left_behind(arena)
     # The second command is no longer refused as busy: it keeps what exists and makes the rest.
     made = ("new*", "run*", "healed*", ".healed*")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -478,66 +477,6 @@ def report(
         brief=str(whole),
         warnings=warnings,
     )
-
-
-@verb("remove", "budget", group=RESULT)
-def push(
-    directory: Annotated[
-        Path, typer.Argument(metavar="DIR", help="A run folder, or a cut checkpoint.")
-    ],
-    repository: Annotated[
-        str, typer.Argument(metavar="REPO", help="owner/name on the hub.")
-    ],
-    private: Annotated[
-        bool, typer.Option("--private", help="Make the repository private.")
-    ] = False,
-    message: Annotated[str, typer.Option(metavar="TEXT", help="Commit message.")] = "",
-    dry_run: Annotated[
-        bool,
-        typer.Option("--dry-run", help="Show metadata and files, but upload nothing."),
-    ] = False,
-    **options: Any,
-) -> Output:
-    """Upload the cut checkpoint to the Hugging Face Hub, with its model card.
-
-    Example: isingcut push my-run me/my-model-cut --private
-    """
-    from rich.filesize import decimal
-
-    from isingcut.runs import uploading
-
-    checkpoint = directory
-    folder = None
-    if not (directory / "isingcut.json").is_file():
-        folder, config = reopen(directory, options)
-        checkpoint = cutting.product(folder, config)
-        folder.record(checkpoint)
-    elif options:
-        raise InputError(
-            "--remove and --budget are for a run folder; a checkpoint has its own"
-        )
-    card, files = uploading.prepare(checkpoint, repository, folder)
-    sizes = {
-        k: len(f) if isinstance(f, bytes) else f.stat().st_size
-        for k, f in files.items()
-    }
-    data: dict[str, Any] = {
-        "url": None,
-        "repository": repository,
-        "private": private,
-        "folder": str(checkpoint),
-        "metadata": card.data.to_dict(),  # type: ignore[no-untyped-call]
-        "files": [{"name": name, "bytes": size} for name, size in sizes.items()],
-        "records": uploading.read_records(files),
-    }
-    if dry_run:
-        brief = f"dry run: {decimal(sum(sizes.values()))} for {repository}; nothing was uploaded"
-        lines = [*json.dumps(data, indent=1).splitlines(), brief]
-    else:
-        brief = uploading.push(files, repository, private=private, message=message)
-        data["url"] = brief
-        lines = [brief]
-    return Output(data, lambda: show.show_lines(*lines), brief=brief)
 
 
 _PLACING = (

@@ -25,7 +25,7 @@ def model_path(folder: Path, name: str) -> dict[str, Any]:
 
 
 def versions() -> dict[str, Any]:
-    """Return versions, platform and command line, for the provenance of results."""
+    """Return versions and platform, for the provenance of results."""
     # Imported here because `--help` does not need it.
     from importlib.metadata import version
 
@@ -36,9 +36,13 @@ def versions() -> dict[str, Any]:
         **{package: version(package) for package in packages},
         "platform": platform.platform(),
         "cpu": cpu_name(),
-        "command_line": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
+
+
+def command_line() -> str:
+    """Return the command line of this process, which can be typed again."""
+    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
 
 
 def cpu_name() -> str:

@@ -55,7 +55,9 @@ def check_inputs(
         run = RunFiles(folder, student.resolve())
         if not (student / "config.json").is_file():
             student = run.product
-        config = config.replace(text=config.text or _text_of(run))
+        config = config.replace(
+            text=config.text or _text_of(run), teacher=config.teacher or run.model
+        )
     config = config.replace(student=str(student), text=config.text or TEXT)
     corpora.check(config.text)
     known = read_removal(student)

@@ -20,7 +20,7 @@ from isingcut.console.progress import Progress, as_progress, duration, silent
 from isingcut.data import healing_text
 from isingcut.data.calibration import Calibration
 from isingcut.data.healing_text import HealingText
-from isingcut.data.mixture import describe_source, places_in, shares_text
+from isingcut.data.mixture import places_in, shares_text, without_folders
 from isingcut.data.tokens import TokenSet
 from isingcut.errors import InputError, VerificationError
 from isingcut.evaluation.quality import quality_of, sample_sums
@@ -38,6 +38,7 @@ from isingcut.files.provenance import versions
 from isingcut.files.results import fingerprint, without_infinities, write_document
 from isingcut.files.writing import atomic_folder, lock_place
 from isingcut.formats.architectures.blocks import find_stack, text_config
+from isingcut.formats.cutting.checkpoint import remove_paths
 from isingcut.formats.sources import (
     check_unchanged,
     model_identity,
@@ -287,7 +288,10 @@ def heal_checkpoint(
         if record is not None:
             for folder, stamp in zip(models, stamps, strict=True):
                 check_unchanged(folder, stamp)
+            # Without folders, because the checkpoint may be shared.
+            record = HealingFile(**without_folders(record.content()))
             write_document(done / RECORD, record)
+            remove_paths(done)
             card = done / "README.md"
             if card.is_file():
                 written = card.read_text(encoding="utf-8")
@@ -377,11 +381,7 @@ def _train(job: Job, text: HealingText) -> tuple[Path, HealingFile | None]:
         report_samples=text.report.samples,
         report_tokens=text.report.tokens,
         overlap={"report": text.overlap},
-        options=HealOptions(
-            **describe_options(config)
-            # Without folders, because the checkpoint may be shared.
-            | {"patch": patch, "text": describe_source(config.text)}
-        ),
+        options=HealOptions(**describe_options(config) | {"patch": patch}),
         seconds=round(time.monotonic() - began, 1),
         provenance={
             **versions(),

@@ -22,6 +22,8 @@ from isingcut.report.words import markdown, render, sentence
 
 PAPER_ENERGY = "empirical-fisher"
 _HARM = "**Warning.** "
+_METADATA = re.compile(r"\A---\n(?s:.*?)^(?=---\n)", re.MULTILINE)
+_RESULTS = re.compile(r"^model-index:\n((- |  ).*\n)*", re.MULTILINE)
 
 
 def card_parts(
@@ -128,6 +130,17 @@ def mark_harm(card: str, evaluation: EvaluationFile) -> str:
     marked = f"{_HARM}{markdown(words)}\n\n" if words else ""
     begin = re.compile(rf"^(# .*\n\n)({re.escape(_HARM)}.*\n\n)?", re.MULTILINE)
     return begin.sub(lambda match: match[1] + marked, card, count=1)
+
+
+def add_figures(card: str, files: RunFiles) -> str:
+    """Return a card with the figures of a run in its metadata, for the hub.
+
+    Those of an earlier evaluation are replaced; all other metadata stays.
+    """
+    results = hub_results(files)
+    named = ModelCardData(model_name=files.called, eval_results=results)
+    listed = f"{named.to_yaml()}\n" if results else ""
+    return _METADATA.sub(lambda match: _RESULTS.sub("", match[0]) + listed, card)
 
 
 def hub_results(files: RunFiles) -> list[EvalResult]:

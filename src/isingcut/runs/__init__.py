@@ -6,5 +6,5 @@
 processes that share it; `measuring`: text and energy; `cutting`: cut, patch and heal the model;
 `packing`: choose a GGUF type; `ranking`: measure candidates and baseline choices; `trials`: patched
 candidates; `evaluating`: score models on text and on tasks; `api`: the Python API;
-`uploading`: upload to the hub; `prices`: the costs of a model, which plans are made from.
+`prices`: the costs of a model, which plans are made from.
 """

@@ -21,6 +21,7 @@ from torch import Tensor
 from isingcut.console.printing import say
 from isingcut.console.progress import Progress
 from isingcut.data.healing_text import is_mixed, to_fit
+from isingcut.data.mixture import without_folders
 from isingcut.errors import ArchitectureError, InputError
 from isingcut.files import cuts, healings, ownership, results, writing
 from isingcut.files.runs import BlockList
@@ -361,7 +362,10 @@ def write_model(
                 patch = record_unpatched(removed, e)
                 cut.rename(temporary)
             record.patch = card.patch = patch
-        results.write_document(temporary / CUT, record)
+        # Without folders, because the checkpoint may be shared.
+        shared = without_folders(record.content())
+        results.write_json(temporary / CUT, record.kind, shared)
+        card = cuts.CardParts(**shared["card"])
         (temporary / "README.md").write_text(model_card(card), encoding="utf-8")
 
 

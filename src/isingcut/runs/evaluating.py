@@ -27,7 +27,7 @@ from isingcut.evaluation.quality import ANSWERS, before_and_after, quality, qual
 from isingcut.evaluation.questions import Prepared, prepare_task, split_names
 from isingcut.evaluation.scores import check_task, score_states
 from isingcut.files import cuts, evaluations, states
-from isingcut.files.ownership import check_output
+from isingcut.files.ownership import check_output, folder_hash, foreign_in, mark
 from isingcut.files.results import fingerprint, read_document, write_document
 from isingcut.files.schema import Document
 from isingcut.files.writing import atomic_file, lock_place, temporary_prefix
@@ -41,7 +41,8 @@ from isingcut.measure.work import Work
 from isingcut.models.load import LoadedModel
 from isingcut.models.sharing import fits
 from isingcut.options.config import RunConfig
-from isingcut.report.card import mark_harm
+from isingcut.report.card import add_figures, mark_harm
+from isingcut.report.run_files import RunFiles
 from isingcut.runs import measuring, solving
 from isingcut.runs.checks import data_of, resolve_energy
 from isingcut.runs.cutting import product
@@ -104,12 +105,28 @@ def _evaluate(
     if failed:
         scores.failed = failed | scores.failed
     scores.before.bytes = session.identity.weight_bytes
-    card = checkpoint / "README.md"
-    if card.is_file():
-        written = mark_harm(card.read_text(encoding="utf-8"), scores)
-        with atomic_file(card) as temporary:
-            temporary.write_text(written, encoding="utf-8")
+    files = RunFiles(folder.path, checkpoint.parent)
+    files.evaluation = scores
+    _rewrite_card(folder, files)
     write_document(path, scores)
+
+
+def _rewrite_card(folder: RunFolder, files: RunFiles) -> None:
+    """Write the figures to the model card of a run's final checkpoint; what a user wrote stays."""
+    card = files.product / "README.md"
+    if not card.is_file():
+        return
+    written = add_figures(card.read_text(encoding="utf-8"), files)
+    if files.evaluation:
+        written = mark_harm(written, files.evaluation)
+    own = foreign_in(files.product) is None
+    with atomic_file(card) as temporary:
+        temporary.write_text(written, encoding="utf-8")
+    if own:
+        # Else the card would count as the user's, which --overwrite does not replace.
+        mark(files.product)
+        folder.record(files.product).sha256 = folder_hash(files.product)
+        folder.save()
 
 
 def _price(prices: Prices) -> list[Estimate]:
@@ -447,6 +464,9 @@ def _benchmarks(
     scores = _score_both(session, checkpoint, but=but, kept=work)
     if earlier is not None:
         scores.add(earlier)
+    files = RunFiles(folder.path, checkpoint.parent)
+    files.benchmarks = scores
+    _rewrite_card(folder, files)
     write_document(path, scores)
 
 

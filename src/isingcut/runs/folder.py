@@ -30,7 +30,7 @@ from isingcut.errors import (
 )
 from isingcut.files import ownership, results, runs, writing
 from isingcut.files.inputs import user_path
-from isingcut.files.provenance import model_path, versions
+from isingcut.files.provenance import command_line, model_path, versions
 from isingcut.files.stages import find_outdated, is_made
 from isingcut.formats.sources import list_differences, model_identity
 from isingcut.options.config import RunConfig
@@ -112,7 +112,9 @@ class RunFolder:
                 config=options,
                 stages={},
                 blocks=blocks,
-                provenance=runs.Provenance(**versions(), **now),
+                provenance=runs.Provenance(
+                    **versions(), command_line=command_line(), **now
+                ),
                 complete=False,
             )
             folder = cls(path, run, config.overwrite)

@@ -11,7 +11,9 @@ import shutil
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+from isingcut.data.mixture import without_folders
 from isingcut.errors import CheckpointError
 from isingcut.files.inputs import load_json
 from isingcut.files.writing import atomic_folder
@@ -48,6 +50,8 @@ _NOT_COPIED = re.compile(
     r"(^\.|\.index\.json$|^config\.json$|^isingcut\.json$|^trainer_state\.json$|^training_args|^optimizer|^scheduler)"
 )
 _COPY_LIMIT = 256 * 2**20
+# Keys of configurations in which other programs leave a path of their machine.
+_PATH_KEYS = re.compile(r"_?name_or_path|.*_(file|path|dir)")
 
 
 def excise(
@@ -93,6 +97,28 @@ def excise(
         # Written last, so that a folder without it is incomplete.
         text_of_config = json.dumps(new_config, indent=2) + "\n"
         (folder / "config.json").write_text(text_of_config, encoding="utf-8")
+        remove_paths(folder)
+
+
+def remove_paths(folder: Path) -> None:
+    """Remove the folders of this machine from the configurations of a checkpoint."""
+    for path in folder.glob("*config.json"):
+        content = load_json(path, "the configuration", CheckpointError, infinite=True)
+        cleaned = _without_paths(content)
+        if cleaned != content:
+            text = json.dumps(cleaned, indent=2) + "\n"
+            path.write_text(text, encoding="utf-8")
+
+
+def _without_paths(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_without_paths(v) for v in value]
+    if not isinstance(value, dict):
+        return value
+    return {
+        k: without_folders(v) if _PATH_KEYS.fullmatch(k) else _without_paths(v)
+        for k, v in value.items()
+    }
 
 
 def _list_tensors(
