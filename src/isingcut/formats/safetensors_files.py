@@ -72,8 +72,8 @@ class StoredTensor:
                 raise CheckpointError(f"{self.file} ended early, inside {self.name!r}")
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """Read the ``config.json`` of a checkpoint folder.
+def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
+    """Read a configuration of a checkpoint folder.
 
     Raises:
         CheckpointError: the folder or file does not exist, or the file is not a JSON object.
@@ -83,7 +83,7 @@ def read_config(folder: Path) -> dict[str, Any]:
             f"the model's folder {folder} does not exist; give its new place, or download the "
             "model again"
         )
-    path = find_contained(folder, "config.json")
+    path = find_contained(folder, name)
     config = load_json(path, "the model's config", CheckpointError, infinite=True)
     if not isinstance(config, dict):
         raise CheckpointError(f"{path} is not a JSON object")

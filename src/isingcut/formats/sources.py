@@ -55,9 +55,11 @@ _HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tikto
 _HUB_IGNORE = ("*/*.safetensors", "consolidated*", "onnx/*", "original/*", "runs/*")
 _LOADED = {".json", ".jinja", ".model", ".py", ".safetensors", ".tiktoken", ".txt"}
 _TOLD = re.compile(
-    r".*token.*\.json|generation_config\.json|vocab.*|merges\.txt|.*\.(model|tiktoken)|chat_template.*"
+    r".*token.*\.json|(generation_)?config\.json|vocab.*|merges\.txt|.*\.(model|tiktoken)|chat_template.*"
 )
-"""Names of the files that are part of a model beside its weights and its config.json."""
+"""Names of the files that are part of a model beside its weights."""
+_VOLATILE = re.compile(r"transformers_version|_?name_or_path|is_local|local_files_only")
+"""Keys that transformers writes to configurations, and that change nothing in a model."""
 
 
 def resolve(
@@ -212,16 +214,13 @@ def _check_folder(folder: Path, weights: bool = True) -> Path:
 def model_identity(folder: Path) -> dict[str, Any]:
     """Return a hash that identifies a checkpoint, one of each part, and the bytes of its weights.
 
-    Parts are the config (without the transformers version), each file of the tokenizer, the chat
-    template and the end tokens, and of each shard the name, size, safetensors header and first and
-    last MiB. So only a few MiB of a shard are read. A change only in the middle of a shard, with
-    equal shapes, is not detected. For a model converted from GGUF, the SHA-256 of that file is
-    returned as well.
+    Parts are the configs (without what transformers writes by itself), each file of the tokenizer,
+    the chat template and the end tokens, and of each shard the name, size, safetensors header and
+    first and last MiB. So only a few MiB of a shard are read. A change only in the middle of a
+    shard, with equal shapes, is not detected. For a model converted from GGUF, the SHA-256 of that
+    file is returned as well.
     """
     digest = hashlib.sha256()
-    config = read_config(folder)
-    for volatile in ("transformers_version", "_name_or_path"):
-        config.pop(volatile, None)
     total = 0
     for shard in weight_files(folder):
         size = shard.stat().st_size
@@ -232,15 +231,22 @@ def model_identity(folder: Path) -> dict[str, Any]:
             digest.update(f.read(min(header, size, HEADER_LIMIT) + _EDGE))
             f.seek(max(0, size - _EDGE))
             digest.update(f.read())
-    parts = {"weights": digest.hexdigest(), "config.json": hash_of(config)}
+    parts = {"weights": digest.hexdigest()}
     for file in sorted(folder.iterdir()):
         if _TOLD.fullmatch(file.name) and file.is_file():
-            parts[file.name] = file_sha256(file)
+            parts[file.name] = _hash_told(file)
     identity: dict[str, Any] = {"sha256": hash_of(parts), "parts": parts}
     identity["weight_bytes"] = total
     if folder.parent == gguf_cache():
         identity["gguf_sha256"] = folder.name
     return identity
+
+
+def _hash_told(file: Path) -> str:
+    if not file.name.endswith("config.json"):
+        return file_sha256(file)
+    config = read_config(file.parent, file.name)
+    return hash_of({k: v for k, v in config.items() if not _VOLATILE.fullmatch(k)})
 
 
 def list_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
