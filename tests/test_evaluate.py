@@ -123,7 +123,8 @@ def test_a_speed_test_ends_in_time_and_decodes_after_a_text(monkeypatch, tokens)
         with_kwargs=True,
     )
     timing.speed({"a": model}, tokens.select([2]), 50, new_tokens=2)
-    assert lengths == [20, 50, 50, 1, 1]
+    timing.speed({"a": model}, tokens.select([2]), new_tokens=2)
+    assert lengths == [20, 50, 50, 1, 1, 20, 16, 16, 1, 1]
 
 
 def test_a_speed_that_no_clock_can_tell_is_refused(pair, tokens):

@@ -9,7 +9,7 @@ from isingcut.options.parsed import (
     Removal,
     Training,
 )
-from shared import HealConfig, RunConfig, parametrize, refuses
+from shared import RunConfig, parametrize, refuses
 
 # Class, function of its value, and expected results by typed text.
 READ = [
@@ -135,11 +135,6 @@ def test_an_energy_that_is_named_twice_is_measured_once():
     assert config.energies == ["pairwise", "fisher"]
 
 
-def test_old_names_of_options_are_accepted_for_one_release():
-    old = RunConfig(model="m", also="fisher", drop="3")
-    assert old == RunConfig(model="m", compare_energies="fisher", must_remove="3")
-    # `run.json` and `replace` may have the old name.
-    assert old.replace(drop="4").must_remove == "4"
-    assert HealConfig(effort="10min").train.seconds == 600
+def test_a_near_name_of_an_option_is_suggested():
     with refuses("'must_remov'; did you mean 'must_remove'"):
         RunConfig(must_remov="3")

@@ -92,7 +92,8 @@ def random_energy(n, seed):
 def test_evaluator_equals_measuring_at_once(replay, tokens):
     evaluator = Evaluator(replay, tokens, WORK, seed=3)
     states = all_states(N, 3)[:6]
-    evaluator.measure(states[:4], 2, "few")
+    with evaluator.together("few"):
+        evaluator.measure(states[:4], 2, "few")
     evaluator.measure(states, 5, "more")
     evaluator.measure(states, tokens.samples, "all")
     direct = measure(replay, tokens, states).kl_sums[:, evaluator.order]

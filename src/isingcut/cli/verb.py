@@ -28,7 +28,6 @@ from isingcut.files.inputs import user_path
 from isingcut.files.results import without_infinities
 from isingcut.options.config import RunConfig
 from isingcut.options.declaration import (
-    RENAMED,
     Kind,
     Options,
     flag,
@@ -120,16 +119,11 @@ class Output:
 
 
 class _Command(TyperCommand):
-    """Accept the old name of an option, and `--heal` without a value as `--heal all`."""
+    """Accept `--heal` without a value as `--heal all`."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        known = {name for p in self.params for name in p.opts}
         words = []
         for word, after in pairwise([*args, ""]):
-            name, equals, value = word.partition("=")
-            new = RENAMED.get(name.removeprefix("--"), "").replace("_", "-")
-            if f"--{new}" in known and name not in known:
-                word = f"--{new}{equals}{value}"
             alone = word == "--heal" and not after[:1].isdigit() and after != "all"
             words.append("--heal=all" if alone else word)
         return super().parse_args(ctx, words)

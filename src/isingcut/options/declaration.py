@@ -35,8 +35,6 @@ _WRONG = {
 }
 """Messages for the error types of pydantic."""
 _FURTHER = {"metavar": None, "typed": False, "argument": False}
-RENAMED = {"also": "compare_energies", "drop": "must_remove", "effort": "train"}
-"""New names of options by the old ones, which are accepted for one more release."""
 
 
 def option(default: Any, help_: str, **further: Any) -> Any:
@@ -81,11 +79,10 @@ class Options:
         known = type(self).__dataclass_fields__
         for name, f in known.items():
             object.__setattr__(self, name, f.default)
-        for given, value in values.items():
-            name = given if given in known else RENAMED.get(given, given)
+        for name, value in values.items():
             if name not in known:
                 hint = suggest(name, known)
-                raise OptionError(None, f"unknown option {shorten(given)}{hint}")
+                raise OptionError(None, f"unknown option {shorten(name)}{hint}")
             if value is not known[name].default:
                 value = _check_value(type(self), known[name], value)
             object.__setattr__(self, name, value)
@@ -138,7 +135,7 @@ def _check_value(kind: Any, f: dataclasses.Field[Any], value: Any) -> Any:
         context = {**first.get("ctx", {}), "shown": shorten(first["input"])}
         # Pydantic lists choices as 'a', 'b' or 'c'.
         words = str(context.get("expected")).replace("'", "").replace(" or ", ", ")
-        near = nearest(str(value), words.split(", "))
+        near = nearest(context["shown"], words.split(", "))
         wrong = _WRONG[first["type"]].format(**context, words=words, near=near)
         raise OptionError(f, f" {wrong}") from None
     except (InputError, ValueError) as e:
@@ -197,7 +194,6 @@ def read_options(
     """
     options = options_from(kind, values, source)
     names = {str(k).replace("-", "_") for k in values}
-    names |= {RENAMED.get(name, name) for name in names}
     given = {}
     for f in dataclasses.fields(kind):
         if f.name not in names:

@@ -96,7 +96,7 @@ class RunFolder:
                     raise OutputExistsError(
                         f"{what}; choose another --out or pass --overwrite"
                     )
-                say(f"isingcut: {what}; everything is made again")
+                say(f"isingcut: warning: {what}; everything is made again")
                 # Keep the records, so that only recorded files may be replaced.
                 for record in folder.run.stages.values():
                     record.fingerprint = ""

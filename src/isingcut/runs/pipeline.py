@@ -234,10 +234,6 @@ def open_session(
         yield _follow(config, progress, processes)
         return
     out = user_path(config.out)
-    if progress is not silent and (out / MANIFEST).is_file():
-        begun = RunFolder.open(out)
-        kept = [key for key in begun.run.stages if begun.find_finished(out / key)]
-        say(f"resuming {out}, kept: {', '.join(kept) or 'nothing yet'}")
     check_inputs(config, ranks=need_removal)
     for name in config.energies:
         measuring.energy_part(config, name)
@@ -247,6 +243,11 @@ def open_session(
             config, progress, before.run.provenance.dtype if before else None
         )
         ownership.refuse_source(out, [session.source])
+        if before and progress is not silent:
+            model = before.run.provenance.model.content()
+            if not list_differences(model, session.identity.content()):
+                kept = [k for k in before.run.stages if before.find_finished(out / k)]
+                say(f"resuming {out}, kept: {', '.join(kept) or 'nothing yet'}")
         check_by_config(session, config, needed=need_removal)
         if need_removal:
             for one in each_removal(config):
