@@ -72,22 +72,60 @@ def test_a_ranking_keeps_the_blocks_that_its_spectrum_was_solved_with(
 ):
     kept = load_json(run / "candidates.json").chosen.removed[0]
     works("solve", run, "--keep", kept, "--overwrite")
-    assert "made before the energy, the spectrum or the budget changed" in refusal(
-        "excise", run
-    )
-    with refuses("solve and rank again", StageFileError):
+    for verb in ("excise", "evaluate"):
+        assert "made before the spectrum changed" in refusal(verb, run)
+    with refuses("type: isingcut rank .* --overwrite$", StageFileError):
         _ = isingcut.open_run(run).chosen
+    capsys.readouterr()
+    works("report", run)
+    line = "candidates.json and model and evaluation.json were made before the spectrum"
+    assert line in " ".join(capsys.readouterr().err.split())
     assert f"keep: was none, now {kept}" in refusal("rank", run)
     works("rank", run, "--overwrite")
     found = load_json(run / "candidates.json")
     assert not any(kept in row["removed"] for row in found.candidates + found.random)
+    # The model is that of the earlier choice.
+    assert "model was made before the choice changed; type: isingcut excise" in refusal(
+        "evaluate", run
+    )
+    works("report", run)
+    page = (run / "report.md").read_text()
+    assert "model and evaluation.json were made before the choice changed" in page
+    assert "You named them" not in page
+    works("excise", run, "--overwrite")
+    assert sorted(load_json(run / "model/isingcut.json").removed) == sorted(
+        found.chosen.removed
+    )
     config = isingcut.runs.folder.RunFolder.open(run).config
     isingcut.energy(config.replace(compare_energies="", effort="3", overwrite=True))
     capsys.readouterr()
-    assert (
-        "spectrum.json was made before the energy, the spectrum or the budget"
-        in refusal("rank", run, "--overwrite")
+    assert "spectrum.json was made before the energy changed" in refusal(
+        "rank", run, "--overwrite"
     )
+
+
+def test_another_dtype_makes_everything_after_the_text_again(llama, text, tmp_path):
+    def made(**options):
+        run_tiny(llama, text, tmp_path / "run", remove=2, patch="linear", **options)
+        stages = load_json(tmp_path / "run/run.json").stages
+        return {k: v.options.get("dtype") for k, v in stages.items()}
+
+    assert set(made().values()) == {None, "float32"}
+    found = made(dtype="bfloat16", overwrite=True)
+    text_alone = ("calibration.safetensors", "spectrum.json")
+    assert {k for k, dtype in found.items() if dtype != "bfloat16"} == {*text_alone}
+
+
+def test_a_run_of_sublayers_takes_the_place_of_one_of_blocks(llama, text, tmp_path):
+    out = tmp_path / "run"
+    run_tiny(llama, text, out, remove=2)
+    for units in ("sublayers", "blocks"):
+        with refuses("units: was ", OutputExistsError):
+            run_tiny(llama, text, out, remove=2, units=units)
+        run_tiny(llama, text, out, remove=2, units=units, overwrite=True)
+        run = load_json(out / "run.json")
+        assert len(run.blocks.blocks) == {"sublayers": 12, "blocks": 6}[units]
+        assert load_json(out / "model/isingcut.json").of == len(run.blocks.blocks)
 
 
 def test_what_quick_has_set_does_not_replace_what_is_typed_later(run):

@@ -453,6 +453,8 @@ def report(
     Example: isingcut report my-run
     Example: isingcut report my-run other-run --out compare.html
     """
+    from isingcut.report.run_files import RunFiles
+    from isingcut.report.words import paragraphs
     from isingcut.report.write import write_comparison
 
     if out is not None and len(directories) == 1:
@@ -460,13 +462,18 @@ def report(
     alone = len(directories) == 1
     removals = [removal_at(directory, options, alone) for directory in directories]
     if alone:
-        file = solving.report(*removals[0])
+        folder, target = removals[0]
+        file = solving.report(folder, target)
+        files = RunFiles(folder.path, target)
         page = str(file.with_suffix(".html"))
         return Output(
             {"report": str(file), "html": page},
             lambda: show.show_lines(page, str(file)),
             brief=str(file),
-            warnings=removals[0][0].model_warnings(),
+            warnings=[
+                *folder.model_warnings(),
+                *paragraphs("outdated_warnings", files),
+            ],
         )
     whole = out or Path("compare.html")
     places = [(folder.path, target) for folder, target in removals]

@@ -115,6 +115,8 @@ class StageOptions(Strict):
     remove: str | int | None = None
     budget: str = ""
     removed: Blocks | None = None
+    # Whether the user named the removed blocks.
+    named: bool = False
     texts: dict[str, Any] = {}
 
 
@@ -127,6 +129,8 @@ class StageRecord(Strict):
     options: StageOptions
     seconds: Positive | None = None
     sha256: str | None = None
+    # The blocks that a ranking chose.
+    chosen: Blocks | None = None
     # Whether memory was short, so that blocks were read from disk.
     streamed: bool = False
 

@@ -23,7 +23,8 @@ class StageFile:
     Args:
         verb: the command that runs it.
         file: its file or folder; a pattern if it writes several.
-        reads: the results that it reads, as names in `READS`.
+        reads: the results that it reads: a stage, or ``spectrum``, ``choice`` (the blocks that the
+            ranking chose), ``model`` or ``product`` (see `find_product`) of its removal.
         options: the options of a run that its record has as they were typed.
         of_run: whether a run has it once, not for each removal.
     """
@@ -79,7 +80,7 @@ STAGE_FILES = {
         options=("random_states", "choose"),
     ),
     "baseline": StageFile("baseline", "baseline-*.json", reads=("calibration",)),
-    "cut": StageFile("excise", "model", reads=("calibration",)),
+    "cut": StageFile("excise", "model", reads=("calibration", "choice")),
     "heal": StageFile("run", "healed", reads=("calibration", "model")),
     "gguf": StageFile("excise", "model.gguf", reads=("product",)),
     "evaluate": StageFile(
@@ -88,6 +89,8 @@ STAGE_FILES = {
     "benchmarks": StageFile("evaluate", "benchmarks.json", reads=("product",)),
 }
 """The stages, in the order of a run."""
+MADE_AGAIN = {"energy": "solve", "spectrum": "rank", "choice": "excise"}
+"""The verb that makes what was made from an earlier value, by the value; `run` of all others."""
 
 
 def is_made(file: Path, made_from: str, now: str) -> bool:
@@ -114,35 +117,51 @@ def find_product(run: RunFile, folder: Path, target: Path) -> Path:
 
 
 def find_outdated(run: RunFile, folder: Path, file: Path) -> str:
-    """Return which result a file or folder was made from that has been made again since.
+    """Return which value that a file or folder was made from is another one now.
+
+    A result is out of date too if one that it was made from is.
 
     Args:
         run: the content of run.json in ``folder``.
         file: a stage's file or folder.
 
     Returns:
-        ``"calibration"``, ``"energy"``, ``"spectrum"`` or ``"model"``; empty if it is up to date.
+        ``"calibration"``, ``"energy"``, ``"spectrum"``, ``"choice"`` or ``"model"``; empty if it is
+        up to date.
     """
     made = run.find_record(folder, file)
     if made is None:
         return ""
     read = made.options.content()
-    stages = [s for s in STAGE_FILES.values() if fnmatch(file.name, s.file)]
-    for name in stages[0].reads if stages else ():
-        if name == "spectrum":
-            solved = run.find_record(folder, file.with_name(STAGE_FILES["solve"].file))
-            options = solved.options.content() if solved else {}
-            if any(read.get(key, value) != value for key, value in options.items()):
-                return name
+    for name in next(
+        s for s in STAGE_FILES.values() if fnmatch(file.name, s.file)
+    ).reads:
+        if name == "choice" and made.options.named:
             continue
-        if name == "product":
-            source = find_product(run, folder, file.parent)
-        elif name == "model":
-            source = file.with_name(STAGE_FILES["cut"].file)
-        else:
-            source = folder / STAGE_FILES[name].main
-        key = "model" if name == "product" else name
+        source = _find_source(run, folder, file, name)
         now = run.find_record(folder, source)
-        if now is not None and read.get(key) not in (None, now.fingerprint):
+        if now is None:
+            continue
+        key = "model" if name == "product" else name
+        if name == "spectrum":
+            options = now.options.content()
+            same = all(read.get(k, value) == value for k, value in options.items())
+        elif name == "choice":
+            same = now.chosen in (None, made.options.removed)
+        else:
+            same = read.get(key) in (None, now.fingerprint)
+        if not same:
             return key
+        if earlier := find_outdated(run, folder, source):
+            return earlier
     return ""
+
+
+def _find_source(run: RunFile, folder: Path, file: Path, name: str) -> Path:
+    """Return the file or folder that another one reads, by its name among the `reads`."""
+    if name == "product":
+        return find_product(run, folder, file.parent)
+    beside = {"spectrum": "solve", "choice": "rank", "model": "cut"}
+    if name in beside:
+        return file.with_name(STAGE_FILES[beside[name]].file)
+    return folder / STAGE_FILES[name].main

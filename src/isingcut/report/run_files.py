@@ -289,6 +289,18 @@ class RunFiles:
         return list(dict.fromkeys(words.paragraphs("warnings", self)))
 
     @property
+    def outdated(self) -> dict[str, list[str]]:
+        """Names of the files that were made from an earlier value, by this value."""
+        found = defaultdict[str, list[str]](list)
+        places = dict.fromkeys([self.folder, self.target])
+        for key in self.run.stages:
+            path = self.folder / key
+            value = stages.find_outdated(self.run, self.folder, path)
+            if value and path.parent in places and os.path.lexists(path):
+                found[value].append(path.name)
+        return found
+
+    @property
     def winners(self) -> list[states.BaselineFile]:
         """Baselines that keep all constraints and have a lower KL than the chosen state."""
         ranking = self.candidates

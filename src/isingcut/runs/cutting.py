@@ -286,7 +286,7 @@ def _make_model(
     """
     config = session.config
     blocks = list(removed) if removed is not None else chosen_blocks(folder, config)
-    options = dict[str, Any](removed=blocks)
+    options = dict[str, Any](removed=blocks, named=removed is not None)
     if config.drop_mtp:
         options["drop_mtp"] = True
     if config.patch != "none":
@@ -296,7 +296,7 @@ def _make_model(
         if config.heal:
             keys = ("text", "seed", "length", "report_samples")
             how["healing"] = {key: getattr(healing, key) for key in keys}
-        options["patch"] = {**how, **calibration_options(folder)}
+        options |= {"patch": how, **calibration_options(folder), **session.computed}
 
     path = yield folder, output_folder(folder, config, removed) / "model", options
     session.choose_tuning(folder)
@@ -451,7 +451,7 @@ def _heal(session: Session, folder: RunFolder) -> Making:
     options = (
         describe_options(healing)
         | calibration_options(folder)
-        | {"model": made.fingerprint}
+        | {"model": made.fingerprint, **session.computed}
     )
 
     path = yield folder, target / HEALED, options

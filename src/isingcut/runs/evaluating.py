@@ -70,7 +70,7 @@ def _evaluate(
     checkpoint = product(folder, config, removed)
     file = checkpoint.with_name("evaluation.json")
     options: dict[str, Any] = {"model": folder.record(checkpoint).fingerprint}
-    options |= measuring.calibration_options(folder)
+    options |= measuring.calibration_options(folder) | session.computed
     gguf = checkpoint.with_name("model.gguf")
     # The GGUF file may be of a model that was replaced.
     packed = None if folder.find_outdated(gguf) else folder.find_record(gguf)
@@ -446,7 +446,7 @@ def _benchmarks(
     # Questions that were used for the choice must not be used to score it.
     but = chosen.questions if chosen else []
     file = checkpoint.with_name("benchmarks.json")
-    options: dict[str, Any] = {"model": made.fingerprint}
+    options: dict[str, Any] = {"model": made.fingerprint, **session.computed}
     if but:
         options["left_out"] = fingerprint(but)
     asked = questions_of(config)

@@ -90,8 +90,13 @@ class RunFolder:
         if (path / MANIFEST).is_file():
             folder = cls.open(path, overwrite=config.overwrite)
             before = folder.run.provenance.model
+            units = folder.config.units
+            what = ""
             if changed := list_differences(before.content(), model.content()):
                 what = f"{path} is a run of another model ({before.name}; different: {changed})"
+            elif units != config.units:
+                what = f"{path} is a run with --units {units}"
+            if what:
                 if not config.overwrite:
                     raise OutputExistsError(
                         f"{what}; choose another --out or pass --overwrite"
@@ -275,7 +280,8 @@ class RunFolder:
         # `options["model"]` is the fingerprint of the cut checkpoint that a stage reads; what
         # `options["typed"]` has is in `options["options"]` too.
         read = options | {"original": self.run.provenance.model.sha256}
-        read.pop("typed", None)
+        for key in ("typed", "named"):
+            read.pop(key, None)
         return results.fingerprint(read)
 
     @contextlib.contextmanager

@@ -158,7 +158,7 @@ def _energy(session: Session, folder: RunFolder, name: str) -> Making:
         "energy": name,
         "options": repr(part),
         "samples": samples,
-        "dtype": str(session.loaded.dtype),
+        **session.computed,
     }
     file = energy_file(folder, config, name)
 

@@ -56,7 +56,7 @@ def _rank(session: Session, folder: RunFolder) -> Making:
     options = solving.solve_options(folder, config) | {
         "compare_energies": sorted(others)
     }
-    options |= typed_options("rank", config)
+    options |= typed_options("rank", config) | session.computed
     if tokens := trial_tokens(config):
         options |= {
             "patch_tokens": tokens,
@@ -160,6 +160,7 @@ rank = Stage(
     "rank",
     _rank,
     solving.load_candidates,
+    choose=lambda ranking: ranking.chosen.removed,
     together=True,
     journals=(
         *("candidates.journal", "random.journal", "patched.journal"),
@@ -245,7 +246,7 @@ def _compare(session: Session, folder: RunFolder, name: str) -> Making:
         "rows": [row.name for row in rows],
         "samples": samples,
         "seed": config.seed,
-        "dtype": str(session.loaded.dtype),
+        **session.computed,
     }
 
     file = target / f"baseline-{name}.json"

@@ -150,6 +150,14 @@ class Session:
         return ModelIdentity(**identity)
 
     @property
+    def computed(self) -> dict[str, Any]:
+        """The settings of the computation that a result depends on beyond rounding."""
+        settings = {"dtype": self.dtype}
+        if self.config.attention != "auto":
+            settings["attention"] = self.config.attention
+        return settings
+
+    @property
     def torch_dtype(self) -> torch.dtype:
         """The dtype of the weights once loaded."""
         return devices.pick_dtype(self.dtype, pick_device(self.config.device))

@@ -20,7 +20,7 @@ from isingcut.console.progress import Progress, silent
 from isingcut.errors import InfeasibleError, InputError, StageFileError
 from isingcut.files.results import read_document
 from isingcut.files.runs import BlockList, LegalityRow
-from isingcut.files.stages import SOLVING, STAGE_FILES
+from isingcut.files.stages import MADE_AGAIN, SOLVING, STAGE_FILES
 from isingcut.files.states import CandidatesFile
 from isingcut.ising import constraints as rows
 from isingcut.ising.constraints import LinearConstraint
@@ -321,7 +321,7 @@ def with_solved(folder: RunFolder, config: RunConfig) -> RunConfig:
     file = require(folder, config, "spectrum.json")
     made = folder.record(file).options.content()
     if any(made.get(k) != getattr(config, k) for k in ("remove", "budget", "seed")):
-        raise _outdated_error(folder, file)
+        raise _outdated_error(folder, file, "budget, the removal or the seed")
     return config.replace(**{key: made[key] for key in SOLVING if key in made})
 
 
@@ -346,15 +346,16 @@ def require(folder: RunFolder, config: RunConfig, name: str) -> Path:
         )
         command = shlex.join(["isingcut", verb, *map(str, (folder.path, *which))])
         raise StageFileError(f"{path} does not exist; first type: {command}")
-    if folder.find_outdated(path):
-        raise _outdated_error(folder, path)
+    if value := folder.find_outdated(path):
+        raise _outdated_error(folder, path, value)
     return path
 
 
-def _outdated_error(folder: RunFolder, file: Path) -> StageFileError:
+def _outdated_error(folder: RunFolder, file: Path, value: str) -> StageFileError:
+    verb = MADE_AGAIN.get(value, "solve")
     return StageFileError(
-        f"{file} was made before the energy, the spectrum or the budget changed; solve and rank "
-        f"again, with --overwrite: isingcut solve {shlex.quote(str(folder.path))}"
+        f"{file} was made before the {value} changed; type: isingcut {verb} "
+        f"{shlex.quote(str(folder.path))} --overwrite"
     )
 
 

@@ -57,6 +57,7 @@ class Stage(Generic[P, T]):
         together: whether all processes make the file, or rank 0 only.
         journals: patterns of the journals next to the file, ``{}`` for its name. They are deleted
             once the result is recorded, so that a kill before that loses nothing.
+        choose: returns the blocks that a result chooses, which the record keeps.
         additions: options whose change needs no `--overwrite`, because nothing else is lost; of a
             mapping, unless it changes an entry.
         price: estimates its time and memory from `prices.Prices`, for `plan`; a line without a name
@@ -69,6 +70,7 @@ class Stage(Generic[P, T]):
     check: Callable[[Any, runs.BlockList], object] = lambda session, blocks: None
     together: bool = False
     journals: tuple[str, ...] = ()
+    choose: Callable[[T], list[int] | None] = lambda result: None
     additions: tuple[str, ...] = ()
     price: Callable[[Any], list[Estimate]] = lambda prices: []
 
@@ -144,11 +146,13 @@ class Stage(Generic[P, T]):
                 begun.sha256 = ownership.file_sha256(file, folder.progress)
             if folder.session is not None and folder.session.streaming:
                 begun.streamed = True
+            result = self.load(file)
+            begun.chosen = self.choose(result)
             begun.done = True
             folder.save()
             folder.share()
             self._forget(file)
-            return self.load(file)
+            return result
 
     def _forget(self, file: Path) -> None:
         """Delete the journals of all processes, and a folder for journals that is empty then."""
