@@ -44,7 +44,7 @@ def record(folder):
         else:
             continue
         key = path.relative_to(folder).as_posix()
-        made = {**_done(stage or "excise"), **stages.get(key, {})}
+        made = {**_done(stage or "cut"), **stages.get(key, {})}
         stages[key] = {**made, "done": True, **own}
     if (folder / "healing.json").exists():
         stages["healed"] = _done("heal")

@@ -261,7 +261,7 @@ def test_a_plan_for_every_energy_writes_nothing(
     for line in found.energies + found.stages:
         assert min(line.seconds, line.memory) > 0, line.name
     stages = [s.name for s in found.stages]
-    assert stages == ["load", "rank", "excise", "patch", "evaluate"]
+    assert stages == ["load", "rank", "cut", "patch", "evaluate"]
     # An explicit --samples applies to all energies; otherwise each has a default of its own.
     assert {e.samples for e in found.energies} == {8}
     assert found.remove == 2
@@ -337,7 +337,7 @@ def test_a_run_prices_its_stages_by_the_model_in_memory(
     assert (found.batch, found.remove) == (64, 2)
     lines = measuring.energy.price(found) + price_stages(found)
     assert [line.name for line in lines] == [
-        "refined", "empirical-fisher", "rank", "excise", "evaluate",
+        "refined", "empirical-fisher", "rank", "cut", "evaluate",
     ]  # fmt: skip
 
 

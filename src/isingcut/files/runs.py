@@ -138,7 +138,7 @@ class StageRecord(Strict):
     def _complete(self) -> Self:
         if self.done and self.seconds is None:
             raise ValueError("a finished stage lacks its seconds")
-        if self.stage == "excise" and self.options.removed is None:
+        if self.stage == "cut" and self.options.removed is None:
             raise ValueError("a cut lacks its removed blocks")
         return self
 

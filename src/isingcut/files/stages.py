@@ -1,11 +1,12 @@
-"""The files of a run's stages as a table, and which results are out of date.
+"""The declarations of a run's stages, and which results are out of date.
 
     calibration -> energy -> [pack] -> solve -> rank -> cut -> [heal] -> evaluate, benchmarks
 
 Each stage writes one file or folder, and its record in `run.json` has its options and the
 fingerprints of the results that it read. `find_outdated` compares these with the current ones.
 `is_made` decides whether a result has to be made, also in a healing (`healing.work_folder`).
-Nothing else decides whether a result is up to date. `runs.stages` makes and reads the files.
+Nothing else decides whether a result is up to date. `runs.stages.stage` binds the function that
+makes a result to its declaration here.
 """
 
 import os
@@ -17,8 +18,8 @@ from isingcut.files.runs import RunFile
 
 
 @dataclass(frozen=True)
-class StageFile:
-    """The file or folder of one stage, and what it depends on.
+class Declaration:
+    """The file or folder that one stage writes, what it depends on, and how it runs.
 
     Args:
         verb: the command that runs it.
@@ -27,6 +28,11 @@ class StageFile:
             ranking chose), ``model`` or ``product`` (see `find_product`) of its removal.
         options: the options of a run that its record has as they were typed.
         of_run: whether a run has it once, not for each removal.
+        together: whether all processes make the file, or rank 0 only.
+        journals: patterns of the journals next to the file, ``{}`` for its name. They are deleted
+            once the result is recorded, so that a kill before that loses nothing.
+        additions: options whose change needs no `--overwrite`, because nothing else is lost; of a
+            mapping, unless it changes an entry.
     """
 
     verb: str
@@ -34,6 +40,9 @@ class StageFile:
     reads: tuple[str, ...] = ()
     options: tuple[str, ...] = ()
     of_run: bool = False
+    together: bool = False
+    journals: tuple[str, ...] = ()
+    additions: tuple[str, ...] = ()
 
     @property
     def main(self) -> str:
@@ -44,8 +53,8 @@ class StageFile:
 _SEARCH = ("remove", "budget", "keep", "must_remove")
 SOLVING = ("keep", "must_remove", "solver", "states", "solve_seconds")
 """The options that are typed for `solve`, and not for the stages that use its spectrum."""
-STAGE_FILES = {
-    "calibration": StageFile(
+STAGES = {
+    "calibration": Declaration(
         "energy",
         "calibration.safetensors",
         options=(
@@ -54,39 +63,63 @@ STAGE_FILES = {
         ),
         of_run=True,
     ),
-    "energy": StageFile(
+    "energy": Declaration(
         "energy",
         "hamiltonian*.safetensors",
         reads=("calibration",),
         options=("energy", *_SEARCH, "effort"),
         of_run=True,
+        together=True,
+        journals=("{}.journal",),
     ),
-    "pack": StageFile(
+    "pack": Declaration(
         "run",
         "packing.json",
         reads=("calibration",),
         options=("budget", "keep", "must_remove", "patch", "patch_tokens", "seed"),
+        together=True,
+        journals=("packing.journal",),
     ),
-    "solve": StageFile(
+    "solve": Declaration(
         "solve",
         "spectrum.json",
         reads=("energy",),
         options=("remove", "budget", "seed", *SOLVING),
     ),
-    "rank": StageFile(
+    "rank": Declaration(
         "rank",
         "candidates.json",
         reads=("energy", "spectrum"),
         options=("random_states", "choose"),
+        together=True,
+        journals=(
+            *("candidates.journal", "random.journal", "patched.journal"),
+            *("searched.journal", ".questions/*.journal"),
+        ),
     ),
-    "baseline": StageFile("baseline", "baseline-*.json", reads=("calibration",)),
-    "cut": StageFile("excise", "model", reads=("calibration", "choice")),
-    "heal": StageFile("run", "healed", reads=("calibration", "model")),
-    "gguf": StageFile("excise", "model.gguf", reads=("product",)),
-    "evaluate": StageFile(
-        "evaluate", "evaluation.json", reads=("calibration", "product")
+    "baseline": Declaration(
+        "baseline",
+        "baseline-*.json",
+        reads=("calibration",),
+        together=True,
+        journals=("{}.journal", "gradients-{}.journal"),
     ),
-    "benchmarks": StageFile("evaluate", "benchmarks.json", reads=("product",)),
+    "cut": Declaration("excise", "model", reads=("calibration", "choice")),
+    "heal": Declaration("run", "healed", reads=("calibration", "model")),
+    "gguf": Declaration("excise", "model.gguf", reads=("product",)),
+    "evaluate": Declaration(
+        "evaluate",
+        "evaluation.json",
+        reads=("calibration", "product"),
+        additions=("gguf",),
+    ),
+    "benchmarks": Declaration(
+        "evaluate",
+        "benchmarks.json",
+        reads=("product",),
+        journals=(".benchmarks/*.journal",),
+        additions=("tasks",),
+    ),
 }
 """The stages, in the order of a run."""
 MADE_AGAIN = {"energy": "solve", "spectrum": "rank", "choice": "excise"}
@@ -110,13 +143,16 @@ def find_product(run: RunFile, folder: Path, target: Path) -> Path:
         folder: the run folder.
         target: the folder with the files of the removal.
     """
-    healed = target / STAGE_FILES["heal"].file
+    healed = target / STAGES["heal"].file
     made = run.find_record(folder, healed)
-    current = made is not None and made.done and not find_outdated(run, folder, healed)
-    return healed if current else target / STAGE_FILES["cut"].file
+    outdated = find_outdated(run, folder, healed, ranked=False)
+    current = made is not None and made.done and not outdated
+    return healed if current else target / STAGES["cut"].file
 
 
-def find_outdated(run: RunFile, folder: Path, file: Path) -> str:
+def find_outdated(
+    run: RunFile, folder: Path, file: Path, *, ranked: bool = True
+) -> str:
     """Return which value that a file or folder was made from is another one now.
 
     A result is out of date too if one that it was made from is.
@@ -124,6 +160,7 @@ def find_outdated(run: RunFile, folder: Path, file: Path) -> str:
     Args:
         run: the content of run.json in ``folder``.
         file: a stage's file or folder.
+        ranked: whether a cut is out of date if the ranking that chose its blocks is.
 
     Returns:
         ``"calibration"``, ``"energy"``, ``"spectrum"``, ``"choice"`` or ``"model"``; empty if it is
@@ -133,9 +170,7 @@ def find_outdated(run: RunFile, folder: Path, file: Path) -> str:
     if made is None:
         return ""
     read = made.options.content()
-    for name in next(
-        s for s in STAGE_FILES.values() if fnmatch(file.name, s.file)
-    ).reads:
+    for name in next(s for s in STAGES.values() if fnmatch(file.name, s.file)).reads:
         if name == "choice" and made.options.named:
             continue
         source = _find_source(run, folder, file, name)
@@ -152,7 +187,8 @@ def find_outdated(run: RunFile, folder: Path, file: Path) -> str:
             same = read.get(key) in (None, now.fingerprint)
         if not same:
             return key
-        if earlier := find_outdated(run, folder, source):
+        above = ranked or name != "choice"
+        if above and (earlier := find_outdated(run, folder, source, ranked=ranked)):
             return earlier
     return ""
 
@@ -163,5 +199,5 @@ def _find_source(run: RunFile, folder: Path, file: Path, name: str) -> Path:
         return find_product(run, folder, file.parent)
     beside = {"spectrum": "solve", "choice": "rank", "model": "cut"}
     if name in beside:
-        return file.with_name(STAGE_FILES[beside[name]].file)
-    return folder / STAGE_FILES[name].main
+        return file.with_name(STAGES[beside[name]].file)
+    return folder / STAGES[name].main

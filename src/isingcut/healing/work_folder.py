@@ -15,7 +15,7 @@ from isingcut.files.healings import HealingCurve, HealingWork
 from isingcut.files.ownership import MARKER, check_output, foreign_in, refuse_source
 from isingcut.files.results import read_document, write_document
 from isingcut.files.schema import Document
-from isingcut.files.stages import StageFile, is_made
+from isingcut.files.stages import Declaration, is_made
 from isingcut.files.writing import (
     clear_leftovers,
     clear_os_errors,
@@ -28,21 +28,21 @@ from isingcut.options.config import HealConfig
 D = TypeVar("D", bound=Document)
 
 _IDENTITY = "identity.json"
-BEFORE = StageFile("heal", "before.json")
+BEFORE = Declaration("heal", "before.json")
 """The scores of the cut model."""
-PATCHED = StageFile("heal", "patched")
+PATCHED = Declaration("heal", "patched")
 """The patched checkpoint."""
-PATCH = StageFile("heal", "patched.json")
+PATCH = Declaration("heal", "patched.json")
 """The record of the patch, and the scores of the patched checkpoint."""
-RECIPE = StageFile("heal", "recipe.json")
+RECIPE = Declaration("heal", "recipe.json")
 """The training settings for a budget: steps, batch size, sample length, learning rate."""
-TRIAL = StageFile("heal", "trial")
+TRIAL = Declaration("heal", "trial")
 """Temporary files of the timing run."""
-MEMORY = StageFile("heal", "memory.json")
+MEMORY = Declaration("heal", "memory.json")
 """The micro-batch size, and whether activations are recomputed."""
-TRAINER = StageFile("heal", "trainer")
+TRAINER = Declaration("heal", "trainer")
 """The saved training states; incomplete ones are ignored."""
-DONE = StageFile("heal", "done")
+DONE = Declaration("heal", "done")
 """The healed checkpoint, before it is renamed."""
 STEPS = (BEFORE, PATCHED, PATCH, RECIPE, TRIAL, MEMORY, TRAINER, DONE)
 """The steps, in the order of a healing."""

@@ -96,7 +96,8 @@ class RunFiles:
 
     def is_outdated(self, path: Path) -> bool:
         """Whether a file was made from an earlier text, energy or checkpoint than the current."""
-        return stages.find_outdated(self.run, self.folder, path) not in ("", "spectrum")
+        value = stages.find_outdated(self.run, self.folder, path, ranked=False)
+        return value not in ("", "spectrum")
 
     def read(
         self, path: Path, read: Callable[[Path], T], made_with: str = ""

@@ -66,7 +66,7 @@ from isingcut.runs.measuring import calibration_options, read_calibration
 from isingcut.runs.prices import Prices
 from isingcut.runs.session import Session
 from isingcut.runs.solving import chosen_blocks, load_candidates, require
-from isingcut.runs.stages import Estimate, Making, Stage
+from isingcut.runs.stages import Estimate, Making, stage
 
 HEALED = "healed"
 
@@ -239,7 +239,8 @@ def make_gguf(
         return None
 
 
-def _cut_gguf(
+@stage("gguf", Path)
+def cut_gguf(
     session: Session, folder: RunFolder, checkpoint: Path, source: Path
 ) -> Making:
     config = session.config
@@ -273,10 +274,26 @@ def _cut_gguf(
     )
 
 
-cut_gguf = Stage("excise", _cut_gguf, Path)
+def _price_model(prices: Prices) -> list[Estimate]:
+    """Estimate the exact cut, and its patch."""
+    config = prices.config
+    # A checkpoint is read, written, and read again to verify it.
+    cut = prices.estimate(reads=3)
+    if config.patch == "none":
+        return [cut]
+    trained = config.heal or prices.streamed
+    name = before_training(config.patch) if trained else config.patch
+    patch = prices.estimate(
+        samples=-(-config.patch_tokens // config.length),
+        tokens=registry.get(name).passes * config.patch_tokens,
+        reads=3,
+        work=4 * config.patch_tokens * prices.stream,
+    )
+    return [cut, dataclasses.replace(patch, name="patch")]
 
 
-def _make_model(
+@stage("cut", Path, price=_price_model)
+def make_model(
     session: Session, folder: RunFolder, removed: Sequence[int] | None = None
 ) -> Making:
     """Write `model/` of one state: the exact cut, verified, and patched if the options say so.
@@ -301,27 +318,6 @@ def _make_model(
     path = yield folder, output_folder(folder, config, removed) / "model", options
     session.choose_tuning(folder)
     write_model(session, folder, blocks, path, overwrite=True)
-
-
-def _price_model(prices: Prices) -> list[Estimate]:
-    """Estimate the exact cut, and its patch."""
-    config = prices.config
-    # A checkpoint is read, written, and read again to verify it.
-    cut = prices.estimate(reads=3)
-    if config.patch == "none":
-        return [cut]
-    trained = config.heal or prices.streamed
-    name = before_training(config.patch) if trained else config.patch
-    patch = prices.estimate(
-        samples=-(-config.patch_tokens // config.length),
-        tokens=registry.get(name).passes * config.patch_tokens,
-        reads=3,
-        work=4 * config.patch_tokens * prices.stream,
-    )
-    return [cut, dataclasses.replace(patch, name="patch")]
-
-
-make_model = Stage("excise", _make_model, Path, price=_price_model)
 
 
 def write_model(
@@ -439,7 +435,27 @@ def check_healing(session: Session, blocks: BlockList | None = None) -> None:
         )
 
 
-def _heal(session: Session, folder: RunFolder) -> Making:
+def _price_healing(prices: Prices) -> list[Estimate]:
+    """Estimate healing with a budget of time or tokens."""
+    if not prices.config.heal:
+        return []
+    if prices.streamed:
+        return [Estimate(impossible="needs the whole model in memory")]
+    # A pass of the original, then forward and backward through the remaining blocks.
+    passes = 1 + 3 * prices.left
+    tokens = prices.config.heal.tokens or 0
+    if seconds := prices.config.heal.seconds:
+        tokens = seconds / passes / prices.forward
+    if not tokens:
+        why = "depends on the text; set a limit with --heal 10min"
+        return [Estimate(impossible=why)]
+    trained = _TRAINED * prices.left * prices.weights / prices.dtype.itemsize
+    work = trained + prices.batch * prices.graph
+    return [prices.estimate(int(tokens) // LENGTH, passes * tokens, work=work)]
+
+
+@stage("heal", Path, check=check_healing, price=_price_healing)
+def heal(session: Session, folder: RunFolder) -> Making:
     """Write `healed/`, distilled from `model/`."""
     config = session.config
     # The stage has checked the old output.
@@ -466,25 +482,3 @@ def _heal(session: Session, folder: RunFolder) -> Making:
     )
     heal_checkpoint(job, text, path)
     shutil.copyfile(path / HEALING, target / HEALING)
-
-
-def _price_healing(prices: Prices) -> list[Estimate]:
-    """Estimate healing with a budget of time or tokens."""
-    if not prices.config.heal:
-        return []
-    if prices.streamed:
-        return [Estimate(impossible="needs the whole model in memory")]
-    # A pass of the original, then forward and backward through the remaining blocks.
-    passes = 1 + 3 * prices.left
-    tokens = prices.config.heal.tokens or 0
-    if seconds := prices.config.heal.seconds:
-        tokens = seconds / passes / prices.forward
-    if not tokens:
-        why = "depends on the text; set a limit with --heal 10min"
-        return [Estimate(impossible=why)]
-    trained = _TRAINED * prices.left * prices.weights / prices.dtype.itemsize
-    work = trained + prices.batch * prices.graph
-    return [prices.estimate(int(tokens) // LENGTH, passes * tokens, work=work)]
-
-
-heal = Stage("heal", _heal, Path, check=check_healing, price=_price_healing)

@@ -49,7 +49,7 @@ from isingcut.runs.cutting import product
 from isingcut.runs.folder import RunFolder
 from isingcut.runs.prices import Prices
 from isingcut.runs.session import Session
-from isingcut.runs.stages import Estimate, Making, Stage
+from isingcut.runs.stages import Estimate, Making, stage
 
 D = TypeVar("D", bound=Document)
 # Bytes of weights per second that transformers unpacks from a GGUF file and writes.
@@ -58,7 +58,35 @@ Judge = Callable[[TokenSet], evaluations.MixedScores]
 """Compares the original and another model on a text."""
 
 
-def _evaluate(
+def _price(prices: Prices) -> list[Estimate]:
+    """Estimate the evaluation of the original, the exact cut, the final model and its GGUF file."""
+    samples = prices.config.report_samples
+    packed = find_gguf(prices.config.model) is not None
+    tokens = (3 + 2 * packed) * samples * prices.config.length
+    work = 4 * prices.batch * prices.logits
+    line = prices.estimate(samples, tokens, reads=1 + packed, work=work)
+    if not prices.streamed:
+        line.seconds += (1 + prices.left) * prices.answers
+    line.seconds += packed * prices.left * prices.weights / _UNPACKED
+    return [line]
+
+
+def check_template(session: Session, blocks: object) -> None:
+    """Say before a run that its evaluation will have no answers, if that is known."""
+    failed = dict[str, str]()
+    with note_failure(ANSWERS, failed):
+        prompt_ids(session.loaded.tokenizer, PROMPTS[0])
+    for part, reason in failed.items():
+        say(f"isingcut: warning: {part} will not be measured: {reason}")
+
+
+@stage(
+    "evaluate",
+    partial(read_document, model=evaluations.EvaluationFile),
+    check=check_template,
+    price=_price,
+)
+def evaluate(
     session: Session, folder: RunFolder, removed: Sequence[int] | None = None
 ) -> Making:
     """Measure the original and the cut model on unseen text.
@@ -127,38 +155,6 @@ def _rewrite_card(folder: RunFolder, files: RunFiles) -> None:
         mark(files.product)
         folder.record(files.product).sha256 = folder_hash(files.product)
         folder.save()
-
-
-def _price(prices: Prices) -> list[Estimate]:
-    """Estimate the evaluation of the original, the exact cut, the final model and its GGUF file."""
-    samples = prices.config.report_samples
-    packed = find_gguf(prices.config.model) is not None
-    tokens = (3 + 2 * packed) * samples * prices.config.length
-    work = 4 * prices.batch * prices.logits
-    line = prices.estimate(samples, tokens, reads=1 + packed, work=work)
-    if not prices.streamed:
-        line.seconds += (1 + prices.left) * prices.answers
-    line.seconds += packed * prices.left * prices.weights / _UNPACKED
-    return [line]
-
-
-def check_template(session: Session, blocks: object) -> None:
-    """Say before a run that its evaluation will have no answers, if that is known."""
-    failed = dict[str, str]()
-    with note_failure(ANSWERS, failed):
-        prompt_ids(session.loaded.tokenizer, PROMPTS[0])
-    for part, reason in failed.items():
-        say(f"isingcut: warning: {part} will not be measured: {reason}")
-
-
-evaluate = Stage(
-    "evaluate",
-    _evaluate,
-    partial(read_document, model=evaluations.EvaluationFile),
-    check=check_template,
-    additions=("gguf",),
-    price=_price,
-)
 
 
 def write_scores(
@@ -427,7 +423,12 @@ def choose_by_tasks(
     return best[position], by_tasks
 
 
-def _benchmarks(
+@stage(
+    "benchmarks",
+    partial(read_document, model=evaluations.BenchmarksFile),
+    check=check_models,
+)
+def benchmarks(
     session: Session, folder: RunFolder, removed: Sequence[int] | None = None
 ) -> Making:
     """Score both models on the options' tasks, and keep the scores on other tasks.
@@ -468,16 +469,6 @@ def _benchmarks(
     files.benchmarks = scores
     _rewrite_card(folder, files)
     write_document(path, scores)
-
-
-benchmarks = Stage(
-    "benchmarks",
-    _benchmarks,
-    partial(read_document, model=evaluations.BenchmarksFile),
-    check=check_models,
-    journals=(".benchmarks/*.journal",),
-    additions=("tasks",),
-)
 
 
 def benchmark_checkpoint(

@@ -19,7 +19,7 @@ from isingcut.runs.folder import RunFolder, each_removal
 from isingcut.runs.prices import Prices
 from isingcut.runs.session import Session
 from isingcut.runs.solving import removal_rows
-from isingcut.runs.stages import Estimate, Making, Stage, typed_options
+from isingcut.runs.stages import Estimate, Making, stage, typed_options
 
 
 def energy_part(config: RunConfig, name: str) -> Any:
@@ -93,7 +93,8 @@ def calibrate(session: Session, folder: RunFolder, built: Calibration | None) ->
     folder.save()
 
 
-def _calibration(
+@stage("calibration", Calibration.load)
+def calibration(
     session: Session, folder: RunFolder, built: Calibration | None
 ) -> Making:
     config = session.config
@@ -113,9 +114,6 @@ def _calibration(
 
     path = yield folder, file, options
     (built or build_calibration(session)).save(path)
-
-
-calibration = Stage("calibration", _calibration, Calibration.load)
 
 
 def _size(split: TokenSet) -> SplitSize:
@@ -144,7 +142,33 @@ def energy_file(folder: RunFolder, config: RunConfig, name: str) -> Path:
     return folder.path / f"hamiltonian{own}.safetensors"
 
 
-def _energy(session: Session, folder: RunFolder, name: str) -> Making:
+def _check_removals(session: Session, blocks: BlockList) -> None:
+    """Raise if a removal is impossible; `pack` checks a budget for a packed model."""
+    if not session.config.budget.packed:
+        targets_of(blocks, session.config)
+
+
+def price_energy(prices: Prices, name: str) -> Estimate:
+    """Estimate one energy, with its default number of samples unless the options set it."""
+    part = energy_part(prices.config, name)
+    samples = prices.config.samples or part.default_samples
+    if prices.streamed and not getattr(part, "streams", True):
+        why = "needs the whole model in memory"
+        return Estimate(name, samples, impossible=why)
+    if not hasattr(part, "price"):
+        return Estimate(name, samples, impossible="not estimated")
+    sizes = prices.config.remove.counts or [prices.remove]
+    priced = prices.measurement(samples, part.price(prices.n, sizes))
+    return dataclasses.replace(priced, name=name)
+
+
+@stage(
+    "energy",
+    Hamiltonian.load,
+    check=_check_removals,
+    price=lambda prices: [price_energy(prices, e) for e in prices.config.energies],
+)
+def energy(session: Session, folder: RunFolder, name: str) -> Making:
     config = session.config
     part = energy_part(config, name)
     options: dict[str, Any] = {}
@@ -167,37 +191,6 @@ def _energy(session: Session, folder: RunFolder, name: str) -> Making:
     session.choose_tuning(folder)
     work = session.work(folder.path / f"{file.name}.journal")
     part.measure(session.replay, split, work).save(path)
-
-
-def _check_removals(session: Session, blocks: BlockList) -> None:
-    """Raise if a removal is impossible; `pack` checks a budget for a packed model."""
-    if not session.config.budget.packed:
-        targets_of(blocks, session.config)
-
-
-def price_energy(prices: Prices, name: str) -> Estimate:
-    """Estimate one energy, with its default number of samples unless the options set it."""
-    part = energy_part(prices.config, name)
-    samples = prices.config.samples or part.default_samples
-    if prices.streamed and not getattr(part, "streams", True):
-        why = "needs the whole model in memory"
-        return Estimate(name, samples, impossible=why)
-    if not hasattr(part, "price"):
-        return Estimate(name, samples, impossible="not estimated")
-    sizes = prices.config.remove.counts or [prices.remove]
-    priced = prices.measurement(samples, part.price(prices.n, sizes))
-    return dataclasses.replace(priced, name=name)
-
-
-energy = Stage(
-    "energy",
-    _energy,
-    Hamiltonian.load,
-    check=_check_removals,
-    together=True,
-    journals=("{}.journal",),
-    price=lambda prices: [price_energy(prices, e) for e in prices.config.energies],
-)
 
 
 def targets_of(blocks: BlockList, config: RunConfig) -> tuple[Target, ...]:

@@ -30,7 +30,7 @@ from isingcut.models.packing import Packer
 from isingcut.runs import cutting, measuring, solving
 from isingcut.runs.folder import RunFolder
 from isingcut.runs.session import Session
-from isingcut.runs.stages import Making, Stage, typed_options
+from isingcut.runs.stages import Making, stage, typed_options
 
 FINALISTS = 3
 LEFT = 0.25
@@ -86,7 +86,14 @@ def choose_type(session: Session, folder: RunFolder) -> PackingFile:
     return packing
 
 
-def _pack(session: Session, folder: RunFolder) -> Making:
+def _check_types(session: Session, blocks: BlockList) -> None:
+    """Raise if no type meets the budget for a packed model."""
+    if session.config.budget.packed:
+        find_types(session, blocks)
+
+
+@stage("pack", partial(read_document, model=PackingFile), check=_check_types)
+def pack(session: Session, folder: RunFolder) -> Making:
     config = session.config
     file = folder.target(session.config) / "packing.json"
     journal = file.with_name("packing.journal")
@@ -101,22 +108,6 @@ def _pack(session: Session, folder: RunFolder) -> Making:
     write_document(
         path, PackingFile(budget=str(config.budget), types=types, chosen=best)
     )
-
-
-def _check_types(session: Session, blocks: BlockList) -> None:
-    """Raise if no type meets the budget for a packed model."""
-    if session.config.budget.packed:
-        find_types(session, blocks)
-
-
-pack = Stage(
-    "pack",
-    _pack,
-    partial(read_document, model=PackingFile),
-    check=_check_types,
-    together=True,
-    journals=("packing.journal",),
-)
 
 
 def _measure(

@@ -32,7 +32,7 @@ from isingcut.runs.cutting import share_options
 from isingcut.runs.folder import RunFolder
 from isingcut.runs.prices import Prices
 from isingcut.runs.session import Session
-from isingcut.runs.stages import Estimate, Making, Stage, typed_options
+from isingcut.runs.stages import Estimate, Making, stage, typed_options
 from isingcut.runs.trials import (
     MORE,
     TOKENS,
@@ -45,7 +45,36 @@ from isingcut.runs.trials import (
 )
 
 
-def _rank(session: Session, folder: RunFolder) -> Making:
+def _price(prices: Prices) -> list[Estimate]:
+    """Estimate the ranking of all removals, with trial patches of candidates near the lowest."""
+    config = prices.config
+    n = prices.n
+    # Random states are measured on a quarter of the text.
+    states = (config.states + config.random_states // 4, n)
+    order = np.random.default_rng(0).random(states).argsort(1).argsort(1)
+    seconds = 0.0
+    for removed in config.remove.counts or [prices.remove]:
+        priced = prices.measurement(config.rank_samples, price_states(order < removed))
+        seconds += priced.seconds
+        if config.patch == "none":
+            continue
+        # In deep cuts, trial patches are of the run's kind.
+        trial = config.patch if is_deep(removed, n) else "linear"
+        tokens = repairs.get(trial).passes / 2 * config.patch_tokens
+        if is_searched(config, removed, n, streamed=prices.streamed):
+            # A state reads half of the texts of its fit and measurement, and shares the rest.
+            tokens += TOKENS * (2 + (n + MORE) * prices.left)
+        seconds += tokens * prices.forward
+    return [dataclasses.replace(priced, seconds=seconds)]
+
+
+@stage(
+    "rank",
+    solving.load_candidates,
+    choose=lambda ranking: ranking.chosen.removed,
+    price=_price,
+)
+def rank(session: Session, folder: RunFolder) -> Making:
     config = solving.with_solved(folder, session.config)
     target = folder.target(config)
     spectrum = folder.load(target / "spectrum.json", Spectrum.load)
@@ -133,43 +162,6 @@ def _rank(session: Session, folder: RunFolder) -> Making:
     write_document(path, ranked)
 
 
-def _price(prices: Prices) -> list[Estimate]:
-    """Estimate the ranking of all removals, with trial patches of candidates near the lowest."""
-    config = prices.config
-    n = prices.n
-    # Random states are measured on a quarter of the text.
-    states = (config.states + config.random_states // 4, n)
-    order = np.random.default_rng(0).random(states).argsort(1).argsort(1)
-    seconds = 0.0
-    for removed in config.remove.counts or [prices.remove]:
-        priced = prices.measurement(config.rank_samples, price_states(order < removed))
-        seconds += priced.seconds
-        if config.patch == "none":
-            continue
-        # In deep cuts, trial patches are of the run's kind.
-        trial = config.patch if is_deep(removed, n) else "linear"
-        tokens = repairs.get(trial).passes / 2 * config.patch_tokens
-        if is_searched(config, removed, n, streamed=prices.streamed):
-            # A state reads half of the texts of its fit and measurement, and shares the rest.
-            tokens += TOKENS * (2 + (n + MORE) * prices.left)
-        seconds += tokens * prices.forward
-    return [dataclasses.replace(priced, seconds=seconds)]
-
-
-rank = Stage(
-    "rank",
-    _rank,
-    solving.load_candidates,
-    choose=lambda ranking: ranking.chosen.removed,
-    together=True,
-    journals=(
-        *("candidates.journal", "random.journal", "patched.journal"),
-        *("searched.journal", ".questions/*.journal"),
-    ),
-    price=_price,
-)
-
-
 def found_states(
     spectrum: Spectrum, problem: Problem, config: RunConfig, mine: Mapping[str, Any]
 ) -> States:
@@ -221,7 +213,8 @@ def one_pass(
     ]
 
 
-def _compare(session: Session, folder: RunFolder, name: str) -> Making:
+@stage("baseline", partial(read_document, model=states.BaselineFile))
+def compare(session: Session, folder: RunFolder, name: str) -> Making:
     """Run one baseline for the removal of the session's options.
 
     Baselines only support a number of blocks. For a budget or a number per kind, the baseline
@@ -276,12 +269,3 @@ def _compare(session: Session, folder: RunFolder, name: str) -> Making:
         info=outcome.info,
     )
     write_document(path, content)
-
-
-compare = Stage(
-    "baseline",
-    _compare,
-    partial(read_document, model=states.BaselineFile),
-    together=True,
-    journals=("{}.journal", "gradients-{}.journal"),
-)

@@ -20,7 +20,7 @@ from isingcut.console.progress import Progress, silent
 from isingcut.errors import InfeasibleError, InputError, StageFileError
 from isingcut.files.results import read_document
 from isingcut.files.runs import BlockList, LegalityRow
-from isingcut.files.stages import MADE_AGAIN, SOLVING, STAGE_FILES
+from isingcut.files.stages import MADE_AGAIN, SOLVING, STAGES
 from isingcut.files.states import CandidatesFile
 from isingcut.ising import constraints as rows
 from isingcut.ising.constraints import LinearConstraint
@@ -34,7 +34,7 @@ from isingcut.options.config import RunConfig
 from isingcut.options.parsed import Budget, Removal
 from isingcut.report.write import write_report
 from isingcut.runs.folder import RunFolder
-from isingcut.runs.stages import Making, Stage, typed_options
+from isingcut.runs.stages import Making, stage, typed_options
 
 if TYPE_CHECKING:
     from isingcut.formats.architectures.blocks import BlockStack
@@ -268,7 +268,8 @@ def describe_blocks(
     )
 
 
-def _solve(folder: RunFolder, config: RunConfig, progress: Progress = silent) -> Making:
+@stage("solve", Spectrum.load)
+def solve(folder: RunFolder, config: RunConfig, progress: Progress = silent) -> Making:
     file = folder.path / "hamiltonian.safetensors"
     if not file.exists():
         raise StageFileError(
@@ -291,9 +292,6 @@ def _solve(folder: RunFolder, config: RunConfig, progress: Progress = silent) ->
         spectrum = find(problem, config.solver, config.states, **own)
         bar.advance(0, f"lowest energy {spectrum.energies[0]:.4g}")
     spectrum.save(path)
-
-
-solve = Stage("solve", _solve, Spectrum.load)
 
 
 def problem_of(folder: RunFolder, config: RunConfig) -> Problem:
@@ -340,7 +338,7 @@ def require(folder: RunFolder, config: RunConfig, name: str) -> Path:
             if config.remove
             else ["--budget", config.budget]
         )
-        needed = (STAGE_FILES[stage] for stage in ("solve", "rank", "cut"))
+        needed = (STAGES[stage] for stage in ("solve", "rank", "cut"))
         verb = next(
             stage.verb for stage in needed if not (target / stage.file).exists()
         )

@@ -16,7 +16,7 @@ from typing import Any, Generic, ParamSpec, TypeVar
 
 from isingcut.errors import IsingcutError, OutputExistsError
 from isingcut.files import ownership, runs, writing
-from isingcut.files.stages import STAGE_FILES
+from isingcut.files.stages import STAGES, Declaration
 from isingcut.memory import exhausted_error, is_memory_exhausted
 from isingcut.options.config import RunConfig
 from isingcut.runs.folder import RunFolder, each_removal
@@ -49,17 +49,12 @@ class Stage(Generic[P, T]):
     """A stage of a run; call it to get its result.
 
     Attributes:
-        name: its name in `run.json`.
+        name: its name in `files.stages.STAGES` and in `run.json`.
         make: makes its result for its arguments.
         load: reads its file or folder.
         check: raises if it is impossible; gets the session and the model's blocks, before a run
             writes its first file.
-        together: whether all processes make the file, or rank 0 only.
-        journals: patterns of the journals next to the file, ``{}`` for its name. They are deleted
-            once the result is recorded, so that a kill before that loses nothing.
         choose: returns the blocks that a result chooses, which the record keeps.
-        additions: options whose change needs no `--overwrite`, because nothing else is lost; of a
-            mapping, unless it changes an entry.
         price: estimates its time and memory from `prices.Prices`, for `plan`; a line without a name
             gets that of the stage.
     """
@@ -68,11 +63,13 @@ class Stage(Generic[P, T]):
     make: Callable[P, Making]
     load: Callable[[Path], T]
     check: Callable[[Any, runs.BlockList], object] = lambda session, blocks: None
-    together: bool = False
-    journals: tuple[str, ...] = ()
     choose: Callable[[T], list[int] | None] = lambda result: None
-    additions: tuple[str, ...] = ()
     price: Callable[[Any], list[Estimate]] = lambda prices: []
+
+    @property
+    def declared(self) -> Declaration:
+        """Its declaration."""
+        return STAGES[self.name]
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> T:
         """Return the result; make it unless a result with the same options exists.
@@ -115,7 +112,7 @@ class Stage(Generic[P, T]):
             )
             folder.save()
             began = time.monotonic()
-            processes.decide(lambda: self.together)
+            processes.decide(lambda: self.declared.together)
             try:
                 while not _is_done(making, file, folder):
                     making = self.make(*args, **kwargs)
@@ -156,7 +153,7 @@ class Stage(Generic[P, T]):
 
     def _forget(self, file: Path) -> None:
         """Delete the journals of all processes, and a folder for journals that is empty then."""
-        for pattern in self.journals:
+        for pattern in self.declared.journals:
             name = pattern.format(glob.escape(file.name))
             for path in file.parent.glob(f"{name}*"):
                 if _JOURNAL.fullmatch(path.name):
@@ -177,14 +174,15 @@ class Stage(Generic[P, T]):
                 f"{file} was not written by this run and is not replaced; move it away"
             )
         made = before.options.content()
-        others = {*made, *options} - {*self.additions}
+        additions = self.declared.additions
+        others = {*made, *options} - {*additions}
         only_added = (
             before.fingerprint
-            and self.additions
+            and additions
             and all(made.get(key) == options.get(key) for key in others)
             and all(
                 made[key].items() <= options[key].items()
-                for key in self.additions
+                for key in additions
                 if isinstance(made.get(key), dict)
             )
         )
@@ -199,6 +197,13 @@ class Stage(Generic[P, T]):
             )
         if file.is_dir():
             ownership.check_output(file, overwrite=True)
+
+
+def stage(
+    name: str, load: Callable[[Path], T], **further: Any
+) -> Callable[[Callable[P, Making]], Stage[P, T]]:
+    """Bind the decorated function to the declaration of a stage; arguments as of `Stage`."""
+    return lambda make: Stage(name, make, load, **further)
 
 
 def _is_done(making: Making, file: Path, folder: RunFolder) -> bool:
@@ -223,7 +228,7 @@ def _is_done(making: Making, file: Path, folder: RunFolder) -> bool:
 
 def typed_options(name: str, config: RunConfig) -> dict[str, Any]:
     """Return the options of a run that the record of a stage has as they were typed."""
-    return {key: getattr(config, key) for key in STAGE_FILES[name].options}
+    return {key: getattr(config, key) for key in STAGES[name].options}
 
 
 def refuse_changes(folder: RunFolder, config: RunConfig, *, ranks: bool) -> None:
@@ -240,7 +245,7 @@ def refuse_changes(folder: RunFolder, config: RunConfig, *, ranks: bool) -> None
     # A model has no more removals than blocks, which is checked later.
     ranks &= max(config.remove.counts, default=0) < len(folder.run.blocks.blocks)
     for one in each_removal(config) if ranks else [config]:
-        for name, stage in STAGE_FILES.items():
+        for name, stage in STAGES.items():
             place = folder.path if stage.of_run else folder.target(one)
             record = folder.find_finished(file := place / stage.main)
             if record is None or not (ranks or stage.of_run):
