@@ -251,3 +251,9 @@ def test_the_tour_runs(place, monkeypatch, tmp_path):
     )
     make.main(tmp_path)
     assert "10 blocks before, 7 after" in (tmp_path / "tour.md").read_text()
+
+
+def test_no_function_trusts_remote_code_by_default():
+    files = Path(isingcut.__file__).parent.rglob("*.py")
+    wrong = [f for f in files if "trust_remote_code: bool = True" in f.read_text()]
+    assert not wrong
