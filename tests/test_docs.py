@@ -181,6 +181,11 @@ def test_the_tables_of_options_are_those_declared():
     assert (DOCS / "options.md").read_text() == made, "run docs/make_options.py"
 
 
+def test_the_table_of_stages_is_that_declared():
+    rooms = script(DOCS / "make_rooms.py")
+    assert rooms.PAGE.read_text() == rooms.page(), "run docs/make_rooms.py"
+
+
 def test_the_table_of_the_docs_shows_which_layer_absorbs(tmp_path):
     patches = script(DOCS / "make_patches.py")
     found = {f: patches.absorbers(f, tmp_path / f) for f in ("nemotron_h", "qwen3_moe")}

@@ -78,7 +78,7 @@ def test_a_ranking_keeps_the_blocks_that_its_spectrum_was_solved_with(
         _ = isingcut.open_run(run).chosen
     capsys.readouterr()
     works("report", run)
-    line = "candidates.json and model and evaluation.json were made before the spectrum"
+    line = "candidates.json and model and evaluation.json: made before the spectrum"
     assert line in " ".join(capsys.readouterr().err.split())
     assert f"keep: was none, now {kept}" in refusal("rank", run)
     works("rank", run, "--overwrite")
@@ -90,7 +90,7 @@ def test_a_ranking_keeps_the_blocks_that_its_spectrum_was_solved_with(
     )
     works("report", run)
     page = (run / "report.md").read_text()
-    assert "model and evaluation.json were made before the choice changed" in page
+    assert "model and evaluation.json: made before the choice changed" in page
     assert "You named them" not in page
     works("excise", run, "--overwrite")
     assert sorted(load_json(run / "model/isingcut.json").removed) == sorted(

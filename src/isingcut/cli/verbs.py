@@ -454,7 +454,6 @@ def report(
     Example: isingcut report my-run other-run --out compare.html
     """
     from isingcut.report.run_files import RunFiles
-    from isingcut.report.words import paragraphs
     from isingcut.report.write import write_comparison
 
     if out is not None and len(directories) == 1:
@@ -464,16 +463,12 @@ def report(
     if alone:
         folder, target = removals[0]
         file = solving.report(folder, target)
-        files = RunFiles(folder.path, target)
         page = str(file.with_suffix(".html"))
         return Output(
             {"report": str(file), "html": page},
             lambda: show.show_lines(page, str(file)),
             brief=str(file),
-            warnings=[
-                *folder.model_warnings(),
-                *paragraphs("outdated_warnings", files),
-            ],
+            warnings=folder.model_warnings() + RunFiles(folder.path, target).outdated,
         )
     whole = out or Path("compare.html")
     places = [(folder.path, target) for folder, target in removals]

@@ -290,8 +290,8 @@ class RunFiles:
         return list(dict.fromkeys(words.paragraphs("warnings", self)))
 
     @property
-    def outdated(self) -> dict[str, list[str]]:
-        """Names of the files that were made from an earlier value, by this value."""
+    def outdated(self) -> list[str]:
+        """What was made from an earlier value, and the command that makes it again."""
         found = defaultdict[str, list[str]](list)
         places = dict.fromkeys([self.folder, self.target])
         for key in self.run.stages:
@@ -299,7 +299,11 @@ class RunFiles:
             value = stages.find_outdated(self.run, self.folder, path)
             if value and path.parent in places and os.path.lexists(path):
                 found[value].append(path.name)
-        return found
+        return [
+            f"{' and '.join(names)}: made before the {value} changed; type: "
+            f"`isingcut {stages.MADE_AGAIN.get(value, 'run')} {self.arguments} --overwrite`"
+            for value, names in found.items()
+        ]
 
     @property
     def winners(self) -> list[states.BaselineFile]:

@@ -22,7 +22,6 @@ from isingcut.console.printing import printable
 from isingcut.data.text_files import is_read_again
 from isingcut.files import cuts, states
 from isingcut.files.provenance import __version__
-from isingcut.files.stages import MADE_AGAIN
 from isingcut.options.config import TEXT
 from isingcut.report import plots, rows
 
@@ -108,12 +107,7 @@ def _environment(**more: Any) -> jinja2.Environment:
     )
     named = {function.__name__: function for function in functions}
     environment.filters |= {**named, "kl": lambda row: rows.kl_of(row).text()}
-    constants = {
-        "CUT_RANKING": rows.CUT_RANKING,
-        "MADE_AGAIN": MADE_AGAIN,
-        "TEXT": TEXT,
-        "version": __version__,
-    }
+    constants = {"CUT_RANKING": rows.CUT_RANKING, "version": __version__, "TEXT": TEXT}
     environment.globals |= {**named, **constants, "find_spec": find_spec}
     return environment
 

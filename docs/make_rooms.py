@@ -1,0 +1,26 @@
+"""Write the table of stages in rooms.md, from their declarations.
+
+python docs/make_rooms.py
+"""
+
+import re
+from pathlib import Path
+
+from isingcut.files.stages import STAGES
+
+PAGE = Path(__file__).with_name("rooms.md")
+
+
+def page() -> str:
+    """Return the page with the table of the declared stages."""
+    rows = ["| stage | verb | writes | reads |", "|---|---|---|---|"]
+    for name, stage in STAGES.items():
+        reads = ", ".join(stage.reads)
+        rows.append(f"| {name} | `{stage.verb}` | `{stage.file}` | {reads} |")
+    table = "\n".join(["<!-- stages -->", *rows, "<!-- end -->"])
+    old = PAGE.read_text(encoding="utf-8")
+    return re.sub("<!-- stages -->(?s:.*)<!-- end -->", table, old)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
