@@ -198,7 +198,7 @@ def chat(place):
 
 def rows(place):
     """Fits on fewer tokens than a layer has inputs, also of outputs with a bias."""
-    few = {"patch_tokens": 100, "drop": "2,3"}
+    few = {"patch_tokens": 100, "must_remove": "2,3"}
     place.run(model=str(place.model(intermediate_size=512)), **few)
     with mock.patch.object(_Fitting, "ways", (False,)):
         place.run("outputs", family="gpt2", **few, patch="tuned")

@@ -34,7 +34,7 @@ ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 SCRIPTS = sorted((ROOT / "examples").glob("*.sh"))
 PAGES = sorted(p.name for p in DOCS.glob("*.md"))
-NO_COMMANDS = "api experiments index limits physics safety solvers tour"
+NO_COMMANDS = "api experiments index limits physics rooms safety solvers tour"
 WITHOUT_COMMANDS = {f"docs/{page}.md" for page in NO_COMMANDS.split()}
 VERBS = typer.main.get_command(cli.app).commands
 

@@ -72,9 +72,7 @@ WORDS = [
         "--remove 2 --compare-energies auto",
         "'auto' lets a run choose; here, name one energy",
     ),
-    # Old names are accepted for one release.
-    ("--remove 2 --also=fisher,zorp", "unknown energy 'zorp'"),
-    ("--keep 1,2 --drop 2-4", "--keep and --must-remove both name block 2"),
+    ("--keep 1,2 --must-remove 2-4", "--keep and --must-remove both name block 2"),
     ("--effort zorp", "--effort: 'zorp': expected passes"),
     ("--effort 1000001", "--effort: .* of at most 1,000,000"),
     ("--memory-limit much", "--memory-limit: memory 'much': expected a share"),
@@ -113,7 +111,6 @@ WORDS = [
 ]
 HEALING = [
     ("--method magic", r"--method: must be one of full, lora or lora:RANK, none"),
-    ("--effort 9", "--train: '9': expected a time"),
     ("--train 9", "--train: '9': expected a time"),
     ("--trainer t.yaml", "--trainer must be a section of the --config file, or .*; got 't.yaml'"),
     ("--config /dev/zero", "/dev/zero is a device"),
