@@ -178,7 +178,7 @@ def assert_stationary(model, text, patch, removed=(), patches=(), *, reads=True)
     """Check that the objective's gradient vanishes at the fitted map, given earlier patches."""
     target = streams(model, text, patch.record.removed[-1])
     with (
-        apply_patches(stack_modules(model), list(patches)),
+        apply_patches(replay_of(model), list(patches)),
         skip_blocks(model, removed),
         watched(model, patch.block, patch.path) as seen,
         torch.no_grad(),
@@ -417,7 +417,7 @@ def test_half_precision_does_not_hide_gains(family):
 def block_error(model, patches, p, last, text):
     """Return weighted squared errors of block p's output against the original's after the cut."""
     original = streams(model, text, last)
-    with apply_patches(stack_modules(model), patches):
+    with apply_patches(replay_of(model), patches):
         left = original - streams(model, text, p)
     return float((left.square().sum(-1) / original.square().mean(-1)).sum())
 
