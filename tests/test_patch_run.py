@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,8 +18,6 @@ from isingcut.data.healing_text import to_fit
 from isingcut.evaluation.quality import quality
 from isingcut.files.evaluations import EvaluationFile
 from isingcut.files.runs import StageOptions
-from isingcut.formats import safetensors_files
-from isingcut.formats.architectures import cuts
 from isingcut.formats.cutting import checkpoint
 from isingcut.report.words import patch_warnings
 from isingcut.runs import cutting, pipeline
@@ -168,51 +167,44 @@ def test_blocks_by_hand_are_patched_as_well(run, tmp_path, answer):
     assert "patch" not in load_json(Path(plain) / "isingcut.json")
 
 
-def off_by_one(number):
-    return lambda n, removed, *more: number(n, [b - 1 for b in removed], *more)
+def off_by_one(write, whole, places, **more):
+    return write(whole, {i + (i == 1): new for i, new in places.items()}, **more)
 
 
-def in_another_block(write):
-    def wrong(folder, tensors, replaced, *more):
-        moved = {n.replace("layers.1.", "layers.4."): t for n, t in replaced.items()}
-        write(folder, tensors, moved, *more)
-
-    return wrong
+def in_another_block(write, folder, tensors, replaced, *more):
+    moved = {n.replace("layers.1.", "layers.4."): t for n, t in replaced.items()}
+    write(folder, tensors, moved, *more)
 
 
-def stale(cut):
+def stale(cut, config, *given, **more):
     """The kinds of attention are those of the first blocks."""
-
-    def wrong(config, *given, **more):
-        kinds = cuts.read_decoder(config)["layer_types"]
-        return cut(config, *given, **more) | {"layer_types": kinds[:-1]}
-
-    return wrong
+    kinds = checkpoint.cuts.read_decoder(config)["layer_types"][:-1]
+    return cut(config, *given, **more) | {"layer_types": kinds}
 
 
 @parametrize(
-    "owner, name, spoil",
+    "owner, name, wrong",
     [
-        (cuts, "renumber_blocks", off_by_one),
+        (checkpoint, "_list_tensors", off_by_one),
         (checkpoint, "write_weights", in_another_block),
-        (cuts, "cut_config", stale),
+        (checkpoint.cuts, "cut_config", stale),
     ],
 )
-def test_the_one_proof_finds_what_the_writer_gets_wrong(
-    owner, name, spoil, shared, text, tmp_path, monkeypatch
+def test_the_one_proof_finds_what_is_written_wrong(
+    owner, name, wrong, shared, text, tmp_path, monkeypatch
 ):
     model = shared.checkpoint("gemma2", sliding_window=6)
-    monkeypatch.setattr(owner, name, spoil(getattr(owner, name)))
+    monkeypatch.setattr(owner, name, partial(wrong, getattr(owner, name)))
     with refuses("differs from the original without blocks", VerificationError):
         job(model, text, tmp_path, must_remove=2, remove=1, patch="linear")
 
 
 def test_a_state_that_cannot_be_cut_is_refused_before_a_fit(run, tmp_path, stub):
     folder = RunFolder.open(run)
-    session = pipeline.session_of(folder, folder.config)
     stub(cutting, "make_patches", None)
+    given = (pipeline.session_of(folder, folder.config), folder, range(6))
     with refuses("all 6 blocks would be removed", ArchitectureError):
-        cutting.write_model(session, folder, range(6), tmp_path / "x", overwrite=False)
+        cutting.write_model(*given, tmp_path / "out", overwrite=False)
 
 
 def test_a_run_holds_its_checkpoint_once(llama, text, tmp_path, spy):
@@ -220,7 +212,7 @@ def test_a_run_holds_its_checkpoint_once(llama, text, tmp_path, spy):
         files = tmp_path.rglob("model*.safetensors")
         return sum(file.stat().st_size for file in files)
 
-    sizes = [spy(safetensors_files, "write_file", held), spy(os, "replace", held)]
+    sizes = [spy(checkpoint, "write_checkpoint", held), spy(os, "replace", held)]
     out = job(llama, text, tmp_path / "run", patch="linear")
     assert patch_of(out / "model").cuts
     size = (out / "model/model.safetensors").stat().st_size
