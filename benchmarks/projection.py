@@ -505,7 +505,6 @@ class Setting:
                 (text,),
                 *self.fit(fit),
                 *self.tune(RUN.patch_tokens),
-                *self.write(),
             ],
             "evaluate": self.evaluate(),
             "LoRA": self.heal(full=False),

@@ -3,7 +3,7 @@
 import pytest
 
 from healings import options, write_text
-from isingcut.formats.checkpoints import count_mtp_layers, is_mtp
+from isingcut.formats.checkpoints import Checkpoint, count_mtp_layers, is_mtp
 from isingcut.healing.heal import heal
 from shared import module_fixture, run_tiny
 from sweep.mtp import add_mtp_layers
@@ -33,7 +33,7 @@ def bytes_of(folder, start):
 
 def test_a_run_keeps_mtp_layers(source, text, tmp_path):
     target = run_tiny(source, text, tmp_path / "run", remove=2, patch="linear")
-    assert count_mtp_layers(target / "model") == 2
+    assert count_mtp_layers(Checkpoint.read(target / "model")) == 2
     assert bytes_of(target / "model", OF_MTP) == bytes_of(source, "model.layers.6.")
     kept = "ayers for multi-token prediction (MTP), which draft further tokens: 2, kept as they are"
     assert kept in (target / "model/README.md").read_text()
@@ -50,7 +50,7 @@ def test_dropped_mtp_layers_are_gone_everywhere_and_reported(source, text, tmp_p
     target = run_tiny(
         source, text, tmp_path / "run", remove=2, patch="none", drop_mtp=True
     )
-    assert count_mtp_layers(target / "model") == 0
+    assert count_mtp_layers(Checkpoint.read(target / "model")) == 0
     assert not bytes_of(target / "model", OF_MTP)
     four = {"num_hidden_layers": 4, "num_nextn_predict_layers": 2}
     assert [is_mtp(f"model.layers.{i}.x", four) for i in range(3, 7)] == [

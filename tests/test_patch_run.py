@@ -1,6 +1,8 @@
 """Patches, healing and benchmarks as parts of a run: proven, shown, left out in one line."""
 
+import os
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,18 +18,22 @@ from isingcut.data.healing_text import to_fit
 from isingcut.evaluation.quality import quality
 from isingcut.files.evaluations import EvaluationFile
 from isingcut.files.runs import StageOptions
+from isingcut.formats.cutting import checkpoint
 from isingcut.report.words import patch_warnings
 from isingcut.runs import cutting, pipeline
 from isingcut.runs.folder import RunFolder
 from run_files import change
 from shared import (
     OPTIONS,
+    ArchitectureError,
     FitError,
     OutputExistsError,
     RunConfig,
+    VerificationError,
     flags,
     load_json,
     module_fixture,
+    parametrize,
     read_document,
     refuses,
     run_tiny,
@@ -147,7 +153,7 @@ def test_report_card_and_terminal_show_all_three(run, typed):
     assert 'id="patched"' in page
     assert 'class="meter patched"' in page
     card = (run / "model/README.md").read_text()
-    assert "The exact cut was proven before" in card
+    assert "skipped and the same layers patched, on text." in card
     assert "none of them in the splits that rank and report" in card
     assert heads(typed("evaluate", run)) == ["original", "cut", "patched", "change"]
 
@@ -161,6 +167,58 @@ def test_blocks_by_hand_are_patched_as_well(run, tmp_path, answer):
     assert "patch" not in load_json(Path(plain) / "isingcut.json")
 
 
+def off_by_one(write, whole, places, **more):
+    return write(whole, {i + (i == 1): new for i, new in places.items()}, **more)
+
+
+def in_another_block(write, folder, tensors, replaced, *more):
+    moved = {n.replace("layers.1.", "layers.4."): t for n, t in replaced.items()}
+    write(folder, tensors, moved, *more)
+
+
+def stale(cut, config, *given, **more):
+    """The kinds of attention are those of the first blocks."""
+    kinds = checkpoint.cuts.read_decoder(config)["layer_types"][:-1]
+    return cut(config, *given, **more) | {"layer_types": kinds}
+
+
+@parametrize(
+    "owner, name, wrong",
+    [
+        (checkpoint, "_list_tensors", off_by_one),
+        (checkpoint, "write_weights", in_another_block),
+        (checkpoint.cuts, "cut_config", stale),
+    ],
+)
+def test_the_one_proof_finds_what_is_written_wrong(
+    owner, name, wrong, shared, text, tmp_path, monkeypatch
+):
+    model = shared.checkpoint("gemma2", sliding_window=6)
+    monkeypatch.setattr(owner, name, partial(wrong, getattr(owner, name)))
+    with refuses("differs from the original without blocks", VerificationError):
+        job(model, text, tmp_path, must_remove=2, remove=1, patch="linear")
+
+
+def test_a_state_that_cannot_be_cut_is_refused_before_a_fit(run, tmp_path, stub):
+    folder = RunFolder.open(run)
+    stub(cutting, "make_patches", None)
+    given = (pipeline.session_of(folder, folder.config), folder, range(6))
+    with refuses("all 6 blocks would be removed", ArchitectureError):
+        cutting.write_model(*given, tmp_path / "out", overwrite=False)
+
+
+def test_a_run_holds_its_checkpoint_once(llama, text, tmp_path, spy):
+    def held(*_):
+        files = tmp_path.rglob("model*.safetensors")
+        return sum(file.stat().st_size for file in files)
+
+    sizes = [spy(checkpoint, "write_checkpoint", held), spy(os, "replace", held)]
+    out = job(llama, text, tmp_path / "run", patch="linear")
+    assert patch_of(out / "model").cuts
+    size = (out / "model/model.safetensors").stat().st_size
+    assert max(map(max, sizes)) <= 1.05 * size
+
+
 def test_a_patch_is_fitted_with_the_recorded_micro_batch(run, tmp_path, monkeypatch):
     out = Path(shutil.copytree(run, tmp_path / "run"))
     sizes = []
@@ -171,11 +229,11 @@ def test_a_patch_is_fitted_with_the_recorded_micro_batch(run, tmp_path, monkeypa
     provenance = {**made.provenance, "computed": computed}
     change(out / "run.json", config=config, provenance=provenance)
 
-    def patch_checkpoint(job, path):
+    def make_patches(job, **given):
         sizes.append(job.config.batch_tokens)
         raise FitError("noted")
 
-    monkeypatch.setattr(cutting, "patch_checkpoint", patch_checkpoint)
+    monkeypatch.setattr(cutting, "make_patches", make_patches)
     works("excise", out, "--blocks", "1,4")
     assert sizes == [48]
 

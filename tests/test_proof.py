@@ -244,7 +244,10 @@ def test_random_text_holds_no_token_of_an_image():
 def test_a_run_shows_how_its_cut_was_proven(finished):
     record = load_json(finished / "model/isingcut.json")
     assert record.proof == {"inputs": "text", "difference": 0.0, "remarks": []}
-    assert "blocks skipped, on text." in (finished / "model/README.md").read_text()
+    assert (
+        "skipped and the same layers patched, on text."
+        in (finished / "model/README.md").read_text()
+    )
     assert (
         "| proof of the cut | text: logits of the reloaded"
         in (finished / "report.md").read_text()

@@ -5,9 +5,9 @@ import re
 import torch
 from torch.testing import assert_close
 
+from isingcut.formats.cutting.checkpoint import list_plain
 from isingcut.formats.fp8 import dequantise, dequantise_checkpoint, fp8_layout
 from isingcut.healing.job import Job
-from isingcut.healing.patch.files import list_plain
 from isingcut.healing.repairs.base import patch_checkpoint
 from isingcut.models.load import load_plain
 from odd_models import composite_checkpoint
@@ -120,9 +120,9 @@ def test_a_patched_layer_is_plain_and_listed_and_the_others_keep_their_bytes(
 def test_the_head_is_listed_as_plain_only_where_there_was_no_list(
     given, told, tmp_path
 ):
-    content = {"quantization_config": {"modules_to_not_convert": given}}
-    save_json(tmp_path / "config.json", content)
-    list_plain(tmp_path, "fp8", ["new"])
+    settings = {"quant_method": "fp8", "modules_to_not_convert": given}
+    save_json(tmp_path / "config.json", {"quantization_config": settings})
+    list_plain(tmp_path, ["new"])
     assert quantisation(tmp_path)["modules_to_not_convert"] == told
 
 

@@ -429,14 +429,12 @@ def test_generated_text_cannot_break_out_of_its_block(folder):
     assert "````text\nSo ``` so.\n````" in page_of(folder)
 
 
-def test_a_patch_is_reported_with_its_text_and_its_proof():
+def test_a_patch_is_reported_with_its_text():
     def said(**more):
         return words.sentence("patch_story", PatchRecord.model_validate(patch(**more)))
 
     text = "700 tokens of standard input (4 samples that the energy was measured on and 3 oth"
     assert text in said()
-    assert "on text they differ by at most 1.0e-07" in said()
-    assert "they are equal." in said(proof={**patch()["proof"], "difference": 0.0})
     assert "--patch-tokens is" not in said()
     short = {**patch()["text"], "short": "the source has no more"}
     refused = [{"removed": [0, 0], "reason": "nothing stands before it"}]

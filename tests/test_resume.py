@@ -14,6 +14,7 @@ from isingcut.files.writing import (
     is_leftover,
     lock_beside,
     lock_place,
+    temporary_prefix,
 )
 from ranks import start
 from shared import (
@@ -157,4 +158,5 @@ def test_who_has_the_lock_clears_what_killed_processes_left(tmp_path, inside):
         "the old folder came back"
     )
     assert is_leftover(other)
+    assert temporary_prefix(other) == ".other.isingcut-"
     assert not is_leftover(tmp_path / ".model.part")

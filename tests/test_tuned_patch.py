@@ -40,8 +40,8 @@ def divergence(model, text, found, removed=REMOVED):
     """Return KL(original || patched) from plain forward passes over the held-out samples."""
 
     def patched(**inputs):
-        blocks = stack_modules(model)
-        with skip_blocks(model, removed), apply_patches(blocks, found.patches):
+        replay = replay_of(model)
+        with skip_blocks(model, removed), apply_patches(replay, found.patches):
             return model(**inputs)
 
     kl, _ = plain_means(model, patched, text.select(range(7, text.samples, 8)))

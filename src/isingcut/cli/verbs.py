@@ -266,7 +266,7 @@ def excise(
     ] = None,
     **options: Any,
 ) -> Output:
-    """Write the chosen state as a plain Hugging Face checkpoint, verified and patched.
+    """Write the chosen state as a plain Hugging Face checkpoint, patched and verified.
 
     Examples: isingcut excise my-run --remove 8;
     isingcut excise my-run --blocks 3,4,9

@@ -178,8 +178,9 @@ def temporary_folder() -> Iterator[Path]:
 
 
 def temporary_prefix(path: Path) -> str:
-    """Return the prefix of the names of temporary siblings."""
-    return f".{path.name}.isingcut-"
+    """Return the prefix of the names of temporary siblings, which those of one share with it."""
+    own = _TEMPORARY.fullmatch(path.name)
+    return f".{own['name'] if own else path.name}.isingcut-"
 
 
 def lock_beside(path: Path) -> Path:

@@ -230,9 +230,8 @@ def is_mtp(name: str, text: Mapping[str, Any] | None = None) -> bool:
     return 0 <= int(match[3]) - depth(text) < mtp_layers(text)
 
 
-def count_mtp_layers(folder: Path) -> int:
+def count_mtp_layers(checkpoint: Checkpoint) -> int:
     """Return the number of layers for multi-token prediction, or 0 if none has tensors."""
-    checkpoint = Checkpoint.read(folder)
     return max(1, checkpoint.mtp_layers) if checkpoint.mtp_tensors() else 0
 
 

@@ -72,6 +72,16 @@ class StoredTensor:
                 raise CheckpointError(f"{self.file} ended early, inside {self.name!r}")
 
 
+@dataclass(frozen=True)
+class TensorInMemory(StoredTensor):
+    """A stored tensor with new bytes, which are in memory."""
+
+    content: memoryview
+
+    def read_into(self, buffer: memoryview, first: int = 0) -> None:
+        buffer[:] = self.content[first : first + len(buffer)]
+
+
 def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
     """Read a configuration of a checkpoint folder.
 
@@ -88,6 +98,11 @@ def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
     if not isinstance(config, dict):
         raise CheckpointError(f"{path} is not a JSON object")
     return config
+
+
+def write_object(path: Path, content: Any) -> None:
+    """Write a JSON object of a checkpoint folder."""
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def read_checkpoint(folder: Path) -> dict[str, StoredTensor]:
@@ -292,9 +307,7 @@ def write_checkpoint(
     if split.is_sharded:
         weight_map = dict(sorted(split.tensor_to_filename.items()))
         index = {"metadata": split.metadata, "weight_map": weight_map}
-        (folder / INDEX).write_text(
-            json.dumps(index, indent=2) + "\n", encoding="utf-8"
-        )
+        write_object(folder / INDEX, index)
 
 
 def write_file(path: Path, tensors: Sequence[NewTensor]) -> None:

@@ -1,7 +1,7 @@
 """Stages `excise`, `patch` and `heal`: write and verify the checkpoint or GGUF file of a state.
 
-The exact cut comes first. The patch folds a linear map, fitted on the calibration text, into the
-block before each cut. If no layer can be patched, the exact cut is kept and the reason reported.
+The patch comes first: it folds a linear map, fitted on the calibration text, into the block before
+each cut. If no layer can be patched, the exact cut is written and the reason reported.
 Healing distils the original into the patched model; its options are checked before anything is
 measured.
 """
@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import shlex
 import shutil
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from isingcut.errors import ArchitectureError, InputError
 from isingcut.files import cuts, healings, ownership, results, writing
 from isingcut.files.runs import BlockList
 from isingcut.files.stages import find_product
+from isingcut.formats.architectures.cuts import cut_config
 from isingcut.formats.checkpoints import Checkpoint, count_mtp_layers
 from isingcut.formats.cutting import gguf
 from isingcut.formats.cutting.checkpoint import excise as write_cut
@@ -35,12 +35,13 @@ from isingcut.healing import CUT
 from isingcut.healing import RECORD as HEALING
 from isingcut.healing.heal import build_text, heal_checkpoint, sample_length
 from isingcut.healing.job import Job, check_training
+from isingcut.healing.patch.files import StoredLayers, apply_patches
 from isingcut.healing.repairs import registry
 from isingcut.healing.repairs.base import (
     CANNOT,
+    Repaired,
     before_training,
     make_patches,
-    patch_checkpoint,
     record_unpatched,
 )
 from isingcut.healing.work_folder import describe_options
@@ -144,52 +145,6 @@ def _place_without(
     )
 
 
-def _write_exact(
-    session: Session, folder: RunFolder, removed: Sequence[int], out: Path
-) -> cuts.CutRecord:
-    """Write the checkpoint without the blocks ``removed`` and verify it; return its record.
-
-    Raises:
-        VerificationError: its logits differ from those of the original with these blocks skipped.
-    """
-    config = session.config
-    blocks = list(removed)
-    trust = config.trust_remote_code
-    original = load_config(session.source, trust_remote_code=trust)
-    loads_with = find_auto_class(original).__name__
-    parts = card_parts(folder.path, folder.target(config), blocks, loads_with)
-    seen = Checkpoint.read(session.source)
-    unused = find_unused(seen, session.loaded.model)
-    layers = session.stack.whole(blocks)
-    write_cut(
-        session.source,
-        layers,
-        out,
-        drop_mtp=config.drop_mtp,
-        unused=unused,
-        zeroed=find_zeroed(seen, session.loaded.model, blocks),
-    )
-    proof = verify(
-        session.loaded.runnable,
-        blocks,
-        out,
-        trust_remote_code=trust,
-        progress=session.progress,
-    )
-    if unused:
-        proof.remarks.append(explain_unused(unused))
-    mtp = count_mtp_layers(session.source)
-    further = {"proof": proof.inputs, "mtp": mtp, "drop_mtp": config.drop_mtp}
-    return cuts.CutRecord(
-        removed=blocks,
-        layers=layers if session.stack.split else None,
-        of=len(session.stack),
-        model=folder.run.provenance.model.content(),
-        card=parts.model_copy(update=further),
-        proof=proof,
-    )
-
-
 def check_gguf(session: Session, folder: RunFolder, source: Path) -> None:
     """Check a GGUF file: complete, undamaged and of the run's model.
 
@@ -286,7 +241,6 @@ def _price_model(prices: Prices) -> list[Estimate]:
     patch = prices.estimate(
         samples=-(-config.patch_tokens // config.length),
         tokens=registry.get(name).passes * config.patch_tokens,
-        reads=3,
         work=4 * config.patch_tokens * prices.stream,
     )
     return [cut, dataclasses.replace(patch, name="patch")]
@@ -296,7 +250,7 @@ def _price_model(prices: Prices) -> list[Estimate]:
 def make_model(
     session: Session, folder: RunFolder, removed: Sequence[int] | None = None
 ) -> Making:
-    """Write `model/` of one state: the exact cut, verified, and patched if the options say so.
+    """Write `model/` of one state, patched if the options say so, and verify it.
 
     Args:
         removed: the blocks of another state than the chosen one; see `output_folder`.
@@ -328,36 +282,67 @@ def write_model(
     *,
     overwrite: bool,
 ) -> None:
-    """Write the patched checkpoint to any folder, or the exact cut if nothing can be patched.
+    """Write and verify the patched checkpoint, or the exact cut if nothing can be patched.
 
     Raises:
+        ArchitectureError: the state cannot be cut; nothing was fitted.
         OutputExistsError: ``out`` exists and ``overwrite`` is false.
-        VerificationError: a proof failed; nothing is left at ``out``.
+        VerificationError: its logits differ from those of the original with the blocks skipped and
+            the layers patched; nothing is left at ``out``.
     """
-    sources = [session.source, *folder.sources]
-    with (
-        writing.atomic_folder(out, overwrite=overwrite, sources=sources) as temporary,
-        tempfile.TemporaryDirectory(
-            ".part", writing.temporary_prefix(out), out.parent
-        ) as aside,
-    ):
+    config = session.config
+    source = session.source
+    loaded = session.loaded
+    trust = config.trust_remote_code
+    blocks = list(removed)
+    layers = session.stack.whole(blocks)
+    with writing.atomic_folder(
+        out, overwrite=overwrite, sources=[source, *folder.sources]
+    ) as temporary:
         temporary.rmdir()
-        cut = Path(aside) / "cut"
-        record = _write_exact(session, folder, removed, cut)
-        card = record.card
-        assert card is not None
-        if session.config.patch == "none":
-            cut.rename(temporary)
-        else:
-            try:
-                job, text = _patch_job(session, folder, removed, cut, out.parent)
-                patch = patch_checkpoint(job, temporary).model_copy(
-                    update={"text": text}
-                )
-            except CANNOT as e:
-                patch = record_unpatched(removed, e)
-                cut.rename(temporary)
-            record.patch = card.patch = patch
+        seen = Checkpoint.read(source)
+        cut_config(seen.config, layers, drop_mtp=config.drop_mtp)
+        unused = find_unused(seen, loaded.model)
+        stored = StoredLayers(source, session.stack)
+        patched = dict[str, Any]()
+        if config.patch != "none":
+            made = _make_patches(
+                session, folder, blocks, session.progress, layers=stored
+            )
+            patched["patch"] = made.record
+        write_cut(
+            source,
+            layers,
+            temporary,
+            drop_mtp=config.drop_mtp,
+            unused=unused,
+            zeroed=find_zeroed(seen, loaded.model, blocks),
+            replaced=stored.replaced,
+        )
+        with apply_patches(loaded.replay, stored.patches):
+            proof = verify(
+                loaded.runnable,
+                blocks,
+                temporary,
+                trust_remote_code=trust,
+                progress=session.progress,
+            )
+        if unused:
+            proof.remarks.append(explain_unused(unused))
+        loads_with = find_auto_class(load_config(source, trust_remote_code=trust))
+        parts = card_parts(
+            folder.path, folder.target(config), blocks, loads_with.__name__
+        )
+        mtp = {"mtp": count_mtp_layers(seen), "drop_mtp": config.drop_mtp}
+        record = cuts.CutRecord(
+            removed=blocks,
+            layers=layers if session.stack.split else None,
+            of=len(session.stack),
+            model=folder.run.provenance.model.content(),
+            card=parts.model_copy(update={"proof": proof.inputs, **mtp, **patched}),
+            proof=proof,
+            **patched,
+        )
         # Without folders, because the checkpoint may be shared.
         shared = without_folders(record.content())
         results.write_json(temporary / CUT, record.kind, shared)
@@ -365,9 +350,14 @@ def write_model(
         (temporary / "README.md").write_text(model_card(card), encoding="utf-8")
 
 
-def _patch_job(
-    session: Session, folder: RunFolder, removed: Sequence[int], cut: Path, work: Path
-) -> tuple[Job, cuts.FittedText]:
+def _make_patches(
+    session: Session,
+    folder: RunFolder,
+    removed: Sequence[int],
+    progress: Progress,
+    **given: Any,
+) -> Repaired:
+    """Make the patches of a state, as `make_patches`; none, with the reasons, if it cannot."""
     loaded = session.loaded
     own = read_calibration(folder)
     config = session.config
@@ -380,7 +370,15 @@ def _patch_job(
         own, loaded.tokenizer, config.patch_tokens, loaded.model, later, share
     )
     how = _patch_config(config).replace(batch_tokens=session.batch_tokens)
-    return Job(loaded, tuple(removed), cut, tokens, work, how, session.progress), text
+    job = Job(
+        loaded, tuple(removed), session.source, tokens, folder.path, how, progress
+    )
+    try:
+        made = make_patches(job, **given)
+    except CANNOT as e:
+        return Repaired([], record_unpatched(removed, e))
+    made.record.text = text
+    return made
 
 
 def _patch_config(config: RunConfig) -> HealConfig:
@@ -409,14 +407,8 @@ def fit_patch(
     """
     if session.config.patch == "none" or not removed:
         return {}
-    job, _ = _patch_job(session, folder, removed, session.source, folder.path)
-    job = dataclasses.replace(job, progress=progress)
-    try:
-        patches = make_patches(job, kept=kept).patches
-    except CANNOT:
-        return {}
     new = dict[str, Tensor]()
-    for p in patches:
+    for p in _make_patches(session, folder, removed, progress, kept=kept).patches:
         layer = f"{session.stack.blocks[p.block].path}.{p.path}"
         new |= {f"{layer}.{name}": value for name, value in p.parameters.items()}
     return new

@@ -5,7 +5,6 @@ unchanged, with a few megabytes of memory. The result appears under its name onl
 complete.
 """
 
-import json
 import re
 import shutil
 from collections.abc import Collection, Mapping, Sequence
@@ -22,8 +21,10 @@ from isingcut.formats.architectures.fields import DEPTH_SHAPED
 from isingcut.formats.checkpoints import Checkpoint, is_mtp
 from isingcut.formats.safetensors_files import (
     NewTensor,
+    StoredTensor,
     find_contained,
     write_checkpoint,
+    write_object,
 )
 
 _QUANTISATION_FILES = (
@@ -32,6 +33,16 @@ _QUANTISATION_FILES = (
     "quantize_config.json",
     "quant_config.json",
 )
+# The names of lists of modules that are not quantised, by quantisation method.
+_LISTS = {
+    "fp8": "modules_to_not_convert",
+    "compressed-tensors": "ignore",
+    "modelopt": "exclude_modules",
+}
+_CONFIGS = {
+    "config.json": "quantization_config",
+    "hf_quant_config.json": "quantization",
+}
 # Files besides weights and configuration: tokenizer, chat template, custom code, licence, ...
 _COPIED_SUFFIXES = {
     ".json",
@@ -62,6 +73,7 @@ def excise(
     drop_mtp: bool = False,
     unused: Collection[str] = (),
     zeroed: Collection[str] = (),
+    replaced: Mapping[str, StoredTensor | None] | None = None,
     max_shard_bytes: int = 5 * 2**30,
 ) -> None:
     """Write the checkpoint ``source`` without the layers ``removed`` to the folder ``out``.
@@ -73,6 +85,7 @@ def excise(
         drop_mtp: leave out the layers for multi-token prediction, which otherwise stay.
         unused: tensors to leave out, because the model does not use them.
         zeroed: tensors to write as zeros.
+        replaced: new tensors by their names in ``source``; None leaves one out.
         max_shard_bytes: upper size of one shard; a larger tensor gets a shard of its own.
 
     Raises:
@@ -92,12 +105,53 @@ def excise(
         if t.source.name not in unused
     ]
     with atomic_folder(out, sources=[source]) as folder:
-        write_checkpoint(folder, tensors, max_shard_bytes)
         _copy_companions(source, folder, mapping)
-        # Written last, so that a folder without it is incomplete.
-        text_of_config = json.dumps(new_config, indent=2) + "\n"
-        (folder / "config.json").write_text(text_of_config, encoding="utf-8")
+        write_object(folder / "config.json", new_config)
         remove_paths(folder)
+        write_weights(folder, tensors, replaced or {}, max_shard_bytes)
+
+
+def write_weights(
+    folder: Path,
+    tensors: Collection[NewTensor],
+    replaced: Mapping[str, StoredTensor | None],
+    max_shard_bytes: int = 5 * 2**30,
+) -> None:
+    """Write the weights of a checkpoint, some of them replaced.
+
+    A float8 layer that loses its scales is listed as not quantised.
+
+    Args:
+        folder: the checkpoint, with its configurations.
+        tensors: all tensors.
+        replaced: as in `excise`.
+    """
+    new = {t.name: replaced.get(t.source.name, t.source) for t in tensors}
+    kept = [replace(t, source=own) for t in tensors if (own := new[t.name])]
+    write_checkpoint(folder, kept, max_shard_bytes)
+    plain = {name.rpartition(".")[0] for name in new if new[name] is None}
+    if plain:
+        list_plain(folder, sorted(plain))
+
+
+def list_plain(folder: Path, modules: Sequence[str]) -> None:
+    """Add modules to every list of a float8 checkpoint of modules that are not quantised."""
+    for name, part in _CONFIGS.items():
+        file = folder / name
+        content = load_json(file, "the configuration") if file.is_file() else {}
+        settings = content.get(part)
+        if not isinstance(settings, dict):
+            continue
+        given = {
+            name: settings[name]
+            for name in _LISTS.values()
+            if isinstance(settings.get(name), list)
+        }
+        # Without a list, loaders exclude the output head by default; with a list they do not.
+        usual = _LISTS.get(str(settings.get("quant_method")), "exclude_modules")
+        for key, listed in (given or {usual: ["lm_head"]}).items():
+            settings[key] = [*listed, *modules]
+        write_object(file, content)
 
 
 def remove_paths(folder: Path) -> None:
@@ -106,8 +160,7 @@ def remove_paths(folder: Path) -> None:
         content = load_json(path, "the configuration", CheckpointError, infinite=True)
         cleaned = _without_paths(content)
         if cleaned != content:
-            text = json.dumps(cleaned, indent=2) + "\n"
-            path.write_text(text, encoding="utf-8")
+            write_object(path, cleaned)
 
 
 def _without_paths(value: Any) -> Any:
@@ -173,8 +226,6 @@ def _copy_companions(source: Path, folder: Path, mapping: dict[int, int]) -> Non
         (folder / name).parent.mkdir(exist_ok=True)
         if name in _QUANTISATION_FILES:
             given = load_json(real, "the quantisation file", CheckpointError)
-            content = cuts.cut_quantisation(given, mapping)
-            text = json.dumps(content, indent=2) + "\n"
-            (folder / name).write_text(text, encoding="utf-8")
+            write_object(folder / name, cuts.cut_quantisation(given, mapping))
         elif real.stat().st_size <= _COPY_LIMIT:
             shutil.copyfile(real, folder / name)

@@ -1,65 +1,50 @@
-"""Write new weights to a copy of a checkpoint: replace single tensors and keep all other bytes.
-
-A patched layer of an FP8 checkpoint is stored in bfloat16, listed as not quantised, and loses its
-scales.
-"""
+"""Patches: new weights of single layers, in memory and as a checkpoint stores them."""
 
 from __future__ import annotations
 
 import contextlib
-import json
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from isingcut.errors import ArchitectureError
 from isingcut.files.cuts import PatchedCut
-from isingcut.files.inputs import load_json
-from isingcut.files.writing import atomic_folder
 from isingcut.formats.architectures.blocks import BlockStack
 from isingcut.formats.architectures.cuts import renumber_blocks
 from isingcut.formats.checkpoints import Checkpoint
 from isingcut.formats.fp8 import DTYPES, fp8_layout
 from isingcut.formats.safetensors_files import (
-    INDEX,
     PLAIN,
-    NewTensor,
     StoredTensor,
-    read_header,
-    weight_files,
-    write_checkpoint,
+    TensorInMemory,
 )
 from isingcut.models.replay import Replay
 
-_LISTS = {
-    "fp8": "modules_to_not_convert",
-    "compressed-tensors": "ignore",
-    "modelopt": "exclude_modules",
-}
 _SCALES = ("weight_scale_inv", "weight_scale", "input_scale", "activation_scale")
-_CONFIGS = {
-    "config.json": "quantization_config",
-    "hf_quant_config.json": "quantization",
-}
 _FLOAT8 = ("F8_E4M3", "F8_E5M2")
 
 
 class StoredLayers:
-    """The patchable layers in the files of a cut checkpoint.
+    """The patchable layers in the files of a checkpoint.
 
     Args:
-        folder: the cut checkpoint.
+        folder: the original, or a cut checkpoint.
         stack: the blocks of the original.
-        removed: the removed blocks.
+        removed: the blocks that the checkpoint lacks.
+
+    Attributes:
+        tensors: all tensors of the checkpoint.
+        patches: new layers, from `store`.
+        replaced: new tensors with them, by name; None for the scales of a replaced float8 weight.
     """
 
-    def __init__(self, folder: Path, stack: BlockStack, removed: Sequence[int]) -> None:
+    def __init__(
+        self, folder: Path, stack: BlockStack, removed: Sequence[int] = ()
+    ) -> None:
         cut = Checkpoint.read(folder)
         self.folder = folder
         self.tensors = cut.stored
@@ -67,6 +52,8 @@ class StoredLayers:
         self.layout = fp8_layout(folder, cut.config)
         whole = stack.whole(removed)
         places = renumber_blocks(cut.depth + len(whole), whole)
+        self.patches: Sequence[Patch] = ()
+        self.replaced: dict[str, StoredTensor | None] = {}
         self._places = [places.get(layer) for layer in stack.layers]
 
     def layer(
@@ -101,108 +88,58 @@ class StoredLayers:
             )
         return tensors
 
+    def store(self, patches: Sequence[Patch]) -> None:
+        """Convert patches in place to the dtypes of the checkpoint, float8 to bfloat16; keep them
+        and the tensors that replace those of the checkpoint, and set ``changed`` in their records.
+
+        Raises:
+            ArchitectureError: as `layer`.
+        """
+        new = dict[str, StoredTensor | None]()
+        for patch in patches:
+            own = patch.parameters
+            record = patch.record
+            record.changed = False
+            for key, old in self.layer(patch.block, patch.path, own).items():
+                dtype = old.dtype
+                if dtype in _FLOAT8:
+                    dtype = "BF16"
+                    record.stored = "bfloat16, not quantised"  # type: ignore[attr-defined]
+                    module = old.name.removesuffix("weight")
+                    new |= {module + scale: None for scale in _SCALES}
+                own[key] = own[key].detach().cpu().to(DTYPES[dtype]).contiguous()
+                data = own[key].view(torch.uint8).numpy().reshape(-1).data
+                new[old.name] = TensorInMemory(
+                    old.name, old.file, dtype, old.shape, 0, len(data), data
+                )
+                record.changed |= old.data() != data
+        self.patches = patches
+        self.replaced = new
+
     def float8(self, block: int, path: str) -> bool:
         """Whether a layer is stored as float8, so that new weights would need more bytes."""
         name = f"{self._prefix}{self._places[block]}.{path}.weight"
         return name in self.tensors and self.tensors[name].dtype in _FLOAT8
 
 
-def write_patched(
-    stored: StoredLayers, patches: Sequence[Patch], out: Path
-) -> list[Patch]:
-    """Write a copy of a cut checkpoint with the patched layers; other tensors keep their bytes.
-
-    Args:
-        stored: the cut checkpoint's layers.
-        out: the new folder.
-
-    Returns:
-        the patches with weights as stored; ``changed`` is set in their records.
-
-    Raises:
-        ArchitectureError: as `StoredLayers.layer`; nothing was written.
-        OutputExistsError: ``out`` exists.
-    """
-    new = dict[str, Tensor]()
-    modules = list[str]()
-    written = list[Patch]()
-    for patch in patches:
-        tensors = stored.layer(patch.block, patch.path, patch.parameters)
-        own = dict[str, Tensor]()
-        for key, tensor in tensors.items():
-            plain = "BF16" if tensor.dtype in _FLOAT8 else tensor.dtype
-            values = patch.parameters[key].detach().cpu().to(DTYPES[plain]).contiguous()
-            own[key] = new[tensor.name] = values
-        patch.record.changed = any(
-            tensor.data() != own[key].view(torch.uint8).numpy().tobytes()
-            for key, tensor in tensors.items()
-        )
-        if tensors["weight"].dtype in _FLOAT8:
-            modules.append(tensors["weight"].name.removesuffix(".weight"))
-            patch.record.stored = "bfloat16, not quantised"  # type: ignore[attr-defined]
-        written.append(replace(patch, parameters=own))
-    dropped = {f"{module}.{scale}" for module in modules for scale in _SCALES}
-    files = [file.name for file in weight_files(stored.folder)]
-    skip = shutil.ignore_patterns(*files, INDEX)
-    with atomic_folder(out) as temporary:
-        shutil.copytree(stored.folder, temporary, dirs_exist_ok=True, ignore=skip)
-        values_file = temporary / "values"
-        # Not by `save_file` of safetensors, which hides errors of the operating system.
-        values_file.write_bytes(save(new))
-        fresh = {t.name: t for t in read_header(values_file)}
-        kept = [
-            NewTensor(t.name, fresh.get(t.name, t))
-            for t in stored.tensors.values()
-            if t.name not in dropped
-        ]
-        write_checkpoint(temporary, kept)
-        values_file.unlink()
-        if stored.layout and modules:
-            list_plain(temporary, stored.layout, modules)
-    return written
-
-
-def list_plain(folder: Path, layout: str, modules: Sequence[str]) -> None:
-    """Add modules to every list of a float8 checkpoint of modules that are not quantised."""
-    for name, part in _CONFIGS.items():
-        file = folder / name
-        content = load_json(file, "the configuration") if file.is_file() else {}
-        settings = content.get(part)
-        if not isinstance(settings, dict):
-            continue
-        given = [key for key in _LISTS.values() if isinstance(settings.get(key), list)]
-        for key in given or [_LISTS[layout]]:
-            # Without a list, loaders exclude the output head by default; with a list they do not.
-            listed = settings.get(key)
-            settings[key] = [*(["lm_head"] if listed is None else listed), *modules]
-        file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
 @contextlib.contextmanager
-def apply_patches(
-    blocks: Sequence[nn.Module], patches: Sequence[Patch], *, resident: bool = False
-) -> Iterator[None]:
+def apply_patches(replay: Replay, patches: Sequence[Patch]) -> Iterator[None]:
     """Patch the layers of the original's blocks within the context.
 
-    A layer has its new weights only during its calls, which also works for a streamed block, whose
-    weights are loaded and unloaded.
-
-    Args:
-        resident: whether the blocks are in memory and have the new weights all the time, so that a
-            cut that is opened meanwhile shares them.
+    A layer of a streamed model has its new weights only during its calls, because its block is
+    loaded and unloaded. One in memory has them all the time, so that a cut that is opened meanwhile
+    shares them.
     """
     with contextlib.ExitStack() as undo:
         for patch in patches:
-            layer = blocks[patch.block].get_submodule(patch.path)
+            layer = replay.blocks[patch.block].get_submodule(patch.path)
             enter, leave = _swaps(dict(patch.parameters))
-            if resident:
+            if replay.streamed:
+                undo.enter_context(layer.register_forward_pre_hook(enter))
+                undo.enter_context(layer.register_forward_hook(leave, always_call=True))
+            else:
                 enter(layer, ())
                 undo.callback(leave, layer, (), None)
-            else:
-                undo.callback(layer.register_forward_pre_hook(enter).remove)
-                undo.callback(
-                    layer.register_forward_hook(leave, always_call=True).remove
-                )
         yield
 
 

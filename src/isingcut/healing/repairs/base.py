@@ -1,19 +1,24 @@
 """Make a repair: choose it by the options, write its patches to a checkpoint, and verify that."""
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from isingcut.errors import ArchitectureError, FitError
 from isingcut.files.cuts import PatchRecord, UnpatchedCut
+from isingcut.files.writing import atomic_folder
 from isingcut.formats.architectures.blocks import find_stack
+from isingcut.formats.cutting.checkpoint import write_weights
+from isingcut.formats.safetensors_files import (
+    NewTensor,
+)
 from isingcut.healing.job import Job
 from isingcut.healing.patch.files import (
     Patch,
     StoredLayers,
     apply_patches,
     runs,
-    write_patched,
 )
 from isingcut.healing.repairs import registry
 from isingcut.measure.streams import Kept, SampleStreams
@@ -44,40 +49,44 @@ def make_patches(
     """Make the repair of the job's options from its first `patch_tokens` tokens.
 
     Args:
-        layers: the checkpoint to write the layers to; None: any layer may be patched.
+        layers: the checkpoint that stores the layers, for patches in its form; None: any layer may
+            be patched.
         kept: what earlier states of this text computed, to read and to add to.
 
     Raises:
         ArchitectureError, FitError: no cut can be patched, with the reasons.
     """
     tokens = job.tokens.first(job.config.patch_tokens, 2)
-    repaired: Repaired = registry.get(job.config.repair)().patch(
-        job, tokens, layers, kept
-    )
-    return repaired
+    made: Repaired = registry.get(job.config.repair)().patch(job, tokens, layers, kept)
+    if layers is not None:
+        layers.store(made.patches)
+        made.record.changed = any(patch.record.changed for patch in made.patches)
+    return made
 
 
 def patch_checkpoint(job: Job, out: Path) -> PatchRecord:
-    """Make the repair of the job's options, write ``out`` and verify it.
+    """Make the repair of the job's options, write a patched copy of its start and verify it.
 
     Raises:
         ArchitectureError, FitError: as `make_patches`; nothing was written.
     """
-    layers = StoredLayers(job.start, find_stack(job.teacher.model), job.removed)
-    made = make_patches(job, layers)
-    stored = write_patched(layers, made.patches, out)
-    trust = job.config.trust_remote_code
-    replay = job.teacher.replay
-    with apply_patches(replay.blocks, stored, resident=not replay.streamed):
-        made.record.proof = verify(
-            job.teacher.runnable,
+    teacher = job.teacher
+    layers = StoredLayers(job.start, find_stack(teacher.model), job.removed)
+    record = make_patches(job, layers).record
+    tensors = [NewTensor(name, stored) for name, stored in layers.tensors.items()]
+    skip = shutil.ignore_patterns("*.safetensors*")
+    with atomic_folder(out) as temporary:
+        shutil.copytree(job.start, temporary, dirs_exist_ok=True, ignore=skip)
+        write_weights(temporary, tensors, layers.replaced)
+    with apply_patches(teacher.replay, layers.patches):
+        record.proof = verify(
+            teacher.runnable,
             job.removed,
             out,
-            trust_remote_code=trust,
+            trust_remote_code=teacher.trusted,
             progress=job.progress,
         )
-    made.record.changed = any(p.record.changed for p in stored)
-    return made.record
+    return record
 
 
 def record_unpatched(removed: Sequence[int], why: Exception) -> PatchRecord:

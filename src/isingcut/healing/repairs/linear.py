@@ -237,7 +237,7 @@ class _Fitting:
         for _ in self.replay.store.sweep([p]):
             result = self._fit_block(p, last, entered)
             patches = [result] if isinstance(result, Patch) else []
-            with apply_patches(self.replay.blocks, patches):
+            with apply_patches(self.replay, patches):
                 self._patched = self._after(p, entered)
         return result
 
@@ -342,7 +342,7 @@ class _Fitting:
     def _error(self, p: int, entered: Sequence[Tensor], patch: Patch | None) -> float:
         """Return the weighted squared error on the validation rows, with block p patched."""
         total = 0.0
-        with apply_patches(self.replay.blocks, [patch] if patch else []):
+        with apply_patches(self.replay, [patch] if patch else []):
             for b, recording in enumerate(self._recordings):
                 rows = self._sides(b)[1]
                 if not bool(rows.any()):

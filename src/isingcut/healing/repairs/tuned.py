@@ -235,7 +235,7 @@ def tune(
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, factor)
     with (
-        apply_patches(replay.blocks, [used for _, used in tuned.values()]),
+        apply_patches(replay, [used for _, used in tuned.values()]),
         job.progress("tuning the patch", steps) as bar,
     ):
         kl = [_measure_kl(validation, suffix)]
