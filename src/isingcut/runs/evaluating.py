@@ -15,7 +15,7 @@ import torch
 
 from isingcut.console.printing import say
 from isingcut.console.progress import Part
-from isingcut.data.calibration import build
+from isingcut.data.calibration import TextSampler, build
 from isingcut.data.corpora import UNLIKE
 from isingcut.data.generation import prompt_ids
 from isingcut.data.tokens import TokenSet, overlap
@@ -238,15 +238,14 @@ def _unlike(session: Session, splits: Mapping[str, TokenSet]) -> dict[str, Token
     """Return a text outside the calibration, by name, with a quarter of the samples; or nothing."""
     loaded = session.loaded
     tokens = splits["report"]
+    length = int(tokens.input_ids.shape[1])
+    model = language_model(loaded.model)
     built = build(
         UNLIKE,
-        loaded.tokenizer,
+        TextSampler(loaded.tokenizer, length, session.config.seed, model),
         samples=1,
         rank_samples=1,
         report_samples=max(4, tokens.samples // 4),
-        length=int(tokens.input_ids.shape[1]),
-        seed=session.config.seed,
-        model=language_model(loaded.model),
     )
     unlike = built.splits["report"]
     # The calibration may contain it, under any name; 2 % of n-grams are common by chance.
