@@ -23,7 +23,13 @@ from isingcut.errors import InputError, ModelError
 from isingcut.evaluation import benchmark
 from isingcut.evaluation.failures import note_failure
 from isingcut.evaluation.prompts import PROMPTS
-from isingcut.evaluation.quality import ANSWERS, before_and_after, quality, quality_of
+from isingcut.evaluation.quality import (
+    ANSWERS,
+    OtherText,
+    before_and_after,
+    quality,
+    quality_of,
+)
 from isingcut.evaluation.questions import Prepared, prepare_task, split_names
 from isingcut.evaluation.scores import check_task, score_states
 from isingcut.files import cuts, evaluations, states
@@ -86,7 +92,7 @@ def _evaluate(
     failed = dict[str, str]()
     with note_failure(UNLIKE, failed):
         elsewhere = _unlike(session, splits)
-    further, exact = _further_scores(session, checkpoint, tokens, elsewhere)
+    further, others = _further_scores(session, checkpoint, tokens, elsewhere)
     if packed:
         folder.check(gguf)
         with note_failure(gguf.name, failed):
@@ -98,8 +104,7 @@ def _evaluate(
         cut,
         tokens,
         work=session.work(),
-        elsewhere=elsewhere,
-        exact=exact,
+        elsewhere=others,
         decoded=speed.context if (speed := config.budget.part("speed")) else 0,
     ).model_copy(update=further)
     if failed:
@@ -222,7 +227,7 @@ def evaluate_checkpoint(
             cut,
             measuring.build_calibration(session).splits["report"],
             work=session.work(),
-            skip_speed=packed,
+            decoded=None if packed else 0,
         )
         scores.before.bytes = session.identity.weight_bytes
         if packed:
@@ -257,12 +262,12 @@ def _further_scores(
     checkpoint: Path,
     tokens: TokenSet,
     elsewhere: Mapping[str, TokenSet],
-) -> tuple[dict[str, Any], dict[str, Floats]]:
+) -> tuple[dict[str, Any], dict[str, OtherText]]:
     """Score the models between the original and the last.
 
     Returns:
-        the name of the last model, and the scores; and the exact cut's KL by sample on each text
-        of ``elsewhere``, if it is not the last.
+        the name of the last model, and the scores; and the texts of ``elsewhere`` with the exact
+        cut's KL.
     """
     model = checkpoint.with_name("model")
     record = read_document(model / "isingcut.json", cuts.CutRecord)
@@ -289,7 +294,10 @@ def _further_scores(
     scores |= {
         name: _score_texts(judge, tokens, elsewhere) for name, judge in judges.items()
     }
-    return scores, {name: sums[text][2] for name, text in elsewhere.items() if sums}
+    return scores, {
+        name: OtherText(text, sums[text][2] if sums else None)
+        for name, text in elsewhere.items()
+    }
 
 
 def score_gguf(
