@@ -46,11 +46,11 @@ from isingcut.healing.repairs import linear
 from isingcut.healing.repairs import tuned as tuning
 from isingcut.measure.splitting import bytes_of_backward
 from isingcut.memory import is_memory_exhausted
+from isingcut.models import verify
 from isingcut.models.device import allowance
 from isingcut.models.load import load
 from isingcut.models.streaming import replay as streamed
 from isingcut.models.streaming.store import Store
-from isingcut.models.verify import verify
 from isingcut.options.config import HealConfig
 from isingcut.options.declaration import options_from
 from isingcut.runs.stages import Stage
@@ -86,15 +86,10 @@ FAMILIES["broad"] = ("llama", {**WIDE, "intermediate_size": BROAD})
 def short() -> contextlib.ExitStack:
     """Reduce repeats that change no peak, because operations on a fake card are slow."""
     stack = contextlib.ExitStack()
-    for defaults, values in (
-        (
-            vars(speed.speed)["__wrapped__"].__kwdefaults__,
-            {"new_tokens": 2, "repeats": 1},
-        ),
-        (quality.before_and_after.__kwdefaults__, {"new_tokens": 3}),
-        (verify.__kwdefaults__, {"new_tokens": 3}),
-    ):
-        stack.enter_context(mock.patch.dict(defaults, values))
+    timed = vars(speed.speed)["__wrapped__"].__kwdefaults__
+    stack.enter_context(mock.patch.dict(timed, new_tokens=2, repeats=1))
+    for module in (quality, verify):
+        stack.enter_context(mock.patch.object(module, "NEW_TOKENS", 3))
     # The slack of streaming is more than such a model takes.
     stack.enter_context(mock.patch.object(streamed, "_SLACK", 0))
     return stack

@@ -49,6 +49,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from isingcut.data import healing_text
+from isingcut.data.calibration import TextSampler
 from isingcut.data.tokens import TokenSet
 from isingcut.formats.cutting.checkpoint import excise
 from isingcut.formats.sources import resolve
@@ -100,11 +101,9 @@ class Bench:
         excise(self.original.folder, self.removed, self.cut)
         self.tokens = healing_text.build(
             "wiki",
-            self.original.tokenizer,
+            TextSampler(self.original.tokenizer, options.length, 0),
             samples=options.batch * options.steps,
             report_samples=1,
-            length=options.length,
-            seed=0,
         ).train
 
     # bare passes --------------------------------------------------------------------------

@@ -36,18 +36,18 @@ from isingcut.console.progress import duration
 from isingcut.data.tokens import TokenSet
 from isingcut.energies.refined import KEPT
 from isingcut.energies.search import Search, Target
-from isingcut.evaluation.quality import before_and_after
+from isingcut.evaluation import quality
 from isingcut.evaluation.speed import speed
 from isingcut.healing.patch.files import runs
 from isingcut.healing.patch.ridge import bytes_of
 from isingcut.healing.repairs.tuned import BYTES, HELD_OUT_EVERY, STEP_TOKENS
 from isingcut.measure.losses import tree_nodes
 from isingcut.measure.work import Work
+from isingcut.models import verify
 from isingcut.models.inspect import inspect_model
 from isingcut.models.replay import BLOCK_STREAMS, Recording
 from isingcut.models.streaming.replay import StreamedReplay
 from isingcut.models.streaming.store import Store
-from isingcut.models.verify import verify
 from isingcut.options.config import LENGTH, HealConfig, RunConfig
 from isingcut.runs.trials import MORE, TOKENS, TRIED, is_deep, is_searched, trial_tokens
 from isingcut.testing.tiny import tiny_checkpoint
@@ -399,7 +399,7 @@ class Setting:
         """Make the parts that copy a checkpoint without the cut blocks, and prove it."""
         size = self.model.left * self.model.whole
         # Logits of both models; two prompts are continued, with a cache and without.
-        passes = (2 + 2 * 2 * defaults(verify)["new_tokens"]) * self.model.left
+        passes = (2 + 2 * 2 * verify.NEW_TOKENS) * self.model.left
         proof = self.blocks(1, passes * (not self.streamed), FEW, 1)
         return [
             self.move("copy", 2 * size, DISK),
@@ -446,7 +446,7 @@ class Setting:
         # A prefill, a prompt with one token and one with more; one generation; two new processes.
         timed = defaults(speed)
         passes = (timed["repeats"] + 1) * (3 + timed["new_tokens"])
-        passes += defaults(before_and_after)["new_tokens"]
+        passes += quality.NEW_TOKENS
         parts.append(self.blocks(1, (1 + m.left) * passes, FEW, 1))
         return [*parts, start(2), *self.load((1 + m.left) * m.whole, "load again")]
 

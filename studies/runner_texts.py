@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from isingcut.data import corpora, healing_text
-from isingcut.data.calibration import build
+from isingcut.data.calibration import TextSampler, build
 from isingcut.data.tokens import TokenSet
 from isingcut.files.writing import atomic_file
 
@@ -46,9 +46,10 @@ class Texts:
         length = self.length * (1 + chat)
         # One sample for each part of a mixture.
         few = 1 + source.count(",")
-        rest = {"rank_samples": few, "report_samples": few, "length": length, "seed": 0}
+        sampler = TextSampler(self.tokenizer, length, 0)
+        rest = {"rank_samples": few, "report_samples": few}
         samples = max(2, tokens // each)
-        return build(source, self.tokenizer, samples=samples, **rest).splits["energy"]
+        return build(source, sampler, samples=samples, **rest).splits["energy"]
 
     def judged(self, name: str, tokens: int) -> TokenSet:
         """Return about ``tokens`` tokens of an evaluation text."""
@@ -90,11 +91,9 @@ class Texts:
         """Return the healing text: 50 % Wikipedia leads, 30 % conversations, 20 % code."""
         return healing_text.build(
             f"wiki=0.5,{self.conversations()}=0.3,{self.trained_code()}=0.2",
-            self.tokenizer,
+            TextSampler(self.tokenizer, self.length, seed),
             samples=samples,
             report_samples=report_samples,
-            length=self.length,
-            seed=seed,
         )
 
     def _conversations(self) -> list[dict[str, Any]]:

@@ -1,10 +1,9 @@
 """Small texts and chats, and helpers, for the tests of calibration."""
 
 from shared import CalibrationError, refuses, write_jsonl
-from tiny import build
+from tiny import TextSampler, build
 
 SIZES = {"samples": 5, "rank_samples": 3, "report_samples": 2}
-SIZES |= {"length": 16, "seed": 0}
 COUNTS = {"energy": 5, "rank": 3, "report": 2}
 
 
@@ -17,9 +16,10 @@ def write_texts(path, texts):
     return write_jsonl(path, [{"text": text} for text in texts])
 
 
-def calibrate(source, tokenizer, **changes):
+def calibrate(source, tokenizer, length=16, seed=0, model=None, **changes):
     """Build a small calibration."""
-    return build(source, tokenizer, **{**SIZES, **changes})
+    sampler = TextSampler(tokenizer, length, seed, model)
+    return build(source, sampler, **{**SIZES, **changes})
 
 
 def chats(count):

@@ -220,7 +220,7 @@ def leave_speed_out(put):
 
     Block latencies are timed once instead of several times, and the sample text is short.
     """
-    from isingcut.evaluation import quality, speed
+    from isingcut.evaluation import speed
 
     names = ("prefill_tokens_per_second", "decode_tokens_per_second")
     rates = {f"{name}{end}": 1.0 for name in names for end in ("", "_se")}
@@ -232,5 +232,4 @@ def leave_speed_out(put):
 
     put("isingcut.evaluation.quality.speed", unmeasured)
     put("isingcut.models.replay.Replay.latency.__defaults__", (128, 1))
-    short = {**quality.before_and_after.__kwdefaults__, "new_tokens": 8}
-    put("isingcut.evaluation.quality.before_and_after.__kwdefaults__", short)
+    put("isingcut.evaluation.quality.NEW_TOKENS", 8)

@@ -10,7 +10,7 @@ import torch
 from numpy.testing import assert_allclose
 from torch.autograd.functional import jacobian
 
-from calibrating import SIZES, calibrate, decoded, refused, sentences, write_texts
+from calibrating import calibrate, decoded, refused, sentences, write_texts
 from isingcut.data import corpora, healing_text
 from isingcut.data.conversations import mark_answers, render_chat, row_of
 from isingcut.data.healing_text import to_fit
@@ -38,9 +38,9 @@ from sweep.gates import gated_loss
 from tiny import (
     Calibration,
     Hamiltonian,
+    TextSampler,
     TokenSet,
     Work,
-    build,
     in_memory,
     measure,
     plain_means,
@@ -218,9 +218,8 @@ def test_splits_keep_what_counts_on_disk_and_in_their_identity(
     llama, tmp_path, tokenizer
 ):
     file = chat_file(tmp_path / "chat.jsonl")
-    size = {**SIZES, "length": 40}
     plain, found = (
-        build(f"{word}{file}", tokenizer, **size) for word in ("", "answers:")
+        calibrate(f"{word}{file}", tokenizer, length=40) for word in ("", "answers:")
     )
     for name, tokens in found.splits.items():
         assert torch.equal(tokens.input_ids, plain.splits[name].input_ids)
@@ -250,7 +249,10 @@ def test_conversations_without_an_answer_within_the_length_are_left_out(
     refused(f"answers:{file}", tokenizer, f"too short.*gives 0 .*needed; {words}$")
     with refuses(f"needed; {words}$", CalibrationError):
         healing_text.build(
-            f"answers:{file}", tokenizer, samples=2, report_samples=2, length=16, seed=0
+            f"answers:{file}",
+            TextSampler(tokenizer, 16, 0),
+            samples=2,
+            report_samples=2,
         )
     calibrate(file, tokenizer, length=60)
     assert not capfd.readouterr().err
@@ -267,7 +269,7 @@ def test_shares_are_of_the_tokens_that_count(tmp_path, tokenizer):
     file = chat_file(tmp_path / "chat.jsonl", 200)
     text = write_texts(tmp_path / "a.jsonl", (f"river{i}. " * 4 for i in range(200)))
     source = f"{text}=1,answers:{file}=1"
-    used = build(source, tokenizer, **{**SIZES, "samples": 60, "length": 40})
+    used = calibrate(source, tokenizer, samples=60, length=40)
     split = used.splits["energy"]
     by_part = {
         name: split.select(rows).tokens for name, rows in split.rows_by_part.items()

@@ -337,7 +337,7 @@ def test_the_last_block_is_proven_and_found_again(family, stays, tmp_path):
     kinds = find_stack(model).kinds
     removed = [i for i in range(len(kinds)) if i != stays]
     excise(tmp_path / "source", removed, tmp_path / "cut")
-    assert verify(model, removed, tmp_path / "cut", new_tokens=4).difference <= 1e-5
+    assert verify(model, removed, tmp_path / "cut").difference <= 1e-5
     shown = inspect_model(tmp_path / "cut")
     assert shown.stack.kinds == (kinds[stays],)
     assert not shown.refusal

@@ -229,7 +229,8 @@ def test_evaluate_fills_the_whole_document(tmp_path, tokens, monkeypatch):
         load_tiny(tiny_checkpoint("llama", tmp_path / name, num_hidden_layers=n))
         for name, n in (("big", 6), ("cut", 4))
     )
-    found = evaluation.before_and_after(big, cut, tokens, new_tokens=4)
+    monkeypatch.setattr(evaluation, "NEW_TOKENS", 4)
+    found = evaluation.before_and_after(big, cut, tokens)
     assert (found.before.blocks, found.after.blocks) == (6, 4)
     assert (found.samples, found.tokens) == (6, tokens.tokens)
     for side, loaded in ((found.before, big), (found.after, cut)):

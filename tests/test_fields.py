@@ -41,7 +41,7 @@ def test_the_form_that_hubs_hold_is_cut_exactly(family, tmp_path):
         config.clear()
         config.update(hub)
     assert inspect_model(tmp_path / "source").refusal == ""
-    assert prove_cut(model, [0, 3], tmp_path, new_tokens=4).difference <= 1e-6
+    assert prove_cut(model, [0, 3], tmp_path).difference <= 1e-6
 
 
 @parametrize("drop", [False, True])
@@ -170,7 +170,7 @@ def test_the_decoder_of_an_encoder_decoder_has_its_own_number_of_blocks(tmp_path
     excise(tmp_path / "source", [1, 2], tmp_path / "out")
     cut = load_json(tmp_path / "out/config.json")
     assert (cut.decoder_layers, cut.encoder_layers) == (2, 2)
-    assert verify(model, [1, 2], tmp_path / "out", new_tokens=4).difference <= 1e-6
+    assert verify(model, [1, 2], tmp_path / "out").difference <= 1e-6
 
 
 def test_a_type_that_cannot_be_cut_says_so_before_its_numbers_are_compared(tmp_path):

@@ -51,6 +51,7 @@ from shared import (
     write_jsonl,
 )
 from tiny import (
+    TextSampler,
     TokenSet,
     build,
     find_stack,
@@ -285,14 +286,13 @@ def test_a_run_is_healed_on_its_text_but_for_what_it_reports_on(
     if "remove" in place:
         shutil.copytree(run / "model", model)
     text = str(models / "text.jsonl")
+    tokenizer = tiny_tokenizer()
     used = build(
         text,
-        tokenizer := tiny_tokenizer(),
+        TextSampler(tokenizer, 16, 0),
         samples=3,
         rank_samples=2,
-        length=16,
         report_samples=3,
-        seed=0,
     )
     used.save(run / "calibration.safetensors")
     measured_on(run, text)

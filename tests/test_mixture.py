@@ -16,7 +16,7 @@ from calibrating import (
     write_texts,
 )
 from isingcut.data import corpora, healing_text
-from isingcut.data.calibration import OpenText, draw_split
+from isingcut.data.calibration import OpenText
 from isingcut.data.healing_text import to_fit
 from isingcut.data.mixture import Part, parts_of
 from isingcut.evaluation.quality import quality
@@ -35,7 +35,7 @@ from shared import (
     refuses,
     write_jsonl,
 )
-from tiny import Calibration, build, tiny_model
+from tiny import Calibration, TextSampler, tiny_model
 
 MANY = {**SIZES, "samples": 40, "rank_samples": 12, "report_samples": 12}
 
@@ -116,7 +116,7 @@ def test_what_is_no_mixture_either_names_the_part(source, words):
 def test_every_beginning_has_the_shares_and_the_order_no_period():
     parts = [Part("a", "a", 0.75), Part("b", "b", 0.25)]
     texts = [OpenText(part, {}, [iter([[1] * 16] * 400)]) for part in parts]
-    found = [i for i, _ in draw_split(texts, 0, 16, 0, "energy", 400)[0]]
+    found = [i for i, _ in TextSampler(None, 16, 0).draw(texts, 0, "energy", 400)[0]]
     for end in range(8, 400):
         assert abs(sum(found[:end]) - end / 4) <= 1.5
     for first in range(4):
@@ -130,7 +130,7 @@ def test_every_beginning_has_the_shares_and_the_order_no_period():
 def test_every_split_holds_the_shares_of_tokens(tmp_path, tokenizer):
     documents = numbered(tmp_path / "a.jsonl", "river")
     source = f"{documents}=0.6,{write_jsonl(tmp_path / 'chat.jsonl', chats(200))}=0.4"
-    found = build(source, tokenizer, **MANY)
+    found = calibrate(source, tokenizer, **MANY)
     sizes = {"energy": 40, "rank": 12, "report": 12}
     assert {k: s.samples for k, s in found.splits.items()} == sizes
     for tokens in found.splits.values():
@@ -139,9 +139,9 @@ def test_every_split_holds_the_shares_of_tokens(tmp_path, tokenizer):
         assert abs(share - 0.6) <= 16 / int(tokens.mask.sum())
         for text, part in zip(decoded(tokenizer, tokens), tokens.parts, strict=True):
             assert ("river" in text or "." in text) == (part == "a.jsonl")
-    assert build(source, tokenizer, **MANY).sha256 == found.sha256
-    assert build(source, tokenizer, **{**MANY, "seed": 1}).sha256 != found.sha256
-    more = build(source, tokenizer, **{**MANY, "samples": 50})
+    assert calibrate(source, tokenizer, **MANY).sha256 == found.sha256
+    assert calibrate(source, tokenizer, **MANY, seed=1).sha256 != found.sha256
+    more = calibrate(source, tokenizer, **{**MANY, "samples": 50})
     for name in ("rank", "report"):
         assert more.splits[name].input_ids.equal(found.splits[name].input_ids)
 
@@ -211,7 +211,9 @@ def test_parts_are_kept_in_the_file_and_checked(tmp_path, tokenizer, two_texts):
 
 
 def test_the_quality_of_the_parts_adds_up(tokenizer, two_texts):
-    tokens = build("{}=3,{}=1".format(*two_texts), tokenizer, **MANY).splits["report"]
+    tokens = calibrate("{}=3,{}=1".format(*two_texts), tokenizer, **MANY).splits[
+        "report"
+    ]
     first, second = (tiny_model("llama", seed=seed) for seed in (0, 1))
     found = quality(first, second, tokens)
     assert sum(part.tokens for part in found.parts.values()) == tokens.tokens
@@ -291,9 +293,8 @@ def test_healing_keeps_the_shares_and_leaves_out_what_was_measured_on(
     (tmp_path / "c.txt").write_text("".join(sentences(300)))
     source = f"{documents}=2,{talk}=1,{tmp_path / 'c.txt'}=1"
     used = calibrate(source, tokenizer, length=32, samples=12, report_samples=3)
-    found = healing_text.build(
-        source, tokenizer, samples=40, report_samples=12, length=48, seed=0, used=used
-    )
+    sampler = TextSampler(tokenizer, 48, 0, used=used)
+    found = healing_text.build(source, sampler, samples=40, report_samples=12)
     for tokens in (found.train, found.report):
         for name, share in (("a.jsonl", 0.5), ("chat.jsonl", 0.25)):
             found_share = tokens_of(tokens, name) / int(tokens.mask.sum())
@@ -316,15 +317,8 @@ def test_healing_by_one_part_of_what_was_measured_on_leaves_that_out(
     used = calibrate("{}=1,{}=1".format(*two_texts), tokenizer)
     measured = found_in(tokenizer, r"<(\d+)\.", *used.splits.values())
     source = f"{tmp_path}/{typed}a.jsonl"
-    found = healing_text.build(
-        source,
-        tokenizer,
-        samples=None,
-        report_samples=2,
-        length=48,
-        seed=seed,
-        used=used,
-    )
+    sampler = TextSampler(tokenizer, 48, seed, used=used)
+    found = healing_text.build(source, sampler, samples=None, report_samples=2)
     assert len(measured) > 4
     assert not measured & found_in(tokenizer, r"<(\d+)\. <", found.train, found.report)
 
@@ -404,9 +398,10 @@ def card_with(text):
 def test_a_patch_leaves_the_report_text_of_the_healing_unseen(tokenizer, two_texts):
     source = "{}=1,{}=1".format(*two_texts)
     used = calibrate(source, tokenizer)
-    options = {"report_samples": 6, "length": 40, "seed": 3}
-    text = healing_text.build(source, tokenizer, samples=None, used=used, **options)
-    found, _ = to_fit(used, tokenizer, 3000, healing=HealConfig(text=source, **options))
+    sampler = TextSampler(tokenizer, 40, 3, used=used)
+    text = healing_text.build(source, sampler, samples=None, report_samples=6)
+    config = HealConfig(text=source, report_samples=6, length=40, seed=3)
+    found, _ = to_fit(used, tokenizer, 3000, healing=config)
     fitted, unseen = (
         found_in(tokenizer, r"([<\[]\d+)\.", tokens) for tokens in (found, text.report)
     )
@@ -421,10 +416,8 @@ def test_healing_without_a_number_ends_with_the_part_that_ends_first(
 ):
     documents = numbered(tmp_path / "a.jsonl", "river", 400)
     few = numbered(tmp_path / "b.jsonl", "s", 60)
-    options = {"report_samples": 4, "length": 48, "seed": 0}
-    found = healing_text.build(
-        f"{documents}=1,{few}=1", tokenizer, samples=None, **options
-    )
+    given = {"sampler": TextSampler(tokenizer, 48, 0), "report_samples": 4}
+    found = healing_text.build(f"{documents}=1,{few}=1", samples=None, **given)
     more, less = (found.train.parts.count(f"{name}.jsonl") for name in "ab")
     assert less > 5
     assert abs(more - less) <= 1
@@ -432,6 +425,6 @@ def test_healing_without_a_number_ends_with_the_part_that_ends_first(
         r"part .b\.jsonl. of the mixture: .*b\.jsonl is too short: .* 50% of 200, from",
         CalibrationError,
     ):
-        healing_text.build(f"{documents}=1,{few}=1", tokenizer, samples=200, **options)
+        healing_text.build(f"{documents}=1,{few}=1", samples=200, **given)
     with refuses("part 'self' of the mixture: healing needs real", CalibrationError):
-        healing_text.build(f"{documents}=1,self=1", tokenizer, samples=2, **options)
+        healing_text.build(f"{documents}=1,self=1", samples=2, **given)

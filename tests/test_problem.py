@@ -1,6 +1,7 @@
 """Energies, constraints, problems and spectra: algebra without a model."""
 
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -336,9 +337,8 @@ def test_gap(proven, bound, energy, gap):
 
 
 def test_a_spectrum_is_saved_and_loaded(problem, tmp_path):
-    spectrum = Spectrum.from_states(
-        problem,
-        states((0, 1), (2, 3)),
+    spectrum = replace(
+        Spectrum.from_states(problem, states((0, 1), (2, 3))),
         proven=True,
         lower_bound=-1.0,
         solver="exact",

@@ -265,6 +265,6 @@ def test_what_a_proof_does_not_show_is_a_warning_of_the_run(finished):
 def test_a_streamed_cut_is_proven_with_an_image(tmp_path):
     cut = cut_of(composite("qwen3_vl"), [3, 5], tmp_path)
     source = streamed(tmp_path / "source")
-    proof = verify(source, [3, 5], cut, new_tokens=1, images=invent_images)
+    proof = verify(source, [3, 5], cut, images=invent_images)
     assert proof.inputs == "text and an image"
     assert proof.difference == 0.0

@@ -259,7 +259,7 @@ def test_a_cut_with_wrong_layer_numbers_is_noticed(llama, cut, monkeypatch):
 
     monkeypatch.setattr("isingcut.models.verify.Store", wrong)
     with refuses(r"does not generate|differs from generation", VerificationError):
-        verify(replay, [1, 4], cut, new_tokens=6)
+        verify(replay, [1, 4], cut)
 
 
 def test_a_cut_that_does_not_load_is_noticed(llama, cut, tmp_path):

@@ -31,7 +31,7 @@ from shared import (
     write_jsonl,
     write_words,
 )
-from tiny import tiny_model, tiny_tokenizer
+from tiny import TextSampler, tiny_model, tiny_tokenizer
 
 
 def of_lengths(lengths):
@@ -198,7 +198,7 @@ def test_ordinary_text_is_not_warned_of(finished):
 
 def test_a_healing_records_what_its_report_shares(leaking, tokenizer):
     text = healing_text.build(
-        str(leaking), tokenizer, samples=20, report_samples=9, length=64, seed=0
+        str(leaking), TextSampler(tokenizer, 64, 0), samples=20, report_samples=9
     )
     assert text.overlap == counted(text.report, [text.train], 32) > 0.1
 

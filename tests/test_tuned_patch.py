@@ -27,12 +27,12 @@ REMOVED = (2, 3)
 def tuned(model, text, removed=REMOVED, at_a_time=96, **changes):
     replay = replay_of(model)
     linear = Repaired([], None)
-    rest, held_out = split_samples(text)
+    texts = split_samples(text)
     with contextlib.suppress(ArchitectureError):  # No map helps some random models.
-        linear = replace(fit_patches(replay, rest, removed, Work(96)), **changes)
+        linear = replace(fit_patches(replay, texts[0], removed, Work(96)), **changes)
     teacher = SimpleNamespace(replay=replay)
     job = Job(teacher, removed, None, text, None, HealConfig(batch_tokens=96))
-    found, record = tune(job, rest, held_out, linear, at_a_time=at_a_time)
+    found, record = tune(job, texts, linear, at_a_time=at_a_time)
     return SimpleNamespace(patches=found, record=record)
 
 

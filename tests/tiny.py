@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from isingcut.data.calibration import Calibration, build
+from isingcut.data.calibration import Calibration, TextSampler, build
 from isingcut.data.tokens import TokenSet
 from isingcut.formats.architectures.blocks import find_stack, skip_blocks, stack_modules
 from isingcut.formats.architectures.cuts import cut_config, legality

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from isingcut.data.calibration import build
+from isingcut.data.calibration import TextSampler, build
 from isingcut.formats.sources import resolve
 from isingcut.measure.gates import run_gated
 from isingcut.models import load as models
@@ -33,12 +33,10 @@ def main() -> None:
     loaded = models.load(resolve(arguments.model), dtype="float32")
     tokens = build(
         "wiki",
-        loaded.tokenizer,
+        TextSampler(loaded.tokenizer, arguments.length, 0),
         samples=arguments.samples,
         rank_samples=2,
         report_samples=2,
-        length=arguments.length,
-        seed=0,
     ).splits["energy"]
     replay = Replay(loaded.model)
     n = len(replay)

@@ -127,7 +127,6 @@ def gate_curvature(
     Source: Pearlmutter, Fast exact multiplication by the Hessian (1994), in reverse mode only;
     Schraudolph, Fast curvature matrix-vector products (2002), for Gauss-Newton.
     """
-    n = len(replay)
 
     def found(mine: Sequence[TokenSet], bar: Bar) -> Iterator[Floats]:
         head = OutputHead(replay)
@@ -143,7 +142,7 @@ def gate_curvature(
 
     words = f"{kind} of {tokens.samples} samples"
     rows = measure_batches(
-        replay, tokens, work, words, (n + 1, n), found, curvature=kind, gate=gate
+        replay, tokens, work, words, found, curvature=kind, gate=gate
     )
     rows *= tokens.counts[:, None, None]
     return rows[:, 0], rows[:, 1:]

@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from isingcut.data.calibration import build
+from isingcut.data.calibration import TextSampler, build
 from studies.clients.models import packed_model
 from studies.frontier import llama
 from studies.runner import Content, Part
@@ -99,14 +99,9 @@ class Frontier(ModelStudy):
     @cached_property
     def samples(self) -> list[list[int]]:
         """Wikipedia leads of a run's report text, then as many samples of C4."""
-        sizes = {
-            "samples": 16,
-            "rank_samples": 16,
-            "report_samples": 32,
-            "length": 256,
-            "seed": 0,
-        }
-        made = build("wiki=0.75,python=0.25", self.original.tokenizer, **sizes)
+        sampler = TextSampler(self.original.tokenizer, 256, 0)
+        sizes = {"samples": 16, "rank_samples": 16, "report_samples": 32}
+        made = build("wiki=0.75,python=0.25", sampler, **sizes)
         leads = made.splits["report"]
         web = self.judged_text("c4").rows
         found = [

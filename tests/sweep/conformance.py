@@ -48,7 +48,6 @@ from tiny import (
 )
 
 _TOLERANCE = 1e-5
-_NEW_TOKENS = 8
 _MOST_PARAMETERS = 8_000_000
 _MAPPINGS = {
     "AutoModelForCausalLM": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
@@ -250,12 +249,12 @@ def _check(model, mtp, folder, states):
             ) from error
         other = next(i for i in range(len(stack)) if i not in removed)
         # Both proofs load the same checkpoint.
-        with mock.patch("isingcut.models.verify.reload", functools.cache(reload)):
-            proof = verify(
-                model, removed, out, new_tokens=_NEW_TOKENS, images=invent_images
-            )
+        with mock.patch.multiple(
+            "isingcut.models.verify", NEW_TOKENS=8, reload=functools.cache(reload)
+        ):
+            proof = verify(model, removed, out, images=invent_images)
             with suppress(VerificationError):
-                verify(model, [other, *removed[1:]], out, new_tokens=1)
+                verify(model, [other, *removed[1:]], out)
                 raise AssertionError(
                     f"the proof does not tell blocks {removed} from others"
                 )
@@ -303,10 +302,12 @@ def _check_sublayers(model, tokens, folder):
     out = folder / "sublayers"
     zeroed = find_zeroed(Checkpoint.read(source), model, removed)
     excise(source, [], out, zeroed=zeroed)
-    with mock.patch("isingcut.models.verify.reload", functools.cache(reload)):
-        proof = verify(model, removed, out, new_tokens=2, images=invent_images)
+    with mock.patch.multiple(
+        "isingcut.models.verify", NEW_TOKENS=8, reload=functools.cache(reload)
+    ):
+        proof = verify(model, removed, out, images=invent_images)
         with suppress(VerificationError):
-            verify(model, other, out, new_tokens=1)
+            verify(model, other, out)
             raise AssertionError(
                 f"the proof does not tell sublayers {removed} from {other}"
             )

@@ -16,6 +16,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -134,32 +135,27 @@ class Calibration:
 
 def build(
     source: str,
-    tokenizer: PreTrainedTokenizerBase,
+    sampler: TextSampler,
     *,
     samples: int,
     rank_samples: int,
     report_samples: int,
-    length: int,
-    seed: int,
-    model: PreTrainedModel | None = None,
     progress: Progress = silent,
 ) -> Calibration:
     """Make token samples from a text source, or from a mixture of several.
 
-    Plain text is packed into samples of exactly ``length`` tokens without padding, each starting
-    with the tokenizer's beginning-of-sequence token if it sets one. Each conversation is one
-    sample, truncated to ``length``. No document (or duplicate) is in two splits; a text of one
-    document is divided into consecutive ranges. In every split, and in any first samples of it, the
-    sources of a mixture have their shares of tokens; every source is in every split.
+    Plain text is packed into full samples without padding, each starting with the tokenizer's
+    beginning-of-sequence token if it sets one. Each conversation is one sample. No document (or
+    duplicate) is in two splits; a text of one document is divided into consecutive ranges. In every
+    split, and in any first samples of it, the sources of a mixture have their shares of tokens;
+    every source is in every split.
 
     Args:
         source: a file or pipe (`text_files`), ``"-"``, a `datasets` name or folder, the name of a
             list or of a packaged text, or ``"self"``; ``"answers:"`` and a source of conversations;
             or a `mixture` of these.
+        sampler: makes the samples; ``"self"`` samples from its model.
         samples, rank_samples, report_samples: samples in the splits energy, rank and report.
-        length: tokens per sample, at least 2.
-        seed: seed of the order of the documents, and of ``"self"``.
-        model: model whose embedding limits the token ids, and from which ``"self"`` samples.
         progress: progress display of ``"self"``.
 
     Raises:
@@ -168,6 +164,10 @@ def build(
     """
     counts = {"report": report_samples, "rank": rank_samples, "energy": samples}
     parts = parts_of(source)
+    length = sampler.length
+    seed = sampler.seed
+    model = sampler.model
+    tokenizer = sampler.tokenizer
     for name, value in {**counts, "length": length - 1}.items():
         if value < 1:
             raise InputError(
@@ -180,7 +180,6 @@ def build(
             )
     # Hashed before reading, so that changes are detected when the text is read again.
     hashes = text_hashes(source)
-    encode = Encoder(tokenizer, model)
     needed = sum(counts.values())
 
     def generate() -> Iterator[Row]:
@@ -190,20 +189,14 @@ def build(
             )
         return sample_from_model(model, tokenizer, needed, length, seed, progress)
 
-    texts = open_parts(
-        parts,
-        encode,
-        length,
-        seed,
-        len(SPLITS),
-        most=needed * length,
-        generate=generate,
-    )
+    texts = sampler.open(parts, len(SPLITS), most=needed * length, generate=generate)
     drawn: dict[str, Drawn] = {}
     for number, (name, count) in enumerate(counts.items()):
-        drawn[name], _ = draw_split(texts, number, length, seed, name, count)
+        drawn[name], _ = sampler.draw(texts, number, name, count)
     say_left_out(texts, length)
-    splits = {name: tokens_of(drawn[name], texts, encode.pad) for name in SPLITS}
+    splits = {
+        name: tokens_of(drawn[name], texts, sampler.encode.pad) for name in SPLITS
+    }
     energy, rank, report = splits.values()
     earlier = {"rank": (rank, [energy]), "report": (report, [energy, rank])}
     shared = {name: overlap(*splits) for name, splits in earlier.items()}
@@ -254,151 +247,203 @@ class OpenText:
     readers: Sequence[Iterator[Row]]
 
 
-def open_parts(
-    parts: Sequence[Part],
-    encode: Encoder,
-    length: int,
-    seed: int,
-    splits: int,
-    *,
-    used: Calibration | None = None,
-    most: int | None = None,
-    generate: Callable[[], Iterator[Row]] | None = None,
-) -> list[OpenText]:
-    """Open each source of a mixture with a reader per split.
-
-    Running text and consecutive documents are packed into full samples. A conversation is one
-    sample, truncated to ``length``; conversations with the same remaining tokens count once. Each
-    reader begins with a new document; with fewer documents than splits, they read consecutive
-    ranges instead.
+@dataclass(frozen=True, eq=False)
+class TextSampler:
+    """Makes samples of tokens from texts.
 
     Args:
+        tokenizer: a transformers tokenizer.
+        length: tokens per sample, at least 2; conversations are truncated.
+        seed: seed of the order of the documents.
+        model: model whose embedding limits the token ids.
         used: calibration whose text is left out.
-        most: maximum tokens of one document; None for no limit.
-        generate: function that yields samples of ``"self"``; None if real text is needed.
-
-    Raises:
-        CalibrationError: the text is unreadable, or a file changed after the calibration was made.
     """
-    seen: set[int] = set()
-    corpora: list[Corpus] = []
-    for part in parts:
-        with name_part(part):
-            if used is not None:
-                refuse_changed(used.meta.get("texts", {}), part.source)
-            if part.source == "self":
-                if generate is None:
-                    raise CalibrationError(
-                        "healing needs real text; choose another source than 'self'"
+
+    tokenizer: PreTrainedTokenizerBase
+    length: int
+    seed: int
+    model: PreTrainedModel | None = None
+    used: Calibration | None = None
+
+    @cached_property
+    def encode(self) -> Encoder:
+        """The tokenizer with the limit of the model."""
+        return Encoder(self.tokenizer, self.model)
+
+    def open(
+        self,
+        parts: Sequence[Part],
+        splits: int,
+        *,
+        most: int | None = None,
+        generate: Callable[[], Iterator[Row]] | None = None,
+    ) -> list[OpenText]:
+        """Open each source of a mixture with a reader per split.
+
+        Running text and consecutive documents are packed into full samples. A conversation is one
+        sample, truncated to the length; conversations with the same remaining tokens count once.
+        Each reader begins with a new document; with fewer documents than splits, they read
+        consecutive ranges instead.
+
+        Args:
+            most: maximum tokens of one document; None for no limit.
+            generate: function that yields samples of ``"self"``; None if real text is needed.
+
+        Raises:
+            CalibrationError: the text is unreadable, or a file changed after the calibration was
+                made.
+        """
+        encode = self.encode
+        used = self.used
+        seen: set[int] = set()
+        corpora: list[Corpus] = []
+        for part in parts:
+            with name_part(part):
+                if used is not None:
+                    refuse_changed(used.meta.get("texts", {}), part.source)
+                if part.source == "self":
+                    if generate is None:
+                        raise CalibrationError(
+                            "healing needs real text; choose another source than 'self'"
+                        )
+                    corpora.append(Corpus("generated", generate()))
+                else:
+                    corpora.append(
+                        corpus := read(part.source, self.tokenizer, self.seed)
                     )
-                corpora.append(Corpus("generated", generate()))
-            else:
-                corpora.append(corpus := read(part.source, encode.tokenizer, seed))
-                # Skip the documents of the calibration, in its order and in all sources before any
-                # source is read further, so that none repeats them.
-                left = int(_facts(used, part.source).get("documents", 0))
-                measured = corpus
-                if used is not None and left and used.meta["seed"] != seed:
-                    measured = read(part.source, encode.tokenizer, used.meta["seed"])
-                while left and (document := next(measured.documents, None)) is not None:
-                    is_new(document, seen)
-                    # Counted as in `_tokenise`: documents with tokens.
-                    left -= bool(encode(document, 1))
-    opened = []
-    for part, text in zip(parts, corpora, strict=True):
-        facts: dict[str, Any] = {"kind": text.kind}
-        with name_part(part):
-            if text.kind == "generated":
-                rows = text.documents
-            elif text.kind == "chat":
-                rows = distinct(_conversations(text, encode, length, used, seen, facts))
-            elif text.kind == "text":
-                known = int(_facts(used, part.source).get("tokens", 0))
-                rows = pack(map(encode, text.documents), encode, length, known)
-            else:
-                documents = _tokenise(text, encode, seen, most, facts)
-                first = list(itertools.islice(documents, splits))
-                documents = itertools.chain(first, documents)
-                if len(first) == splits:
-                    between = encode("\n\n")
-                    # Each reader begins with a new document, and takes the next when it needs more.
-                    each = [
-                        pack(_join(documents, between), encode, length)
-                        for _ in range(splits)
-                    ]
-                    opened.append(OpenText(part, facts, each))
-                    continue
-                rows = pack(documents, encode, length)
-        opened.append(OpenText(part, facts, [rows] * splits))
-    return opened
+                    # Skip the documents of the calibration, in its order and in all sources before
+                    # any source is read further, so that none repeats them.
+                    left = int(_facts(used, part.source).get("documents", 0))
+                    measured = corpus
+                    if used is not None and left and used.meta["seed"] != self.seed:
+                        measured = read(part.source, self.tokenizer, used.meta["seed"])
+                    while (
+                        left
+                        and (document := next(measured.documents, None)) is not None
+                    ):
+                        is_new(document, seen)
+                        # Counted as in `_tokenise`: documents with tokens.
+                        left -= bool(encode(document, 1))
+        opened = []
+        for part, text in zip(parts, corpora, strict=True):
+            facts: dict[str, Any] = {"kind": text.kind}
+            with name_part(part):
+                if text.kind == "generated":
+                    rows = text.documents
+                elif text.kind == "chat":
+                    rows = distinct(self._conversations(text, seen, facts))
+                elif text.kind == "text":
+                    known = int(_facts(used, part.source).get("tokens", 0))
+                    rows = self._pack(map(encode, text.documents), known)
+                else:
+                    documents = _tokenise(text, encode, seen, most, facts)
+                    first = list(itertools.islice(documents, splits))
+                    documents = itertools.chain(first, documents)
+                    if len(first) == splits:
+                        between = encode("\n\n")
+                        # Each reader begins with a new document, and takes the next if it needs
+                        # more.
+                        each = [
+                            self._pack(_join(documents, between)) for _ in range(splits)
+                        ]
+                        opened.append(OpenText(part, facts, each))
+                        continue
+                    rows = self._pack(documents)
+            opened.append(OpenText(part, facts, [rows] * splits))
+        return opened
 
+    def draw(
+        self,
+        texts: Sequence[OpenText],
+        split: int,
+        name: str,
+        count: int | None,
+        *,
+        least: int = 0,
+        most: float = math.inf,
+    ) -> tuple[Drawn, bool]:
+        """Draw the samples of one split, so that the sources always have their shares of tokens.
 
-def draw_split(
-    texts: Sequence[OpenText],
-    split: int,
-    length: int,
-    seed: int,
-    name: str,
-    count: int | None,
-    *,
-    least: int = 0,
-    most: float = math.inf,
-) -> tuple[Drawn, bool]:
-    """Draw the samples of one split, so that the sources always have their shares of tokens.
+        The next source is the one with the fewest tokens relative to its share. A random fraction
+        of a sample is added to the tokens of each source, so that the order has no period. With
+        ``count``, every source gets a sample if there are enough.
 
-    The next source is the one with the fewest tokens relative to its share. A random fraction of a
-    sample is added to the tokens of each source, so that the order has no period. With ``count``,
-    every source gets a sample if there are enough.
+        Args:
+            split: index of the split's readers.
+            name: name of the split, from which the random fractions are drawn too.
+            count: number of samples; None draws until a source ends.
+            least: number of samples that must be there without ``count``.
+            most: number of tokens after which to stop.
 
-    Args:
-        split: index of the split's readers.
-        length: tokens of a full sample.
-        seed, name: seed of the random fractions.
-        count: number of samples; None draws until a source ends.
-        least: number of samples that must be there without ``count``.
-        most: number of tokens after which to stop.
+        Returns:
+            the samples, and whether a source ended before the others.
 
-    Returns:
-        the samples, and whether a source ended before the others.
+        Raises:
+            CalibrationError: a source has too few samples.
+        """
+        fraction = random.Random(f"{self.seed} {name}").random
+        length = self.length
+        ahead = [fraction() for _ in texts]
+        had = [0] * len(texts)
+        tokens = 0
+        drawn: Drawn = []
 
-    Raises:
-        CalibrationError: a source has too few samples.
-    """
-    fraction = random.Random(f"{seed} {name}").random
-    ahead = [fraction() for _ in texts]
-    had = [0] * len(texts)
-    tokens = 0
-    drawn: Drawn = []
+        def due(i: int) -> float:
+            return (had[i] + ahead[i] * length) / texts[i].part.share
 
-    def due(i: int) -> float:
-        return (had[i] + ahead[i] * length) / texts[i].part.share
+        while (count is None or len(drawn) < count) and tokens < most:
+            new = [i for i in range(len(texts)) if not had[i]]
+            scarce = count is not None and count - len(drawn) <= len(new)
+            i = min(new if scarce else range(len(texts)), key=due)
+            part = texts[i].part
+            with name_part(part):
+                row = next(texts[i].readers[split], None)
+                if row is None:
+                    if count is None and len(drawn) >= least:
+                        return drawn, True
+                    needed = f"{count or least}"
+                    if part.share < 1:
+                        needed = f"{part.share:.0%} of {needed}"
+                    if texts[i].facts["kind"] == "documents":
+                        needed += ", from documents of no other split,"
+                    lower = "give more text, or lower --length or the number of samples"
+                    raise CalibrationError(
+                        f"{words_for(place_of(part.source))} is too short: it gives "
+                        f"{sum(k == i for k, _ in drawn)} {name} samples of {length} tokens, and "
+                        f"{needed} are needed; {left_out(texts[i], length) or lower}"
+                    )
+            had[i] += sum(token >= 0 for token in row)
+            ahead[i] = fraction()
+            drawn.append((i, row))
+            tokens += len(row)
+        return drawn, False
 
-    while (count is None or len(drawn) < count) and tokens < most:
-        new = [i for i in range(len(texts)) if not had[i]]
-        scarce = count is not None and count - len(drawn) <= len(new)
-        i = min(new if scarce else range(len(texts)), key=due)
-        part = texts[i].part
-        with name_part(part):
-            row = next(texts[i].readers[split], None)
-            if row is None:
-                if count is None and len(drawn) >= least:
-                    return drawn, True
-                needed = f"{count or least}"
-                if part.share < 1:
-                    needed = f"{part.share:.0%} of {needed}"
-                if texts[i].facts["kind"] == "documents":
-                    needed += ", from documents of no other split,"
-                lower = "give more text, or lower --length or the number of samples"
-                raise CalibrationError(
-                    f"{words_for(place_of(part.source))} is too short: it gives "
-                    f"{sum(k == i for k, _ in drawn)} {name} samples of {length} tokens, and "
-                    f"{needed} are needed; {left_out(texts[i], length) or lower}"
-                )
-        had[i] += sum(token >= 0 for token in row)
-        ahead[i] = fraction()
-        drawn.append((i, row))
-        tokens += len(row)
-    return drawn, False
+    def _pack(self, texts: Iterable[list[int]], skipped: int = 0) -> Iterator[Row]:
+        """Cut a running text into full samples, after its first ``skipped`` tokens."""
+        prefix = self.encode.start
+        body = self.length - len(prefix)
+        tokens = itertools.islice(itertools.chain.from_iterable(texts), skipped, None)
+        while len(piece := list(itertools.islice(tokens, body))) == body:
+            yield prefix + piece
+
+    def _conversations(
+        self, corpus: Corpus, seen: set[int], facts: dict[str, Any]
+    ) -> Iterator[Row]:
+        """Yield one sample per conversation, except those in the splits of a calibration."""
+        length = self.length
+        used = self.used
+        taken: set[tuple[int, ...]] = set()
+        cut = int(used.meta["length"]) if used is not None else 0
+        for split in used.splits.values() if used is not None else ():
+            taken |= set(map(ids_of, split.rows))
+        for text in corpus.documents:
+            if not is_new(text, seen):
+                continue
+            row = row_of(self.encode, text, max(cut, length))
+            if ids_of(row[:cut]) not in taken:
+                if len(row) >= length and not has_prediction(row[:length]):
+                    facts["left_out"] = facts.get("left_out", 0) + 1
+                yield row[:length]
 
 
 def tokens_of(drawn: Drawn, texts: Sequence[OpenText], pad: int) -> TokenSet:
@@ -437,40 +482,6 @@ def _tokenise(
 def _join(documents: Iterator[list[int]], between: list[int]) -> Iterator[list[int]]:
     for number, ids in enumerate(documents):
         yield (between if number else []) + ids
-
-
-def pack(
-    texts: Iterable[list[int]], encode: Encoder, length: int, skipped: int = 0
-) -> Iterator[Row]:
-    """Cut a running text into full samples, after its first ``skipped`` tokens."""
-    prefix = encode.start
-    body = length - len(prefix)
-    tokens = itertools.islice(itertools.chain.from_iterable(texts), skipped, None)
-    while len(piece := list(itertools.islice(tokens, body))) == body:
-        yield prefix + piece
-
-
-def _conversations(
-    corpus: Corpus,
-    encode: Encoder,
-    length: int,
-    used: Calibration | None,
-    seen: set[int],
-    facts: dict[str, Any],
-) -> Iterator[Row]:
-    """Yield one sample per conversation, except those in the splits of a calibration."""
-    taken: set[tuple[int, ...]] = set()
-    cut = int(used.meta["length"]) if used is not None else 0
-    for split in used.splits.values() if used is not None else ():
-        taken |= set(map(ids_of, split.rows))
-    for text in corpus.documents:
-        if not is_new(text, seen):
-            continue
-        row = row_of(encode, text, max(cut, length))
-        if ids_of(row[:cut]) not in taken:
-            if len(row) >= length and not has_prediction(row[:length]):
-                facts["left_out"] = facts.get("left_out", 0) + 1
-            yield row[:length]
 
 
 def left_out(text: OpenText, length: int) -> str:

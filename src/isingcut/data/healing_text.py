@@ -7,15 +7,14 @@ from typing import TYPE_CHECKING
 
 from isingcut.data.calibration import (
     Calibration,
-    draw_split,
-    open_parts,
+    TextSampler,
     say_left_out,
     tokens_of,
 )
 from isingcut.data.corpora import NO_WIKI, has_wiki
 from isingcut.data.mixture import describe_source, parts_of, places_in, shares_text
 from isingcut.data.text_files import is_read_once
-from isingcut.data.tokens import Encoder, Row, TokenSet, overlap
+from isingcut.data.tokens import Row, TokenSet, overlap
 from isingcut.errors import IsingcutError
 from isingcut.files.cuts import FittedText
 from isingcut.options.config import TEXT, HealConfig
@@ -41,14 +40,10 @@ class HealingText:
 
 def build(
     source: str,
-    tokenizer: PreTrainedTokenizerBase,
+    sampler: TextSampler,
     *,
     samples: int | None,
     report_samples: int,
-    length: int,
-    seed: int,
-    used: Calibration | None = None,
-    model: PreTrainedModel | None = None,
     own: TokenSet | None = None,
 ) -> HealingText:
     """Read a text, or a mixture of several, to its end or until there are enough samples.
@@ -58,25 +53,22 @@ def build(
 
     Args:
         source: as for a calibration, but not ``"self"``.
+        sampler: makes the samples.
         samples: training samples; None takes all.
         report_samples: samples for reporting; they are read first.
-        length: tokens per sample; conversations are truncated.
-        seed: seed of the order of the documents.
-        used: calibration whose text is left out.
-        model: model whose embedding limits the token ids.
-        own: report samples of ``used``, instead of further text.
+        own: report samples of a calibration, instead of further text.
 
     Raises:
         CalibrationError: the text is unreadable or too short.
     """
-    encode = Encoder(tokenizer, model)
-    texts = open_parts(parts_of(source), encode, length, seed, 2, used=used)
+    pad = sampler.encode.pad
+    texts = sampler.open(parts_of(source), 2)
     if own is None:
-        report, _ = draw_split(texts, 0, length, seed, "report", report_samples)
-        own = tokens_of(report, texts, encode.pad)
-    drawn, _ = draw_split(texts, 1, length, seed, "train", samples, least=1)
-    train = tokens_of(drawn, texts, encode.pad)
-    say_left_out(texts, length)
+        report, _ = sampler.draw(texts, 0, "report", report_samples)
+        own = tokens_of(report, texts, pad)
+    drawn, _ = sampler.draw(texts, 1, "train", samples, least=1)
+    train = tokens_of(drawn, texts, pad)
+    say_left_out(texts, sampler.length)
     return HealingText(train, own, overlap(own, [train]))
 
 
@@ -108,7 +100,7 @@ def to_fit(
         source = healing.text
         length = healing.length
         seed = healing.seed
-    encode = Encoder(tokenizer, model)
+    sampler = TextSampler(tokenizer, length, seed, model, used)
     mixed = round(share * most) if is_mixed(used.source, source) else 0
     unmixed = NO_WIKI if mixed and not has_wiki() else ""
     mixed = 0 if unmixed else mixed
@@ -129,26 +121,24 @@ def to_fit(
         splits, turns = (1, "further") if healing is None else (2, "train")
         # Opened together, so that the default text repeats no document of the calibration.
         both = (*parts, *others) if missing or mixed else ()
-        texts = open_parts(both, encode, length, seed, splits, used=used)
+        texts = sampler.open(both, splits)
         further = texts[: len(parts)]
         if further and missing:
             if healing is not None:
                 unseen = healing.report_samples
-                draw_split(further, 0, length, seed, "report", unseen)
-            drawn, ended = draw_split(
-                further, -1, length, seed, turns, None, most=missing
-            )
+                sampler.draw(further, 0, "report", unseen)
+            drawn, ended = sampler.draw(further, -1, turns, None, most=missing)
             rows += [row for _, row in drawn]
             short = "the source has no more" if ended else ""
         mixable = texts[len(parts) :]
-        drawn, _ = draw_split(mixable, -1, length, seed, "mixed", None, most=mixed)
+        drawn, _ = sampler.draw(mixable, -1, "mixed", None, most=mixed)
         general = [row for _, row in drawn]
     except IsingcutError:
         # A moved file, or texts passed in Python. The error may name a private folder.
         short = "the source was changed or cannot be read; restore the old text to fit on more"
         # Without the source, its documents cannot be left out of the default text.
         unmixed = short if mixed else unmixed
-    tokens = TokenSet.from_rows(rows + general, encode.pad)
+    tokens = TokenSet.from_rows(rows + general, sampler.encode.pad)
     named = [used.source, source] + [TEXT] * bool(general)
     return tokens, FittedText(
         source=" + ".join(dict.fromkeys(map(describe_source, named))),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -53,17 +53,26 @@ ANSWERS = "answers to prompts"
 _MOST_NATS = 700
 
 
+NEW_TOKENS = 1024
+"""Upper limit of the tokens of each answer to a prompt."""
+
+
+class OtherText(NamedTuple):
+    """A text unlike the calibration; with the KL of the exact cut on it, summed by sample, if the
+    last model is another."""
+
+    tokens: TokenSet
+    exact: Floats | None
+
+
 def before_and_after(
     original: LoadedModel,
     cut: LoadedModel,
     tokens: TokenSet,
     *,
     work: Work = PLAIN,
-    elsewhere: Mapping[str, TokenSet] = MappingProxyType({}),
-    exact: Mapping[str, Floats] = MappingProxyType({}),
-    new_tokens: int = 1024,
-    skip_speed: bool = False,
-    decoded: int = 0,
+    elsewhere: Mapping[str, OtherText] = MappingProxyType({}),
+    decoded: int | None = 0,
 ) -> EvaluationFile:
     """Measure quality, size and speed of both models.
 
@@ -75,10 +84,8 @@ def before_and_after(
         tokens: the report split.
         work: settings of the measurement, without a journal.
         elsewhere: further texts by name, measured one by one.
-        exact: KL of the exact cut on these texts, summed by sample, if it is not ``cut``.
-        new_tokens: upper limit of the tokens of each answer to a prompt.
-        skip_speed: whether to skip speed and list its keys in ``not_measured``.
-        decoded: tokens of the text that decoding is timed after; 0: as `speed`.
+        decoded: tokens of the text that decoding is timed after; 0: as `speed`; None: skip speed
+            and list its keys in ``not_measured``.
     """
     failed = dict[str, str]()
     both = {"before": original, "after": cut}
@@ -92,7 +99,7 @@ def before_and_after(
     speeds: Mapping[str, Mapping[str, Any]] = {}
     rest: dict[str, Any] = {"streamed": True}
     if not (original.streamed or cut.streamed):
-        if not skip_speed:
+        if decoded is not None:
             with work.progress("speed", 1) as bar, note_failure("speed", failed):
                 plain = {name: language_model(m.model) for name, m in both.items()}
                 speeds = speed(plain, tokens.select([0]), decoded)
@@ -102,7 +109,7 @@ def before_and_after(
             work.progress(ANSWERS, 2 * len(PROMPTS)) as bar,
             note_failure(ANSWERS, failed),
         ):
-            rest["answers"] = compare_answers(original, cut, new_tokens, bar)
+            rest["answers"] = compare_answers(original, cut, NEW_TOKENS, bar)
     if scores.parts:
         rest["parts"] = scores.parts
     if metrics:
@@ -110,9 +117,9 @@ def before_and_after(
             k: Shown(unit=m.unit, form=m.form) for k, m in metrics.items()
         }
     rest["elsewhere"] = {}
-    for name, text in elsewhere.items():
+    for name, (text, exact) in elsewhere.items():
         with note_failure(name, failed):
-            whole = quality(first, second, text, work, exact.get(name))
+            whole = quality(first, second, text, work, exact)
             rest["elsewhere"][name] = _part(text, whole)
     if failed:
         rest["failed"] = failed

@@ -18,7 +18,7 @@ import torch
 
 from isingcut.console.progress import Progress, as_progress, duration, silent
 from isingcut.data import healing_text
-from isingcut.data.calibration import Calibration
+from isingcut.data.calibration import Calibration, TextSampler
 from isingcut.data.healing_text import HealingText
 from isingcut.data.mixture import places_in, shares_text, without_folders
 from isingcut.data.tokens import TokenSet
@@ -205,13 +205,15 @@ def build_text(
     """
     return healing_text.build(
         config.text,
-        teacher.tokenizer,
+        TextSampler(
+            teacher.tokenizer,
+            sample_length(config, teacher.model),
+            config.seed,
+            teacher.model,
+            used,
+        ),
         samples=config.samples,
         report_samples=config.report_samples,
-        length=sample_length(config, teacher.model),
-        seed=config.seed,
-        used=used,
-        model=teacher.model,
         own=own,
     )
 

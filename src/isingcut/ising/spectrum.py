@@ -72,14 +72,9 @@ class Spectrum:
         problem: Problem,
         states: ArrayLike,
         k: int | None = None,
-        *,
-        proven: bool = False,
-        lower_bound: float | None = None,
         solver: str = "",
-        seconds: float = 0.0,
-        info: Mapping[str, Any] | None = None,
     ) -> Spectrum:
-        """Sort a solver's states, merge duplicates and keep the lowest.
+        """Sort a solver's states, merge duplicates and keep the lowest; nothing is proven of them.
 
         Raises:
             InputError: a state violates a constraint.
@@ -100,12 +95,11 @@ class Spectrum:
         return cls(
             x[order],
             energies[order],
-            proven,
-            lower_bound,
+            False,
+            None,
             solver,
-            seconds,
+            0.0,
             problem.hamiltonian.unit,
-            dict(info or {}),
         )
 
     def __len__(self) -> int:

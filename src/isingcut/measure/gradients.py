@@ -126,14 +126,14 @@ def gate_rows(
             # while the next weights load.
             graphs = left // (BLOCK_STREAMS * max(each)) // replay.devices
             graphs = 0 if replay.streamed else graphs
-            rows = [torch.zeros(b.samples, n, device=replay.device) for b in some]
             passes = [
-                _fill_rows(replay, batch, gate, toward, state, graphs, own)
-                for batch, own in zip(some, rows, strict=True)
+                _run_passes(replay, batch, gate, toward, state, graphs)
+                for batch in some
             ]
             for part in replay.store.sweep(order):
+                rows = []
                 for steps in passes:
-                    next(steps)
+                    rows.append(next(steps))
                     if part not in (EMBED, HEAD):
                         advance(1 / (2 * n))
             return rows
@@ -143,28 +143,29 @@ def gate_rows(
         )
 
 
-def _fill_rows(
+def _run_passes(
     replay: Replay,
     batch: TokenSet,
     gate: str,
     toward: Toward,
     removed: Bools,
     graphs: int,
-    rows: Tensor,
-) -> Iterator[None]:
-    """Fill the rows of one micro-batch by a forward and a backward pass; yield after each part.
+) -> Iterator[Tensor]:
+    """Run a forward and a backward pass of one micro-batch; after each part, yield its rows (B, N),
+    which the last part completes.
 
     No local variable keeps a graph at a yield, because that would take memory until the next part.
 
     Args:
         graphs: number of graphs to keep on each device, those of its last blocks.
     """
+    rows = torch.zeros(batch.samples, len(replay), device=replay.device)
     with torch.no_grad():
         recording = replay.record(batch.input_ids)
     original = recording.entered
     streams = {0: original}
     kept: dict[int, Backward] = {}
-    yield
+    yield rows
     for block in range(len(replay)):
         later = replay.places[block:]
         if removed.any():
@@ -181,16 +182,16 @@ def _fill_rows(
             result = _run_gated(recording, block, streams[block], gate)
             streams[block + 1] = result[0].detach()
             del result
-        yield
+        yield rows
     stream = streams.pop(len(replay)).detach()
     gradient = toward(recording, batch, stream, original if removed.any() else stream)
     del stream
-    yield
+    yield rows
     for block in reversed(range(len(replay))):
         if block not in kept:
             kept[block] = _run_gated(recording, block, streams.pop(block), gate)[1]
         rows[:, block], gradient = kept.pop(block)(gradient)
-        yield
+        yield rows
 
 
 def measure_batches(
@@ -198,11 +199,10 @@ def measure_batches(
     tokens: TokenSet,
     work: Work,
     words: str,
-    shape: tuple[int, ...],
     measure: Callable[[Sequence[TokenSet], Bar], Iterator[Floats]],
     **how: Any,
 ) -> Floats:
-    """Measure rows (m, *shape) of the samples, per micro-batch, and keep them in the journal.
+    """Measure rows (m, ...) of the samples, per micro-batch, and keep them in the journal.
 
     Args:
         words: description for the progress display.
@@ -223,10 +223,9 @@ def measure_batches(
             check_finite(replay, batch, row)
             kept.put({key: row})
         kept.gather()
-    rows = np.zeros((tokens.samples, *shape))
-    for key, batch in batches.items():
-        rows[batch.index.numpy()] = kept.get(key)
-    return rows
+    order = np.concatenate([batch.index for batch in batches.values()])
+    rows: Floats = np.concatenate([kept.get(key) for key in batches])
+    return rows[np.argsort(order)]
 
 
 def gate_gradients(
@@ -270,9 +269,8 @@ def gate_gradients(
             yield row.double().cpu().numpy()
 
     words = f"gradients of {tokens.samples} samples"
-    shape = (len(replay),)
     return measure_batches(
-        replay, tokens, work, words, shape, measure, gate=gate, label_seed=label_seed
+        replay, tokens, work, words, measure, gate=gate, label_seed=label_seed
     )
 
 

@@ -250,6 +250,8 @@ def check_generation(
 
 # Tokens of each compared sequence.
 _LENGTH = 24
+NEW_TOKENS = 16
+"""Tokens to generate after each of the compared sequences."""
 # Tokens to generate with a streamed model, which is read from disk for each token.
 _STREAMED_TOKENS = 3
 
@@ -259,7 +261,6 @@ def verify(
     removed: Sequence[int],
     out: Path,
     *,
-    new_tokens: int = 16,
     images: Callable[..., ImageInputs] = process_images,
     trust_remote_code: bool = False,
     progress: Progress = silent,
@@ -268,14 +269,13 @@ def verify(
 
     The checkpoint is loaded in the original's dtype. Logits of random tokens must agree to 1e-5 of
     their size in float32, and greedy generation must give the same tokens with and without a cache.
-    If the original is streamed, both models are read from disk, one block at a time.
+    If the original is streamed, both models are read from disk, one block at a time, and one of the
+    two sequences is continued.
 
     Args:
         source: the original, or its `StreamedReplay`.
         removed: the blocks that ``out`` lacks.
         out: the checkpoint to verify.
-        new_tokens: number of tokens to generate after each of the two compared sequences; a
-            streamed cut continues one.
         images: function that makes prompts with images, for a model that takes them.
         trust_remote_code: as in ``from_pretrained``.
         progress: shows the comparisons.
@@ -318,6 +318,7 @@ def verify(
             return language_model(whole)(input_ids=tokens, use_cache=False).logits
 
     inner = language_model(model)
+    new_tokens = NEW_TOKENS
     remarks = []
     inputs = "text"
     if inner is not model:
@@ -328,7 +329,7 @@ def verify(
         cut, streamed = _open_cut(model, removed, out, trust_remote_code, buffers)
         if streamed:
             prompts = tokens[:1]
-            new_tokens = min(new_tokens, _STREAMED_TOKENS)
+            new_tokens = _STREAMED_TOKENS
         bar.advance(1)
         difference = compare("text", on_text)
         bar.advance(1)

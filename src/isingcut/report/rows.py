@@ -6,7 +6,7 @@ evaluation.json, healing.json, benchmarks.json -> rows, one per quantity -> cell
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from isingcut.files import evaluations, healings, states
 
@@ -147,18 +147,27 @@ def _final(models: Mapping[str, Any], key: str) -> str:
     return [name for name in models if name != "gguf" or key == "bytes"][-1]
 
 
-# Key, label, unit, format, and the value of one unit.
+class Quantity(NamedTuple):
+    """A quantity of a row, by its key in the figures, with the value of one unit."""
+
+    key: str
+    label: str
+    unit: str
+    form: str
+    one: float = 1.0
+
+
 _QUALITY = (
-    ("perplexity", "perplexity", "", ".2f", 1.0),
-    ("nll", "NLL", "nats/token", ".4f", 1.0),
-    ("kl", "KL to the original", "nats/token", ".4f", 1.0),
+    Quantity("perplexity", "perplexity", "", ".2f"),
+    Quantity("nll", "NLL", "nats/token", ".4f"),
+    Quantity("kl", "KL to the original", "nats/token", ".4f"),
 )
 _SIZE_AND_SPEED = (
-    ("blocks", "blocks", "", ".0f", 1.0),
-    ("parameters", "parameters", "million", ".2f", 1e6),
-    ("bytes", "weights on disk", "MB", ".1f", 1e6),
-    ("prefill_tokens_per_second", "prefill", "tokens/s", ".0f", 1.0),
-    ("decode_tokens_per_second", "decode", "tokens/s", ".1f", 1.0),
+    Quantity("blocks", "blocks", "", ".0f"),
+    Quantity("parameters", "parameters", "million", ".2f", 1e6),
+    Quantity("bytes", "weights on disk", "MB", ".1f", 1e6),
+    Quantity("prefill_tokens_per_second", "prefill", "tokens/s", ".0f"),
+    Quantity("decode_tokens_per_second", "decode", "tokens/s", ".1f"),
 )
 
 
@@ -194,11 +203,11 @@ def evaluation_rows(
         "original": dict(evaluation.before),
         last: dict(evaluation.after),
     }
-    metrics = evaluation.metrics.items()
-    rows += [_row(k, k, shown.unit, shown.form, 1.0, sizes) for k, shown in metrics]
+    for key, shown in evaluation.metrics.items():
+        rows.append(_row(Quantity(key, key, shown.unit, shown.form), sizes))
     if evaluation.gguf:
         sizes["gguf"] = {"bytes": evaluation.gguf.bytes}
-    return rows + [_row(*quantity, sizes) for quantity in _SIZE_AND_SPEED]
+    return rows + [_row(quantity, sizes) for quantity in _SIZE_AND_SPEED]
 
 
 _ANSWERS = (
@@ -274,7 +283,7 @@ def _quality_rows(
     models: Mapping[str, Figures], first: str = "original", part: str = ""
 ) -> list[Row]:
     """Return the quality; on one part of a mixture without the NLL (perplexity is equivalent)."""
-    rows = [_row(*quantity, models, first) for quantity in _QUALITY]
+    rows = [_row(quantity, models, first) for quantity in _QUALITY]
     if not part:
         return rows
     return [
@@ -285,27 +294,23 @@ def _quality_rows(
 
 
 def _row(
-    key: str,
-    label: str,
-    unit: str,
-    form: str,
-    scale: float,
-    models: Mapping[str, Figures],
-    first: str = "original",
+    quantity: Quantity, models: Mapping[str, Figures], first: str = "original"
 ) -> Row:
     """Make a row, with the change from the model ``first`` to the final one if it is known."""
+    key = quantity.key
+    names = quantity[:4]
     final = _final(models, key)
     values = {
-        name: _value(figures, key, scale)
+        name: _value(figures, quantity)
         for name, figures in models.items()
         if name != "gguf" or key in figures
     }
     a = values[first]
     b = values[final]
     if a is None or b is None:
-        return Row(key, label, unit, form, dict.fromkeys(values))
+        return Row(*names, dict.fromkeys(values))
     notes = ["change: GGUF file"] * (final == "gguf")
-    row = Row(key, label, unit, form, values, notes=notes)
+    row = Row(*names, values, notes=notes)
     error = models[final].get("kl_change_se" if key == "kl" else "nll_change_se")
     if first != "original":
         if error is None:
@@ -330,12 +335,12 @@ def _row(
     return replace(row, change=f"{change} %", ratio=Value(ratio, spread))
 
 
-def _value(figures: Figures, key: str, scale: float) -> Value | None:
-    figure = figures.get(key)
-    error = figures.get(f"{key}_se")
+def _value(figures: Figures, quantity: Quantity) -> Value | None:
+    figure = figures.get(quantity.key)
+    error = figures.get(f"{quantity.key}_se")
     if figure is None:
         return None
-    return Value(figure / scale, error and error / scale)
+    return Value(figure / quantity.one, error and error / quantity.one)
 
 
 def kl_of(row: states.MeasuredLoss | evaluations.PairScores) -> Value:

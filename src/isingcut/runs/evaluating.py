@@ -15,7 +15,7 @@ import torch
 
 from isingcut.console.printing import say
 from isingcut.console.progress import Part
-from isingcut.data.calibration import build
+from isingcut.data.calibration import TextSampler, build
 from isingcut.data.corpora import UNLIKE
 from isingcut.data.generation import prompt_ids
 from isingcut.data.tokens import TokenSet, overlap
@@ -23,7 +23,13 @@ from isingcut.errors import InputError, ModelError
 from isingcut.evaluation import benchmark
 from isingcut.evaluation.failures import note_failure
 from isingcut.evaluation.prompts import PROMPTS
-from isingcut.evaluation.quality import ANSWERS, before_and_after, quality, quality_of
+from isingcut.evaluation.quality import (
+    ANSWERS,
+    OtherText,
+    before_and_after,
+    quality,
+    quality_of,
+)
 from isingcut.evaluation.questions import Prepared, prepare_task, split_names
 from isingcut.evaluation.scores import check_task, score_states
 from isingcut.files import cuts, evaluations, states
@@ -114,7 +120,7 @@ def evaluate(
     failed = dict[str, str]()
     with note_failure(UNLIKE, failed):
         elsewhere = _unlike(session, splits)
-    further, exact = _further_scores(session, checkpoint, tokens, elsewhere)
+    further, others = _further_scores(session, checkpoint, tokens, elsewhere)
     if packed:
         folder.check(gguf)
         with note_failure(gguf.name, failed):
@@ -126,8 +132,7 @@ def evaluate(
         cut,
         tokens,
         work=session.work(),
-        elsewhere=elsewhere,
-        exact=exact,
+        elsewhere=others,
         decoded=speed.context if (speed := config.budget.part("speed")) else 0,
     ).model_copy(update=further)
     if failed:
@@ -218,7 +223,7 @@ def evaluate_checkpoint(
             cut,
             measuring.build_calibration(session).splits["report"],
             work=session.work(),
-            skip_speed=packed,
+            decoded=None if packed else 0,
         )
         scores.before.bytes = session.identity.weight_bytes
         if packed:
@@ -234,15 +239,14 @@ def _unlike(session: Session, splits: Mapping[str, TokenSet]) -> dict[str, Token
     """Return a text outside the calibration, by name, with a quarter of the samples; or nothing."""
     loaded = session.loaded
     tokens = splits["report"]
+    length = int(tokens.input_ids.shape[1])
+    model = language_model(loaded.model)
     built = build(
         UNLIKE,
-        loaded.tokenizer,
+        TextSampler(loaded.tokenizer, length, session.config.seed, model),
         samples=1,
         rank_samples=1,
         report_samples=max(4, tokens.samples // 4),
-        length=int(tokens.input_ids.shape[1]),
-        seed=session.config.seed,
-        model=language_model(loaded.model),
     )
     unlike = built.splits["report"]
     # The calibration may contain it, under any name; 2 % of n-grams are common by chance.
@@ -254,12 +258,12 @@ def _further_scores(
     checkpoint: Path,
     tokens: TokenSet,
     elsewhere: Mapping[str, TokenSet],
-) -> tuple[dict[str, Any], dict[str, Floats]]:
+) -> tuple[dict[str, Any], dict[str, OtherText]]:
     """Score the models between the original and the last.
 
     Returns:
-        the name of the last model, and the scores; and the exact cut's KL by sample on each text
-        of ``elsewhere``, if it is not the last.
+        the name of the last model, and the scores; and the texts of ``elsewhere`` with the exact
+        cut's KL.
     """
     model = checkpoint.with_name("model")
     record = read_document(model / "isingcut.json", cuts.CutRecord)
@@ -286,7 +290,10 @@ def _further_scores(
     scores |= {
         name: _score_texts(judge, tokens, elsewhere) for name, judge in judges.items()
     }
-    return scores, {name: sums[text][2] for name, text in elsewhere.items() if sums}
+    return scores, {
+        name: OtherText(text, sums[text][2] if sums else None)
+        for name, text in elsewhere.items()
+    }
 
 
 def score_gguf(

@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from isingcut.data.calibration import Calibration, build
+from isingcut.data.calibration import Calibration, TextSampler, build
 from isingcut.data.corpora import refuse_changed, text_hashes
 from isingcut.data.mixture import places_in
 from isingcut.data.tokens import TokenSet
@@ -67,15 +67,14 @@ def build_calibration(session: Session) -> Calibration:
     config = session.config
     if session.streaming:
         _check_streaming(config)
+    loaded = session.loaded
+    model = language_model(loaded.model)
     return build(
         config.calibration,
-        session.loaded.tokenizer,
+        TextSampler(loaded.tokenizer, config.length, config.seed, model),
         samples=_samples(config),
         rank_samples=config.rank_samples,
         report_samples=config.report_samples,
-        length=config.length,
-        seed=config.seed,
-        model=language_model(session.loaded.model),
         progress=session.progress,
     )
 

@@ -119,9 +119,8 @@ def rank(session: Session, folder: RunFolder) -> Making:
     if len(more):
         # Further states do not affect the proof of the lowest.
         searched = best or search
-        considered = Spectrum.from_states(
-            problem,
-            np.concatenate([spectrum.states, more]),
+        considered = dataclasses.replace(
+            Spectrum.from_states(problem, np.concatenate([spectrum.states, more])),
             proven=spectrum.proven,
             solver=spectrum.solver + (" and search" if searched else ""),
             seconds=spectrum.seconds,

@@ -89,7 +89,8 @@ class Tuned:
                 raise FitError(
                     "the model is streamed from disk, but tuning needs it in memory"
                 )
-            tokens, held_out = split_samples(tokens)
+            samples = split_samples(tokens)
+            tokens = samples[0]
         except FitError as e:
             why = str(e)
             shares = ()
@@ -100,7 +101,7 @@ class Tuned:
         for share in shares:
 
             def tune_with(count: int, share: float = share) -> Any:
-                given = (job, tokens, held_out, linear, layers)
+                given = (job, samples, linear, layers)
                 return tune(*given, at_a_time=count, share=share)
 
             fewer = partial(fewer_tokens_to_fit, limit, most, longest, tune_with)
@@ -137,8 +138,7 @@ def split_samples(tokens: TokenSet) -> tuple[TokenSet, TokenSet]:
 
 def tune(
     job: Job,
-    tokens: TokenSet,
-    held_out: TokenSet,
+    samples: tuple[TokenSet, TokenSet],
     linear: Repaired,
     stored: StoredLayers | None = None,
     *,
@@ -155,8 +155,8 @@ def tune(
 
     Args:
         job: the cut; its original model must be in memory.
-        tokens: the samples for tuning.
-        held_out: the validation samples, not used for the patches either.
+        samples: those for tuning and those for validation, not used for the patches either,
+            as from `split_samples`.
         linear: the fitted patches of this state.
         stored: the checkpoint to write the layers to; None: any layer may be tuned.
         at_a_time: tokens per micro-batch; changes results by rounding only.
@@ -168,6 +168,7 @@ def tune(
     Raises:
         FitError: too little memory, no layer to tune, or the model cannot be differentiated.
     """
+    tokens, held_out = samples
     replay = job.teacher.replay
     removed = job.removed
     neighbours = {b for a, z in runs(removed) for b in (a - 1, z + 1)}

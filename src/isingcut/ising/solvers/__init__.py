@@ -1,6 +1,7 @@
 """Solvers, one per file, and `solve`, which finds low-energy feasible states of a `Problem`."""
 
 import time
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -105,15 +106,12 @@ def solve(
         raise InputError(
             f"solver {solver!r} returned {got}; expected a Solution with states (S, {problem.n})"
         )
-    spectrum = Spectrum.from_states(
-        problem,
-        solution.states,
-        k,
+    spectrum = replace(
+        Spectrum.from_states(problem, solution.states, k, solver),
         proven=solution.proven,
         lower_bound=solution.lower_bound,
-        solver=solver,
         seconds=time.perf_counter() - began,
-        info=solution.info,
+        info=dict(solution.info),
     )
     if not len(spectrum):
         raise InputError(

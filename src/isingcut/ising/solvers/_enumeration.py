@@ -11,11 +11,48 @@ because each remaining pair is counted at both of its blocks (P. Gilmore 1962, E
 half sums depend only on (p, block, r) and are tabulated once, so that a node costs O(N).
 """
 
+from __future__ import annotations
+
+from typing import NamedTuple
+
 import numpy as np
 from numba import njit
+from numpy.typing import NDArray
+
+from isingcut.ising.states import Floats
 
 compiled = njit(cache=True, nogil=True)
 """Decorator that compiles a function of numbers and arrays, to run in several threads."""
+
+
+class Dense(NamedTuple):
+    """A problem as arrays for compiled code: minimise h.x + sum_{i<j} J_ij x_i x_j, with
+    m_low <= sum x <= m_high and rows low <= A x <= high."""
+
+    h: Floats
+    J: Floats
+    A: Floats
+    low: Floats
+    high: Floats
+    m_low: int
+    m_high: int
+
+
+class Heap(NamedTuple):
+    """The k best states found, as a max-heap; places without a state have the energy inf.
+
+    Equal states have equal ``keys``.
+    """
+
+    energies: Floats
+    states: NDArray[np.uint8]
+    keys: NDArray[np.uint64]
+
+    @classmethod
+    def empty(cls, k: int, n: int) -> Heap:
+        """Return a heap for k states (N,)."""
+        states = np.zeros((k, n), dtype=np.uint8)
+        return cls(np.full(k, np.inf), states, np.zeros(k, dtype=np.uint64))
 
 
 @compiled
@@ -74,8 +111,9 @@ def _smallest(values, count, r):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def sift_down(energies, best, keys):  # type: ignore[no-untyped-def]
-    """Restore the max-heap (energies, best, keys) after its first entry was replaced."""
+def sift_down(heap):  # type: ignore[no-untyped-def]
+    """Restore a `Heap` after its first entry was replaced."""
+    energies, states, keys = heap
     k = energies.shape[0]
     i = 0
     while True:
@@ -88,8 +126,8 @@ def sift_down(energies, best, keys):  # type: ignore[no-untyped-def]
             return
         energies[i], energies[child] = energies[child], energies[i]
         keys[i], keys[child] = keys[child], keys[i]
-        for j in range(best.shape[1]):
-            best[i, j], best[child, j] = best[child, j], best[i, j]
+        for j in range(states.shape[1]):
+            states[i, j], states[child, j] = states[child, j], states[i, j]
         i = child
 
 
@@ -106,21 +144,24 @@ def reach(A):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def enumerate_below(  # type: ignore[no-untyped-def]
-    h, J, A, low, high, m, base, threshold, stop, budget, energies, best
-):
+def enumerate_below(problem, base, heap, threshold, stop, budget):  # type: ignore[no-untyped-def]
     """Collect the lowest states with energy below the threshold.
 
     Args:
-        h, J: subproblem with blocks in the order of decision; A, low, high: its rows (R, N).
-        m: ones to place, at least 1; base: energy of the fixed variables.
+        problem: `Dense` subproblem with blocks in the order of decision, and one number of ones,
+            at least 1.
+        base: energy of the fixed variables.
+        heap: an empty `Heap`, filled with the states found.
         threshold: (1,) shared, other threads lower it; base + energy of a state must be below it.
-        stop: (1,) shared flag; budget: most nodes to visit.
-        energies, best: (k,) filled with inf and (k, N): max-heap of the states found, updated.
+        stop: (1,) shared flag.
+        budget: most nodes to visit.
 
     Returns:
         whether the enumeration is complete, and the number of visited nodes.
     """
+    h, J, A, low, high, m, _ = problem
+    energies = heap.energies
+    best = heap.states
     n = h.shape[0]
     rows = A.shape[0]
     table = half_sums(J, m)
@@ -132,8 +173,6 @@ def enumerate_below(  # type: ignore[no-untyped-def]
     marginal[0] = h
     sums = np.zeros((m + 1, rows))
     values = np.zeros(n)
-    # Each state is visited only once here, so the keys are not needed.
-    keys = np.zeros(energies.shape[0], dtype=np.uint64)
     limit = min(threshold[0], energies[0])
     nodes = 0
     depth = 0
@@ -162,11 +201,12 @@ def enumerate_below(  # type: ignore[no-untyped-def]
                         fits &= low[q] <= value <= high[q]
                     if fits:
                         energies[0] = partial[depth] + marginal[depth, i]
+                        # Each state is visited only once here, so its key is not needed.
                         best[0, :] = 0
                         for d in range(depth):
                             best[0, chosen[d]] = 1
                         best[0, i] = 1
-                        sift_down(energies, best, keys)
+                        sift_down(heap)
                         limit = min(threshold[0], energies[0])
                         room = limit - partial[depth]
             depth -= 1

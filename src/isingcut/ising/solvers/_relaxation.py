@@ -80,22 +80,25 @@ def _project(Z, Q):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def _evaluate(C, Q, ineq, x, cuts, sigma, centre, X, g):  # type: ignore[no-untyped-def]
-    """Return minus the augmented dual function; fill its gradient g and the primal matrix X."""
+def _evaluate(C, Q, ineq, x, cuts, centre):  # type: ignore[no-untyped-def]
+    """Return minus the augmented dual function, its gradient and the primal matrix."""
     size = C.shape[0]
+    sigma = SIGMA / size
     count = cuts.shape[0]
     Z = _slack_matrix(C, ineq, x, cuts) - sigma * centre
     lam, U = np.linalg.eigh(_project(Z, Q))
     negative = np.searchsorted(lam, 0.0)
     W = U[:, :negative] * np.sqrt(-lam[:negative] / sigma)
-    X[:, :] = W @ W.T
+    X = W @ W.T
+    g = np.zeros(x.size)
     g[:size] = np.diag(X) - 1.0
     for t in range(count):
         g[size + t] = 1.0 + _triangle(X, cuts[t])
     for q in range(ineq.shape[0]):
         g[size + count + q] = (ineq[q] * X[0]).sum()
     norm = (lam[:negative] ** 2).sum()
-    return norm / (2.0 * sigma) - x[:size].sum() + x[size : size + count].sum()
+    value = norm / (2.0 * sigma) - x[:size].sum() + x[size : size + count].sum()
+    return value, g, X
 
 
 @compiled
@@ -266,15 +269,15 @@ class Relaxation:
         x = dual.x
         cuts = dual.cuts
         centre = dual.centre.astype(np.float64)
-        X = np.zeros((size, size))
+        X = centre
 
         sigma = SIGMA / size
 
         def value(scaled: Floats) -> tuple[float, Floats]:
             # With this scaling, second derivatives are near 1.
             self.evaluations += 1
-            g = np.zeros(scaled.size)
-            f = _evaluate(C, Q, ineq, sigma * scaled, cuts, sigma, centre, X, g)
+            nonlocal X
+            f, g, X = _evaluate(C, Q, ineq, sigma * scaled, cuts, centre)
             return f / sigma, g
 
         best = -np.inf

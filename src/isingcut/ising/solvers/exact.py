@@ -26,7 +26,7 @@ from isingcut.errors import InputError
 from isingcut.ising.constraints import count
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.ising.problem import Problem
-from isingcut.ising.solvers._enumeration import enumerate_below
+from isingcut.ising.solvers._enumeration import Dense, Heap, enumerate_below
 from isingcut.ising.solvers._relaxation import Dual, Relaxation, Subproblem, spin_matrix
 from isingcut.ising.solvers.base import Reduced, Solution, propagate, reduce
 from isingcut.ising.solvers.tabu import Tabu
@@ -308,26 +308,24 @@ class _BranchAndBound:
         # Costly blocks come first: states with them are ruled out early, and few others remain.
         cost = part.h + part.J.sum(axis=1) * (left / n) / 2
         order = np.argsort(-cost)
-        energies = np.full(self.k, np.inf)
-        best = np.zeros((self.k, n), dtype=np.uint8)
-        complete, visited = enumerate_below(
+        heap = Heap.empty(self.k, n)
+        problem = Dense(
             part.h[order],
             part.J[np.ix_(order, order)],
             np.ascontiguousarray(part.A[:, order]),
             part.low,
             part.high,
             left,
-            part.base,
-            self.pool.threshold,
-            self.stop,
-            ROOT_BUDGET if root else NODE_BUDGET,
-            energies,
-            best,
+            left,
+        )
+        budget = ROOT_BUDGET if root else NODE_BUDGET
+        complete, visited = enumerate_below(
+            problem, part.base, heap, self.pool.threshold, self.stop, budget
         )
         self.visited += int(visited)
-        below = np.isfinite(energies)
+        below = np.isfinite(heap.energies)
         if below.any():
             states = np.tile((part.fixed == 1).astype(np.uint8), (int(below.sum()), 1))
-            states[:, part.free[order]] = best[below]
-            self.pool.add(energies[below], states)
+            states[:, part.free[order]] = heap.states[below]
+            self.pool.add(heap.energies[below], states)
         return bool(complete)

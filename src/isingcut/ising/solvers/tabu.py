@@ -16,23 +16,23 @@ from numpy.typing import NDArray
 
 from isingcut.errors import InputError
 from isingcut.ising.problem import Problem
-from isingcut.ising.solvers._enumeration import compiled, sift_down
+from isingcut.ising.solvers._enumeration import Dense, Heap, compiled, sift_down
 from isingcut.ising.solvers.base import Reduced, Solution, reduce
 
 
 @compiled
-def _insert(x, energy, key, pool_energies, pool, hashes):  # type: ignore[no-untyped-def]
-    """Put a state into the pool (a max-heap); return False for a duplicate or too high energy."""
-    k = pool_energies.shape[0]
-    if energy >= pool_energies[0]:
+def _insert(x, energy, key, heap):  # type: ignore[no-untyped-def]
+    """Put a state into a `Heap`; return False for a duplicate or too high energy."""
+    energies, states, keys = heap
+    if energy >= energies[0]:
         return False
-    for i in range(k):
-        if hashes[i] == key and np.isfinite(pool_energies[i]):
+    for i in range(energies.shape[0]):
+        if keys[i] == key and np.isfinite(energies[i]):
             return False
-    pool_energies[0] = energy
-    hashes[0] = key
-    pool[0, :] = x
-    sift_down(pool_energies, pool, hashes)
+    energies[0] = energy
+    keys[0] = key
+    states[0, :] = x
+    sift_down(heap)
     return True
 
 
@@ -57,13 +57,13 @@ def _violation(sums, low, high):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def tabu_walk(  # type: ignore[no-untyped-def]
-    h, J, A, low, high, m_low, m_high, x, steps, seed, keys, pool_energies, pool, hashes
-):
-    """Run one tabu search from ``x`` (changed in place), and add good states to the pool.
+def tabu_walk(problem, x, steps, seed, keys, heap):  # type: ignore[no-untyped-def]
+    """Run one tabu search of a `Dense` problem from ``x`` (changed in place), and add good states
+    to a `Heap`. The key of a state is the exclusive or of the ``keys`` of its blocks.
 
     The last block stands for "no block": h, J, A and keys are 0 there; a swap with it is a flip.
     """
+    h, J, A, low, high, m_low, m_high = problem
     n = h.shape[0] - 1
     rows = A.shape[0]
     random = np.uint64(2 * seed + 1)
@@ -105,7 +105,7 @@ def tabu_walk(  # type: ignore[no-untyped-def]
     for step in range(1, steps + 1):
         expand = False
         if violation == 0.0:
-            expand = _insert(x, energy, key, pool_energies, pool, hashes)
+            expand = _insert(x, energy, key, heap)
             best_seen = min(best_seen, energy)
         ones[0] = zeros[0] = n
         n1 = np.int64(m < m_high)
@@ -136,13 +136,11 @@ def tabu_walk(  # type: ignore[no-untyped-def]
                     for r in range(rows):
                         trial[r] = sums[r] - A[r, out] + A[r, into]
                     change = _violation(trial, low, high)
-                if expand and change == 0.0 and energy + delta < pool_energies[0]:
+                if expand and change == 0.0 and energy + delta < heap.energies[0]:
                     neighbour[out] = 0
                     neighbour[into] = 1
                     other = key ^ keys[out] ^ keys[into]
-                    _insert(
-                        neighbour, energy + delta, other, pool_energies, pool, hashes
-                    )
+                    _insert(neighbour, energy + delta, other, heap)
                     neighbour[out] = 1
                     neighbour[into] = 0
                 score = delta + weight * (change - violation)
@@ -227,52 +225,39 @@ class Tabu:
     ) -> tuple[NDArray[np.uint8], int]:
         """Return the best reduced states (S, V) of all searches, and the number of searches."""
         n = reduced.n
-        pool_energies = np.full(k, np.inf)
-        pool = np.zeros((k, n + 1), dtype=np.uint8)
-        hashes = np.zeros(k, dtype=np.uint64)
+        heap = Heap.empty(k, n + 1)
         rng = np.random.default_rng(self.seed)
         keys = rng.integers(1, 2**63, size=max(n, 1), dtype=np.uint64)
         keys = np.append(keys[:n], np.uint64(0))
         size = np.abs(reduced.A).max(axis=1, initial=0.0)
         # The search sees one more block, which stands for "no block".
-        h = np.append(reduced.h, 0.0)
-        J = np.pad(reduced.J, (0, 1))
-        A = np.pad(reduced.A / size[:, None], ((0, 0), (0, 1)))
-        low = reduced.low / size
-        high = reduced.high / size
+        dense = Dense(
+            np.append(reduced.h, 0.0),
+            np.pad(reduced.J, (0, 1)),
+            np.pad(reduced.A / size[:, None], ((0, 0), (0, 1))),
+            reduced.low / size,
+            reduced.high / size,
+            reduced.m_low,
+            reduced.m_high,
+        )
         steps = self.steps or 20 * n + 500
         restarts = self.restarts or 8 + 1600 // max(n, 1)
         began = time.perf_counter()
         for restart in range(restarts):
             x = np.zeros(n + 1, dtype=np.uint8)
-            best = int(np.argmin(pool_energies))
-            if len(A) and restart == 0:
+            best = int(np.argmin(heap.energies))
+            if len(size) and restart == 0:
                 x[:n] = problem.a_state()[np.argmax(reduced.lift, axis=1)]
-            elif restart % 4 and np.isfinite(pool_energies[best]):
-                x[:] = pool[best]
+            elif restart % 4 and np.isfinite(heap.energies[best]):
+                x[:] = heap.states[best]
                 _perturb(x[:n], rng)
             else:
                 m = int(rng.integers(reduced.m_low, reduced.m_high + 1))
                 x[rng.permutation(n)[:m]] = 1
-            tabu_walk(
-                h,
-                J,
-                A,
-                low,
-                high,
-                reduced.m_low,
-                reduced.m_high,
-                x,
-                steps,
-                int(rng.integers(2**31)),
-                keys,
-                pool_energies,
-                pool,
-                hashes,
-            )
+            tabu_walk(dense, x, steps, int(rng.integers(2**31)), keys, heap)
             if self.seconds is not None and time.perf_counter() - began > self.seconds:
                 break
-        return pool[np.isfinite(pool_energies), :n], restart + 1
+        return heap.states[np.isfinite(heap.energies), :n], restart + 1
 
 
 def _perturb(x: NDArray[np.uint8], rng: np.random.Generator) -> None:

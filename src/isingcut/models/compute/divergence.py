@@ -131,15 +131,10 @@ def _sums(q, reference, top, log_z):  # type: ignore[no-untyped-def]
 
 
 @_compiled()
-def accumulate(  # type: ignore[no-untyped-def]
-    q, reference, offset, log_z, labels, top, total, difference, picked, first, last
-):
-    """Add the logits ``q`` of the vocabulary from ``offset`` on to the running sums."""
-    columns = q.shape[1]
-    for t in range(first, last):
-        label = labels[t] - offset
-        if 0 <= label < columns:
-            picked[t] = value_of(q[t, label])
+def accumulate(q, reference, log_z, top, total, difference):  # type: ignore[no-untyped-def]
+    """Add the logits ``q`` of a piece of the vocabulary to the running sums."""
+    rows, columns = q.shape
+    for t in range(rows):
         for a in range(0, columns, _BLOCK):
             b = min(a + _BLOCK, columns)
             piece = q[t, a:b]
@@ -161,9 +156,9 @@ def accumulate(  # type: ignore[no-untyped-def]
 
 
 @_compiled()
-def softmax_gradient(logits, log_z, labels, scale, first, last):  # type: ignore[no-untyped-def]
-    """Replace the logits of rows ``first`` to ``last`` by scale (softmax - one-hot)."""
-    for t in range(first, last):
+def softmax_gradient(logits, log_z, labels, scale):  # type: ignore[no-untyped-def]
+    """Replace logits by scale (softmax - one-hot)."""
+    for t in range(logits.shape[0]):
         row = logits[t]
         z = np.float32(log_z[t])
         s = scale[t]
@@ -174,9 +169,9 @@ def softmax_gradient(logits, log_z, labels, scale, first, last):  # type: ignore
 
 
 @_compiled()
-def softmax_difference(logits, log_z, reference, reference_log_z, out, first, last):  # type: ignore[no-untyped-def]
-    """Write softmax(logits) - softmax(reference) of rows ``first`` to ``last`` to ``out``."""
-    for t in range(first, last):
+def softmax_difference(logits, log_z, reference, reference_log_z, out):  # type: ignore[no-untyped-def]
+    """Write softmax(logits) - softmax(reference) to ``out``."""
+    for t in range(logits.shape[0]):
         q = logits[t]
         p = reference[t]
         row = out[t]
@@ -220,14 +215,14 @@ def can_compile(x: Tensor) -> bool:
     return x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float32)
 
 
-def run_in_threads(part: Callable[[int, int], None], rows: int, elements: int) -> None:
-    """Call ``part(first, last)`` for all rows, in several threads if there are enough elements."""
-    threads = min(torch.get_num_threads(), 1 + elements // _WORTH_A_THREAD)
+def run_in_threads(loop: Callable[..., object], *arrays: npt.NDArray[Any]) -> None:
+    """Call ``loop`` on the rows of arrays, in several threads if the first one is large enough."""
+    threads = min(torch.get_num_threads(), 1 + arrays[0].size // _WORTH_A_THREAD)
     if threads == 1:
-        part(0, rows)
+        loop(*arrays)
         return
-    bounds = np.linspace(0, rows, threads + 1).astype(int).tolist()
-    list(_pool(torch.get_num_threads(), os.getpid()).map(part, bounds[:-1], bounds[1:]))
+    parts = (np.array_split(array, threads) for array in arrays)
+    list(_pool(torch.get_num_threads(), os.getpid()).map(loop, *parts))
 
 
 @cache
@@ -279,12 +274,16 @@ class RowSums:
         else:
             self._add(logits, offset, reference)
 
-    def _add(self, logits: Tensor, offset: int, reference: Tensor | None) -> None:
-        q = widen(logits)
+    def _pick(self, logits: Tensor, offset: int) -> None:
         label = self.labels - offset
-        inside = (label >= 0) & (label < q.shape[1])
-        picked = q.gather(1, label.clamp(0, q.shape[1] - 1)[:, None])[:, 0].float()
-        self._picked = torch.where(inside, picked, self._picked)
+        width = logits.shape[1]
+        inside = (label >= 0) & (label < width)
+        picked = logits.detach().gather(1, label.clamp(0, width - 1)[:, None])[:, 0]
+        self._picked = torch.where(inside, picked.float(), self._picked)
+
+    def _add(self, logits: Tensor, offset: int, reference: Tensor | None) -> None:
+        self._pick(logits, offset)
+        q = widen(logits)
         top = torch.maximum(self._top, q.amax(1).float())
         exponentials = (q - top[:, None]).exp_().sum(1, dtype=torch.float64)
         self._total = self._total * (self._top.double() - top).exp() + exponentials
@@ -300,10 +299,9 @@ class RowSums:
     ) -> None:
         # `expand_as` fails if the sizes are unequal; the loops would read beyond the end.
         same = bits(logits[:, :0] if reference is None else reference.expand_as(logits))
-        q = bits(logits)
-        kept = (self._top, self._total, self._difference, self._picked)
-        arrays = [x.numpy() for x in (self._reference_log_z, self.labels, *kept)]
-        run_in_threads(partial(accumulate, q, same, offset, *arrays), len(q), q.size)
+        self._pick(logits, offset)
+        kept = (self._reference_log_z, self._top, self._total, self._difference)
+        run_in_threads(accumulate, bits(logits), same, *(x.numpy() for x in kept))
 
     @property
     def log_z(self) -> Tensor:
@@ -358,8 +356,7 @@ class _Divergence(torch.autograd.Function):
             ends = mine.log_z, theirs.log_z
             if compiled:
                 both = bits(q), ends[0].numpy(), bits(p), ends[1].numpy()
-                fill = partial(softmax_difference, *both, bits(toward))
-                run_in_threads(fill, len(q), q.numel())
+                run_in_threads(softmax_difference, *both, bits(toward))
             else:
                 toward.copy_(softmax(q, ends[0]) - softmax(p, ends[1]))
         ctx.save_for_backward(gradient)

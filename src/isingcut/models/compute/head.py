@@ -14,7 +14,7 @@ cross-entropy would keep several float32 copies.
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -394,7 +394,7 @@ def _to_gradient(logits: Tensor, targets: Tensor, scale: Tensor) -> None:
         labels = _draw_labels(logits, log_z, labels)
     if can_compile(logits):
         given = (bits(logits), log_z.numpy(), labels.numpy(), scale.float().numpy())
-        run_in_threads(partial(softmax_gradient, *given), len(labels), logits.numel())
+        run_in_threads(softmax_gradient, *given)
         return
     for rows in _row_parts(logits):
         p = softmax(logits[rows], log_z[rows])
