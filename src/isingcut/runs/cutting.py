@@ -241,6 +241,7 @@ def _price_model(prices: Prices) -> list[Estimate]:
     patch = prices.estimate(
         samples=-(-config.patch_tokens // config.length),
         tokens=registry.get(name).passes * config.patch_tokens,
+        reads=prices.streamed,
         work=4 * config.patch_tokens * prices.stream,
     )
     return [cut, dataclasses.replace(patch, name="patch")]
