@@ -144,10 +144,7 @@ def test_a_patch_costs_passes_over_its_text():
     ranked = stage(counted, "rank").seconds
     for patch, passes, trial in (("tuned", 4, 2), ("linear", 2, 1)):
         counted.config = counted.config.replace(patch_tokens=100, patch=patch)
-        # The weights are read, written and read again.
-        assert stage(counted, "patch").seconds == pytest.approx(
-            100 * passes * 6 + 3 * 0.1 * 60
-        )
+        assert stage(counted, "patch").seconds == pytest.approx(100 * passes * 6)
         # The ranking patches candidates near the lowest.
         assert stage(counted, "rank").seconds == pytest.approx(ranked + 100 * trial * 6)
     # With the default text, about 44 states are patched and measured on 2,048 tokens each, and
