@@ -11,7 +11,7 @@ import os
 import shutil
 import sys
 from pathlib import Path
-from unittest.mock import Mock
+from unittest.mock import Mock, patch
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -54,6 +54,16 @@ def pytest_runtest_setup():
         imported.add(len(sys.modules))
         gc.collect()
         gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _few_timings():
+    """Time few steps of a few rounds where speed is measured by default."""
+    from isingcut.evaluation.speed import speed
+
+    timed = vars(speed)["__wrapped__"].__kwdefaults__
+    with patch.dict(timed, new_tokens=4, repeats=3):
+        yield
 
 
 @pytest.fixture

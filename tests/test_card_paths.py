@@ -252,7 +252,7 @@ def images(place):
 PATHS = {
     # The longest first, so that no processor waits for them. Then the number of cards: two, over
     # which the model is placed, where devices could mix; one, where the model is held whole.
-    "deep, 6 of 12": (partial(deep, blocks=12, remove=6), 2),
+    "deep, 4 of 8": (partial(deep, blocks=8, remove=4), 2),
     "deep, sublayers": (
         partial(deep, blocks=6, remove=5, units="sublayers"),
         2,
