@@ -1,10 +1,13 @@
 """A checkpoint as `hf upload` takes it: with the figures, and without anything private."""
 
+import contextlib
+
 import pytest
 from huggingface_hub import ModelCard
 
 from healings import TRAINING, write_text
-from isingcut.files.ownership import foreign_in
+from isingcut.files.ownership import MARKER, foreign_in
+from isingcut.files.writing import atomic_file
 from shared import load_json, module_fixture, parametrize, run_tiny, save_json, works
 from tiny import tiny_checkpoint
 
@@ -62,3 +65,24 @@ def test_the_card_has_the_figures_for_the_hub(run):
     works("evaluate", run)
     assert card.read_text() == edited
     assert "README.md" in foreign_in(run / "healed")
+
+
+def test_a_kill_between_the_marker_and_the_card_leaves_the_card_ours(
+    llama, text, tmp_path, monkeypatch
+):
+    @contextlib.contextmanager
+    def stop(path):
+        with atomic_file(path) as temporary:
+            yield temporary
+        if path.name == MARKER:
+            raise KeyboardInterrupt
+
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr("isingcut.runs.evaluating.atomic_file", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run_tiny(llama, text, out, remove=2)
+    assert "README.md" in foreign_in(out / "model")
+    run_tiny(llama, text, out, remove=2)
+    assert ModelCard.load(out / "model/README.md").data.eval_results
+    assert foreign_in(out / "model") is None

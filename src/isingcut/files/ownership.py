@@ -96,13 +96,30 @@ def mark(folder: Path) -> None:
     """Write the marker file of a complete folder."""
     files = {name: edges_sha256(folder / name) for name in sorted(_files_in(folder))}
     files.pop(MARKER, None)
+    (folder / MARKER).write_text(_marker(files), encoding="utf-8")
+
+
+def _marker(files: Mapping[str, str]) -> str:
     content = {
         "format": "isingcut-output",
         "version": 1,
         "files": files,
         "sha256": hash_of(files),
     }
-    (folder / MARKER).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    return json.dumps(content, indent=1) + "\n"
+
+
+def marker_with(folder: Path, name: str, new: Path) -> str | None:
+    """Return the text of a marker for a new version of a file; None if a user edited the old one.
+
+    Replace the marker, then the file. A kill between the two leaves the marker of the new version,
+    which is recognised here.
+    """
+    files = _read_marker(folder) or {}
+    version = edges_sha256(new)
+    if files.get(name) not in (version, edges_sha256(folder / name)):
+        return None
+    return _marker({**files, name: version})
 
 
 def _read_marker(folder: Path) -> dict[str, str] | None:
@@ -145,9 +162,11 @@ def _describe_changes(
 
 
 def folder_hash(folder: Path) -> str | None:
-    """Return the hash in a folder's marker; None if the marker is missing or damaged."""
+    """Return the hash in a folder's marker, without Markdown; None if it is missing or damaged."""
     files = _read_marker(folder)
-    return None if files is None else hash_of(files)
+    if files is None:
+        return None
+    return hash_of({k: v for k, v in files.items() if not k.endswith(".md")})
 
 
 def find_change(folder: Path, recorded: str, *, gone: bool = True) -> str | None:
@@ -159,7 +178,7 @@ def find_change(folder: Path, recorded: str, *, gone: bool = True) -> str | None
         gone: whether deleted files count as changes.
     """
     files = _read_marker(folder)
-    if files is None or hash_of(files) != recorded:
+    if files is None or folder_hash(folder) != recorded:
         return f"its {MARKER} was changed"
     checked = [n for n in files if not n.endswith(".md")]
     there = [n for n in checked if gone or (folder / n).exists()]

@@ -122,8 +122,35 @@ STAGES = {
     ),
 }
 """The stages, in the order of a run."""
-MADE_AGAIN = {"energy": "solve", "spectrum": "rank", "choice": "excise"}
-"""The verb that makes what was made from an earlier value, by the value; `run` of all others."""
+
+
+@dataclass(frozen=True)
+class Outdated:
+    """A result that was made from an earlier value.
+
+    Args:
+        file: the file or folder that read the value.
+        value: ``"calibration"``, ``"energy"``, ``"spectrum"``, ``"choice"`` or ``"model"``.
+    """
+
+    file: Path
+    value: str
+
+    def remedy(self, arguments: str) -> str:
+        """Say what makes it again.
+
+        Args:
+            arguments: those that select its removal, to type after a verb.
+        """
+        name, stage = _find_stage(self.file)
+        if name in ("solve", "rank", "cut", "gguf", "evaluate"):
+            return f"type: isingcut {stage.verb} {arguments} --overwrite"
+        return "type the command that made it again, with --overwrite"
+
+
+def _find_stage(file: Path) -> tuple[str, Declaration]:
+    """Return the name and the declaration of the stage that writes a file or folder."""
+    return next(s for s in STAGES.items() if fnmatch(file.name, s[1].file))
 
 
 def is_made(file: Path, made_from: str, now: str) -> bool:
@@ -152,10 +179,8 @@ def find_product(run: RunFile, folder: Path, target: Path) -> Path:
 
 def find_outdated(
     run: RunFile, folder: Path, file: Path, *, ranked: bool = True
-) -> str:
-    """Return which value that a file or folder was made from is another one now.
-
-    A result is out of date too if one that it was made from is.
+) -> Outdated | None:
+    """Return which result was made from a value that is another one now: a file, or what it read.
 
     Args:
         run: the content of run.json in ``folder``.
@@ -163,14 +188,13 @@ def find_outdated(
         ranked: whether a cut is out of date if the ranking that chose its blocks is.
 
     Returns:
-        ``"calibration"``, ``"energy"``, ``"spectrum"``, ``"choice"`` or ``"model"``; empty if it is
-        up to date.
+        None if it is up to date.
     """
     made = run.find_record(folder, file)
     if made is None:
-        return ""
+        return None
     read = made.options.content()
-    for name in next(s for s in STAGES.values() if fnmatch(file.name, s.file)).reads:
+    for name in _find_stage(file)[1].reads:
         if name == "choice" and made.options.named:
             continue
         source = _find_source(run, folder, file, name)
@@ -186,11 +210,11 @@ def find_outdated(
         else:
             same = read.get(key) in (None, now.fingerprint)
         if not same:
-            return key
+            return Outdated(file, key)
         above = ranked or name != "choice"
         if above and (earlier := find_outdated(run, folder, source, ranked=ranked)):
             return earlier
-    return ""
+    return None
 
 
 def _find_source(run: RunFile, folder: Path, file: Path, name: str) -> Path:

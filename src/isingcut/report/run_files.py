@@ -96,8 +96,8 @@ class RunFiles:
 
     def is_outdated(self, path: Path) -> bool:
         """Whether a file was made from an earlier text, energy or checkpoint than the current."""
-        value = stages.find_outdated(self.run, self.folder, path, ranked=False)
-        return value not in ("", "spectrum")
+        found = stages.find_outdated(self.run, self.folder, path, ranked=False)
+        return found is not None and found.value != "spectrum"
 
     def read(
         self, path: Path, read: Callable[[Path], T], made_with: str = ""
@@ -292,17 +292,17 @@ class RunFiles:
     @property
     def outdated(self) -> list[str]:
         """What was made from an earlier value, and the command that makes it again."""
-        found = defaultdict[str, list[str]](list)
+        found = defaultdict[stages.Outdated, list[str]](list)
         places = dict.fromkeys([self.folder, self.target])
         for key in self.run.stages:
             path = self.folder / key
-            value = stages.find_outdated(self.run, self.folder, path)
-            if value and path.parent in places and os.path.lexists(path):
-                found[value].append(path.name)
+            outdated = stages.find_outdated(self.run, self.folder, path)
+            if outdated and path.parent in places and os.path.lexists(path):
+                found[outdated].append(path.name)
         return [
-            f"{' and '.join(names)}: made before the {value} changed; type: "
-            f"`isingcut {stages.MADE_AGAIN.get(value, 'run')} {self.arguments} --overwrite`"
-            for value, names in found.items()
+            f"{' and '.join(names)}: made before the {outdated.value} changed; "
+            f"{outdated.remedy(self.arguments)}"
+            for outdated, names in found.items()
         ]
 
     @property

@@ -268,7 +268,7 @@ def make_model(
         if config.heal:
             keys = ("text", "seed", "length", "report_samples")
             how["healing"] = {key: getattr(healing, key) for key in keys}
-        options |= {"patch": how, **calibration_options(folder), **session.computed}
+        options |= {"patch": how, **calibration_options(folder), **session.numerics}
 
     path = yield folder, output_folder(folder, config, removed) / "model", options
     session.choose_tuning(folder)
@@ -460,7 +460,7 @@ def heal(session: Session, folder: RunFolder) -> Making:
     options = (
         describe_options(healing)
         | calibration_options(folder)
-        | {"model": made.fingerprint, **session.computed}
+        | {"model": made.fingerprint, **session.numerics}
     )
 
     path = yield folder, target / HEALED, options

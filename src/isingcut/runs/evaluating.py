@@ -33,7 +33,7 @@ from isingcut.evaluation.quality import (
 from isingcut.evaluation.questions import Prepared, prepare_task, split_names
 from isingcut.evaluation.scores import check_task, score_states
 from isingcut.files import cuts, evaluations, states
-from isingcut.files.ownership import check_output, folder_hash, foreign_in, mark
+from isingcut.files.ownership import MARKER, check_output, marker_with
 from isingcut.files.results import fingerprint, read_document, write_document
 from isingcut.files.schema import Document
 from isingcut.files.writing import atomic_file, lock_place, temporary_prefix
@@ -104,7 +104,7 @@ def evaluate(
     checkpoint = product(folder, config, removed)
     file = checkpoint.with_name("evaluation.json")
     options: dict[str, Any] = {"model": folder.record(checkpoint).fingerprint}
-    options |= measuring.calibration_options(folder) | session.computed
+    options |= measuring.calibration_options(folder) | session.numerics
     gguf = checkpoint.with_name("model.gguf")
     # The GGUF file may be of a model that was replaced.
     packed = None if folder.find_outdated(gguf) else folder.find_record(gguf)
@@ -140,11 +140,11 @@ def evaluate(
     scores.before.bytes = session.identity.weight_bytes
     files = RunFiles(folder.path, checkpoint.parent)
     files.evaluation = scores
-    _rewrite_card(folder, files)
+    _rewrite_card(files)
     write_document(path, scores)
 
 
-def _rewrite_card(folder: RunFolder, files: RunFiles) -> None:
+def _rewrite_card(files: RunFiles) -> None:
     """Write the figures to the model card of a run's final checkpoint; what a user wrote stays."""
     card = files.product / "README.md"
     if not card.is_file():
@@ -152,14 +152,12 @@ def _rewrite_card(folder: RunFolder, files: RunFiles) -> None:
     written = add_figures(card.read_text(encoding="utf-8"), files)
     if files.evaluation:
         written = mark_harm(written, files.evaluation)
-    own = foreign_in(files.product) is None
     with atomic_file(card) as temporary:
         temporary.write_text(written, encoding="utf-8")
-    if own:
         # Else the card would count as the user's, which --overwrite does not replace.
-        mark(files.product)
-        folder.record(files.product).sha256 = folder_hash(files.product)
-        folder.save()
+        if marker := marker_with(files.product, card.name, temporary):
+            with atomic_file(files.product / MARKER) as other:
+                other.write_text(marker, encoding="utf-8")
 
 
 def write_scores(
@@ -454,7 +452,7 @@ def benchmarks(
     # Questions that were used for the choice must not be used to score it.
     but = chosen.questions if chosen else []
     file = checkpoint.with_name("benchmarks.json")
-    options: dict[str, Any] = {"model": made.fingerprint, **session.computed}
+    options: dict[str, Any] = {"model": made.fingerprint, **session.numerics}
     if but:
         options["left_out"] = fingerprint(but)
     asked = questions_of(config)
@@ -474,7 +472,7 @@ def benchmarks(
         scores.add(earlier)
     files = RunFiles(folder.path, checkpoint.parent)
     files.benchmarks = scores
-    _rewrite_card(folder, files)
+    _rewrite_card(files)
     write_document(path, scores)
 
 

@@ -31,7 +31,7 @@ from isingcut.errors import (
 from isingcut.files import ownership, results, runs, writing
 from isingcut.files.inputs import user_path
 from isingcut.files.provenance import command_line, model_path, versions
-from isingcut.files.stages import find_outdated, is_made
+from isingcut.files.stages import Outdated, find_outdated, is_made
 from isingcut.formats.sources import list_differences, model_identity
 from isingcut.options.config import RunConfig
 from isingcut.options.declaration import options_from
@@ -265,8 +265,8 @@ class RunFolder:
             )
         return record
 
-    def find_outdated(self, file: Path) -> str:
-        """Return which result a stage's file was made from that has been made again since."""
+    def find_outdated(self, file: Path) -> Outdated | None:
+        """Return which result was made from an earlier value: a stage's file, or what it read."""
         return find_outdated(self.run, self.path, file)
 
     def is_made(self, file: Path, options: dict[str, Any]) -> bool:

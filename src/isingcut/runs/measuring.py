@@ -181,7 +181,7 @@ def energy(session: Session, folder: RunFolder, name: str) -> Making:
         "energy": name,
         "options": repr(part),
         "samples": samples,
-        **session.computed,
+        **session.numerics,
     }
     file = energy_file(folder, config, name)
 

@@ -98,7 +98,7 @@ def pack(session: Session, folder: RunFolder) -> Making:
     file = folder.target(session.config) / "packing.json"
     journal = file.with_name("packing.journal")
     options = measuring.calibration_options(folder) | typed_options("pack", config)
-    options |= cutting.share_options(config) | session.computed
+    options |= cutting.share_options(config) | session.numerics
 
     path = yield folder, file, options
     session.choose_tuning(folder)

@@ -85,7 +85,7 @@ def rank(session: Session, folder: RunFolder) -> Making:
     options = solving.solve_options(folder, config) | {
         "compare_energies": sorted(others)
     }
-    options |= typed_options("rank", config) | session.computed
+    options |= typed_options("rank", config) | session.numerics
     if tokens := trial_tokens(config):
         options |= {
             "patch_tokens": tokens,
@@ -238,7 +238,7 @@ def compare(session: Session, folder: RunFolder, name: str) -> Making:
         "rows": [row.name for row in rows],
         "samples": samples,
         "seed": config.seed,
-        **session.computed,
+        **session.numerics,
     }
 
     file = target / f"baseline-{name}.json"

@@ -150,8 +150,8 @@ class Session:
         return ModelIdentity(**identity)
 
     @property
-    def computed(self) -> dict[str, Any]:
-        """The settings of the computation that a result depends on beyond rounding."""
+    def numerics(self) -> dict[str, Any]:
+        """The options of the computation that a result depends on beyond rounding."""
         settings = {"dtype": self.dtype}
         if self.config.attention != "auto":
             settings["attention"] = self.config.attention

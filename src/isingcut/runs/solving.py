@@ -20,7 +20,7 @@ from isingcut.console.progress import Progress, silent
 from isingcut.errors import InfeasibleError, InputError, StageFileError
 from isingcut.files.results import read_document
 from isingcut.files.runs import BlockList, LegalityRow
-from isingcut.files.stages import MADE_AGAIN, SOLVING, STAGES
+from isingcut.files.stages import SOLVING, STAGES, Outdated
 from isingcut.files.states import CandidatesFile
 from isingcut.ising import constraints as rows
 from isingcut.ising.constraints import LinearConstraint
@@ -319,7 +319,7 @@ def with_solved(folder: RunFolder, config: RunConfig) -> RunConfig:
     file = require(folder, config, "spectrum.json")
     made = folder.record(file).options.content()
     if any(made.get(k) != getattr(config, k) for k in ("remove", "budget", "seed")):
-        raise _outdated_error(folder, file, "budget, the removal or the seed")
+        raise _outdated_error(folder, config, Outdated(file, "options"))
     return config.replace(**{key: made[key] for key in SOLVING if key in made})
 
 
@@ -333,27 +333,30 @@ def require(folder: RunFolder, config: RunConfig, name: str) -> Path:
     target = folder.target(config)
     path = target / name
     if not path.exists():
-        which = (
-            ["--remove", config.remove]
-            if config.remove
-            else ["--budget", config.budget]
-        )
         needed = (STAGES[stage] for stage in ("solve", "rank", "cut"))
         verb = next(
             stage.verb for stage in needed if not (target / stage.file).exists()
         )
-        command = shlex.join(["isingcut", verb, *map(str, (folder.path, *which))])
-        raise StageFileError(f"{path} does not exist; first type: {command}")
-    if value := folder.find_outdated(path):
-        raise _outdated_error(folder, path, value)
+        raise StageFileError(
+            f"{path} does not exist; first type: isingcut {verb} {_select(folder, config)}"
+        )
+    if outdated := folder.find_outdated(path):
+        raise _outdated_error(folder, config, outdated)
     return path
 
 
-def _outdated_error(folder: RunFolder, file: Path, value: str) -> StageFileError:
-    verb = MADE_AGAIN.get(value, "solve")
+def _select(folder: RunFolder, config: RunConfig) -> str:
+    """Return the arguments that select a removal of a run."""
+    flag = "--remove" if config.remove else "--budget"
+    return shlex.join([str(folder.path), flag, config.removal])
+
+
+def _outdated_error(
+    folder: RunFolder, config: RunConfig, outdated: Outdated
+) -> StageFileError:
     return StageFileError(
-        f"{file} was made before the {value} changed; type: isingcut {verb} "
-        f"{shlex.quote(str(folder.path))} --overwrite"
+        f"{outdated.file} was made before the {outdated.value} changed; "
+        f"{outdated.remedy(_select(folder, config))}"
     )
 
 
