@@ -13,7 +13,7 @@ from isingcut.evaluation.questions import prepare_task
 from isingcut.evaluation.scores import score_states
 from isingcut.files.states import ByTasks, CandidatesFile, ChosenState
 from isingcut.report.words import sentence
-from isingcut.runs import evaluating
+from isingcut.runs import benchmarking, evaluating
 from isingcut.runs.checks import check_run_tasks
 from shared import (
     OPTIONS,
@@ -190,7 +190,7 @@ def test_a_killed_choice_goes_on_from_what_was_scored(
     out = tmp_path / "run"
     tasks = f"{questions},{more}"
     options = {**chosen_by(llama, text), "tasks": tasks, "out": out}
-    whole = evaluating.score_states
+    whole = benchmarking.score_states
     compute = likelihoods._scores
     calls = []
     computed = []
@@ -205,7 +205,7 @@ def test_a_killed_choice_goes_on_from_what_was_scored(
         computed.append(calls[-1])
         return compute(*given)
 
-    monkeypatch.setattr(evaluating, "score_states", counted)
+    monkeypatch.setattr(benchmarking, "score_states", counted)
     monkeypatch.setattr(likelihoods, "_scores", noted)
     with pytest.raises(KeyboardInterrupt):
         isingcut.prune(**options)

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from isingcut.cli import show
     from isingcut.report import words
     from isingcut.runs import (
+        benchmarking,
         cutting,
         evaluating,
         pipeline,
@@ -53,8 +54,8 @@ else:
             return getattr(importlib.import_module(self.name), attribute)
 
     show, words = map(LazyModule, ("cli.show", "report.words"))
-    runs = ("cutting", "evaluating", "pipeline", "ranking", "solving")
-    cutting, evaluating, pipeline, ranking, solving = (
+    runs = ["benchmarking", "cutting", "evaluating", "pipeline", "ranking", "solving"]
+    benchmarking, cutting, evaluating, pipeline, ranking, solving = (
         LazyModule(f"runs.{name}") for name in runs
     )
 
@@ -385,7 +386,7 @@ def evaluate(
                 brief=f"{scores.kl:.4f}",
                 warnings=words.patch_warnings(scores),
             )
-        rows, file = evaluating.benchmark_checkpoint(config, directory, out)
+        rows, file = benchmarking.benchmark_checkpoint(config, directory, out)
         return Output(
             {"benchmarks": {"file": str(file), **rows.content()}},
             lambda: show.show_benchmarks(rows, file),
@@ -418,10 +419,10 @@ def evaluate(
                 *words.patch_warnings(scores),
             ],
         )
-    rows = evaluating.benchmarks(session, folder, removed)
+    rows = benchmarking.benchmarks(session, folder, removed)
     file = target / "benchmarks.json"
     if not rows.rows:
-        raise evaluating.failed_error(rows.failed)
+        raise benchmarking.failed_error(rows.failed)
     files = RunFiles(folder.path, target)
     before = {} if files.evaluation is None else output | files.evaluation.content()
     return Output(

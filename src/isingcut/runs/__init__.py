@@ -5,6 +5,6 @@
 `solving`: constraints, and the stages without a model (no torch); `session`: the model and the
 processes that share it; `measuring`: text and energy; `cutting`: cut, patch and heal the model;
 `packing`: choose a GGUF type; `ranking`: measure candidates and baseline choices; `trials`: patched
-candidates; `evaluating`: score models on text and on tasks; `api`: the Python API;
+candidates; `evaluating`, `benchmarking`: score models on text and on tasks; `api`: the Python API;
 `prices`: the costs of a model, which plans are made from.
 """

@@ -1,12 +1,9 @@
-"""Stages `evaluate` and `benchmarks`: score the original and the smaller model.
-
-The first is on unseen text, the second on tasks, whose questions may also choose the state."""
+"""Stage `evaluate`: score the original and the smaller model on unseen text."""
 
 import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,13 +11,11 @@ import numpy as np
 import torch
 
 from isingcut.console.printing import say
-from isingcut.console.progress import Part
 from isingcut.data.calibration import TextSampler, build
 from isingcut.data.corpora import UNLIKE
 from isingcut.data.generation import prompt_ids
 from isingcut.data.tokens import TokenSet, overlap
 from isingcut.errors import InputError, ModelError
-from isingcut.evaluation import benchmark
 from isingcut.evaluation.failures import note_failure
 from isingcut.evaluation.prompts import PROMPTS
 from isingcut.evaluation.quality import (
@@ -30,11 +25,9 @@ from isingcut.evaluation.quality import (
     quality,
     quality_of,
 )
-from isingcut.evaluation.questions import Prepared, prepare_task, split_names
-from isingcut.evaluation.scores import check_task, score_states
-from isingcut.files import cuts, evaluations, states
+from isingcut.files import cuts, evaluations
 from isingcut.files.ownership import MARKER, check_output, marker_with
-from isingcut.files.results import fingerprint, read_document, write_document
+from isingcut.files.results import read_document, write_document
 from isingcut.files.schema import Document
 from isingcut.files.writing import atomic_file, lock_place, temporary_prefix
 from isingcut.formats.architectures.blocks import language_model, text_config
@@ -43,14 +36,13 @@ from isingcut.formats.sources import find_gguf, resolve
 from isingcut.healing.checks import start_of
 from isingcut.ising.states import Floats, states_of
 from isingcut.measure.losses import measure
-from isingcut.measure.work import Work
 from isingcut.models.load import LoadedModel
 from isingcut.models.sharing import fits
 from isingcut.options.config import RunConfig
 from isingcut.report.card import add_figures, mark_harm
 from isingcut.report.run_files import RunFiles
-from isingcut.runs import measuring, solving
-from isingcut.runs.checks import data_of, resolve_energy
+from isingcut.runs import measuring
+from isingcut.runs.checks import resolve_energy
 from isingcut.runs.cutting import product
 from isingcut.runs.folder import RunFolder
 from isingcut.runs.prices import Prices
@@ -140,11 +132,11 @@ def evaluate(
     scores.before.bytes = session.identity.weight_bytes
     files = RunFiles(folder.path, checkpoint.parent)
     files.evaluation = scores
-    _rewrite_card(files)
+    rewrite_card(files)
     write_document(path, scores)
 
 
-def _rewrite_card(files: RunFiles) -> None:
+def rewrite_card(files: RunFiles) -> None:
     """Write the figures to the model card of a run's final checkpoint; what a user wrote stays."""
     card = files.product / "README.md"
     if not card.is_file():
@@ -342,198 +334,3 @@ def _further_part(scores: evaluations.PairScores) -> evaluations.FurtherPart:
     return evaluations.FurtherPart(
         **scores.after.content(), kl=scores.kl, kl_se=scores.kl_se
     )
-
-
-# Tasks ------------------------------------------------------------------------------------
-
-
-def check_models(session: Session, blocks: object = None) -> None:
-    """Check each task of a run's options against the model.
-
-    Raises:
-        InputError, ModelError: as `scores.check_task`, with the name of the task.
-    """
-    failed = dict[str, str]()
-    for task in prepare_tasks(session.config):
-        with note_failure(task.name, failed):
-            check_task(session.loaded, task)
-    if failed:
-        raise failed_error(failed)
-
-
-def failed_error(failed: Mapping[str, str]) -> InputError:
-    """Return the error for tasks that cannot be scored."""
-    return InputError("; ".join(f"{task}: {reason}" for task, reason in failed.items()))
-
-
-def prepare_tasks(config: RunConfig) -> list[Prepared]:
-    """Prepare the tasks of a run."""
-    names = split_names(config.tasks)
-    return [prepare_task(name, data_of(config), config.questions) for name in names]
-
-
-def questions_of(config: RunConfig) -> dict[str, Any]:
-    """Return the stage option with the questions of each task: a hash of them, or of the hub."""
-    return {
-        task.name: {"files": task.source, "questions": config.questions}
-        for task in prepare_tasks(config)
-    }
-
-
-def last_blocks(size: int, count: int) -> list[int]:
-    """Return the last ``count`` blocks of a stack of ``size``."""
-    return list(range(size - count, size))
-
-
-def choose_by_tasks(
-    session: Session, rows: Sequence[states.MeasuredState], kept: Path
-) -> tuple[int, states.ByTasks]:
-    """Choose the best of a few candidates by half of the questions of the run's tasks.
-
-    Each candidate is the original with blocks skipped, so no checkpoint is written.
-
-    Args:
-        rows: the rows of `candidates.json`.
-        kept: folder for journals.
-
-    Returns:
-        the index of the chosen row, and the record of the choice.
-    """
-    config = session.config
-    model = session.loaded
-    tasks = prepare_tasks(config)
-    last = last_blocks(len(session.stack), len(rows[0].removed))
-    order = sorted(range(len(rows)), key=lambda i: rows[i].kl)
-    best = [
-        i
-        for place, i in enumerate(order)
-        if place < benchmark.CONTENDERS or sorted(rows[i].removed) == last
-    ]
-    removed = [rows[i].removed for i in best]
-    drawn = benchmark.draw_half({task.name: task.pool() for task in tasks}, config.seed)
-    count = sum(map(len, drawn.values()))
-    scores = []
-    with session.progress(
-        f"scoring {len(best)} candidates on {count} questions", count
-    ) as bar:
-        for task in tasks:
-            keys = drawn[task.name]
-            journal = benchmark.journal_of(kept, task, model, [*removed, *keys])
-            part = Part(bar, len(keys))
-            work = Work(session.batch_tokens, part, journal)
-            wanted = frozenset(keys).__contains__
-            scores.append(score_states(model, task, removed, work, wanted=wanted))
-            part.finish(task.name)
-    position, by_tasks = benchmark.choose_by_questions(removed, drawn, scores)
-    return best[position], by_tasks
-
-
-@stage(
-    "benchmarks",
-    partial(read_document, model=evaluations.BenchmarksFile),
-    check=check_models,
-)
-def benchmarks(
-    session: Session, folder: RunFolder, removed: Sequence[int] | None = None
-) -> Making:
-    """Score both models on the options' tasks, and keep the scores on other tasks.
-
-    Args:
-        removed: the blocks of another state than the chosen one.
-    """
-    config = session.config
-    checkpoint = product(folder, config, removed)
-    made = folder.record(checkpoint)
-    ranked = folder.target(config) / "candidates.json"
-    chosen = (
-        folder.find_finished(ranked)
-        and folder.load(ranked, solving.load_candidates).by_tasks
-    )
-    # Questions that were used for the choice must not be used to score it.
-    but = chosen.questions if chosen else []
-    file = checkpoint.with_name("benchmarks.json")
-    options: dict[str, Any] = {"model": made.fingerprint, **session.numerics}
-    if but:
-        options["left_out"] = fingerprint(but)
-    asked = questions_of(config)
-    before = folder.find_record(file)
-    known = before.options.content() if before and file.is_file() else {}
-    tasks = known.pop("tasks", {})
-    earlier = None
-    if tasks and known == options:
-        earlier = read_document(file, evaluations.BenchmarksFile)
-        asked = {name: tasks[name] for name in earlier.tasks if name in tasks} | asked
-    work = checkpoint.with_name(".benchmarks")
-
-    path = yield folder, file, options | {"tasks": asked}
-    session.choose_tuning(folder)
-    scores = _score_both(session, checkpoint, but=but, kept=work)
-    if earlier is not None:
-        scores.add(earlier)
-    files = RunFiles(folder.path, checkpoint.parent)
-    files.benchmarks = scores
-    _rewrite_card(files)
-    write_document(path, scores)
-
-
-def benchmark_checkpoint(
-    config: RunConfig, checkpoint: Path, out: Path | None = None
-) -> tuple[evaluations.BenchmarksFile, Path]:
-    """Score a checkpoint in any folder, or a GGUF file, and its original on the options' tasks.
-
-    Args:
-        config: options, whose ``model`` is the original.
-        out: the file for the scores, by default as `write_scores`.
-
-    Returns:
-        the scores, and the file that they were written to.
-
-    Raises:
-        InputError, ModelError: as `check_models`, or no task could be scored.
-        ModelError, OutputExistsError: as `write_scores`.
-    """
-
-    def score(folder: Path) -> evaluations.BenchmarksFile:
-        scores = _score_both(Session(config), folder)
-        if not scores.rows:
-            raise failed_error(scores.failed)
-        return scores
-
-    return write_scores(config, checkpoint, out, "benchmarks", score)
-
-
-def _score_both(
-    session: Session,
-    checkpoint: Path,
-    *,
-    but: Sequence[str] = (),
-    kept: Path | None = None,
-) -> evaluations.BenchmarksFile:
-    """Score the session's model and a checkpoint cut from it, for `benchmarks.json`.
-
-    Args:
-        but: keys of questions to leave out.
-        kept: folder for journals; None keeps nothing.
-    """
-    check_models(session)
-    config = session.config
-    work = session.work()
-    cut = session.open_cut(checkpoint)
-    models = {"original": session.loaded, "cut": cut}
-    if not cut.streamed:
-        cut.replay.attention = session.replay.attention
-    tasks = prepare_tasks(config)
-    rows, failed = benchmark.benchmark(models, tasks, work, but=but, kept=kept)
-    from lm_eval.defaults import DEFAULT_OTHER_SEED
-
-    template = session.loaded.tokenizer.chat_template
-    scores = evaluations.BenchmarksFile(
-        rows=rows, engine=f"lm_eval {version('lm_eval')}", seed=DEFAULT_OTHER_SEED
-    )
-    if template and any(task.chat for task in tasks):
-        scores.template_sha = fingerprint(template)
-    if but:
-        scores.left_out = len(but)
-    if failed:
-        scores.failed = failed
-    return scores

@@ -40,6 +40,7 @@ from isingcut.options.config import RunConfig
 from isingcut.processes import ALONE, Processes
 from isingcut.report.write import check_report
 from isingcut.runs import (
+    benchmarking,
     cutting,
     evaluating,
     measuring,
@@ -61,7 +62,7 @@ CUTTING: Stages = (
     cutting.heal,
     cutting.cut_gguf,
     evaluating.evaluate,
-    evaluating.benchmarks,
+    benchmarking.benchmarks,
 )
 STAGES = MEASURING + RANKING + CUTTING
 """All stages, in the order of a run: those of `energy`; those of each removal; and those of the
@@ -120,7 +121,7 @@ def run(
                 cutting.make_gguf(session, folder, cut_and_heal(session, folder))
                 evaluating.evaluate(session, folder)
                 if wanted.tasks:
-                    evaluating.benchmarks(session, folder)
+                    benchmarking.benchmarks(session, folder)
             for one in each_removal(wanted):
                 solving.report(folder, folder.target(one))
             if target == folder.path:

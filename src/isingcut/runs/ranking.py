@@ -26,7 +26,7 @@ from isingcut.ising.states import States, states_of
 from isingcut.measure.losses import measure
 from isingcut.measure.streams import Kept
 from isingcut.options.config import RunConfig
-from isingcut.runs import evaluating, measuring, solving
+from isingcut.runs import benchmarking, measuring, solving
 from isingcut.runs.checks import check_run_tasks
 from isingcut.runs.cutting import share_options
 from isingcut.runs.folder import RunFolder
@@ -94,11 +94,11 @@ def rank(session: Session, folder: RunFolder) -> Making:
         }
     check_run_tasks(config)
     if config.choose == "tasks":
-        options["tasks"] = evaluating.questions_of(config)
+        options["tasks"] = benchmarking.questions_of(config)
 
     path = yield folder, target / "candidates.json", options
     if config.choose == "tasks":
-        evaluating.check_models(session)
+        benchmarking.check_models(session)
     split = measuring.read_calibration(folder).splits["rank"]
     problem = solving.problem_of(folder, config)
     session.choose_tuning(folder)
@@ -142,7 +142,7 @@ def rank(session: Session, folder: RunFolder) -> Making:
     position = ranked.chosen.position
     reason: dict[str, Any] = {"why": ranked.chosen.why}
     if config.choose == "tasks" and not folder.processes.rank:
-        position, ranked.by_tasks = evaluating.choose_by_tasks(
+        position, ranked.by_tasks = benchmarking.choose_by_tasks(
             session, rows, target / ".questions"
         )
         reason = {"why": "questions"}
@@ -175,7 +175,7 @@ def found_states(
     rows = (*mine.get("one_pass", []), *mine.get("finalists", []))
     removed = [row["removed"] for row in rows]
     if config.choose == "tasks":
-        removed.append(evaluating.last_blocks(problem.n, len(spectrum.removed(0))))
+        removed.append(benchmarking.last_blocks(problem.n, len(spectrum.removed(0))))
     # The spectrum may be solved with more constraints than the search had.
     more = states_of(problem.n, removed)
     return more[problem.feasible(more)]

@@ -1,0 +1,220 @@
+"""Stage `benchmarks`: score the original and the smaller model on tasks.
+
+The questions of tasks may also choose the state."""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from isingcut.console.progress import Part
+from isingcut.errors import InputError
+from isingcut.evaluation import benchmark
+from isingcut.evaluation.failures import note_failure
+from isingcut.evaluation.questions import Prepared, prepare_task, split_names
+from isingcut.evaluation.scores import check_task, score_states
+from isingcut.files import evaluations, states
+from isingcut.files.results import fingerprint, read_document, write_document
+from isingcut.measure.work import Work
+from isingcut.options.config import RunConfig
+from isingcut.report.run_files import RunFiles
+from isingcut.runs import solving
+from isingcut.runs.checks import data_of
+from isingcut.runs.cutting import product
+from isingcut.runs.evaluating import rewrite_card, write_scores
+from isingcut.runs.folder import RunFolder
+from isingcut.runs.session import Session
+from isingcut.runs.stages import Making, stage
+
+
+def check_models(session: Session, blocks: object = None) -> None:
+    """Check each task of a run's options against the model.
+
+    Raises:
+        InputError, ModelError: as `scores.check_task`, with the name of the task.
+    """
+    failed = dict[str, str]()
+    for task in prepare_tasks(session.config):
+        with note_failure(task.name, failed):
+            check_task(session.loaded, task)
+    if failed:
+        raise failed_error(failed)
+
+
+def failed_error(failed: Mapping[str, str]) -> InputError:
+    """Return the error for tasks that cannot be scored."""
+    return InputError("; ".join(f"{task}: {reason}" for task, reason in failed.items()))
+
+
+def prepare_tasks(config: RunConfig) -> list[Prepared]:
+    """Prepare the tasks of a run."""
+    names = split_names(config.tasks)
+    return [prepare_task(name, data_of(config), config.questions) for name in names]
+
+
+def questions_of(config: RunConfig) -> dict[str, Any]:
+    """Return the stage option with the questions of each task: a hash of them, or of the hub."""
+    return {
+        task.name: {"files": task.source, "questions": config.questions}
+        for task in prepare_tasks(config)
+    }
+
+
+def last_blocks(size: int, count: int) -> list[int]:
+    """Return the last ``count`` blocks of a stack of ``size``."""
+    return list(range(size - count, size))
+
+
+def choose_by_tasks(
+    session: Session, rows: Sequence[states.MeasuredState], kept: Path
+) -> tuple[int, states.ByTasks]:
+    """Choose the best of a few candidates by half of the questions of the run's tasks.
+
+    Each candidate is the original with blocks skipped, so no checkpoint is written.
+
+    Args:
+        rows: the rows of `candidates.json`.
+        kept: folder for journals.
+
+    Returns:
+        the index of the chosen row, and the record of the choice.
+    """
+    config = session.config
+    model = session.loaded
+    tasks = prepare_tasks(config)
+    last = last_blocks(len(session.stack), len(rows[0].removed))
+    order = sorted(range(len(rows)), key=lambda i: rows[i].kl)
+    best = [
+        i
+        for place, i in enumerate(order)
+        if place < benchmark.CONTENDERS or sorted(rows[i].removed) == last
+    ]
+    removed = [rows[i].removed for i in best]
+    drawn = benchmark.draw_half({task.name: task.pool() for task in tasks}, config.seed)
+    count = sum(map(len, drawn.values()))
+    scores = []
+    with session.progress(
+        f"scoring {len(best)} candidates on {count} questions", count
+    ) as bar:
+        for task in tasks:
+            keys = drawn[task.name]
+            journal = benchmark.journal_of(kept, task, model, [*removed, *keys])
+            part = Part(bar, len(keys))
+            work = Work(session.batch_tokens, part, journal)
+            wanted = frozenset(keys).__contains__
+            scores.append(score_states(model, task, removed, work, wanted=wanted))
+            part.finish(task.name)
+    position, by_tasks = benchmark.choose_by_questions(removed, drawn, scores)
+    return best[position], by_tasks
+
+
+@stage(
+    "benchmarks",
+    partial(read_document, model=evaluations.BenchmarksFile),
+    check=check_models,
+)
+def benchmarks(
+    session: Session, folder: RunFolder, removed: Sequence[int] | None = None
+) -> Making:
+    """Score both models on the options' tasks, and keep the scores on other tasks.
+
+    Args:
+        removed: the blocks of another state than the chosen one.
+    """
+    config = session.config
+    checkpoint = product(folder, config, removed)
+    made = folder.record(checkpoint)
+    ranked = folder.target(config) / "candidates.json"
+    chosen = (
+        folder.find_finished(ranked)
+        and folder.load(ranked, solving.load_candidates).by_tasks
+    )
+    # Questions that were used for the choice must not be used to score it.
+    but = chosen.questions if chosen else []
+    file = checkpoint.with_name("benchmarks.json")
+    options: dict[str, Any] = {"model": made.fingerprint, **session.numerics}
+    if but:
+        options["left_out"] = fingerprint(but)
+    asked = questions_of(config)
+    before = folder.find_record(file)
+    known = before.options.content() if before and file.is_file() else {}
+    tasks = known.pop("tasks", {})
+    earlier = None
+    if tasks and known == options:
+        earlier = read_document(file, evaluations.BenchmarksFile)
+        asked = {name: tasks[name] for name in earlier.tasks if name in tasks} | asked
+    work = checkpoint.with_name(".benchmarks")
+
+    path = yield folder, file, options | {"tasks": asked}
+    session.choose_tuning(folder)
+    scores = _score_both(session, checkpoint, but=but, kept=work)
+    if earlier is not None:
+        scores.add(earlier)
+    files = RunFiles(folder.path, checkpoint.parent)
+    files.benchmarks = scores
+    rewrite_card(files)
+    write_document(path, scores)
+
+
+def benchmark_checkpoint(
+    config: RunConfig, checkpoint: Path, out: Path | None = None
+) -> tuple[evaluations.BenchmarksFile, Path]:
+    """Score a checkpoint in any folder, or a GGUF file, and its original on the options' tasks.
+
+    Args:
+        config: options, whose ``model`` is the original.
+        out: the file for the scores, by default as `write_scores`.
+
+    Returns:
+        the scores, and the file that they were written to.
+
+    Raises:
+        InputError, ModelError: as `check_models`, or no task could be scored.
+        ModelError, OutputExistsError: as `write_scores`.
+    """
+
+    def score(folder: Path) -> evaluations.BenchmarksFile:
+        scores = _score_both(Session(config), folder)
+        if not scores.rows:
+            raise failed_error(scores.failed)
+        return scores
+
+    return write_scores(config, checkpoint, out, "benchmarks", score)
+
+
+def _score_both(
+    session: Session,
+    checkpoint: Path,
+    *,
+    but: Sequence[str] = (),
+    kept: Path | None = None,
+) -> evaluations.BenchmarksFile:
+    """Score the session's model and a checkpoint cut from it, for `benchmarks.json`.
+
+    Args:
+        but: keys of questions to leave out.
+        kept: folder for journals; None keeps nothing.
+    """
+    check_models(session)
+    config = session.config
+    work = session.work()
+    cut = session.open_cut(checkpoint)
+    models = {"original": session.loaded, "cut": cut}
+    if not cut.streamed:
+        cut.replay.attention = session.replay.attention
+    tasks = prepare_tasks(config)
+    rows, failed = benchmark.benchmark(models, tasks, work, but=but, kept=kept)
+    from lm_eval.defaults import DEFAULT_OTHER_SEED
+
+    template = session.loaded.tokenizer.chat_template
+    scores = evaluations.BenchmarksFile(
+        rows=rows, engine=f"lm_eval {version('lm_eval')}", seed=DEFAULT_OTHER_SEED
+    )
+    if template and any(task.chat for task in tasks):
+        scores.template_sha = fingerprint(template)
+    if but:
+        scores.left_out = len(but)
+    if failed:
+        scores.failed = failed
+    return scores
