@@ -51,8 +51,8 @@ from isingcut.models.device import allowance
 from isingcut.models.load import load
 from isingcut.models.streaming import replay as streamed
 from isingcut.models.streaming.store import Store
-from isingcut.options.config import HealConfig
 from isingcut.options.declaration import options_from
+from isingcut.options.heal import HealConfig
 from isingcut.runs.stages import Stage
 from isingcut.testing.tiny import tiny_model, tiny_tokenizer
 
@@ -174,7 +174,7 @@ def run(
     shutil.rmtree(out, ignore_errors=True)
     with short(), fake_cards(count, int(budget * weight)) as cards:
 
-        def measured(self: Stage[Any, Any], *given: Any) -> Any:
+        def measured(self: Stage[Any], *given: Any) -> Any:
             for card in cards:
                 card.reset_peak()
             try:

@@ -58,7 +58,7 @@ from isingcut.healing.training.train import train
 from isingcut.models.device import BatchLimit
 from isingcut.models.load import load
 from isingcut.models.verify import reload
-from isingcut.options.config import HealConfig
+from isingcut.options.heal import HealConfig
 from isingcut.options.parsed import BlockList
 from isingcut.testing.tiny import tiny_checkpoint
 

@@ -48,7 +48,8 @@ from isingcut.models.inspect import inspect_model
 from isingcut.models.replay import BLOCK_STREAMS, Recording
 from isingcut.models.streaming.replay import StreamedReplay
 from isingcut.models.streaming.store import Store
-from isingcut.options.config import LENGTH, HealConfig, RunConfig
+from isingcut.options.config import RunConfig
+from isingcut.options.heal import LENGTH, HealConfig
 from isingcut.runs.trials import MORE, TOKENS, TRIED, is_deep, is_searched, trial_tokens
 from isingcut.testing.tiny import tiny_checkpoint
 

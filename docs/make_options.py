@@ -10,8 +10,9 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from isingcut.options.config import HealConfig, RunConfig
+from isingcut.options.config import RunConfig
 from isingcut.options.declaration import Options, flag
+from isingcut.options.heal import HealConfig
 
 HEAD = """# Options
 

@@ -4,7 +4,8 @@ import importlib
 import re
 from pathlib import Path
 
-from isingcut.options.config import HealConfig, RunConfig
+from isingcut.options.config import RunConfig
+from isingcut.options.heal import HealConfig
 from studies.runner import run
 
 ROOT = Path(__file__).resolve().parents[1]

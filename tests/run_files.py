@@ -13,6 +13,7 @@ from isingcut.ising.spectrum import Spectrum
 from isingcut.ising.states import states_of
 from isingcut.report import card
 from isingcut.report import write as report
+from isingcut.report.run_files import RunFiles
 from shared import RunConfig, load_json, save_json, write_json
 
 KINDS = ("attention+mlp", "mamba2", "attention+mlp", "moe")
@@ -47,7 +48,7 @@ def record(folder):
         key = path.relative_to(folder).as_posix()
         made = {**_done(stage or "cut"), **stages.get(key, {})}
         stages[key] = {**made, "done": True, **own}
-    if (folder / "healing.json").exists():
+    if (folder / "healed/healing.json").exists():
         stages["healed"] = _done("heal")
     change(folder / "run.json", stages=stages)
 
@@ -76,7 +77,7 @@ def model_card(folder, removed, **patch):
 def card_parts(folder, removed):
     """Record the files of such a folder, and return its `card.card_parts`."""
     record(folder)
-    return card.card_parts(folder, folder, removed)
+    return card.card_parts(RunFiles(folder), removed)
 
 
 def write_comparison(folders, out, *, overwrite=False):
@@ -325,7 +326,8 @@ def _write_extras(path, main, m, chosen):
         content = baseline(name, removed, kl, violated=violated)
         write_json(path / f"baseline-{name}.json", "baseline", content)
     steps = [{"step": k, "tokens": 512 * k, "loss": 1.0 / k} for k in range(1, 31)]
-    write_json(path / "healing.json", "healing", healing(steps, chosen, n))
+    (path / "healed").mkdir()
+    write_json(path / "healed/healing.json", "healing", healing(steps, chosen, n))
     rows = [
         flipped(task("arc_easy", 0.62, 0.55), 12.0, 5.0, percent(81.1, 72, 91.5), 0.21),
         # No more answers are right or wrong than before, and half of them flipped.

@@ -29,7 +29,8 @@ from isingcut.errors import (
     VerificationError,
 )
 from isingcut.files.results import read_document, write_json
-from isingcut.options.config import HealConfig, RunConfig
+from isingcut.options.config import RunConfig
+from isingcut.options.heal import HealConfig
 
 # Options of a run on a tiny model that takes a few seconds.
 OPTIONS = {

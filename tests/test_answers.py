@@ -402,7 +402,7 @@ def test_a_run_counts_answers_from_the_search_to_the_healing(llama, tmp_path):
         assert set(found[way].parts) == set(found.parts)
     energy = Hamiltonian.load(run / "hamiltonian.safetensors")
     assert energy.meta["tokens"] == used.splits["energy"].tokens
-    healed = load_json(run / "healing.json").after.parts
+    healed = load_json(run / "healed/healing.json").after.parts
     assert set(healed) == set(found.parts)
     ranked = load_json(run / "candidates.json")
     rank = used.splits["rank"]

@@ -216,15 +216,15 @@ def test_all_removals_of_a_run_share_one_model(place, monkeypatch):
     monkeypatch.chdir(place)
     given = []
 
-    def rank(session, folder):
-        given.append((session.loaded, session.config.remove))
-        return folder
+    def rank(runner, config):
+        given.append((runner.context.loaded, config.remove))
+        return runner
 
     monkeypatch.setattr("isingcut.runs.ranking.rank", rank)
     run = isingcut.open_run("my-run")
     assert all(one._ranked for one in (run.at(4), run.at(7)))
     assert given == [(given[0][0], "4"), (given[0][0], "7")]
-    assert run._session.config.remove == "3"
+    assert run.config.remove == "3"
 
 
 def test_a_budget_holds_for_every_number_of_a_range(place, monkeypatch, tmp_path):

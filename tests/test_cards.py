@@ -29,7 +29,7 @@ from isingcut.models.device import (
 from isingcut.models.placement import split_evenly
 from isingcut.models.replay import reuse_freed_memory
 from isingcut.models.sharing import open_cut, share
-from isingcut.runs import evaluating, session
+from isingcut.runs import context, evaluating
 from isingcut.testing import gpu
 from shared import (
     MemoryExhaustedError,
@@ -157,12 +157,12 @@ def test_each_process_has_a_gpu_of_its_own(
         "torch.cuda.get_device_properties", lambda n: SimpleNamespace(uuid=f"GPU-{n}")
     )
     config = RunConfig(model="m", cards_per_process=cards)
-    session._use_own_card(config, _Group("another GPU-9"))
+    context._use_own_card(config, _Group("another GPU-9"))
     assert used == [number]
     same = f"{socket.gethostname()} GPU-{number}"
     with refuses("processes 0 and 1 have the same GPU"):
-        session._use_own_card(config, _Group(same))
-    session._use_own_card(config.replace(device="cpu"), _Group(""))
+        context._use_own_card(config, _Group(same))
+    context._use_own_card(config.replace(device="cpu"), _Group(""))
     assert used == [number, number]
 
 

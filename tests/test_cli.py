@@ -156,7 +156,7 @@ def test_without_random_states_a_line_says_that_the_energy_was_not_judged(run, t
     )
     assert not list(run.glob("*.journal*"))
     removed = load_json(run / "candidates.json").chosen.removed
-    card = model_card(card_parts(run, run, removed))
+    card = model_card(card_parts(RunFiles(run), removed))
     assert "How well the energy ranks states was not measured." in card
     works("report", run, "--quiet")
     page = (run / "report.md").read_text()
@@ -343,8 +343,9 @@ from isingcut.formats.sources import resolve
 with contextlib.suppress(ModelError):
     resolve("./nothing")
 from isingcut.report import card
+from isingcut.report.run_files import RunFiles
 run = pathlib.Path(sys.argv[1])
-card.model_card(card.card_parts(run, run, [1]))
+card.model_card(card.card_parts(RunFiles(run), [1]))
 type_in("report", str(run))
 type_in("solve", str(run), "--remove", "1")
 lacks("torch", "transformers")

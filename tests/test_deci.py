@@ -17,8 +17,8 @@ from isingcut.formats.cutting.gguf import Changed, _interleave, cut_gguf
 from isingcut.models.packing import Packer
 from isingcut.models.sublayers import check_sublayers, split_layers
 from isingcut.options.config import RunConfig
-from isingcut.runs.session import Session
-from isingcut.runs.solving import removal_rows
+from isingcut.runs.constraints import removal_rows
+from isingcut.runs.context import Context
 from shared import (
     ArchitectureError,
     load_json,
@@ -156,9 +156,9 @@ def test_zero_bytes_are_zeros_in_every_type():
 def test_a_budget_counts_the_sublayers_that_leave_the_file(tmp_path):
     file = write_packed(tmp_path / "in.gguf", Kind.Q4_1)
     config = RunConfig(model=file, dtype="float32", device="cpu", units="sublayers")
-    session = Session(config)
-    blocks = session.describe_blocks()
-    packed = Packer(session.loaded, file).costs("", blocks.blocks)
+    context = Context.of(config)
+    blocks = context.describe_blocks(config.budget)
+    packed = Packer(context.loaded, file).costs("", blocks.blocks)
     cut_gguf(file, [], tmp_path / "out.gguf", attention=[2], mlps=[4])
     # The header of the whole file is longer.
     header = packed.size([4, 9]) - (tmp_path / "out.gguf").stat().st_size

@@ -36,7 +36,6 @@ from isingcut.healing.training import batches as memory
 from isingcut.healing.training import student as parts
 from isingcut.healing.training import train
 from isingcut.healing.training.student import load_student
-from isingcut.options.config import heal_config
 from isingcut.report.words import healing_warnings
 from run_files import change
 from shared import (
@@ -513,11 +512,9 @@ def test_a_runs_budget_is_that_of_its_healing():
     config = RunConfig(model="m", remove="2")
     assert (config.heal, config.replace(heal=True).heal) == ("", "all")
     assert RunConfig(heal=False) == RunConfig()
-    assert heal_config(config.replace(heal="10min")).train == "10min"
-    assert heal_config(config.replace(heal=True)).train == ""
-    assert (
-        heal_config(config.replace(healing={"length": torch.tensor(64)})).length == 64
-    )
+    assert config.replace(heal="10min").training().train == "10min"
+    assert config.replace(heal=True).training().train == ""
+    assert config.replace(healing={"length": torch.tensor(64)}).training().length == 64
     with refuses(r"--heal: 'soon': expected a time \(10min, 2h\), tokens"):
         config.replace(heal="soon")
 

@@ -32,7 +32,7 @@ from shared import (
     works,
 )
 from tiny import (
-    Session,
+    Context,
     in_memory,
     plain_sums,
     random_tokens,
@@ -74,9 +74,10 @@ def whole(file, kind, folder):
 
 
 def test_bytes_are_those_of_the_file_written_and_weights_what_it_holds(file, tmp_path):
-    session = Session(RunConfig(model=file, dtype="float32", device="cpu"))
-    packer = Packer(session.loaded, file)
-    costs = session.describe_blocks().blocks
+    config = RunConfig(model=file, dtype="float32", device="cpu")
+    context = Context.of(config)
+    packer = Packer(context.loaded, file)
+    costs = context.describe_blocks(config.budget).blocks
     for kind in ("", *PACKED):
         predicted = packer.costs(kind, costs)
         assert predicted.size([]) == whole(file, kind, tmp_path)
@@ -84,7 +85,7 @@ def test_bytes_are_those_of_the_file_written_and_weights_what_it_holds(file, tmp
         # The header of the whole file is longer by two blocks of nine tensors.
         header = predicted.size([1, 2]) - (tmp_path / f"{kind}.gguf").stat().st_size
         assert 0 < header < 2 * 9 * 80
-    parameters = dict(session.loaded.model.named_parameters())
+    parameters = dict(context.loaded.model.named_parameters())
     there = {t.name: t for t in gguf.GGUFReader(tmp_path / "whole.gguf").tensors}
     for name, theirs in zip(parameters, named(parameters), strict=True):
         found = packer.pack("Q4_0", name, parameters[name].detach())
@@ -134,11 +135,12 @@ def test_memory_counts_the_cache_and_decoding_the_bytes_read(
     file, tmp_path, monkeypatch
 ):
     def fitting(budget, window=0):
-        session = Session(RunConfig(model=file, dtype="float32", budget=budget))
-        blocks = session.describe_blocks()
+        config = RunConfig(model=file, dtype="float32", budget=budget)
+        context = Context.of(config)
+        blocks = context.describe_blocks(config.budget)
         for block in blocks.blocks:
             block.window = window
-        _, found = packing.find_types(session, blocks)
+        _, found = packing.find_types(context, config, blocks)
         return [f.packed.type for f in found if f.fits]
 
     # Two heads of keys and of values, of 16 numbers in float16, in 6 blocks.
@@ -161,11 +163,8 @@ def test_memory_counts_the_cache_and_decoding_the_bytes_read(
 def chosen(file, text, out, budget):
     given = {"model": file, "calibration": text, "out": out, "budget": budget}
     config = pipeline.check_options(None, {**OPTIONS, **given}, "isingcut.run")
-    with pipeline.open_session(config, silent, ALONE, need_removal=True) as (
-        session,
-        folder,
-    ):
-        return packing.choose_type(session, folder)
+    with pipeline.open_run(config, silent, ALONE, need_removal=True) as runner:
+        return packing.choose_type(runner, config)
 
 
 def test_every_budget_ends_in_the_type_and_blocks_that_are_best(file, text, tmp_path):
@@ -219,8 +218,10 @@ def test_what_no_type_meets_is_refused_with_what_can_be_met(
     for budget in ("file=1kB", "memory=2kB@1k", "decode=99%@1k"):
         said = refusal("run", llama, *flags({**given, "budget": budget}))
         nearest = re.search(r"the nearest possible is (\S+)$", said)[1]
-        session = Session(RunConfig(model=llama, dtype="float32", budget=nearest))
-        assert packing.find_types(session, session.describe_blocks())
+        config = RunConfig(model=llama, dtype="float32", budget=nearest)
+        context = Context.of(config)
+        blocks = context.describe_blocks(config.budget)
+        assert packing.find_types(context, config, blocks)
         assert not (tmp_path / "run").exists()
 
 

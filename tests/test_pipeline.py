@@ -7,6 +7,7 @@ import isingcut
 import isingcut.runs.folder
 import isingcut.runs.solving
 from isingcut.runs.pipeline import DEMO
+from isingcut.runs.stages import Runner
 from run_files import change
 from shared import (
     OPTIONS,
@@ -152,7 +153,7 @@ def test_a_checkpoint_that_fails_verification_is_not_kept(llama, text, tmp_path,
 def test_a_budget_decides_how_many_blocks_go(run):
     folder = isingcut.runs.folder.RunFolder.open(run)
     config = folder.config.replace(remove="", budget="params=30%")
-    spectrum = isingcut.runs.solving.solve(folder, config)
+    spectrum = isingcut.runs.solving.solve(Runner.of_files(folder), config)
     blocks = folder.run.blocks
     costs = np.array([b.parameters for b in blocks.blocks])
     assert (spectrum.states @ costs >= 0.3 * blocks.total_parameters).all()

@@ -161,7 +161,7 @@ def test_near_candidates_are_patched_for_the_choice(llama, text, tmp_path, spy):
     assert near == [row for row in rows if "patched_kl" in row]
     assert len(tried) == len(near) > 1
     assert set(tried) == {
-        f"without {RunFiles(target).name_blocks(row.removed)}, patched" for row in near
+        f"without {', '.join(map(str, row.removed))}, patched" for row in near
     }
     assert not (target / "patched.journal").exists()
     best, *others = sorted(near, key=lambda row: row.patched_kl)
@@ -175,9 +175,11 @@ def test_near_candidates_are_patched_for_the_choice(llama, text, tmp_path, spy):
     # A checkpoint with the same patch has the same KL.
     run = RunFolder.open(target)
     again = run.config.replace(patch_tokens=trials.trial_tokens(run.config))
-    session = pipeline.session_of(run, again)
+    runner = pipeline.open_again(run, again)
+    fit = cutting.fit_of(runner.context, run, again)
     out = tmp_path / "again"
-    cutting.write_model(session, run, best.removed, out, overwrite=False)
+    given = (runner.context, RunFiles(target), fit, best.removed, out)
+    cutting.write_model(*given, drop_mtp=False)
     both = [load_tiny(m).model for m in (llama, out)]
     split = Calibration.load(target / "calibration.safetensors").splits["rank"]
     kl = sample_sums(*both, split)[2].sum() / split.tokens
@@ -223,9 +225,7 @@ def test_a_search_ends_when_a_better_exchange_is_unlikely(monkeypatch):
     rng = np.random.default_rng(0)
     fields = rng.uniform(1, 2, n)
     couplings = np.triu(rng.uniform(-0.5, 0.5, (n, n)), 1)
-    config = RunConfig(model="m", remove=str(remove))
-    session = SimpleNamespace(config=config, progress=silent)
-    text = SimpleNamespace(first=lambda tokens: None)
+    fit = SimpleNamespace(context=SimpleNamespace(progress=silent))
     start = states_of(n, [range(remove), range(n - remove, n)])
     counts = []
     for pairs in (0 * couplings, couplings):
@@ -236,8 +236,8 @@ def test_a_search_ends_when_a_better_exchange_is_unlikely(monkeypatch):
             measured.append(removed)
             return float(problem.hamiltonian.energies(states_of(n, [removed]))[0])
 
-        monkeypatch.setattr(trials, "patched_losses", lambda *given, m=measure: m)
-        found = trials.search_patched(session, None, problem, start, text, None)
+        patched = SimpleNamespace(fit=fit, kl=measure)
+        found = trials.search_patched(patched, problem, start)
         # No better exchange is left, and without couplings no better state.
         loss = measure(found[0], "", 0)
         near = list_exchanges(states_of(n, [found[0]])[0], Target.count(n, remove))
@@ -261,9 +261,8 @@ def test_a_deep_cut_is_searched_for_states_that_a_patch_repairs(
         apart = len(set(given[5]) ^ set(hidden))
         return np.full_like(measure_patched(*given), 1 + apart)
 
-    def settings(found, session, *given):
-        config = session.config
-        return config.patch, config.patch_tokens, config.heal
+    def settings(found, fit, *given):
+        return fit.repair, fit.tokens, fit.training
 
     kinds = spy(trials, "fit_patch", settings)
     monkeypatch.setattr(trials, "changed_losses", nearer_to_hidden_is_better)
@@ -280,7 +279,7 @@ def test_a_deep_cut_is_searched_for_states_that_a_patch_repairs(
     lowest = min(found.candidates, key=lambda row: row.kl)
     # No state is measured twice, before or after the interruption.
     few = OPTIONS["patch_tokens"] // trials.LESS
-    count = kinds.index(("tuned", few, ""))
+    count = kinds.index(("tuned", few, None))
     searched = [*tried[:8], *tried[9:count]]
     last = tried[count:]
     assert len({tuple(removed) for removed in searched}) == len(searched)
@@ -291,7 +290,7 @@ def test_a_deep_cut_is_searched_for_states_that_a_patch_repairs(
     assert hidden in searched[7:16]
     for removed in (lowest.removed, quick.removed, hidden):
         assert removed in last
-    assert set(kinds) == {("linear", 64, ""), ("tuned", few, "")}
+    assert set(kinds) == {("linear", 64, None), ("tuned", few, None)}
     assert found.chosen.removed == hidden
     assert (found.chosen.why, found.chosen.deep) == ("patch", True)
     assert not list(out.glob("*.journal"))

@@ -283,7 +283,7 @@ def test_the_end_of_a_healing_has_the_paired_verdict(folder, capsys, error, cell
     assert said.endswith(f"{verdict} text). {change_by}")
     assert change_by in card.healed_card(card_parts(folder, [10]), "", found)
     (folder / "healed").mkdir()
-    write_json(folder / "healing.json", "healing", document)
+    write_json(folder / "healed/healing.json", "healing", document)
     page_of(folder)
     assert "within the noise" in (folder / "report.html").read_text()
 
@@ -592,7 +592,7 @@ def test_what_was_made_from_an_earlier_stage_is_not_there(folder, source):
     # The sources of each file.
     readers = {
         "spectrum.json": ["energy"],
-        "candidates.json": ["energy"],
+        "candidates.json": ["calibration", "energy"],
         "evaluation.json": ["calibration", "model"],
         "model.gguf": ["model"],
     }

@@ -229,7 +229,7 @@ def test_the_words_are_those_of_the_files(run, page):
     assert page.text.count("within the noise, at chance level 0.5000 ± 0.0200") == 1
     assert "worst, nats 2.00 ± 0.50 4.00 +100.0 %" in page.text
     assert "perplexity 29.00 ± 0.50 24.00 ± 0.50" in page.text
-    assert 'from_pretrained("run/model")' in page.text
+    assert 'from_pretrained("run/healed")' in page.text
     assert "sha-of-a-model" in page.text
     assert "breaks keep 0" in page.text
     assert page.text.count("Warning.") == 0
@@ -328,11 +328,10 @@ def test_blocks_named_by_hand_have_a_row_of_their_own_and_no_reason(tmp_path):
 
 def test_a_healed_run_shows_the_healed_model(tmp_path):
     run = write_run(tmp_path / "run")
-    (run / "healed").mkdir()
     write_json(run / "model/isingcut.json", "removal", BY_HAND)
-    scores = {**load_json(run / "healing.json").after, "kl": 0.75}
+    scores = {**load_json(run / "healed/healing.json").after, "kl": 0.75}
     change(
-        run / "healing.json",
+        run / "healed/healing.json",
         tokens_seen=15360,
         report_tokens=999,
         patch={"scores": scores},

@@ -32,7 +32,7 @@ from shared import (
 )
 from tiny import (
     CPU,
-    Session,
+    Context,
     Work,
     edit_config,
     edit_tensors,
@@ -223,10 +223,10 @@ def test_a_container_has_a_limit_of_its_own(tmp_path):
 
 def test_weights_that_do_not_fit_are_streamed(llama):
     config = RunConfig(model=llama, dtype="float32", device="cpu")
-    assert not Session(config).streaming
-    assert Session(config.replace(memory_limit="1KB")).streaming
-    assert not Session(config.replace(memory_limit="1KB", stream="off")).streaming
-    replay = Session(config.replace(memory_limit="1KB")).replay
+    assert not Context.of(config).streaming
+    assert Context.of(config.replace(memory_limit="1KB")).streaming
+    assert not Context.of(config.replace(memory_limit="1KB", stream="off")).streaming
+    replay = Context.of(config.replace(memory_limit="1KB")).replay
     with refuses(r"is 0\.00 GB, but streaming this model needs"):
         measure(replay, samples(), some_states(6))
     with refuses("--stream must be one of"):

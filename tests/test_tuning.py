@@ -2,7 +2,6 @@
 
 import gc
 import weakref
-from unittest.mock import Mock
 
 import numpy as np
 import torch
@@ -12,7 +11,7 @@ from isingcut.measure.splitting import choose_batch_tokens, count_graph_bytes
 from isingcut.measure.streams import one_pass
 from shared import ArchitectureError, RunConfig, parametrize, refuses
 from tiny import (
-    Session,
+    Context,
     Work,
     gate_gradients,
     gate_slopes,
@@ -75,15 +74,14 @@ def test_measurements_use_the_chosen_attention_and_agree(family):
 @parametrize("stream", ["off", "on"])
 def test_a_run_measures_with_the_requested_attention(llama, stream, tmp_path):
     config = RunConfig(model=llama, out=tmp_path / "run", attention="eager")
-    session = Session(config.replace(stream=stream, batch_tokens=64).validate())
-    session.choose_tuning(Mock(**{"run.provenance.computed": {}}))
+    context = Context.of(config.replace(stream=stream, batch_tokens=64).validate())
     used = []
-    session.replay.blocks[0].register_forward_pre_hook(
+    context.replay.blocks[0].register_forward_pre_hook(
         lambda module, args: used.append(
-            session.replay.model.config._attn_implementation
+            context.replay.model.config._attn_implementation
         )
     )
-    measure(session.replay, random_tokens(), [])
+    measure(context.replay, random_tokens(), [])
     assert set(used) == {"eager"}
 
 

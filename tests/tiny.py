@@ -25,7 +25,7 @@ from isingcut.models.replay import Replay
 from isingcut.models.streaming.replay import StreamedReplay, load_streamed
 from isingcut.models.streaming.store import Store
 from isingcut.models.verify import relative_difference, verify
-from isingcut.runs.session import Session
+from isingcut.runs.context import Context
 from isingcut.testing.tiny import (
     random_model,
     tiny_checkpoint,

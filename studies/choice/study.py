@@ -32,17 +32,19 @@ from unittest import mock
 import numpy as np
 
 from isingcut.console.progress import terminal
+from isingcut.data.calibration import Calibration
 from isingcut.data.tokens import TokenSet
 from isingcut.energies.search import Search, greedy_price, search
 from isingcut.ising.states import states_of
 from isingcut.measure.losses import measure
 from isingcut.measure.packed import changed_losses
 from isingcut.measure.work import Work
-from isingcut.options.config import TEXT, RunConfig
+from isingcut.options.config import RunConfig
+from isingcut.options.text import TEXT
 from isingcut.processes import ALONE
 from isingcut.runs import checks, cutting, measuring, pipeline, trials
-from isingcut.runs.folder import RunFolder
-from isingcut.runs.session import Session
+from isingcut.runs.context import Context
+from isingcut.runs.stages import Runner
 from studies.runner import Content, Part
 from studies.runner_models import ModelStudy, State, mean_loss
 
@@ -126,35 +128,29 @@ class Choice(ModelStudy):
         config = checks.resolve_energy(config.validate())
         fits = dict[tuple[int, ...], Any]()
 
-        def fit_once(
-            run: Session, folder: RunFolder, removed: State, *given: Any
-        ) -> Any:
-            found = fits.get(tuple(removed)) or cutting.fit_patch(
-                run, folder, removed, *given
-            )
+        def fit_once(fit: cutting.Fit, removed: State, *given: Any) -> Any:
+            found = fits.get(tuple(removed)) or cutting.fit_patch(fit, removed, *given)
             return fits.setdefault(tuple(removed), found)
 
         with (
-            pipeline.open_session(config, terminal, ALONE, need_removal=True) as (
-                run,
-                folder,
-            ),
+            pipeline.open_run(config, terminal, ALONE, need_removal=True) as runner,
             # Patch all of the lowest three, so that the rules can choose among them.
             mock.patch.object(trials, "NEAR", math.inf),
             mock.patch.object(trials, "fit_patch", fit_once),
         ):
-            longer = self._search_on(run, folder)
-            (ranked,) = pipeline.measure_and_rank(run, folder)
-            made = measuring.measure_energy(run, folder).meta["search"]["targets"][
-                str(o.remove)
-            ]
+            longer = self._search_on(runner, config)
+            (ranked,) = pipeline.measure_and_rank(runner, config)
+            found = measuring.measure_energy(runner, config).meta["search"]
+            made = found["targets"][str(o.remove)]
             rows = sorted(ranked.candidates, key=lambda row: row.kl)[: trials.TRIED]
             few = trials.trial_tokens(config)
             # A study that goes on after the ranking fits the patches again.
-            with run.at(config.replace(patch="linear", patch_tokens=few)):
-                patches = [fit_once(run, folder, row.removed, terminal) for row in rows]
+            context = runner.context
+            linear = config.replace(patch="linear", patch_tokens=few)
+            fit = cutting.fit_of(context, runner.folder, linear)
+            patches = [fit_once(fit, row.removed, terminal) for row in rows]
             near = [
-                row.content() | {"unseen": self._judge(run, row.removed, new)}
+                row.content() | {"unseen": self._judge(context, row.removed, new)}
                 for row, new in zip(rows, patches, strict=True)
             ]
         return {
@@ -164,20 +160,22 @@ class Choice(ModelStudy):
             "near": near,
         }
 
-    def _search_on(self, run: Session, folder: RunFolder) -> Content:
+    def _search_on(self, runner: Runner, config: RunConfig) -> Content:
         """Search without the stopping rule; the run's own search reuses the measurements."""
-        run.choose_tuning(folder)
-        samples = range(measuring.samples_of(run.config, run.config.energy))
-        tokens = measuring.read_calibration(folder).splits["energy"].select(samples)
-        work = run.work(folder.path / "hamiltonian.safetensors.journal")
-        targets = measuring.targets_of(folder.run.blocks, run.config)
-        longer = Search(run.replay, tokens, work, targets, seed=self.options.seed)
+        context = runner.context
+        folder = runner.folder
+        samples = range(measuring.samples_of(config, config.energy))
+        text = Calibration.load(folder.path / "calibration.safetensors")
+        tokens = text.splits["energy"].select(samples)
+        work = context.work(folder.path / "hamiltonian.safetensors.journal")
+        targets = measuring.targets_of(folder.run.blocks, config)
+        longer = Search(context.replay, tokens, work, targets, seed=self.options.seed)
         longer.budget *= LONGER
         longer.evaluator.budget = longer.budget
         with mock.patch.object(search, "CHANCE", -1.0):
             return dict(longer.run().goals[0].trace[-1])
 
-    def _judge(self, run: Session, removed: State, new: Any) -> Content:
+    def _judge(self, run: Context, removed: State, new: Any) -> Content:
         """Return a state's KL on unseen texts by sample, cut, and patched with ``new``."""
         state = states_of(len(run.replay), [removed])
         work = Work(run.batch_tokens)

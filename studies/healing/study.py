@@ -56,7 +56,8 @@ from isingcut.healing.job import Job
 from isingcut.measure.losses import standard_error
 from isingcut.measure.work import Work
 from isingcut.models import load as models
-from isingcut.options.config import TEXT, HealConfig
+from isingcut.options.heal import HealConfig
+from isingcut.options.text import TEXT
 from studies.healing.summary import OURS, PEERS, STAGES, show
 from studies.runner import Content, Part, numbers, read
 from studies.runner_choices import TOP, Setting, choose, cost

@@ -17,8 +17,8 @@ def record(arena, name):
     place = arena.run / "run.json"
     run = load_json(place)
     file = arena.run / name
-    # Files in a folder, and healing.json, belong to the folder's record.
-    key = {"healing.json": "healed"}.get(name, name.partition("/")[0])
+    # Files in a folder belong to the folder's record.
+    key = name.partition("/")[0]
     plain = file.is_file() and key == name
     made = {
         "stage": "any",
@@ -36,7 +36,7 @@ def record(arena, name):
 
 EXTRAS = {
     "baseline-sleb.json": ("baseline", lambda: baseline("sleb", [0, 1], 0.5)),
-    "healing.json": (
+    "healed/healing.json": (
         "healing",
         lambda: healing([{"step": 1, "tokens": 64, "loss": 2.0}], [4, 5], 6),
     ),
@@ -51,6 +51,7 @@ def provide(arena, name):
     """Return the path of a file; write it first if it is one of `EXTRAS`."""
     if name in EXTRAS:
         kind, content = EXTRAS[name]
+        (arena.run / name).parent.mkdir(exist_ok=True)
         write_json(arena.run / name, kind, content())
         record(arena, name)
     return arena.run / name

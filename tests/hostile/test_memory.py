@@ -74,7 +74,7 @@ DOORS = {
 
 @parametrize("call", DOORS.values(), ids=DOORS)
 def test_python_raises_one_of_our_errors(arena, monkeypatch, call):
-    for name in ("runs.session.resolve", "healing.heal.resolve", "ising.solvers.make"):
+    for name in ("runs.context.resolve", "healing.heal.resolve", "ising.solvers.make"):
         monkeypatch.setattr(f"isingcut.{name}", in_torch)
     words = f"this machine .*: {4 * TOO_MANY:,} more bytes"
     with refuses(words, MemoryExhaustedError):

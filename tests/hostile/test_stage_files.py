@@ -102,7 +102,7 @@ a negative perplexity :: before perplexity :: -2.0 :: perplexity: expected great
     "model/isingcut.json": r"""
 blocks beyond :: removed :: [6] :: outside 0 to 5
 """,
-    "healing.json": r"""
+    "healed/healing.json": r"""
 steps a dict :: steps :: {"loss": 1} :: steps: expected a valid list
 """,
     "benchmarks.json": r"""

@@ -318,7 +318,7 @@ def reopen_at(
 
     Without `--remove`, the number of blocks in `--blocks` is removed.
     """
-    from isingcut.runs import solving
+    from isingcut.runs import constraints
 
     if blocks is None:
         return (*reopen(directory, options), None)
@@ -336,7 +336,7 @@ def reopen_at(
         )
     # Illegal blocks are named as they were typed, before the model is loaded.
     only = config.replace(keep="", must_remove=blocks)
-    solving.removal_rows(folder.run.blocks, only)
+    constraints.removal_rows(folder.run.blocks, only)
     return folder, config, named
 
 

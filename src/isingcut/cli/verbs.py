@@ -27,8 +27,9 @@ from isingcut.cli.verb import (
 from isingcut.errors import InputError
 from isingcut.files.results import read_document
 from isingcut.healing import RECORD
-from isingcut.options.config import HealConfig, RunConfig
+from isingcut.options.config import RunConfig
 from isingcut.options.declaration import read_options
+from isingcut.options.heal import HealConfig
 from isingcut.processes import Processes, is_launched, launched_rank
 
 if TYPE_CHECKING:
@@ -159,13 +160,14 @@ def solve(
     Example: isingcut solve my-run --remove 4 --remove 8 --remove 12
     """
     from isingcut.runs.folder import each_removal
+    from isingcut.runs.stages import Runner
 
     solved = []
     typed = [read_options(RunConfig, {"remove": removal}) for removal in remove or ()]
     for one in typed or [{}]:
         folder, combined = reopen(directory, options | one, several=True)
         for config in each_removal(combined):
-            spectrum = solving.solve(folder, config, progress)
+            spectrum = solving.solve(Runner.of_files(folder, progress), config)
             file = folder.target(config) / "spectrum.json"
             solved.append((config.removal, spectrum, file))
 
@@ -210,8 +212,8 @@ def rank(directory: Folder, progress: Any, **options: Any) -> Output:
             "--tasks, --data and --questions are for --choose tasks; to score a checkpoint, type: "
             "isingcut evaluate"
         )
-    session = pipeline.session_of(folder, config, progress, Processes.join())
-    ranked = ranking.rank(session, folder)
+    runner = pipeline.open_again(folder, config, progress, Processes.join())
+    ranked = ranking.rank(runner, config)
     file = folder.target(config) / "candidates.json"
     return Output(
         {"file": str(file), **show.CUT_ON_RANKING, **ranked.content()},
@@ -243,8 +245,8 @@ def baseline(
     # Check the typed name before the run folder.
     registry.get(name)
     folder, config = reopen(directory, options)
-    session = pipeline.session_of(folder, config, progress, Processes.join())
-    choice = ranking.compare(session, folder, name)
+    runner = pipeline.open_again(folder, config, progress, Processes.join())
+    choice = ranking.compare(runner, config, name)
     file = folder.target(config) / f"baseline-{name}.json"
     return Output(
         {"file": str(file), **show.CUT_ON_RANKING, **choice.content()},
@@ -275,11 +277,11 @@ def excise(
     from isingcut.files.cuts import CutRecord
 
     folder, config, removed = reopen_at(directory, options, blocks)
-    session = pipeline.session_of(folder, config, progress)
+    runner = pipeline.open_again(folder, config, progress)
     if gguf is not None:
-        cutting.check_gguf(session, folder, gguf)
-    model = cutting.make_model(session, folder, removed)
-    packed = cutting.make_gguf(session, folder, model, gguf)
+        cutting.check_gguf(runner.context, folder, gguf)
+    model = cutting.make_model(runner, config, removed)
+    packed = cutting.make_gguf(runner, config, model, gguf)
     record = read_document(model / "isingcut.json", CutRecord)
     remarks = record.proof.remarks if record.proof else []
     lines = [str(path) for path in (model, packed) if path]
@@ -405,11 +407,12 @@ def evaluate(
     folder, config, removed = reopen_at(directory, options, blocks)
     if typed:
         config = config.replace(**{name: getattr(asked, name) for name in names})
-    session = pipeline.session_of(folder, config, progress)
+    runner = pipeline.open_again(folder, config, progress)
     target = cutting.product(folder, config, removed).parent
     output = {"file": str(target / "evaluation.json"), "split": "report"}
     if not typed:
-        scores = evaluating.evaluate(session, folder, removed)
+        scores = evaluating.evaluate(runner, config, removed)
+        evaluating.rewrite_card(folder, target)
         return Output(
             output | scores.content(),
             lambda: show.show_evaluation(scores),
@@ -419,7 +422,8 @@ def evaluate(
                 *words.patch_warnings(scores),
             ],
         )
-    rows = benchmarking.benchmarks(session, folder, removed)
+    rows = benchmarking.benchmarks(runner, config, removed)
+    evaluating.rewrite_card(folder, target)
     file = target / "benchmarks.json"
     if not rows.rows:
         raise benchmarking.failed_error(rows.failed)

@@ -17,7 +17,8 @@ from isingcut.data.text_files import is_read_once
 from isingcut.data.tokens import Row, TokenSet, overlap
 from isingcut.errors import IsingcutError
 from isingcut.files.cuts import FittedText
-from isingcut.options.config import TEXT, HealConfig
+from isingcut.options.heal import HealConfig
+from isingcut.options.text import TEXT
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

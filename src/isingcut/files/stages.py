@@ -2,19 +2,24 @@
 
     calibration -> energy -> [pack] -> solve -> rank -> cut -> [heal] -> evaluate, benchmarks
 
-Each stage writes one file or folder, and its record in `run.json` has its options and the
-fingerprints of the results that it read. `find_outdated` compares these with the current ones.
+Each stage writes one file or folder, and its record in `run.json` has the options, values and
+fingerprints of results that it read. `find_outdated` compares these with the current ones.
 `is_made` decides whether a result has to be made, also in a healing (`healing.work_folder`).
 Nothing else decides whether a result is up to date. `runs.stages.stage` binds the function that
-makes a result to its declaration here.
+makes a result to its declaration here; it gets what is declared, and nothing else.
 """
 
 import os
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 from isingcut.files.runs import RunFile
+
+NUMERICS = ("dtype", "attention")
+"""The options of the computation that a result depends on beyond rounding."""
 
 
 @dataclass(frozen=True)
@@ -24,14 +29,19 @@ class Declaration:
     Args:
         verb: the command that runs it.
         file: its file or folder; a pattern if it writes several.
-        reads: the results that it reads: a stage, or ``spectrum``, ``choice`` (the blocks that the
-            ranking chose), ``model`` or ``product`` (see `find_product`) of its removal.
-        options: the options of a run that its record has as they were typed.
+        reads: the results that it reads: a stage, or ``choice`` (the blocks that the ranking
+            chose), ``model`` or ``product`` (see `find_product`) of its removal.
+        options: the options of a run that it reads; its record has them as they were typed.
+        values: what it is made from beside these, found before it begins: hashes of files, blocks
+            that the user named, ...
+        unused: names among all of these that do not matter, by the options and values.
+        model: whether it opens the model.
+        numerics: whether it computes with it, so that `NUMERICS` matter.
         of_run: whether a run has it once, not for each removal.
         together: whether all processes make the file, or rank 0 only.
         journals: patterns of the journals next to the file, ``{}`` for its name. They are deleted
             once the result is recorded, so that a kill before that loses nothing.
-        additions: options whose change needs no `--overwrite`, because nothing else is lost; of a
+        additions: values whose change needs no `--overwrite`, because nothing else is lost; of a
             mapping, unless it changes an entry.
     """
 
@@ -39,6 +49,10 @@ class Declaration:
     file: str
     reads: tuple[str, ...] = ()
     options: tuple[str, ...] = ()
+    values: tuple[str, ...] = ()
+    unused: Callable[[Mapping[str, Any]], Collection[str]] = lambda read: ()
+    model: bool = True
+    numerics: bool = True
     of_run: bool = False
     together: bool = False
     journals: tuple[str, ...] = ()
@@ -50,7 +64,8 @@ class Declaration:
         return self.file.replace("*", "")
 
 
-_SEARCH = ("remove", "budget", "keep", "must_remove")
+_ROWS = ("remove", "budget", "keep", "must_remove")
+_PATCH = ("patch", "patch_tokens", "patch_share")
 SOLVING = ("keep", "must_remove", "solver", "states", "solve_seconds")
 """The options that are typed for `solve`, and not for the stages that use its spectrum."""
 STAGES = {
@@ -61,13 +76,19 @@ STAGES = {
             *("calibration", "length", "rank_samples", "report_samples", "seed"),
             "units",
         ),
+        values=("energy_samples", "texts"),
+        # Only a text that the model writes itself depends on how it computes.
+        unused=lambda read: () if "self" in read["calibration"] else NUMERICS,
         of_run=True,
     ),
     "energy": Declaration(
         "energy",
         "hamiltonian*.safetensors",
         reads=("calibration",),
-        options=("energy", *_SEARCH, "effort"),
+        options=("effort", "seed", *_ROWS),
+        values=("energy", "measured_samples", "settings"),
+        # A search looks near some states; another energy is of all.
+        unused=lambda read: () if read["searched"] else ("effort", *_ROWS),
         of_run=True,
         together=True,
         journals=("{}.journal",),
@@ -76,7 +97,8 @@ STAGES = {
         "run",
         "packing.json",
         reads=("calibration",),
-        options=("budget", "keep", "must_remove", "patch", "patch_tokens", "seed"),
+        options=(*_ROWS, "patch_tokens", "patch_share", "seed"),
+        values=("repair", "unseen"),
         together=True,
         journals=("packing.journal",),
     ),
@@ -85,12 +107,16 @@ STAGES = {
         "spectrum.json",
         reads=("energy",),
         options=("remove", "budget", "seed", *SOLVING),
+        model=False,
+        numerics=False,
     ),
     "rank": Declaration(
         "rank",
         "candidates.json",
-        reads=("energy", "spectrum"),
-        options=("random_states", "choose"),
+        reads=("calibration", "energy", "spectrum"),
+        options=(*_ROWS, "seed", "random_states", "choose", *_PATCH),
+        values=("compared", "tasks"),
+        unused=lambda read: () if read["trial_tokens"] else _PATCH,
         together=True,
         journals=(
             *("candidates.journal", "random.journal", "patched.journal"),
@@ -101,22 +127,50 @@ STAGES = {
         "baseline",
         "baseline-*.json",
         reads=("calibration",),
+        options=(*_ROWS, "seed"),
+        values=("baseline", "settings", "count", "measured_samples"),
         together=True,
         journals=("{}.journal", "gradients-{}.journal"),
     ),
-    "cut": Declaration("excise", "model", reads=("calibration", "choice")),
-    "heal": Declaration("run", "healed", reads=("calibration", "model")),
-    "gguf": Declaration("excise", "model.gguf", reads=("product",)),
+    "cut": Declaration(
+        "excise",
+        "model",
+        reads=("calibration", "choice"),
+        options=("patch_tokens", "patch_share", "drop_mtp"),
+        values=("removed", "named", "repair", "unseen"),
+        unused=lambda read: (
+            ("calibration", "patch_tokens", "patch_share", "unseen", *NUMERICS)
+            if read["repair"] == "none"
+            else ()
+        ),
+    ),
+    "heal": Declaration(
+        "run",
+        "healed",
+        reads=("calibration", "model"),
+        values=("training",),
+    ),
+    "gguf": Declaration(
+        "excise",
+        "model.gguf",
+        reads=("product",),
+        options=("drop_mtp",),
+        values=("removed", "source", "type"),
+        numerics=False,
+    ),
     "evaluate": Declaration(
         "evaluate",
         "evaluation.json",
         reads=("calibration", "product"),
+        options=("seed",),
+        values=("gguf", "decoded"),
         additions=("gguf",),
     ),
     "benchmarks": Declaration(
         "evaluate",
         "benchmarks.json",
         reads=("product",),
+        values=("left_out", "tasks"),
         journals=(".benchmarks/*.journal",),
         additions=("tasks",),
     ),
@@ -197,15 +251,12 @@ def find_outdated(
     for name in _find_stage(file)[1].reads:
         if name == "choice" and made.options.named:
             continue
-        source = _find_source(run, folder, file, name)
+        source = find_source(run, folder, file, name)
         now = run.find_record(folder, source)
         if now is None:
             continue
         key = "model" if name == "product" else name
-        if name == "spectrum":
-            options = now.options.content()
-            same = all(read.get(k, value) == value for k, value in options.items())
-        elif name == "choice":
+        if name == "choice":
             same = now.chosen in (None, made.options.removed)
         else:
             same = read.get(key) in (None, now.fingerprint)
@@ -217,7 +268,7 @@ def find_outdated(
     return None
 
 
-def _find_source(run: RunFile, folder: Path, file: Path, name: str) -> Path:
+def find_source(run: RunFile, folder: Path, file: Path, name: str) -> Path:
     """Return the file or folder that another one reads, by its name among the `reads`."""
     if name == "product":
         return find_product(run, folder, file.parent)

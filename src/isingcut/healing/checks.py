@@ -25,7 +25,8 @@ from isingcut.formats.sources import check_name, model_identity, resolve
 from isingcut.healing import CUT, RECORD
 from isingcut.healing.repairs import registry
 from isingcut.healing.work_folder import check_places, describe_options
-from isingcut.options.config import TEXT, HealConfig
+from isingcut.options.heal import HealConfig
+from isingcut.options.text import TEXT
 from isingcut.report.run_files import RunFiles
 
 Removal = CutRecord | HealingFile

@@ -84,8 +84,8 @@ from isingcut.memory import convert_memory_errors
 from isingcut.models.device import dtype_name
 from isingcut.models.load import LoadedModel, load
 from isingcut.models.sharing import open_cut
-from isingcut.options.config import LENGTH, HealConfig
 from isingcut.options.declaration import options_from
+from isingcut.options.heal import LENGTH, HealConfig
 from isingcut.processes import ANY_TIME, Processes, is_launched
 from isingcut.report.card import healed_card
 

@@ -29,7 +29,7 @@ from isingcut.formats.safetensors_files import PLAIN, read_checkpoint
 from isingcut.measure.losses import difference
 from isingcut.models.device import pick_device
 from isingcut.models.load import LoadedModel
-from isingcut.options.config import LENGTH, HealConfig
+from isingcut.options.heal import LENGTH, HealConfig
 from isingcut.processes import ALONE, Processes, is_launched
 
 # Tokens of each sample that a check uses.

@@ -20,7 +20,7 @@ from isingcut.formats.sources import list_differences, model_identity
 from isingcut.healing import CUT
 from isingcut.healing.checks import Removal, original_of
 from isingcut.models.load import LoadedModel, load, load_tokenizer
-from isingcut.options.config import HealConfig
+from isingcut.options.heal import HealConfig
 
 _PROBE = string.printable + "The old mill stood by the river. naïve 東京 😀"
 

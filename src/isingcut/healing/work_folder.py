@@ -23,7 +23,7 @@ from isingcut.files.writing import (
     is_leftover,
 )
 from isingcut.memory import convert_memory_errors
-from isingcut.options.config import HealConfig
+from isingcut.options.heal import HealConfig
 
 D = TypeVar("D", bound=Document)
 

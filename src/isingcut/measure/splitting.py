@@ -16,7 +16,7 @@ from isingcut.formats.architectures.blocks import text_config
 from isingcut.memory import is_memory_exhausted
 from isingcut.models.device import BatchLimit
 from isingcut.models.replay import BLOCK_STREAMS, Replay
-from isingcut.options.config import BATCH_TOKENS
+from isingcut.options.machine import BATCH_TOKENS
 
 _MOST_TOKENS = 16 * BATCH_TOKENS
 

@@ -18,7 +18,7 @@ from isingcut.errors import ModelError
 from isingcut.files.journal import Journal, Values
 from isingcut.files.results import fingerprint
 from isingcut.models.replay import Replay
-from isingcut.options.config import BATCH_TOKENS
+from isingcut.options.machine import BATCH_TOKENS
 from isingcut.processes import ALONE, Processes
 
 T = TypeVar("T")

@@ -12,9 +12,10 @@ import functools
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import FunctionType
 from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar, get_args, get_type_hints
 
 from isingcut.errors import InputError, nearest, suggest
@@ -93,6 +94,45 @@ class Options:
 
 
 Kind = TypeVar("Kind", bound=Options)
+
+
+class Only:
+    """A view of an object in which only some attributes can be read, also by its own properties.
+
+    A stage gets its options as one, so that it cannot depend on an option that it does not declare.
+
+    Args:
+        of: the object.
+        names: the attributes that can be read.
+        reader: what reads them, for the message.
+        values: further attributes.
+
+    Raises:
+        LookupError: another attribute was read.
+    """
+
+    def __init__(
+        self, of: Any, names: Collection[str], reader: str, **values: Any
+    ) -> None:
+        self._of = of
+        self._names = names
+        self._reader = reader
+        self._values = values
+
+    def __getattr__(self, name: str) -> Any:
+        if name in self._values:
+            return self._values[name]
+        if name in self._names:
+            return getattr(self._of, name)
+        of_class = getattr(type(self._of), name, None)
+        if isinstance(of_class, property | FunctionType):
+            return of_class.__get__(self)
+        raise LookupError(f"{self._reader} reads {name}, which it does not declare")
+
+    def replace(self, **changes: Any) -> Only:
+        """Return the same view of a copy with some options changed."""
+        changed = self._of.replace(**changes)
+        return Only(changed, self._names, self._reader, **self._values)
 
 
 # `Any`, because mypy treats a dataclass type as unhashable.

@@ -1,4 +1,4 @@
-"""Parse the text typed for a removal, a budget, blocks, an effort, memory or a device.
+"""Types of options: bounded numbers, and texts that are parsed: a removal, a budget, blocks, ...
 
 Each text is parsed once, when the option is given. Numbers are bounded here, so that a few
 characters cannot request a list of a billion entries.
@@ -7,9 +7,19 @@ characters cannot request a list of a billion entries.
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from annotated_types import Interval as Bounds
 
 from isingcut.errors import InputError, suggest
+
+Count = Annotated[int, Bounds(ge=1, le=1_000_000)]
+Few = Annotated[int, Bounds(ge=2, le=1_000_000)]
+Tokens = Annotated[int, Bounds(ge=1, le=2**20)]
+Length = Annotated[int, Bounds(ge=8, le=2**20)]
+Seed = Annotated[int, Bounds(ge=0, le=2**32 - 1)]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+PatchTokens = Annotated[int, Bounds(ge=64, le=2**30)]
 
 LAST_BLOCK = 99_999
 """Largest block number, and largest number of blocks, that can be typed."""

@@ -27,20 +27,18 @@ _RESULTS = re.compile(r"^model-index:\n((- |  ).*\n)*", re.MULTILINE)
 
 
 def card_parts(
-    folder: Path, target: Path, removed: Sequence[int], loads_with: str = PLAIN_CLASS
+    files: RunFiles, removed: Sequence[int], loads_with: str = PLAIN_CLASS
 ) -> CardParts:
     """Collect the parts of the model card of a cut.
 
     Args:
-        folder: the run folder, with its `run.json`.
-        target: the folder with the files of this removal.
+        files: those of this removal.
         removed: removed blocks, numbered as in the original.
         loads_with: name of the transformers class that loads the checkpoint.
 
     Raises:
-        StageFileError: `run.json` is missing, or an existing file is damaged.
+        StageFileError: an existing file is damaged.
     """
-    files = RunFiles(folder, target)
     provenance = files.run.provenance
     base = hub_id(files.model)
     ranking = files.candidates

@@ -121,7 +121,7 @@ class RunFiles:
     evaluation = _document("evaluation.json", evaluations.EvaluationFile)
     benchmarks = _document("benchmarks.json", evaluations.BenchmarksFile)
     removal = _document("model/isingcut.json", cuts.CutRecord, "model")
-    healing = _document("healing.json", healings.HealingFile, "healed")
+    healing = _document("healed/healing.json", healings.HealingFile, "healed")
     packing = _document("packing.json", runs.PackingFile)
     _solved = _document("spectrum.json", states.SpectrumFile)
 

@@ -22,7 +22,7 @@ from isingcut.console.printing import printable
 from isingcut.data.text_files import is_read_again
 from isingcut.files import cuts, states
 from isingcut.files.provenance import __version__
-from isingcut.options.config import TEXT
+from isingcut.options.text import TEXT
 from isingcut.report import plots, rows
 
 

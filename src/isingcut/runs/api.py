@@ -42,11 +42,13 @@ from isingcut.runs.folder import RunFolder
 from isingcut.runs.pipeline import (
     cut_and_heal,
     measure_and_rank,
-    open_session,
-    session_of,
+    open_again,
     solve_and_rank,
 )
-from isingcut.runs.session import Session
+from isingcut.runs.pipeline import (
+    open_run as open_whole,
+)
+from isingcut.runs.stages import Runner
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -90,22 +92,18 @@ class Run:
     """
 
     def __init__(
-        self, folder: RunFolder, config: RunConfig, session: Callable[[], Session]
+        self, folder: RunFolder, config: RunConfig, runner: Callable[[], Runner]
     ) -> None:
         self._folder = folder
-        self._open = session
+        self._open = runner
         self.config = config
         # The program may change its working folder before the next use.
         folder.path = folder.path.absolute()
 
     @property
-    def _session(self) -> Session:
-        """The session that all removals share, with the options of this one."""
-        session = self._open()
-        session.config = session.config.replace(
-            remove=self.config.remove, budget=self.config.budget
-        )
-        return session
+    def _runner(self) -> Runner:
+        """The runner that all removals share."""
+        return self._open()
 
     def __repr__(self) -> str:
         removal = self.config.removal
@@ -154,7 +152,7 @@ class Run:
             >>> len(isingcut.open_run("my-run").spectrum)
             20
         """
-        return solving.solve(self._folder, self.config)
+        return solving.solve(Runner.of_files(self._folder), self.config)
 
     @cached_property
     def ranking(self) -> dict[str, Any]:
@@ -173,7 +171,7 @@ class Run:
         if self._folder.find_finished(self.path / "candidates.json") is not None:
             # Reading finished results needs no model.
             return solving.read_ranking(self._folder, self.config)
-        return solve_and_rank(self._session, self._folder)
+        return solve_and_rank(self._runner, self.config)
 
     @property
     def candidates(self) -> list[State]:
@@ -238,7 +236,7 @@ class Run:
             >>> isingcut.open_run("my-run").at(4).spectrum.states.sum(axis=1).tolist()[:2]
             [4, 4]
         """
-        return Run(self._folder, self.config.at(remove), lambda: self._session)
+        return Run(self._folder, self.config.at(remove), self._open)
 
     @convert_memory_errors()
     def save(
@@ -271,12 +269,22 @@ class Run:
         """
         target = user_path(out)
         removed = None if blocks is None else _numbers(blocks)
-        sources = [self._session.source, *self._folder.sources, self._folder.path]
+        context = self._runner.context
+        sources = [context.source, *self._folder.sources, self._folder.path]
         ownership.check_output(target, overwrite=overwrite, sources=sources)
         with writing.lock_place(target):
             if removed is not None:
+                config = self.config
+                fit = cutting.fit_of(context, self._folder, config)
                 cutting.write_model(
-                    self._session, self._folder, removed, target, overwrite=overwrite
+                    *(
+                        context,
+                        RunFiles(self._folder.path, self.path),
+                        fit,
+                        removed,
+                        target,
+                    ),
+                    drop_mtp=config.drop_mtp,
                 )
                 return target
             product = self._product()
@@ -289,7 +297,7 @@ class Run:
     def _product(self) -> Path:
         """Write and return the final checkpoint in the run folder."""
         _ = self._ranked
-        return cut_and_heal(self._session, self._folder)
+        return cut_and_heal(self._runner, self.config)
 
     @convert_memory_errors()
     def evaluate(self) -> dict[str, Any]:
@@ -307,7 +315,9 @@ class Run:
             (7, 10)
         """
         self._product()
-        return evaluating.evaluate(self._session, self._folder).content()
+        scores = evaluating.evaluate(self._runner, self.config)
+        evaluating.rewrite_card(self._folder, self.path)
+        return scores.content()
 
     def report(self) -> Path:
         """Write the report of the results so far; return the path of its Markdown.
@@ -411,10 +421,9 @@ def prune(
             config = config.replace(
                 model=kept.enter_context(save_loaded_model(loaded, tokenizer))
             )
-        opened = open_session(config, shown, processes, need_removal=True)
-        with opened as (session, folder):
-            rankings = measure_and_rank(session, folder)
-        run = Run(folder, config, lambda: session)
+        with open_whole(config, shown, processes, need_removal=True) as runner:
+            rankings = measure_and_rank(runner, config)
+        run = Run(runner.folder, config, lambda: runner)
         weakref.finalize(run, kept.pop_all().close)
     if processes.rank:
         return run
@@ -462,4 +471,4 @@ def open_run(
         overwrite=overwrite,
         trust_remote_code=trust_remote_code,
     ).validate()
-    return Run(run, config, cache(lambda: session_of(run, config, shown)))
+    return Run(run, config, cache(lambda: open_again(run, config, shown)))

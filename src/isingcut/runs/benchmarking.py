@@ -17,27 +17,25 @@ from isingcut.evaluation.scores import check_task, score_states
 from isingcut.files import evaluations, states
 from isingcut.files.results import fingerprint, read_document, write_document
 from isingcut.measure.work import Work
-from isingcut.options.config import RunConfig
-from isingcut.report.run_files import RunFiles
+from isingcut.options.judge import JudgeOptions
 from isingcut.runs import solving
 from isingcut.runs.checks import data_of
+from isingcut.runs.context import Context
 from isingcut.runs.cutting import product
-from isingcut.runs.evaluating import rewrite_card, write_scores
-from isingcut.runs.folder import RunFolder
-from isingcut.runs.session import Session
-from isingcut.runs.stages import Making, stage
+from isingcut.runs.evaluating import write_scores
+from isingcut.runs.stages import Inputs, Planned, Runner, stage
 
 
-def check_models(session: Session, blocks: object = None) -> None:
-    """Check each task of a run's options against the model.
+def check_models(context: Context, tasks: Sequence[Prepared]) -> None:
+    """Check tasks against the model.
 
     Raises:
         InputError, ModelError: as `scores.check_task`, with the name of the task.
     """
     failed = dict[str, str]()
-    for task in prepare_tasks(session.config):
+    for task in tasks:
         with note_failure(task.name, failed):
-            check_task(session.loaded, task)
+            check_task(context.loaded, task)
     if failed:
         raise failed_error(failed)
 
@@ -47,17 +45,17 @@ def failed_error(failed: Mapping[str, str]) -> InputError:
     return InputError("; ".join(f"{task}: {reason}" for task, reason in failed.items()))
 
 
-def prepare_tasks(config: RunConfig) -> list[Prepared]:
+def prepare_tasks(config: JudgeOptions) -> list[Prepared]:
     """Prepare the tasks of a run."""
     names = split_names(config.tasks)
     return [prepare_task(name, data_of(config), config.questions) for name in names]
 
 
-def questions_of(config: RunConfig) -> dict[str, Any]:
-    """Return the stage option with the questions of each task: a hash of them, or of the hub."""
+def question_files(tasks: Sequence[Prepared], config: JudgeOptions) -> dict[str, Any]:
+    """Return the questions of each task for a record: a hash of them, or of the hub."""
     return {
         task.name: {"files": task.source, "questions": config.questions}
-        for task in prepare_tasks(config)
+        for task in tasks
     }
 
 
@@ -67,9 +65,13 @@ def last_blocks(size: int, count: int) -> list[int]:
 
 
 def choose_by_tasks(
-    session: Session, rows: Sequence[states.MeasuredState], kept: Path
+    context: Context,
+    tasks: Sequence[Prepared],
+    seed: int,
+    rows: Sequence[states.MeasuredState],
+    kept: Path,
 ) -> tuple[int, states.ByTasks]:
-    """Choose the best of a few candidates by half of the questions of the run's tasks.
+    """Choose the best of a few candidates by half of the questions of tasks.
 
     Each candidate is the original with blocks skipped, so no checkpoint is written.
 
@@ -80,10 +82,8 @@ def choose_by_tasks(
     Returns:
         the index of the chosen row, and the record of the choice.
     """
-    config = session.config
-    model = session.loaded
-    tasks = prepare_tasks(config)
-    last = last_blocks(len(session.stack), len(rows[0].removed))
+    model = context.loaded
+    last = last_blocks(len(context.stack), len(rows[0].removed))
     order = sorted(range(len(rows)), key=lambda i: rows[i].kl)
     best = [
         i
@@ -91,17 +91,17 @@ def choose_by_tasks(
         if place < benchmark.CONTENDERS or sorted(rows[i].removed) == last
     ]
     removed = [rows[i].removed for i in best]
-    drawn = benchmark.draw_half({task.name: task.pool() for task in tasks}, config.seed)
+    drawn = benchmark.draw_half({task.name: task.pool() for task in tasks}, seed)
     count = sum(map(len, drawn.values()))
     scores = []
-    with session.progress(
+    with context.progress(
         f"scoring {len(best)} candidates on {count} questions", count
     ) as bar:
         for task in tasks:
             keys = drawn[task.name]
             journal = benchmark.journal_of(kept, task, model, [*removed, *keys])
             part = Part(bar, len(keys))
-            work = Work(session.batch_tokens, part, journal)
+            work = Work(context.batch_tokens, part, journal)
             wanted = frozenset(keys).__contains__
             scores.append(score_states(model, task, removed, work, wanted=wanted))
             part.finish(task.name)
@@ -109,20 +109,13 @@ def choose_by_tasks(
     return best[position], by_tasks
 
 
-@stage(
-    "benchmarks",
-    partial(read_document, model=evaluations.BenchmarksFile),
-    check=check_models,
-)
-def benchmarks(
-    session: Session, folder: RunFolder, removed: Sequence[int] | None = None
-) -> Making:
-    """Score both models on the options' tasks, and keep the scores on other tasks.
+def _plan(runner: Runner, config: Any, removed: Sequence[int] | None = None) -> Planned:
+    """Plan the scores on the options' tasks, beside those on other tasks.
 
     Args:
         removed: the blocks of another state than the chosen one.
     """
-    config = session.config
+    folder = runner.folder
     checkpoint = product(folder, config, removed)
     made = folder.record(checkpoint)
     ranked = folder.target(config) / "candidates.json"
@@ -133,32 +126,44 @@ def benchmarks(
     # Questions that were used for the choice must not be used to score it.
     but = chosen.questions if chosen else []
     file = checkpoint.with_name("benchmarks.json")
-    options: dict[str, Any] = {"model": made.fingerprint, **session.numerics}
-    if but:
-        options["left_out"] = fingerprint(but)
-    asked = questions_of(config)
+    left_out = fingerprint(but) if but else None
+    tasks = prepare_tasks(config)
+    asked = question_files(tasks, config)
     before = folder.find_record(file)
     known = before.options.content() if before and file.is_file() else {}
-    tasks = known.pop("tasks", {})
+    of = {"model": made.fingerprint, "left_out": left_out, **runner.context.numerics}
+    scored = known.pop("tasks", {})
     earlier = None
-    if tasks and known == options:
+    if scored and known == of:
         earlier = read_document(file, evaluations.BenchmarksFile)
-        asked = {name: tasks[name] for name in earlier.tasks if name in tasks} | asked
-    work = checkpoint.with_name(".benchmarks")
+        asked = {name: scored[name] for name in earlier.tasks if name in scored} | asked
+    values = {"left_out": left_out, "tasks": asked, "but": but}
+    return Planned(file, {**values, "prepared": tasks, "earlier": earlier})
 
-    path = yield folder, file, options | {"tasks": asked}
-    session.choose_tuning(folder)
-    scores = _score_both(session, checkpoint, but=but, kept=work)
-    if earlier is not None:
-        scores.add(earlier)
-    files = RunFiles(folder.path, checkpoint.parent)
-    files.benchmarks = scores
-    rewrite_card(files)
-    write_document(path, scores)
+
+def _check(context: Context, config: JudgeOptions, blocks: object) -> None:
+    check_models(context, prepare_tasks(config))
+
+
+@stage(
+    "benchmarks",
+    partial(read_document, model=evaluations.BenchmarksFile),
+    plan=_plan,
+    check=_check,
+)
+def benchmarks(context: Context, inputs: Inputs, options: Any, out: Path) -> None:
+    kept = inputs.place / ".benchmarks"
+    checkpoint = inputs.find("product")
+    scores = _score_both(
+        context, options.prepared, checkpoint, but=options.but, kept=kept
+    )
+    if options.earlier is not None:
+        scores.add(options.earlier)
+    write_document(out, scores)
 
 
 def benchmark_checkpoint(
-    config: RunConfig, checkpoint: Path, out: Path | None = None
+    config: Any, checkpoint: Path, out: Path | None = None
 ) -> tuple[evaluations.BenchmarksFile, Path]:
     """Score a checkpoint in any folder, or a GGUF file, and its original on the options' tasks.
 
@@ -175,7 +180,7 @@ def benchmark_checkpoint(
     """
 
     def score(folder: Path) -> evaluations.BenchmarksFile:
-        scores = _score_both(Session(config), folder)
+        scores = _score_both(Context.of(config), prepare_tasks(config), folder)
         if not scores.rows:
             raise failed_error(scores.failed)
         return scores
@@ -184,30 +189,29 @@ def benchmark_checkpoint(
 
 
 def _score_both(
-    session: Session,
+    context: Context,
+    tasks: Sequence[Prepared],
     checkpoint: Path,
     *,
     but: Sequence[str] = (),
     kept: Path | None = None,
 ) -> evaluations.BenchmarksFile:
-    """Score the session's model and a checkpoint cut from it, for `benchmarks.json`.
+    """Score the original model and a checkpoint cut from it, for `benchmarks.json`.
 
     Args:
         but: keys of questions to leave out.
         kept: folder for journals; None keeps nothing.
     """
-    check_models(session)
-    config = session.config
-    work = session.work()
-    cut = session.open_cut(checkpoint)
-    models = {"original": session.loaded, "cut": cut}
+    check_models(context, tasks)
+    work = context.work()
+    cut = context.open_cut(checkpoint)
+    models = {"original": context.loaded, "cut": cut}
     if not cut.streamed:
-        cut.replay.attention = session.replay.attention
-    tasks = prepare_tasks(config)
+        cut.replay.attention = context.replay.attention
     rows, failed = benchmark.benchmark(models, tasks, work, but=but, kept=kept)
     from lm_eval.defaults import DEFAULT_OTHER_SEED
 
-    template = session.loaded.tokenizer.chat_template
+    template = context.loaded.tokenizer.chat_template
     scores = evaluations.BenchmarksFile(
         rows=rows, engine=f"lm_eval {version('lm_eval')}", seed=DEFAULT_OTHER_SEED
     )

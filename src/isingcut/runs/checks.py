@@ -18,8 +18,11 @@ from isingcut.files.inputs import user_path
 from isingcut.formats.sources import check_name
 from isingcut.healing.repairs import registry as repairs
 from isingcut.ising.solvers import registry as solvers
-from isingcut.options.config import RunConfig, distil_config, heal_config
+from isingcut.options.choose import ChoiceOptions
+from isingcut.options.config import RunConfig
 from isingcut.options.declaration import options_from
+from isingcut.options.judge import JudgeOptions
+from isingcut.options.search import Search
 from isingcut.processes import is_launched
 from isingcut.runs.folder import MANIFEST, RunFolder
 from isingcut.runs.stages import refuse_changes
@@ -54,7 +57,7 @@ def check_options(
     return resolved
 
 
-def resolve_energy(config: RunConfig) -> RunConfig:
+def resolve_energy(config: Search) -> Search:
     """Replace the energy `auto` in the options by the chosen one, so that files have its name."""
     if config.energy != "auto":
         return config
@@ -93,17 +96,13 @@ def check_inputs(config: RunConfig, *, ranks: bool) -> None:
 def check_healing_options(config: RunConfig) -> None:
     """Check healing options before any model is read.
 
-    Without `--heal`, only the options of the patch are checked: if it turns out to be impossible,
-    the run reports that and continues.
-
     Raises:
-        InputError: as `heal_config`, an unsuitable text, or a job that cannot heal.
+        InputError: as `RunConfig.training`, an unsuitable text, or a job that cannot heal.
     """
+    training = config.training()
     if not config.heal:
-        if config.patch != "none":
-            heal_config(config)
         return
-    sources = places_in(distil_config(config).text)
+    sources = places_in(training.text)
     measured = places_in(config.calibration)
     if "self" in sources:
         raise InputError(
@@ -127,7 +126,7 @@ def check_healing_options(config: RunConfig) -> None:
         )
 
 
-def check_run_tasks(config: RunConfig) -> None:
+def check_run_tasks(config: ChoiceOptions) -> None:
     """Check the tasks of a run's options before a model is loaded.
 
     Raises:
@@ -143,6 +142,6 @@ def check_run_tasks(config: RunConfig) -> None:
     check_tasks(names, data_of(config), config.questions)
 
 
-def data_of(config: RunConfig) -> Path | None:
+def data_of(config: JudgeOptions) -> Path | None:
     """Return the folder of the questions in a run's options."""
     return user_path(config.data) if config.data else None

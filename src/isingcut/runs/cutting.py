@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
-import shutil
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,11 @@ from torch import Tensor
 
 from isingcut.console.printing import say
 from isingcut.console.progress import Progress
-from isingcut.data.healing_text import is_mixed, to_fit
+from isingcut.data.calibration import Calibration
+from isingcut.data.healing_text import to_fit
 from isingcut.data.mixture import without_folders
 from isingcut.errors import ArchitectureError, InputError
-from isingcut.files import cuts, healings, ownership, results, writing
+from isingcut.files import cuts, ownership, results, writing
 from isingcut.files.runs import BlockList
 from isingcut.files.stages import find_product
 from isingcut.formats.architectures.cuts import cut_config
@@ -32,7 +33,6 @@ from isingcut.formats.cutting.checkpoint import excise as write_cut
 from isingcut.formats.gguf_files import read_gguf
 from isingcut.formats.sources import find_gguf
 from isingcut.healing import CUT
-from isingcut.healing import RECORD as HEALING
 from isingcut.healing.heal import build_text, heal_checkpoint, sample_length
 from isingcut.healing.job import Job, check_training
 from isingcut.healing.patch.files import StoredLayers, apply_patches
@@ -54,20 +54,17 @@ from isingcut.models.load import (
 )
 from isingcut.models.sublayers import find_zeroed
 from isingcut.models.verify import verify
-from isingcut.options.config import (
-    LENGTH,
-    HealConfig,
-    RunConfig,
-    distil_config,
-    heal_config,
-)
+from isingcut.options.heal import LENGTH, HealConfig, HealingOptions
+from isingcut.options.patch import PatchOptions
+from isingcut.options.search import SearchOptions
 from isingcut.report.card import card_parts, model_card
+from isingcut.report.run_files import RunFiles
+from isingcut.runs.context import Context
 from isingcut.runs.folder import RunFolder, slug
-from isingcut.runs.measuring import calibration_options, read_calibration
+from isingcut.runs.measuring import require_calibration
 from isingcut.runs.prices import Prices
-from isingcut.runs.session import Session
 from isingcut.runs.solving import chosen_blocks, load_candidates, require
-from isingcut.runs.stages import Estimate, Making, stage
+from isingcut.runs.stages import Estimate, Inputs, Planned, Runner, stage
 
 HEALED = "healed"
 
@@ -80,7 +77,7 @@ _TRAINED = 16
 
 
 def output_folder(
-    folder: RunFolder, config: RunConfig, removed: Sequence[int] | None
+    folder: RunFolder, config: SearchOptions, removed: Sequence[int] | None
 ) -> Path:
     """Return the folder for the model of a state, by default the folder of its removal.
 
@@ -107,7 +104,7 @@ def output_folder(
 
 
 def product(
-    folder: RunFolder, config: RunConfig, removed: Sequence[int] | None = None
+    folder: RunFolder, config: Any, removed: Sequence[int] | None = None
 ) -> Path:
     """Return the run's final checkpoint: the healed one if the run heals, else `model/`.
 
@@ -129,7 +126,7 @@ def product(
 
 
 def _place_without(
-    folder: RunFolder, config: RunConfig, removed: Sequence[int]
+    folder: RunFolder, config: SearchOptions, removed: Sequence[int]
 ) -> Path:
     """Find the checkpoint without these blocks, first in the folder for their number."""
     keys = [key for key in folder.run.stages if key.endswith("model")]
@@ -145,7 +142,7 @@ def _place_without(
     )
 
 
-def check_gguf(session: Session, folder: RunFolder, source: Path) -> None:
+def check_gguf(context: Context, folder: RunFolder, source: Path) -> None:
     """Check a GGUF file: complete, undamaged and of the run's model.
 
     Raises:
@@ -155,13 +152,13 @@ def check_gguf(session: Session, folder: RunFolder, source: Path) -> None:
     header = read_gguf(source)
     header.check_blocks()
     # The run's own source file needs no comparison; another quantisation of it does.
-    digest = ownership.file_sha256(source, session.progress)
+    digest = ownership.file_sha256(source, context.progress)
     if folder.run.provenance.model.gguf_sha256 != digest:
-        gguf.check_same_model(header, session.source)
+        gguf.check_same_model(header, context.source)
 
 
 def make_gguf(
-    session: Session, folder: RunFolder, checkpoint: Path, source: Path | None = None
+    runner: Runner, config: PatchOptions, checkpoint: Path, source: Path | None = None
 ) -> Path | None:
     """Write `model.gguf` next to a checkpoint of the run: a GGUF file without the removed blocks.
 
@@ -178,7 +175,8 @@ def make_gguf(
     Raises:
         ArchitectureError: ``source`` cannot be cut, or stores a changed tensor differently.
     """
-    original = source or find_gguf(session.config.model)
+    folder = runner.folder
+    original = source or find_gguf(runner.context.options.model)
     if original is None:
         return None
     out = checkpoint.with_name("model.gguf")
@@ -186,7 +184,7 @@ def make_gguf(
         return out  # also if it was made from another GGUF file
     ownership.refuse_source(out, [original])
     try:
-        return cut_gguf(session, folder, checkpoint, original)
+        return cut_gguf(runner, config, out, original)
     except ArchitectureError as e:
         if source is not None:
             raise
@@ -194,38 +192,41 @@ def make_gguf(
         return None
 
 
-@stage("gguf", Path)
-def cut_gguf(
-    session: Session, folder: RunFolder, checkpoint: Path, source: Path
-) -> Making:
-    config = session.config
-    removed = folder.record(checkpoint.with_name("model")).options.removed or []
-    options: dict[str, Any] = {
-        "removed": removed,
-        "model": folder.record(checkpoint).fingerprint,
-        "source": ownership.file_sha256(source, session.progress),
-    }
+def _plan_gguf(runner: Runner, config: Any, out: Path, source: Path) -> Planned:
+    folder = runner.folder
     packed = folder.run.blocks.packed if config.budget.packed else None
-    if packed is not None:
-        options["type"] = packed.type
+    return Planned(
+        out,
+        {
+            "removed": folder.record(out.with_name("model")).options.removed or [],
+            "source": ownership.file_sha256(source, runner.context.progress),
+            "type": packed and packed.type,
+            "original": source,
+        },
+    )
 
-    path = yield folder, checkpoint.with_name("model.gguf"), options
-    header = read_gguf(source)
-    original = session.source
-    layers = session.stack.whole(removed)
-    attention, mlps = session.stack.halved(removed)
-    zeroed = find_zeroed(Checkpoint.read(original), session.loaded.model, removed)
-    changed = gguf.changed_tensors(header, original, checkpoint, layers, zeroed)
+
+@stage("gguf", Path, plan=_plan_gguf)
+def cut_gguf(context: Context, inputs: Inputs, options: Any, out: Path) -> None:
+    removed = options.removed
+    header = read_gguf(options.original)
+    layers = context.stack.whole(removed)
+    attention, mlps = context.stack.halved(removed)
+    seen = Checkpoint.read(context.source)
+    zeroed = find_zeroed(seen, context.loaded.model, removed)
+    checkpoint = inputs.find("product")
     gguf.cut_gguf(
-        source,
+        options.original,
         layers,
-        path,
+        out,
         attention=attention,
         mlps=mlps,
-        drop_mtp=config.drop_mtp,
-        changed=changed,
-        packed=options.get("type"),
-        progress=session.progress,
+        drop_mtp=options.drop_mtp,
+        changed=gguf.changed_tensors(
+            header, context.source, checkpoint, layers, zeroed
+        ),
+        packed=options.type,
+        progress=context.progress,
     )
 
 
@@ -247,75 +248,88 @@ def _price_model(prices: Prices) -> list[Estimate]:
     return [cut, dataclasses.replace(patch, name="patch")]
 
 
-@stage("cut", Path, price=_price_model)
-def make_model(
-    session: Session, folder: RunFolder, removed: Sequence[int] | None = None
-) -> Making:
-    """Write `model/` of one state, patched if the options say so, and verify it.
+def plan_patch(config: HealingOptions) -> dict[str, Any]:
+    """Return what a patch is made from beside the calibration: the repair, and the text that a
+    healing reports on, which the patch must not see."""
+    registry.check(config.patch)
+    found: dict[str, Any] = {"repair": config.patch, "unseen": None, "training": None}
+    if config.heal and config.patch != "none":
+        training = found["training"] = config.training()
+        found["repair"] = before_training(config.patch)
+        keys = ("text", "seed", "length", "report_samples")
+        found["unseen"] = {key: getattr(training, key) for key in keys}
+    return found
 
-    Args:
-        removed: the blocks of another state than the chosen one; see `output_folder`.
-    """
-    config = session.config
+
+def _plan_model(
+    runner: Runner, config: Any, removed: Sequence[int] | None = None
+) -> Planned:
+    folder = runner.folder
     blocks = list(removed) if removed is not None else chosen_blocks(folder, config)
-    options = dict[str, Any](removed=blocks, named=removed is not None)
-    if config.drop_mtp:
-        options["drop_mtp"] = True
-    if config.patch != "none":
-        healing = _patch_config(config)
-        how = {"tokens": healing.patch_tokens, "repair": healing.repair}
-        how |= share_options(config)
-        if config.heal:
-            keys = ("text", "seed", "length", "report_samples")
-            how["healing"] = {key: getattr(healing, key) for key in keys}
-        options |= {"patch": how, **calibration_options(folder), **session.numerics}
+    file = output_folder(folder, config, removed) / "model"
+    values = {
+        "removed": blocks,
+        "named": removed is not None,
+        **plan_patch(config),
+        "target": folder.target(config),
+    }
+    if values["repair"] != "none":
+        require_calibration(folder)
+    return Planned(file, values)
 
-    path = yield folder, output_folder(folder, config, removed) / "model", options
-    session.choose_tuning(folder)
-    write_model(session, folder, blocks, path, overwrite=True)
+
+@stage("cut", Path, plan=_plan_model, price=_price_model)
+def make_model(context: Context, inputs: Inputs, options: Any, out: Path) -> None:
+    """Write `model/` of one state, patched if the options say so, and verify it."""
+    fit = None
+    if options.repair != "none":
+        fit = Fit.of(context, inputs.read("calibration", Calibration.load), options)
+    files = RunFiles(inputs.folder.path, options.target)
+    write_model(context, files, fit, options.removed, out, drop_mtp=options.drop_mtp)
 
 
 def write_model(
-    session: Session,
-    folder: RunFolder,
+    context: Context,
+    files: RunFiles,
+    fit: Fit | None,
     removed: Sequence[int],
     out: Path,
     *,
-    overwrite: bool,
+    drop_mtp: bool,
 ) -> None:
     """Write and verify the patched checkpoint, or the exact cut if nothing can be patched.
 
+    Args:
+        files: those of the removal, which the card describes.
+        fit: how it is patched; None: it is not.
+        out: its folder, which is replaced.
+
     Raises:
         ArchitectureError: the state cannot be cut; nothing was fitted.
-        OutputExistsError: ``out`` exists and ``overwrite`` is false.
         VerificationError: its logits differ from those of the original with the blocks skipped and
             the layers patched; nothing is left at ``out``.
     """
-    config = session.config
-    source = session.source
-    loaded = session.loaded
-    trust = config.trust_remote_code
+    source = context.source
+    loaded = context.loaded
+    trust = context.options.trust_remote_code
     blocks = list(removed)
-    layers = session.stack.whole(blocks)
-    with writing.atomic_folder(
-        out, overwrite=overwrite, sources=[source, *folder.sources]
-    ) as temporary:
+    layers = context.stack.whole(blocks)
+    with writing.atomic_folder(out, overwrite=True, sources=[source]) as temporary:
         temporary.rmdir()
         seen = Checkpoint.read(source)
-        cut_config(seen.config, layers, drop_mtp=config.drop_mtp)
+        cut_config(seen.config, layers, drop_mtp=drop_mtp)
         unused = find_unused(seen, loaded.model)
-        stored = StoredLayers(source, session.stack)
+        stored = StoredLayers(source, context.stack)
         patched = dict[str, Any]()
-        if config.patch != "none":
-            made = _make_patches(
-                session, folder, blocks, session.progress, layers=stored
-            )
-            patched["patch"] = made.record
+        if fit is not None:
+            patched["patch"] = _make_patches(
+                fit, blocks, context.progress, stored
+            ).record
         write_cut(
             source,
             layers,
             temporary,
-            drop_mtp=config.drop_mtp,
+            drop_mtp=drop_mtp,
             unused=unused,
             zeroed=find_zeroed(seen, loaded.model, blocks),
             replaced=stored.replaced,
@@ -326,20 +340,18 @@ def write_model(
                 blocks,
                 temporary,
                 trust_remote_code=trust,
-                progress=session.progress,
+                progress=context.progress,
             )
         if unused:
             proof.remarks.append(explain_unused(unused))
         loads_with = find_auto_class(load_config(source, trust_remote_code=trust))
-        parts = card_parts(
-            folder.path, folder.target(config), blocks, loads_with.__name__
-        )
-        mtp = {"mtp": count_mtp_layers(seen), "drop_mtp": config.drop_mtp}
+        parts = card_parts(files, blocks, loads_with.__name__)
+        mtp = {"mtp": count_mtp_layers(seen), "drop_mtp": drop_mtp}
         record = cuts.CutRecord(
             removed=blocks,
-            layers=layers if session.stack.split else None,
-            of=len(session.stack),
-            model=folder.run.provenance.model.content(),
+            layers=layers if context.stack.split else None,
+            of=len(context.stack),
+            model=files.run.provenance.model.content(),
             card=parts.model_copy(update={"proof": proof.inputs, **mtp, **patched}),
             proof=proof,
             **patched,
@@ -351,77 +363,98 @@ def write_model(
         (temporary / "README.md").write_text(model_card(card), encoding="utf-8")
 
 
+@dataclass(frozen=True, eq=False)
+class Fit:
+    """What patches are fitted with.
+
+    Attributes:
+        repair: the name of the repair.
+        tokens: tokens to fit on.
+        share: the share of the default text among them, see `PatchOptions.patch_share`.
+        training: the healing that follows; its report text stays unseen.
+    """
+
+    context: Context
+    calibration: Calibration
+    repair: str = "linear"
+    tokens: int = 0
+    share: float = 0.0
+    training: HealConfig | None = None
+
+    @classmethod
+    def of(cls, context: Context, calibration: Calibration, options: Any) -> Fit:
+        """Return the fit of a stage's options, see `plan_patch`."""
+        share = options.patch_share
+        how = (options.repair, options.patch_tokens, share, options.training)
+        return cls(context, calibration, *how)
+
+
+def fit_of(context: Context, folder: RunFolder, config: HealingOptions) -> Fit | None:
+    """Return how the state of a run is patched; None if it is not."""
+    planned = plan_patch(config)
+    if planned["repair"] == "none":
+        return None
+    file = folder.path / "calibration.safetensors"
+    own = folder.load(file, Calibration.load)
+    how = (config.patch_tokens, config.patch_share, planned["training"])
+    return Fit(context, own, planned["repair"], *how)
+
+
 def _make_patches(
-    session: Session,
-    folder: RunFolder,
+    fit: Fit,
     removed: Sequence[int],
     progress: Progress,
-    **given: Any,
+    layers: StoredLayers | None = None,
+    kept: Kept | None = None,
 ) -> Repaired:
     """Make the patches of a state, as `make_patches`; none, with the reasons, if it cannot."""
-    loaded = session.loaded
-    own = read_calibration(folder)
-    config = session.config
-    later = None
-    if config.heal:
-        later = distil_config(config)
+    context = fit.context
+    loaded = context.loaded
+    later = fit.training
+    if later is not None:
         later = later.replace(length=sample_length(later, loaded.model))
-    share = config.patch_share
     tokens, text = to_fit(
-        own, loaded.tokenizer, config.patch_tokens, loaded.model, later, share
+        fit.calibration, loaded.tokenizer, fit.tokens, loaded.model, later, fit.share
     )
-    how = _patch_config(config).replace(batch_tokens=session.batch_tokens)
-    job = Job(
-        loaded, tuple(removed), session.source, tokens, folder.path, how, progress
+    how = HealConfig(
+        patch=fit.repair, patch_tokens=fit.tokens, batch_tokens=context.batch_tokens
     )
+    source = context.source
+    job = Job(loaded, tuple(removed), source, tokens, source, how, progress)
     try:
-        made = make_patches(job, **given)
+        made = make_patches(job, layers, kept)
     except CANNOT as e:
         return Repaired([], record_unpatched(removed, e))
     made.record.text = text
     return made
 
 
-def _patch_config(config: RunConfig) -> HealConfig:
-    """Return the healing options for the patch, which is made before the training by `--heal`."""
-    registry.check(config.patch)
-    patch = before_training(config.patch) if config.heal else config.patch
-    return heal_config(config).replace(patch=patch)
-
-
-def share_options(config: RunConfig) -> dict[str, Any]:
-    """Return the option `patch_share` for a text that it affects; else nothing."""
-    return {"patch_share": config.patch_share} if is_mixed(config.calibration) else {}
-
-
 def fit_patch(
-    session: Session,
-    folder: RunFolder,
-    removed: Sequence[int],
-    progress: Progress,
-    kept: Kept | None = None,
+    fit: Fit, removed: Sequence[int], progress: Progress, kept: Kept | None = None
 ) -> dict[str, Tensor]:
     """Return the parameters that the patch of a state changes, by name; none if it cannot.
 
     Args:
         kept: as in `make_patches`.
     """
-    if session.config.patch == "none" or not removed:
+    if fit.repair == "none" or not removed:
         return {}
     new = dict[str, Tensor]()
-    for p in _make_patches(session, folder, removed, progress, kept=kept).patches:
-        layer = f"{session.stack.blocks[p.block].path}.{p.path}"
+    blocks = fit.context.stack.blocks
+    for p in _make_patches(fit, removed, progress, kept=kept).patches:
+        layer = f"{blocks[p.block].path}.{p.path}"
         new |= {f"{layer}.{name}": value for name, value in p.parameters.items()}
     return new
 
 
-def check_healing(session: Session, blocks: BlockList | None = None) -> None:
+def check_healing(
+    context: Context, config: HealingOptions, blocks: BlockList | None = None
+) -> None:
     """Check that healing is possible before anything is written."""
-    config = session.config
     if not config.heal:
         return
-    check_training(heal_config(config))
-    if session.streaming:
+    check_training(config.training())
+    if context.streaming:
         raise InputError(
             "a streamed model cannot be healed in the run, because training needs its weights in "
             "memory; heal the cut model with `isingcut heal` on a larger machine"
@@ -447,31 +480,24 @@ def _price_healing(prices: Prices) -> list[Estimate]:
     return [prices.estimate(int(tokens) // LENGTH, passes * tokens, work=work)]
 
 
-@stage("heal", Path, check=check_healing, price=_price_healing)
-def heal(session: Session, folder: RunFolder) -> Making:
-    """Write `healed/`, distilled from `model/`."""
-    config = session.config
-    # The stage has checked the old output.
-    healing = distil_config(config).replace(overwrite=True)
-    target = folder.target(config)
-    start = target / "model"
-    made = folder.record(start)
-    removed = tuple(made.options.removed or ())
-    options = (
-        describe_options(healing)
-        | calibration_options(folder)
-        | {"model": made.fingerprint, **session.numerics}
-    )
+def _plan_healing(runner: Runner, config: Any) -> Planned:
+    training = config.training()
+    file = runner.folder.target(config) / HEALED
+    return Planned(file, {"training": describe_options(training), "healing": training})
 
-    path = yield folder, target / HEALED, options
-    if (target / HEALING).exists():
-        # It is replaced at the end; refuse now a file that is not a record of a healing.
-        results.read_document(target / HEALING, healings.HealingFile)
+
+@stage("heal", Path, plan=_plan_healing, check=check_healing, price=_price_healing)
+def heal(context: Context, inputs: Inputs, options: Any, out: Path) -> None:
+    """Write `healed/`, distilled from `model/`."""
+    # The stage has checked the old output.
+    healing = options.healing.replace(overwrite=True)
+    start = inputs.find("model")
+    removed = tuple(results.read_document(start / CUT, cuts.CutRecord).removed)
     # Text outside all splits of the run.
-    used = read_calibration(folder)
-    text = build_text(healing, session.loaded, used)
-    job = Job(
-        session.loaded, removed, start, text.train, path, healing, session.progress
+    text = build_text(
+        healing, context.loaded, inputs.read("calibration", Calibration.load)
     )
-    heal_checkpoint(job, text, path)
-    shutil.copyfile(path / HEALING, target / HEALING)
+    job = Job(
+        context.loaded, removed, start, text.train, out, healing, context.progress
+    )
+    heal_checkpoint(job, text, out)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from isingcut.console.printing import say
-from isingcut.data.calibration import TextSampler, build
+from isingcut.data.calibration import Calibration, TextSampler, build
 from isingcut.data.corpora import UNLIKE
 from isingcut.data.generation import prompt_ids
 from isingcut.data.tokens import TokenSet, overlap
@@ -38,16 +38,15 @@ from isingcut.ising.states import Floats, states_of
 from isingcut.measure.losses import measure
 from isingcut.models.load import LoadedModel
 from isingcut.models.sharing import fits
-from isingcut.options.config import RunConfig
 from isingcut.report.card import add_figures, mark_harm
 from isingcut.report.run_files import RunFiles
 from isingcut.runs import measuring
 from isingcut.runs.checks import resolve_energy
+from isingcut.runs.context import Context
 from isingcut.runs.cutting import product
 from isingcut.runs.folder import RunFolder
 from isingcut.runs.prices import Prices
-from isingcut.runs.session import Session
-from isingcut.runs.stages import Estimate, Making, stage
+from isingcut.runs.stages import Estimate, Inputs, Planned, Runner, stage
 
 D = TypeVar("D", bound=Document)
 # Bytes of weights per second that transformers unpacks from a GGUF file and writes.
@@ -69,75 +68,76 @@ def _price(prices: Prices) -> list[Estimate]:
     return [line]
 
 
-def check_template(session: Session, blocks: object) -> None:
+def check_template(context: Context, config: object, blocks: object) -> None:
     """Say before a run that its evaluation will have no answers, if that is known."""
     failed = dict[str, str]()
     with note_failure(ANSWERS, failed):
-        prompt_ids(session.loaded.tokenizer, PROMPTS[0])
+        prompt_ids(context.loaded.tokenizer, PROMPTS[0])
     for part, reason in failed.items():
         say(f"isingcut: warning: {part} will not be measured: {reason}")
+
+
+def _plan(runner: Runner, config: Any, removed: Sequence[int] | None = None) -> Planned:
+    """Plan the evaluation of the final checkpoint.
+
+    Args:
+        removed: the blocks of another state than the chosen one.
+    """
+    folder = runner.folder
+    checkpoint = product(folder, config, removed)
+    folder.record(checkpoint)
+    gguf = checkpoint.with_name("model.gguf")
+    # The GGUF file may be of a model that was replaced.
+    packed = None if folder.find_outdated(gguf) else folder.find_record(gguf)
+    speed = config.budget.part("speed")
+    return Planned(
+        checkpoint.with_name("evaluation.json"),
+        {
+            "gguf": packed and packed.fingerprint,
+            "decoded": speed.context if speed else 0,
+            "packed": gguf if packed else None,
+        },
+    )
 
 
 @stage(
     "evaluate",
     partial(read_document, model=evaluations.EvaluationFile),
+    plan=_plan,
     check=check_template,
     price=_price,
 )
-def evaluate(
-    session: Session, folder: RunFolder, removed: Sequence[int] | None = None
-) -> Making:
-    """Measure the original and the cut model on unseen text.
-
-    Args:
-        removed: the blocks of another state than the chosen one.
-    """
-    config = session.config
-    checkpoint = product(folder, config, removed)
-    file = checkpoint.with_name("evaluation.json")
-    options: dict[str, Any] = {"model": folder.record(checkpoint).fingerprint}
-    options |= measuring.calibration_options(folder) | session.numerics
-    gguf = checkpoint.with_name("model.gguf")
-    # The GGUF file may be of a model that was replaced.
-    packed = None if folder.find_outdated(gguf) else folder.find_record(gguf)
-    if packed:
-        options["gguf"] = packed.fingerprint
-
-    path = yield folder, file, options
-    folder.check(checkpoint)
-    splits = measuring.read_calibration(folder).splits
+def evaluate(context: Context, inputs: Inputs, options: Any, out: Path) -> None:
+    """Measure the original and the cut model on unseen text."""
+    checkpoint = inputs.find("product")
+    splits = inputs.read("calibration", Calibration.load).splits
     tokens = splits["report"]
-    session.choose_tuning(folder)
     elsewhere = dict[str, TokenSet]()
     failed = dict[str, str]()
     with note_failure(UNLIKE, failed):
-        elsewhere = _unlike(session, splits)
-    further, others = _further_scores(session, checkpoint, tokens, elsewhere)
-    if packed:
-        folder.check(gguf)
+        elsewhere = _unlike(context, options.seed, splits)
+    removed, further, others = _further_scores(context, checkpoint, tokens, elsewhere)
+    if gguf := options.packed:
+        inputs.folder.check(gguf)
         with note_failure(gguf.name, failed):
-            blocks = packed.options.removed or []
-            further["gguf"] = score_gguf(session, gguf, blocks, tokens, elsewhere)
-    cut = session.open_cut(checkpoint)
+            further["gguf"] = score_gguf(context, gguf, removed, tokens, elsewhere)
     scores = before_and_after(
-        session.loaded,
-        cut,
+        context.loaded,
+        context.open_cut(checkpoint),
         tokens,
-        work=session.work(),
+        work=context.work(),
         elsewhere=others,
-        decoded=speed.context if (speed := config.budget.part("speed")) else 0,
+        decoded=options.decoded,
     ).model_copy(update=further)
     if failed:
         scores.failed = failed | scores.failed
-    scores.before.bytes = session.identity.weight_bytes
-    files = RunFiles(folder.path, checkpoint.parent)
-    files.evaluation = scores
-    rewrite_card(files)
-    write_document(path, scores)
+    scores.before.bytes = context.identity.weight_bytes
+    write_document(out, scores)
 
 
-def rewrite_card(files: RunFiles) -> None:
+def rewrite_card(folder: RunFolder, target: Path) -> None:
     """Write the figures to the model card of a run's final checkpoint; what a user wrote stays."""
+    files = RunFiles(folder.path, target)
     card = files.product / "README.md"
     if not card.is_file():
         return
@@ -153,7 +153,7 @@ def rewrite_card(files: RunFiles) -> None:
 
 
 def write_scores(
-    config: RunConfig,
+    config: Any,
     checkpoint: Path,
     out: Path | None,
     what: str,
@@ -181,7 +181,7 @@ def write_scores(
 
 
 def evaluate_checkpoint(
-    config: RunConfig, checkpoint: Path, out: Path | None = None
+    config: Any, checkpoint: Path, out: Path | None = None
 ) -> tuple[evaluations.EvaluationFile, Path]:
     """Compare a checkpoint or a GGUF file with its original, on text of the given options.
 
@@ -198,9 +198,9 @@ def evaluate_checkpoint(
     """
 
     def compare(folder: Path) -> evaluations.EvaluationFile:
-        session = Session(resolve_energy(config))
-        cut = session.open_cut(folder)
-        ours, theirs = (text_config(m.model).vocab_size for m in (session.loaded, cut))
+        context = Context.of(config)
+        cut = context.open_cut(folder)
+        ours, theirs = (text_config(m.model).vocab_size for m in (context.loaded, cut))
         if ours != theirs:
             raise InputError(
                 f"{checkpoint} has a vocabulary of {theirs}, {config.model} one of {ours}; give "
@@ -209,13 +209,15 @@ def evaluate_checkpoint(
         # GGUF files run in llama.cpp, so the speed in transformers is not relevant.
         packed = checkpoint.suffix.lower() == ".gguf"
         scores = before_and_after(
-            session.loaded,
+            context.loaded,
             cut,
-            measuring.build_calibration(session).splits["report"],
-            work=session.work(),
+            measuring.build_calibration(context, resolve_energy(config)).splits[
+                "report"
+            ],
+            work=context.work(),
             decoded=None if packed else 0,
         )
-        scores.before.bytes = session.identity.weight_bytes
+        scores.before.bytes = context.identity.weight_bytes
         if packed:
             scores.after.bytes = checkpoint.stat().st_size
         else:
@@ -225,15 +227,17 @@ def evaluate_checkpoint(
     return write_scores(config, checkpoint, out, "evaluation", compare)
 
 
-def _unlike(session: Session, splits: Mapping[str, TokenSet]) -> dict[str, TokenSet]:
+def _unlike(
+    context: Context, seed: int, splits: Mapping[str, TokenSet]
+) -> dict[str, TokenSet]:
     """Return a text outside the calibration, by name, with a quarter of the samples; or nothing."""
-    loaded = session.loaded
+    loaded = context.loaded
     tokens = splits["report"]
     length = int(tokens.input_ids.shape[1])
     model = language_model(loaded.model)
     built = build(
         UNLIKE,
-        TextSampler(loaded.tokenizer, length, session.config.seed, model),
+        TextSampler(loaded.tokenizer, length, seed, model),
         samples=1,
         rank_samples=1,
         report_samples=max(4, tokens.samples // 4),
@@ -244,16 +248,16 @@ def _unlike(session: Session, splits: Mapping[str, TokenSet]) -> dict[str, Token
 
 
 def _further_scores(
-    session: Session,
+    context: Context,
     checkpoint: Path,
     tokens: TokenSet,
     elsewhere: Mapping[str, TokenSet],
-) -> tuple[dict[str, Any], dict[str, OtherText]]:
+) -> tuple[list[int], dict[str, Any], dict[str, OtherText]]:
     """Score the models between the original and the last.
 
     Returns:
-        the name of the last model, and the scores; and the texts of ``elsewhere`` with the exact
-        cut's KL.
+        the removed blocks; the name of the last model, and the scores; and the texts of
+        ``elsewhere`` with the exact cut's KL.
     """
     model = checkpoint.with_name("model")
     record = read_document(model / "isingcut.json", cuts.CutRecord)
@@ -267,27 +271,28 @@ def _further_scores(
     judges: dict[str, Judge] = {}
     sums: dict[TokenSet, Floats] = {}
     if last != "cut":
-        state = states_of(len(session.replay), [record.removed])
+        state = states_of(len(context.replay), [record.removed])
         what = "perplexity and KL of the exact cut"
         for text in (tokens, *elsewhere.values()):
-            exact = measure(session.replay, text, state, session.work(), what)
+            exact = measure(context.replay, text, state, context.work(), what)
             sums[text] = np.stack(
                 [exact.original_nll_sums, exact.nll_sums[0], exact.kl_sums[0]]
             )
         judges["cut"] = lambda text: quality_of(sums[text], text)
     if healed and changed:
-        judges["patched"] = _judge(session, session.open_cut(model))
+        judges["patched"] = _judge(context, context.open_cut(model))
     scores |= {
         name: _score_texts(judge, tokens, elsewhere) for name, judge in judges.items()
     }
-    return scores, {
+    texts = {
         name: OtherText(text, sums[text][2] if sums else None)
         for name, text in elsewhere.items()
     }
+    return record.removed, scores, texts
 
 
 def score_gguf(
-    session: Session,
+    context: Context,
     gguf: Path,
     removed: Sequence[int],
     tokens: TokenSet,
@@ -303,16 +308,16 @@ def score_gguf(
     with tempfile.TemporaryDirectory(
         ".part", temporary_prefix(gguf), gguf.parent
     ) as aside:
-        unpack_gguf(gguf, Path(aside), session.progress)
-        judge = _judge(session, session.open_cut(Path(aside), removed))
+        unpack_gguf(gguf, Path(aside), context.progress)
+        judge = _judge(context, context.open_cut(Path(aside), removed))
         scores = _score_texts(judge, tokens, elsewhere)
     return evaluations.PackedScores(**dict(scores), bytes=gguf.stat().st_size)
 
 
-def _judge(session: Session, cut: LoadedModel) -> Judge:
+def _judge(context: Context, cut: LoadedModel) -> Judge:
     """Return the function that compares the original and a cut on a text."""
-    original = session.loaded.runnable
-    return lambda text: quality(original, cut.runnable, text, session.work())
+    original = context.loaded.runnable
+    return lambda text: quality(original, cut.runnable, text, context.work())
 
 
 def _score_texts(

@@ -16,7 +16,7 @@ import contextlib
 import dataclasses
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -35,6 +35,7 @@ from isingcut.files.stages import Outdated, find_outdated, is_made
 from isingcut.formats.sources import list_differences, model_identity
 from isingcut.options.config import RunConfig
 from isingcut.options.declaration import options_from
+from isingcut.options.search import Search, SearchOptions
 from isingcut.processes import ALONE, Processes
 
 T = TypeVar("T")
@@ -59,7 +60,6 @@ class RunFolder:
         typed_solver: the solver given now, not read from run.json; only it may import third-party
             code.
         processes: the processes that run the stages together; only rank 0 writes.
-        session: the session that makes the results; None to read them only.
         progress: shows the hashing of large files.
     """
 
@@ -68,7 +68,6 @@ class RunFolder:
     overwrite: bool = False
     typed_solver: str | None = None
     processes: Processes = ALONE
-    session: Any = None
     progress: Progress = silent
 
     @classmethod
@@ -221,7 +220,7 @@ class RunFolder:
         if not self.processes.rank:
             results.write_document(self.path / MANIFEST, self.run)
 
-    def target(self, config: RunConfig) -> Path:
+    def target(self, config: SearchOptions) -> Path:
         """Return the folder for the files of one removal: the run's own, or a sub-folder."""
         if config.removal == self.config.removal:
             return self.path
@@ -277,11 +276,9 @@ class RunFolder:
 
     def fingerprint(self, options: dict[str, Any]) -> str:
         """Return the fingerprint of a stage's options and of the original model."""
-        # `options["model"]` is the fingerprint of the cut checkpoint that a stage reads; what
-        # `options["typed"]` has is in `options["options"]` too.
+        # `options["model"]` is the fingerprint of the cut checkpoint that a stage reads.
         read = options | {"original": self.run.provenance.model.sha256}
-        for key in ("typed", "named"):
-            read.pop(key, None)
+        read.pop("named", None)
         return results.fingerprint(read)
 
     @contextlib.contextmanager
@@ -296,13 +293,20 @@ class RunFolder:
                 self.run = results.read_document(self.path / MANIFEST, runs.RunFile)
             yield
 
+    def keep_tuning(self, tuned: Mapping[str, runs.Computed]) -> None:
+        """Record the micro-batch of a device, so that a later call measures with the same."""
+        made = self.run.provenance
+        if not self.processes.rank and not tuned.items() <= made.computed.items():
+            made.computed = {**made.computed, **tuned}
+            self.save()
+
     def share(self) -> None:
         """Send rank 0's content of run.json to all processes."""
         content = self.processes.decide(self.run.content)
         self.run = runs.RunFile.model_validate(content)
 
 
-def each_removal(config: RunConfig) -> list[RunConfig]:
+def each_removal(config: Search) -> list[Search]:
     """Return the options of each removal: one per number of a range such as `4..15`."""
     if not config.remove.is_range:
         return [config]

@@ -1,5 +1,7 @@
 """Stages `calibration` and `energy`: text to token splits, token splits to Hamiltonians."""
 
+from __future__ import annotations
+
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -14,15 +16,16 @@ from isingcut.errors import InputError, StageFileError
 from isingcut.files.runs import BlockList, CalibrationText, SplitSize
 from isingcut.formats.architectures.blocks import language_model
 from isingcut.ising.hamiltonian import Hamiltonian
-from isingcut.options.config import RunConfig
+from isingcut.options.search import SearchOptions
+from isingcut.options.text import TextOptions
+from isingcut.runs.constraints import removal_rows
+from isingcut.runs.context import Context
 from isingcut.runs.folder import RunFolder, each_removal
 from isingcut.runs.prices import Prices
-from isingcut.runs.session import Session
-from isingcut.runs.solving import removal_rows
-from isingcut.runs.stages import Estimate, Making, stage, typed_options
+from isingcut.runs.stages import Estimate, Inputs, Planned, Runner, stage
 
 
-def energy_part(config: RunConfig, name: str) -> Any:
+def energy_part(config: SearchOptions, name: str) -> Any:
     """Create the energy called ``name`` with its options."""
     part = registry.get(name)
     own = {f.name for f in dataclasses.fields(part)}
@@ -34,19 +37,19 @@ def energy_part(config: RunConfig, name: str) -> Any:
     return part(**{key: value for key, value in given.items() if key in own})
 
 
-def samples_of(config: RunConfig, name: str) -> int:
+def samples_of(config: SearchOptions, name: str) -> int:
     """Return the samples for an energy: `--samples` for the main one, else the energy's default."""
     if name == config.energy and config.samples is not None:
         return config.samples
     return int(energy_part(config, name).default_samples)
 
 
-def _samples(config: RunConfig) -> int:
+def _samples(config: SearchOptions) -> int:
     """Return the samples of the energy split: the maximum over energies; each uses the first."""
     return max(samples_of(config, name) for name in config.energies)
 
 
-def _check_streaming(config: RunConfig) -> None:
+def _check_streaming(config: SearchOptions) -> None:
     """Raise early if an option needs the whole model in memory."""
     for name in config.energies:
         if not getattr(energy_part(config, name), "streams", True):
@@ -62,26 +65,30 @@ def _check_streaming(config: RunConfig) -> None:
         )
 
 
-def build_calibration(session: Session) -> Calibration:
+def build_calibration(context: Context, config: SearchOptions) -> Calibration:
     """Build the token splits of a run, without writing them."""
-    config = session.config
-    if session.streaming:
+    if context.streaming:
         _check_streaming(config)
-    loaded = session.loaded
+    return _build(context, config, _samples(config))
+
+
+def _build(context: Context, config: TextOptions, samples: int) -> Calibration:
+    loaded = context.loaded
     model = language_model(loaded.model)
     return build(
         config.calibration,
         TextSampler(loaded.tokenizer, config.length, config.seed, model),
-        samples=_samples(config),
+        samples=samples,
         rank_samples=config.rank_samples,
         report_samples=config.report_samples,
-        progress=session.progress,
+        progress=context.progress,
     )
 
 
-def calibrate(session: Session, folder: RunFolder, built: Calibration | None) -> None:
+def calibrate(runner: Runner, config: SearchOptions, built: Calibration | None) -> None:
     """Write the token splits to `calibration.safetensors`, and describe them in `run.json`."""
-    text = calibration(session, folder, built)
+    text = calibration(runner, config, built)
+    folder = runner.folder
     folder.run.provenance.calibration = CalibrationText(
         source=text.source,
         sha256=text.sha256,
@@ -92,15 +99,14 @@ def calibrate(session: Session, folder: RunFolder, built: Calibration | None) ->
     folder.save()
 
 
-@stage("calibration", Calibration.load)
-def calibration(
-    session: Session, folder: RunFolder, built: Calibration | None
-) -> Making:
-    config = session.config
+def _plan_calibration(
+    runner: Runner, config: SearchOptions, built: Calibration | None
+) -> Planned:
+    folder = runner.folder
     file = folder.path / "calibration.safetensors"
-    options = typed_options("calibration", config) | {"samples": _samples(config)}
+    texts: dict[str, Any] = {}
     if built is not None:
-        options["texts"] = built.meta["texts"]
+        texts = built.meta["texts"]
     elif not folder.processes.rank:
         # The recorded hashes of files that are missing now.
         record = folder.find_finished(file)
@@ -109,10 +115,15 @@ def calibration(
             refuse_changed(known, config.calibration)
         places = [p for p in places_in(config.calibration) if p in known]
         texts = {place: known[place] for place in places}
-        options["texts"] = texts | text_hashes(config.calibration)
+        texts |= text_hashes(config.calibration)
+    samples = _samples(config)
+    return Planned(file, {"energy_samples": samples, "texts": texts, "built": built})
 
-    path = yield folder, file, options
-    (built or build_calibration(session)).save(path)
+
+@stage("calibration", Calibration.load, plan=_plan_calibration)
+def calibration(context: Context, inputs: Inputs, options: Any, out: Path) -> None:
+    built = options.built or _build(context, options, options.energy_samples)
+    built.save(out)
 
 
 def _size(split: TokenSet) -> SplitSize:
@@ -124,27 +135,22 @@ def _size(split: TokenSet) -> SplitSize:
     return size
 
 
-def read_calibration(folder: RunFolder) -> Calibration:
-    """Read the token splits of a run."""
-    return folder.load(folder.path / "calibration.safetensors", Calibration.load)
-
-
-def measure_energy(session: Session, folder: RunFolder) -> Hamiltonian:
+def measure_energy(runner: Runner, config: SearchOptions) -> Hamiltonian:
     """Measure every energy of the options, and return the main one."""
-    energies = [energy(session, folder, name) for name in session.config.energies]
+    energies = [energy(runner, config, name) for name in config.energies]
     return energies[0]
 
 
-def energy_file(folder: RunFolder, config: RunConfig, name: str) -> Path:
+def energy_file(folder: RunFolder, config: SearchOptions, name: str) -> Path:
     """Return the file of an energy."""
     own = "" if name == config.energy else f".{name}"
     return folder.path / f"hamiltonian{own}.safetensors"
 
 
-def _check_removals(session: Session, blocks: BlockList) -> None:
+def _check_removals(context: Context, config: SearchOptions, blocks: BlockList) -> None:
     """Raise if a removal is impossible; `pack` checks a budget for a packed model."""
-    if not session.config.budget.packed:
-        targets_of(blocks, session.config)
+    if not config.budget.packed:
+        targets_of(blocks, config)
 
 
 def price_energy(prices: Prices, name: str) -> Estimate:
@@ -161,38 +167,43 @@ def price_energy(prices: Prices, name: str) -> Estimate:
     return dataclasses.replace(priced, name=name)
 
 
+def _plan_energy(runner: Runner, config: SearchOptions, name: str) -> Planned:
+    folder = runner.folder
+    require_calibration(folder)
+    part = energy_part(config, name)
+    searched = hasattr(part, "targets")
+    if searched:
+        targets = targets_of(folder.run.blocks, config)
+        part = dataclasses.replace(part, targets=targets)
+    return Planned(
+        energy_file(folder, config, name),
+        {
+            "energy": name,
+            "measured_samples": samples_of(config, name),
+            "settings": repr(part),
+            "searched": searched,
+            "part": part,
+        },
+    )
+
+
 @stage(
     "energy",
     Hamiltonian.load,
+    plan=_plan_energy,
     check=_check_removals,
     price=lambda prices: [price_energy(prices, e) for e in prices.config.energies],
 )
-def energy(session: Session, folder: RunFolder, name: str) -> Making:
-    config = session.config
-    part = energy_part(config, name)
-    options: dict[str, Any] = {}
-    if hasattr(part, "targets"):
-        targets = targets_of(folder.run.blocks, config)
-        part = dataclasses.replace(part, targets=targets)
-        typed = typed_options("energy", config)
-        options["typed"] = {key: str(value) for key, value in typed.items()}
-    samples = samples_of(config, name)
-    options |= calibration_options(folder) | {
-        "energy": name,
-        "options": repr(part),
-        "samples": samples,
-        **session.numerics,
-    }
-    file = energy_file(folder, config, name)
-
-    path = yield folder, file, options
-    split = read_calibration(folder).splits["energy"].select(range(samples))
-    session.choose_tuning(folder)
-    work = session.work(folder.path / f"{file.name}.journal")
-    part.measure(session.replay, split, work).save(path)
+def energy(context: Context, inputs: Inputs, options: Any, out: Path) -> None:
+    samples = range(options.measured_samples)
+    split = (
+        inputs.read("calibration", Calibration.load).splits["energy"].select(samples)
+    )
+    work = context.work(inputs.place / f"{inputs.file.name}.journal")
+    options.part.measure(context.replay, split, work).save(out)
 
 
-def targets_of(blocks: BlockList, config: RunConfig) -> tuple[Target, ...]:
+def targets_of(blocks: BlockList, config: SearchOptions) -> tuple[Target, ...]:
     """Return the targets of a search: every removal in the options."""
     if not config.removal:
         return ()
@@ -201,11 +212,9 @@ def targets_of(blocks: BlockList, config: RunConfig) -> tuple[Target, ...]:
     )
 
 
-def calibration_options(folder: RunFolder) -> dict[str, Any]:
-    """Return the options that tie a stage's file to its calibration."""
-    record = folder.find_record(folder.path / "calibration.safetensors")
-    if record is None:
+def require_calibration(folder: RunFolder) -> None:
+    """Raise if the run has no token splits yet."""
+    if folder.find_record(folder.path / "calibration.safetensors") is None:
         raise StageFileError(
             f"{folder.path} has no calibration yet; run: isingcut energy MODEL --out {folder.path}"
         )
-    return {"calibration": record.fingerprint}

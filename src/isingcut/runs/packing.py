@@ -10,10 +10,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import Tensor
 
+from isingcut.data.calibration import Calibration
 from isingcut.energies.search import Target
 from isingcut.energies.search.evaluator import Evaluator
 from isingcut.energies.search.proposals import one_pass_states
@@ -27,10 +29,10 @@ from isingcut.ising.states import Floats, blocks_of
 from isingcut.measure.losses import standard_error
 from isingcut.measure.packed import changed_losses
 from isingcut.models.packing import Packer
-from isingcut.runs import cutting, measuring, solving
-from isingcut.runs.folder import RunFolder
-from isingcut.runs.session import Session
-from isingcut.runs.stages import Making, stage, typed_options
+from isingcut.options.search import SearchOptions
+from isingcut.runs import constraints, cutting, measuring
+from isingcut.runs.context import Context
+from isingcut.runs.stages import Inputs, Planned, Runner, stage
 
 FINALISTS = 3
 LEFT = 0.25
@@ -39,7 +41,7 @@ remains after a patch (half remains after the best patches measured)."""
 
 
 def find_types(
-    session: Session, blocks: BlockList
+    context: Context, config: SearchOptions, blocks: BlockList
 ) -> tuple[Packer, list[PackedLosses]]:
     """Return the types in which the model or a part of it meets the budget, the finest first.
 
@@ -48,7 +50,7 @@ def find_types(
         ArchitectureError: the GGUF file has types that cannot be packed, or has to be cut, which
             llama.cpp would not run.
     """
-    packer = Packer(session.loaded, find_gguf(session.config.model))
+    packer = Packer(context.loaded, find_gguf(context.options.model))
     types = list[PackedLosses]()
     why = None
     for name in ("", *PACKED):
@@ -59,15 +61,13 @@ def find_types(
             for f in types
         ):
             continue  # the same model again: no tensor of the file has more bits than this type
-        rows = [
-            solving.budget_row(own, budget) for budget in session.config.budget.parts
-        ]
+        rows = [constraints.budget_row(own, budget) for budget in config.budget.parts]
         fits = all(row.rhs <= 0 for row in rows)
         try:
             if not fits:
-                solving.removal_rows(own, session.config)
+                constraints.removal_rows(own, config)
             if not fits and packer.header is not None:
-                layers = len(set(session.stack.layers))
+                layers = len(set(context.stack.layers))
                 refuse_uncuttable(packer.header, layers, layers)
             types.append(PackedLosses(packed=packed, fits=fits))
         except (ArchitectureError, InfeasibleError) as e:
@@ -78,50 +78,52 @@ def find_types(
     return packer, types
 
 
-def choose_type(session: Session, folder: RunFolder) -> PackingFile:
+def choose_type(runner: Runner, config: SearchOptions) -> PackingFile:
     """Choose a type that meets the budget; store its costs in `run.json` for the later stages."""
-    packing = pack(session, folder)
-    folder.run.blocks.packed = packing.best.packed
-    folder.save()
+    packing = pack(runner, config)
+    runner.folder.run.blocks.packed = packing.best.packed
+    runner.folder.save()
     return packing
 
 
-def _check_types(session: Session, blocks: BlockList) -> None:
+def _check_types(context: Context, config: SearchOptions, blocks: BlockList) -> None:
     """Raise if no type meets the budget for a packed model."""
-    if session.config.budget.packed:
-        find_types(session, blocks)
+    if config.budget.packed:
+        find_types(context, config, blocks)
 
 
-@stage("pack", partial(read_document, model=PackingFile), check=_check_types)
-def pack(session: Session, folder: RunFolder) -> Making:
-    config = session.config
-    file = folder.target(session.config) / "packing.json"
-    journal = file.with_name("packing.journal")
-    options = measuring.calibration_options(folder) | typed_options("pack", config)
-    options |= cutting.share_options(config) | session.numerics
+def _plan(runner: Runner, config: Any) -> Planned:
+    measuring.require_calibration(runner.folder)
+    file = runner.folder.target(config) / "packing.json"
+    return Planned(file, cutting.plan_patch(config))
 
-    path = yield folder, file, options
-    session.choose_tuning(folder)
-    packer, types = find_types(session, folder.run.blocks)
-    _measure(session, folder, packer, types, journal)
+
+@stage(
+    "pack", partial(read_document, model=PackingFile), plan=_plan, check=_check_types
+)
+def pack(context: Context, inputs: Inputs, options: Any, out: Path) -> None:
+    packer, types = find_types(context, options, inputs.blocks)
+    _measure(context, inputs, options, packer, types)
     best = int(np.argmin([row.loss for row in types]))
     write_document(
-        path, PackingFile(budget=str(config.budget), types=types, chosen=best)
+        out, PackingFile(budget=str(options.budget), types=types, chosen=best)
     )
 
 
 def _measure(
-    session: Session,
-    folder: RunFolder,
+    context: Context,
+    inputs: Inputs,
+    options: Any,
     packer: Packer,
     types: Sequence[PackedLosses],
-    journal: Path,
 ) -> None:
     """Measure the types and cuts that may be the best, and store their KL in ``types``."""
-    config = session.config
-    tokens = measuring.read_calibration(folder).splits["rank"]
-    work = session.work()
-    evaluator = Evaluator(session.replay, tokens, session.work(journal), config.seed)
+    calibration = inputs.read("calibration", Calibration.load)
+    tokens = calibration.splits["rank"]
+    fit = cutting.Fit.of(context, calibration, options)
+    work = context.work()
+    kept = context.work(inputs.place / "packing.journal")
+    evaluator = Evaluator(context.replay, tokens, kept, options.seed)
     counts = tokens.predicted.sum(1).numpy().astype(np.int64)
 
     def losses(
@@ -132,18 +134,14 @@ def _measure(
         named = f"{kind or 'its own type'}, {len(removed)} blocks out"
 
         def make() -> Floats:
-            new = cutting.fit_patch(session, folder, removed, session.progress)
+            new = cutting.fit_patch(fit, removed, context.progress)
 
             def change(name: str, own: Tensor) -> Tensor | None:
                 return packer.pack(kind, name, own, new.get(name))
 
-            return changed_losses(session.replay, tokens, change, work, named, removed)
+            return changed_losses(context.replay, tokens, change, work, named, removed)
 
-        key = (
-            f"{kind}:{removed}:{config.patch}:{config.patch_tokens}"
-            if removed
-            else kind
-        )
+        key = f"{kind}:{removed}:{fit.repair}:{fit.tokens}" if removed else kind
         sums = evaluator.ledger.measure_once(key, 0.0, 0.0, make)
         error = without_infinities(float(standard_error(sums, counts)))
         # Rounding may give a negative KL.
@@ -160,7 +158,7 @@ def _measure(
     # A cut only adds to the KL of its type.
     rest = [f for f in types if not f.fits and f.kl is not None and f.kl < limit]
     for choice in rest:
-        _find_cut(session, folder.run.blocks, evaluator, choice)
+        _find_cut(options, inputs.blocks, evaluator, choice)
     for choice in sorted(rest, key=lambda f: f.predicted or 0.0)[:FINALISTS]:
         if (choice.kl or 0.0) + LEFT * (choice.cut_kl or 0.0) < limit:
             choice.measured, choice.measured_se = losses(choice, choice.removed)
@@ -168,12 +166,14 @@ def _measure(
 
 
 def _find_cut(
-    session: Session, blocks: BlockList, evaluator: Evaluator, choice: PackedLosses
+    config: SearchOptions,
+    blocks: BlockList,
+    evaluator: Evaluator,
+    choice: PackedLosses,
 ) -> None:
     """Find the best one-pass state that meets the budget in a type; store it and its KL."""
-    config = session.config
     own = blocks.model_copy(update={"packed": choice.packed})
-    target = Target(config.removal, solving.removal_rows(own, config))
+    target = Target(config.removal, constraints.removal_rows(own, config))
     states = np.array([*one_pass_states(evaluator, target, evaluator.m).values()])
     kl = evaluator.ledger.losses(states)
     choice.removed = blocks_of(states[kl.argmin()])

@@ -49,14 +49,19 @@ from isingcut.runs import (
     solving,
 )
 from isingcut.runs.checks import check_inputs, check_options, resolve_energy
+from isingcut.runs.context import Context, check_by_config
 from isingcut.runs.folder import MANIFEST, RunFolder, each_removal
 from isingcut.runs.prices import RESIDENT, Prices
-from isingcut.runs.session import Session, check_by_config, join_processes
-from isingcut.runs.stages import Estimate, Stage
+from isingcut.runs.stages import Estimate, Runner, Stage
 
-Stages = tuple[Stage[Any, Any], ...]
+Stages = tuple[Stage[Any], ...]
 MEASURING: Stages = (measuring.calibration, measuring.energy)
-RANKING: Stages = (packing.pack, solving.solve, ranking.rank, ranking.compare)
+RANKING: Stages = (
+    packing.pack,
+    solving.solve,
+    ranking.measure_candidates,
+    ranking.measure_baseline,
+)
 CUTTING: Stages = (
     cutting.make_model,
     cutting.heal,
@@ -104,24 +109,26 @@ def run(
     wanted = check_options(config, options, "isingcut.run")
     processes = Processes.join()
     shown = as_progress(progress)
-    with open_session(wanted, shown, processes, need_removal=True) as (session, folder):
+    with open_run(wanted, shown, processes, need_removal=True) as runner:
+        folder = runner.folder
         is_range = wanted.remove.is_range
         target = folder.path if is_range else folder.target(wanted)
         if target == folder.path:
             folder.run.complete = False
         whole = bool(
-            wanted.budget.packed and packing.choose_type(session, folder).best.fits
+            wanted.budget.packed and packing.choose_type(runner, wanted).best.fits
         )
         if not whole:
-            say_times(session, folder)
-            measure_and_rank(session, folder)
+            say_times(runner, wanted)
+            measure_and_rank(runner, wanted)
         if not processes.rank:
             # For a range, the user chooses one to cut.
             if not (is_range or whole):
-                cutting.make_gguf(session, folder, cut_and_heal(session, folder))
-                evaluating.evaluate(session, folder)
+                cutting.make_gguf(runner, wanted, cut_and_heal(runner, wanted))
+                evaluating.evaluate(runner, wanted)
                 if wanted.tasks:
-                    benchmarking.benchmarks(session, folder)
+                    benchmarking.benchmarks(runner, wanted)
+                evaluating.rewrite_card(folder, target)
             for one in each_removal(wanted):
                 solving.report(folder, folder.target(one))
             if target == folder.path:
@@ -131,28 +138,24 @@ def run(
     return target
 
 
-def measure_and_rank(session: Session, folder: RunFolder) -> list[CandidatesFile]:
+def measure_and_rank(runner: Runner, config: RunConfig) -> list[CandidatesFile]:
     """Rank all removals of the options, with all processes."""
-    measuring.measure_energy(session, folder)
-    rankings = []
-    for one in each_removal(session.config):
-        with session.at(one):
-            rankings.append(solve_and_rank(session, folder))
-    # From now on, each process works alone.
-    session.processes = session.replay.processes = folder.processes = ALONE
+    measuring.measure_energy(runner, config)
+    rankings = [solve_and_rank(runner, one) for one in each_removal(config)]
+    runner.run_alone()
     return rankings
 
 
-def solve_and_rank(session: Session, folder: RunFolder) -> CandidatesFile:
-    """Solve and rank the removal of the session's options; return `candidates.json`."""
-    solving.solve(folder, session.config, session.progress)
-    return ranking.rank(session, folder)
+def solve_and_rank(runner: Runner, config: RunConfig) -> CandidatesFile:
+    """Solve and rank one removal; return `candidates.json`."""
+    solving.solve(runner, config)
+    return ranking.rank(runner, config)
 
 
-def cut_and_heal(session: Session, folder: RunFolder) -> Path:
+def cut_and_heal(runner: Runner, config: RunConfig) -> Path:
     """Write the final checkpoint of the run, patched and healed according to the options."""
-    model = cutting.make_model(session, folder)
-    return cutting.heal(session, folder) if session.config.heal else model
+    model = cutting.make_model(runner, config)
+    return cutting.heal(runner, config) if config.heal else model
 
 
 @convert_memory_errors()
@@ -178,12 +181,9 @@ def energy(
     wanted = check_options(config, options, "isingcut.energy")
     processes = Processes.join()
     shown = as_progress(progress)
-    with open_session(wanted, shown, processes, need_removal=False) as (
-        session,
-        folder,
-    ):
-        measuring.measure_energy(session, folder)
-    return folder.path
+    with open_run(wanted, shown, processes, need_removal=False) as runner:
+        measuring.measure_energy(runner, wanted)
+    return runner.folder.path
 
 
 DEMO = RunConfig(
@@ -223,10 +223,10 @@ def demo(
 
 
 @contextlib.contextmanager
-def open_session(
+def open_run(
     config: RunConfig, progress: Progress, processes: Processes, *, need_removal: bool
-) -> Iterator[tuple[Session, RunFolder]]:
-    """Open a session, lock the run folder, and check all inputs before the first file is written.
+) -> Iterator[Runner]:
+    """Lock the run folder, and check all inputs before the first file is written.
 
     Raises:
         BusyError: another process writes to the run folder.
@@ -240,43 +240,41 @@ def open_session(
         measuring.energy_part(config, name)
     with writing.lock_place(out, inside=True):
         before = RunFolder.open(out) if (out / MANIFEST).is_file() else None
-        session = Session(
-            config, progress, before.run.provenance.dtype if before else None
+        context = Context.of(
+            config, progress, before.run.provenance if before else None
         )
-        ownership.refuse_source(out, [session.source])
+        ownership.refuse_source(out, [context.source])
         if before and progress is not silent:
             model = before.run.provenance.model.content()
-            if not list_differences(model, session.identity.content()):
+            if not list_differences(model, context.identity.content()):
                 kept = [k for k in before.run.stages if before.find_finished(out / k)]
                 say(f"resuming {out}, kept: {', '.join(kept) or 'nothing yet'}")
-        check_by_config(session, config, needed=need_removal)
+        check_by_config(context, config, needed=need_removal)
         if need_removal:
             for one in each_removal(config):
                 check_report(out if before is None else before.target(one))
-        join_processes(session, processes)
-        blocks = session.describe_blocks()
+        context = context.join(processes)
+        blocks = context.describe_blocks(config.budget)
         for stage in STAGES if need_removal else MEASURING:
-            stage.check(session, blocks)
-        calibration = measuring.build_calibration(session) if before is None else None
-        folder = RunFolder.create_or_open(config, session.identity, blocks)
+            stage.check(context, config, blocks)
+        built = measuring.build_calibration(context, config) if before is None else None
+        folder = RunFolder.create_or_open(config, context.identity, blocks)
         if config.dtype == "auto" and folder.run.provenance.dtype is None:
-            folder.run.provenance.dtype = session.dtype
+            folder.run.provenance.dtype = context.dtype
             folder.save()
-        folder.processes = processes
-        session.attach(folder)
+        runner = Runner(folder, context)
+        # If memory runs out, nothing else may hold the model.
+        del context
         folder.share()
-        measuring.calibrate(session, folder, calibration)
-        yield session, folder
+        measuring.calibrate(runner, config, built)
+        yield runner
 
 
-def _follow(
-    config: RunConfig, progress: Progress, processes: Processes
-) -> tuple[Session, RunFolder]:
-    """Open the session in a process other than rank 0, after rank 0's checks."""
-    session = Session(config, progress)
-    join_processes(session, processes)
+def _follow(config: RunConfig, progress: Progress, processes: Processes) -> Runner:
+    """Open the run in a process other than rank 0, after rank 0's checks."""
+    context = Context.of(config, progress).join(processes)
     # Load while rank 0 creates the folder.
-    _ = session.replay
+    _ = context.replay
     folder = RunFolder(
         user_path(config.out), RunFile.model_validate(processes.decide(dict))
     )
@@ -284,18 +282,18 @@ def _follow(
         raise InputError(
             f"{folder.path} is not visible on this machine; give an --out on a shared file system"
         )
-    folder.processes = processes
-    measuring.calibrate(session, folder, None)
-    return session, folder
+    runner = Runner(folder, context)
+    measuring.calibrate(runner, config, None)
+    return runner
 
 
-def session_of(
+def open_again(
     folder: RunFolder,
     config: RunConfig,
     progress: Progress = silent,
     processes: Processes = ALONE,
-) -> Session:
-    """Open a session on the model of a run folder.
+) -> Runner:
+    """Return the runner of a run folder, with its model.
 
     Args:
         processes: the processes that share it.
@@ -308,10 +306,9 @@ def session_of(
     folder.share()
     made_with = folder.run.provenance.model
     for place in folder.model_places(config.model):
-        session = Session(
-            config.replace(model=place), progress, folder.run.provenance.dtype
-        )
-        now = session.identity.content()
+        options = config.replace(model=place)
+        context = Context.of(options, progress, folder.run.provenance)
+        now = context.identity.content()
         if not (changed := list_differences(made_with.content(), now)):
             break
     else:
@@ -320,9 +317,7 @@ def session_of(
             f"{place} (different: {changed}); give the original version with --model, or start a "
             "new run folder"
         )
-    session.attach(folder)
-    join_processes(session, processes)
-    return session
+    return Runner(folder, context.join(processes))
 
 
 # Plans ------------------------------------------------------------------------------------
@@ -338,14 +333,16 @@ def price_stages(prices: Prices) -> list[Estimate]:
     ]
 
 
-def say_times(session: Session, folder: RunFolder) -> None:
+def say_times(runner: Runner, config: RunConfig) -> None:
     """Print the time of each stage of a run, from its first removals; nothing if it is resumed."""
+    context = runner.context
+    folder = runner.folder
     file = folder.path / "hamiltonian.safetensors"
-    alone = session.processes.size == 1
-    unseen = session.progress in (silent, slow_work)
+    alone = context.processes.size == 1
+    unseen = context.progress in (silent, slow_work)
     if unseen or not alone or folder.find_record(file):
         return
-    prices = Prices(session, folder)
+    prices = Prices(context, config, folder.run.blocks)
     lines = measuring.energy.price(prices) + price_stages(prices)
     total = sum(line.seconds for line in lines)
     parts = [
@@ -354,8 +351,8 @@ def say_times(session: Session, folder: RunFolder) -> None:
         if line.impossible or line.seconds > total / 100
     ]
     hint = ""
-    if not session.config.quick:
-        prices.config = session.config.replace(quick=True)
+    if not config.quick:
+        prices.config = config.replace(quick=True)
         quick = measuring.energy.price(prices) + price_stages(prices)
         hint = f"; with --quick {duration(sum(line.seconds for line in quick))}"
     say(f"this run takes about {duration(total)} here ({', '.join(parts)}){hint}")
@@ -379,8 +376,8 @@ def make_plan(config: RunConfig) -> dict[str, Any]:
     """
     config = resolve_energy(config)
     began = time.perf_counter()
-    session = Session(config)
-    prices = Prices(session)
+    context = Context.of(config)
+    prices = Prices(context, config)
     names = [name for name in registry.names() if name not in registry.choices]
     load = dataclasses.replace(prices.estimate(reads=1), name="load")
     later = price_stages(prices)
@@ -389,8 +386,8 @@ def make_plan(config: RunConfig) -> dict[str, Any]:
         "model": config.model,
         "blocks": prices.n,
         "remove": prices.remove,
-        "device": session.device,
-        "dtype": session.dtype,
+        "device": context.device,
+        "dtype": context.dtype,
         "weights": prices.weights,
         "allowed": prices.memory.total,
         "checkpoint": int(prices.left * prices.whole),

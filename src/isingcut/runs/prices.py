@@ -16,6 +16,7 @@ from isingcut.data.tokens import TokenSet
 from isingcut.energies.base import Price
 from isingcut.energies.search import Target
 from isingcut.evaluation.prompts import PROMPTS
+from isingcut.files.runs import BlockList
 from isingcut.formats.architectures.blocks import text_config
 from isingcut.models.compute.divergence import CHUNK_ELEMENTS
 from isingcut.models.compute.head import Comparison, OutputHead
@@ -23,9 +24,11 @@ from isingcut.models.device import allowance
 from isingcut.models.replay import BLOCK_STREAMS, EMBED, HEAD, Replay
 from isingcut.models.streaming.replay import StreamedReplay
 from isingcut.models.streaming.store import Store
-from isingcut.runs.folder import RunFolder, each_removal
-from isingcut.runs.session import Session, check_by_config
-from isingcut.runs.solving import TIMED_TOKENS, describe_blocks, removal_rows
+from isingcut.options.config import RunConfig
+from isingcut.options.machine import BATCH_TOKENS
+from isingcut.runs.constraints import TIMED_TOKENS, describe_blocks, removal_rows
+from isingcut.runs.context import Context, check_by_config
+from isingcut.runs.folder import each_removal
 from isingcut.runs.stages import Estimate
 
 # Bytes per second of a disk, for a run whose weights are in memory.
@@ -43,7 +46,7 @@ class Prices:
     """The costs of the energies and stages of one model: a timed pass, times the number of passes.
 
     Args:
-        folder: the run folder of a run that has begun.
+        blocks: the blocks of a run that has begun.
 
     Attributes:
         latency: (N,) seconds per token of each block.
@@ -52,23 +55,29 @@ class Prices:
         reading: seconds per byte of weights, read from disk and converted.
     """
 
-    def __init__(self, session: Session, folder: RunFolder | None = None) -> None:
-        config = self.config = session.config
-        self.streamed = session.streaming
-        self.weights = session.weights
-        self.dtype = session.torch_dtype
-        device = torch.device(session.device.split(",")[0])
+    def __init__(
+        self,
+        context: Context,
+        config: RunConfig,
+        blocks: BlockList | None = None,
+    ) -> None:
+        self.config = config
+        self.streamed = context.streaming
+        self.weights = context.weights
+        self.dtype = context.torch_dtype
+        device = torch.device(context.device.split(",")[0])
         self.reading = 1 / _DISK
         self.memory = allowance(config.memory_limit, device)
         self.largest = 0
-        if folder is None:
-            inspected = check_by_config(session, config, needed=False)
-        if folder is not None and not self.streamed:
-            session.choose_tuning(folder)
-            replay = session.replay
+        tokens = config.batch_tokens or BATCH_TOKENS
+        if blocks is None:
+            inspected = check_by_config(context, config, needed=False)
+        if blocks is not None and not self.streamed:
+            tokens = context.batch_tokens
+            replay = context.replay
         else:
             store = Store(
-                session.source,
+                context.source,
                 self.dtype,
                 device,
                 config.memory_limit,
@@ -82,8 +91,8 @@ class Prices:
             self.largest = store.largest
         vocabulary = text_config(replay.model).vocab_size
         longest = getattr(text_config(replay.model), "max_position_embeddings", None)
-        length = min(config.length, session.batch_tokens, longest or config.length)
-        rows = session.batch_tokens // length
+        length = min(config.length, tokens, longest or config.length)
+        rows = tokens // length
         # Random tokens, so that routers spread them over the experts as in real text.
         ids = np.random.default_rng(0).integers(vocabulary, size=(rows, length))
         batch = TokenSet.from_rows(ids.tolist())
@@ -101,12 +110,10 @@ class Prices:
         self.graph = self.n * BLOCK_STREAMS // 2 * self.stream
         # By default, a fifth of the blocks is removed.
         self.remove = max(1, self.n // 5)
-        if folder is not None:
-            blocks = folder.run.blocks
-        else:
+        if blocks is None:
             timing = config.budget.part("latency")
-            context = timing.context if timing else 0
-            timed = context or min(TIMED_TOKENS, longest or TIMED_TOKENS)
+            timed_for = timing.context if timing else 0
+            timed = timed_for or min(TIMED_TOKENS, longest or TIMED_TOKENS)
             seconds = [timed * s for s in self.latency]
             size = inspected.other_bytes + sum(b.bytes for b in inspected.stack.blocks)
             blocks = describe_blocks(
@@ -115,7 +122,7 @@ class Prices:
                 inspected.parameters,
                 size,
                 seconds,
-                context,
+                timed_for,
             )
             # A step of decoding is divided among the blocks like a pass.
             for block, each in zip(blocks.blocks, self.latency, strict=True):

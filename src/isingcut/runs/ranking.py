@@ -7,11 +7,14 @@ candidates, so that both are comparable.
 import dataclasses
 from collections.abc import Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from isingcut.baselines import registry
+from isingcut.console.progress import silent
+from isingcut.data.calibration import Calibration
 from isingcut.energies.base import price_states
 from isingcut.evaluation import candidates
 from isingcut.files import states
@@ -24,22 +27,20 @@ from isingcut.ising.solvers import solve
 from isingcut.ising.spectrum import Spectrum
 from isingcut.ising.states import States, states_of
 from isingcut.measure.losses import measure
-from isingcut.measure.streams import Kept
-from isingcut.options.config import RunConfig
-from isingcut.runs import benchmarking, measuring, solving
+from isingcut.options.choose import ChoiceOptions
+from isingcut.runs import benchmarking, constraints, measuring, solving
 from isingcut.runs.checks import check_run_tasks
-from isingcut.runs.cutting import share_options
-from isingcut.runs.folder import RunFolder
+from isingcut.runs.context import Context
+from isingcut.runs.cutting import Fit
 from isingcut.runs.prices import Prices
-from isingcut.runs.session import Session
-from isingcut.runs.stages import Estimate, Making, stage, typed_options
+from isingcut.runs.stages import Estimate, Inputs, Planned, Runner, stage
 from isingcut.runs.trials import (
     MORE,
     TOKENS,
+    Trials,
     choose_by_patch,
     is_deep,
     is_searched,
-    patched_losses,
     search_patched,
     trial_tokens,
 )
@@ -68,52 +69,65 @@ def _price(prices: Prices) -> list[Estimate]:
     return [dataclasses.replace(priced, seconds=seconds)]
 
 
+def _plan(runner: Runner, config: ChoiceOptions) -> Planned:
+    folder = runner.folder
+    files = {
+        name: measuring.energy_file(folder, config, name) for name in config.energies
+    }
+    others = list(files)[1:]
+    check_run_tasks(config)
+    tasks = benchmarking.prepare_tasks(config) if config.choose == "tasks" else []
+    return Planned(
+        folder.target(config) / "candidates.json",
+        {
+            "compared": sorted(others),
+            "tasks": benchmarking.question_files(tasks, config),
+            "others": {
+                name: folder.load(files[name], Hamiltonian.load) for name in others
+            },
+            "prepared": tasks,
+            "trial_tokens": trial_tokens(config),
+        },
+    )
+
+
+def rank(runner: Runner, config: ChoiceOptions) -> states.CandidatesFile:
+    """Measure the states of the spectrum of one removal, and choose one."""
+    return measure_candidates(runner, solving.with_solved(runner.folder, config))
+
+
 @stage(
     "rank",
     solving.load_candidates,
+    plan=_plan,
     choose=lambda ranking: ranking.chosen.removed,
     price=_price,
 )
-def rank(session: Session, folder: RunFolder) -> Making:
-    config = solving.with_solved(folder, session.config)
-    target = folder.target(config)
-    spectrum = folder.load(target / "spectrum.json", Spectrum.load)
-    others = {
-        name: folder.load(measuring.energy_file(folder, config, name), Hamiltonian.load)
-        for name in config.energies[1:]
-    }
-    options = solving.solve_options(folder, config) | {
-        "compare_energies": sorted(others)
-    }
-    options |= typed_options("rank", config) | session.numerics
-    if tokens := trial_tokens(config):
-        options |= {
-            "patch_tokens": tokens,
-            "patch": config.patch,
-            **share_options(config),
-        }
-    check_run_tasks(config)
-    if config.choose == "tasks":
-        options["tasks"] = benchmarking.questions_of(config)
-
-    path = yield folder, target / "candidates.json", options
-    if config.choose == "tasks":
-        benchmarking.check_models(session)
-    split = measuring.read_calibration(folder).splits["rank"]
-    problem = solving.problem_of(folder, config)
-    session.choose_tuning(folder)
+def measure_candidates(
+    context: Context, inputs: Inputs, options: Any, out: Path
+) -> None:
+    if options.prepared:
+        benchmarking.check_models(context, options.prepared)
+    calibration = inputs.read("calibration", Calibration.load)
+    spectrum = inputs.read("spectrum", Spectrum.load)
+    split = calibration.splits["rank"]
+    problem = solving.problem_of(inputs, options)
     search = problem.hamiltonian.meta.get("search", {})
-    mine = search.get("targets", {}).get(config.removal, {})
-    more = found_states(spectrum, problem, config, mine)
-    layers = [block.layer for block in folder.run.blocks.blocks]
-    whole = whole_layers(problem, layers) if config.budget else []
+    mine = search.get("targets", {}).get(options.removal, {})
+    more = found_states(spectrum, problem, options.choose, mine)
+    layers = [block.layer for block in inputs.blocks.blocks]
+    whole = whole_layers(problem, layers) if options.budget else []
     more = np.concatenate([more, states_of(problem.n, whole)])
     best = list[list[int]]()
     count = len(spectrum.removed(0))
-    if is_searched(config, count, problem.n, streamed=session.streaming):
+    place = inputs.place
+    fit = Fit(context, calibration, share=options.patch_share)
+    if is_searched(options, count, problem.n, streamed=context.streaming):
         start = np.concatenate([more, spectrum.states])
-        journal = target / "searched.journal"
-        best = search_patched(session, folder, problem, start, split, journal)
+        few = split.first(TOKENS)
+        best = search_patched(
+            Trials(fit, few, place / "searched.journal", silent), problem, start
+        )
         more = np.concatenate([more, states_of(problem.n, best)])
     considered = spectrum
     if len(more):
@@ -126,9 +140,9 @@ def rank(session: Session, folder: RunFolder) -> Making:
             seconds=spectrum.seconds,
             info=spectrum.info,
         )
-    work = session.work(target / "candidates.journal")
+    work = context.work(place / "candidates.journal")
     ranked = candidates.rank(
-        session.replay, split, problem, considered, others, config, work
+        context.replay, split, problem, considered, options.others, options, work
     )
     rows = ranked.candidates
     if quick := one_pass(rows, mine.get("one_pass", [])):
@@ -141,16 +155,15 @@ def rank(session: Session, folder: RunFolder) -> Making:
     ranked.whole = next((row for row in rows if [*row.removed] in whole), None)
     position = ranked.chosen.position
     reason: dict[str, Any] = {"why": ranked.chosen.why}
-    if config.choose == "tasks" and not folder.processes.rank:
+    if options.prepared and not context.processes.rank:
         position, ranked.by_tasks = benchmarking.choose_by_tasks(
-            session, rows, target / ".questions"
+            context, options.prepared, options.seed, rows, place / ".questions"
         )
         reason = {"why": "questions"}
-    elif tokens:
-        journal = target / "patched.journal"
-        kl = patched_losses(session, folder, split, journal, session.progress, Kept())
+    elif options.trial_tokens:
+        trials = Trials(fit, split, place / "patched.journal", context.progress)
         deep = is_deep(count, problem.n)
-        near = choose_by_patch(ranked, deep, config, kl, best)
+        near = choose_by_patch(ranked, deep, options, trials.kl, best)
         if len(near) > 1:
             position = near[0]
             compared = [{"position": i, "patched_kl": rows[i].patched_kl} for i in near]
@@ -158,11 +171,11 @@ def rank(session: Session, folder: RunFolder) -> Making:
     ranked.chosen = states.ChosenState(
         **rows[position].content(), position=position, **reason
     )
-    write_document(path, ranked)
+    write_document(out, ranked)
 
 
 def found_states(
-    spectrum: Spectrum, problem: Problem, config: RunConfig, mine: Mapping[str, Any]
+    spectrum: Spectrum, problem: Problem, choose: str, mine: Mapping[str, Any]
 ) -> States:
     """Return the feasible states that a search found for this removal, those of one pass first.
 
@@ -174,7 +187,7 @@ def found_states(
     """
     rows = (*mine.get("one_pass", []), *mine.get("finalists", []))
     removed = [row["removed"] for row in rows]
-    if config.choose == "tasks":
+    if choose == "tasks":
         removed.append(benchmarking.last_blocks(problem.n, len(spectrum.removed(0))))
     # The spectrum may be solved with more constraints than the search had.
     more = states_of(problem.n, removed)
@@ -212,9 +225,26 @@ def one_pass(
     ]
 
 
-@stage("baseline", partial(read_document, model=states.BaselineFile))
-def compare(session: Session, folder: RunFolder, name: str) -> Making:
-    """Run one baseline for the removal of the session's options.
+def _plan_baseline(runner: Runner, config: ChoiceOptions, name: str) -> Planned:
+    folder = runner.folder
+    measuring.require_calibration(folder)
+    part = registry.get(name)()
+    counts = config.remove.counts
+    count = counts[0] if counts else len(solving.chosen_blocks(folder, config))
+    return Planned(
+        folder.target(config) / f"baseline-{name}.json",
+        {
+            "baseline": name,
+            "settings": repr(part),
+            "count": count,
+            "measured_samples": measuring.samples_of(config, config.energy),
+            "part": part,
+        },
+    )
+
+
+def compare(runner: Runner, config: ChoiceOptions, name: str) -> states.BaselineFile:
+    """Run one baseline for a removal.
 
     Baselines only support a number of blocks. For a budget or a number per kind, the baseline
     removes as many blocks as the run's chosen state, and ``violated`` lists broken constraints.
@@ -222,41 +252,30 @@ def compare(session: Session, folder: RunFolder, name: str) -> Making:
     The file has the removed blocks, with their losses on the ranking split, the cost in passes and
     heads (see `isingcut.baselines.base.Outcome`), and the violated constraints of the run.
     """
-    config = session.config
-    part = registry.get(name)()
-    target = folder.target(config)
-    if folder.find_finished(target / "spectrum.json"):
-        config = solving.with_solved(folder, config)
-    counts = config.remove.counts
-    count = counts[0] if counts else len(solving.chosen_blocks(folder, config))
-    rows = solving.removal_rows(folder.run.blocks, config)
-    samples = measuring.samples_of(config, config.energy)
-    options = measuring.calibration_options(folder) | {
-        "baseline": name,
-        "options": repr(part),
-        "remove": count,
-        "rows": [row.name for row in rows],
-        "samples": samples,
-        "seed": config.seed,
-        **session.numerics,
-    }
+    if runner.folder.find_finished(runner.folder.target(config) / "spectrum.json"):
+        config = solving.with_solved(runner.folder, config)
+    return measure_baseline(runner, config, name)
 
-    file = target / f"baseline-{name}.json"
-    path = yield folder, file, options
-    splits = measuring.read_calibration(folder).splits
-    searched = splits["energy"].select(range(samples))
-    session.choose_tuning(folder)
-    work = session.work(target / f"{file.name}.journal")
-    outcome = part.choose(session.replay, searched, count, work, config.seed)
+
+@stage(
+    "baseline", partial(read_document, model=states.BaselineFile), plan=_plan_baseline
+)
+def measure_baseline(context: Context, inputs: Inputs, options: Any, out: Path) -> None:
+    splits = inputs.read("calibration", Calibration.load).splits
+    searched = splits["energy"].select(range(options.measured_samples))
+    part = options.part
+    rows = constraints.removal_rows(inputs.blocks, options)
+    work = context.work(inputs.place / f"{inputs.file.name}.journal")
+    outcome = part.choose(context.replay, searched, options.count, work, options.seed)
     losses = measure(
-        session.replay,
+        context.replay,
         splits["rank"],
-        states_of(len(session.replay), [outcome.removed]),
+        states_of(len(context.replay), [outcome.removed]),
         dataclasses.replace(work, journal=None),
         "measuring the choice",
     )
     content = states.BaselineFile(
-        baseline=name,
+        baseline=options.baseline,
         options=dataclasses.asdict(part),
         removed=list(outcome.removed),
         **losses.losses(0),
@@ -267,4 +286,4 @@ def compare(session: Session, folder: RunFolder, name: str) -> Making:
         violated=[row.name for row in rows if not row.satisfied(losses.states)[0]],
         info=outcome.info,
     )
-    write_document(path, content)
+    write_document(out, content)

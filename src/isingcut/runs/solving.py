@@ -1,302 +1,73 @@
-"""The constraints of a run, and the stages that only need files of its folder: `solve`, `report`.
+"""The stages that only need files of a run folder, `solve` and `report`, and the results before.
 
-Counts, budgets, keep and drop lists and legality are linear rows. Nothing here imports torch.
+Nothing here imports torch.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
-import math
 import shlex
-from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import numpy as np
-
-from isingcut.console.progress import Progress, silent
-from isingcut.errors import InfeasibleError, InputError, StageFileError
+from isingcut.errors import InputError, StageFileError
 from isingcut.files.results import read_document
-from isingcut.files.runs import BlockList, LegalityRow
 from isingcut.files.stages import SOLVING, STAGES, Outdated
 from isingcut.files.states import CandidatesFile
-from isingcut.ising import constraints as rows
-from isingcut.ising.constraints import LinearConstraint
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.ising.problem import Problem
 from isingcut.ising.solvers import imports, registry
 from isingcut.ising.solvers import solve as find
 from isingcut.ising.spectrum import Spectrum
-from isingcut.ising.states import Floats
-from isingcut.options.config import RunConfig
-from isingcut.options.parsed import Budget, Removal
+from isingcut.options.search import SearchOptions
+from isingcut.options.solve import SolveOptions
 from isingcut.report.write import write_report
+from isingcut.runs.constraints import removal_rows
 from isingcut.runs.folder import RunFolder
-from isingcut.runs.stages import Making, stage, typed_options
+from isingcut.runs.stages import Inputs, Planned, Runner, stage
 
 if TYPE_CHECKING:
-    from isingcut.formats.architectures.blocks import BlockStack
+    from isingcut.runs.context import Context
 
 
-TIMED_TOKENS = 128
-"""Most tokens of the sequence that blocks are timed on, without a context in the budget."""
-
-
-def removal_rows(
-    blocks: BlockList, config: RunConfig, *, early: bool = False
-) -> list[LinearConstraint]:
-    """Make all constraints of one removal, for the blocks in `run.json`.
-
-    Args:
-        early: the blocks are known from the model's configuration only; skip budgets that depend
-            on its weights or on this machine.
-
-    Raises:
-        InputError: an unreadable option, or no block or every block would be removed.
-        InfeasibleError: the constraints conflict; the message has them and the nearest possible
-            number of blocks or the largest budgets.
-    """
-    if config.remove.is_range:
-        raise InputError(
-            f"--remove {config.remove} is a range, which only `run` and the search accept; "
-            "give one number here (in Python: Run.at)"
-        )
-    kinds = [b.kind for b in blocks.blocks]
-    n = len(kinds)
-    if n == 1:
-        raise InputError(
-            "this model has a single block, which must stay; use a deeper model"
-        )
-    if config.remove or not config.budget:
-        counts = count_rows(kinds, config.remove)
-    else:
-        counts = [
-            LinearConstraint(
-                "some stay", np.ones(n), "<=", n - 1, "not every block goes"
-            )
-        ]
-    others = kept_and_dropped(n, config)
-    others += [LinearConstraint(**dict(row)) for row in blocks.legality]
-    budgets = [b for b in config.budget.parts if b.quantity.early or not early]
-    bounds = [budget_row(blocks, b) for b in budgets]
-    blank = Hamiltonian(np.zeros(n), np.zeros((n, n)))
-    plain = Problem(blank, [*counts, *others])
-    if bounds and config.budget.packed and all(row.rhs <= 0 for row in bounds):
-        raise InputError(
-            f"the whole model meets --budget {config.budget}; no block has to be removed"
-        )
-    try:
-        Problem(blank, [*counts, *others, *bounds]).check()
-    except InfeasibleError as e:
-        if not plain.has_states():
-            near = sorted(range(1, n), key=lambda m: abs(m - int(counts[0].rhs)))
-            legal = (
-                m
-                for m in near
-                if Problem(blank, [rows.count(n, m), *others]).has_states()
-            )
-            possible = next(legal, None) if config.remove.counts else None
-            hint = (
-                f"; the nearest possible number of blocks is {possible}"
-                if possible
-                else ""
-            )
-            raise InfeasibleError(f"{e}{hint}") from e
-        pairs = zip(bounds, budgets, strict=True)
-        each = [_furthest(blocks, plain, b) for row, b in pairs if row.rhs > 0]
-        alone = "each alone " if len(each) > 1 else ""
-        most = "nearest" if config.budget.packed else "largest"
-        zeros = (
-            "; removed sublayers stay as zeros here: give --units blocks, or a budget of kv"
-            if any(blocks.halves)
-            else ""
-        )
-        raise InfeasibleError(
-            f"{e}; the {most} possible {alone}is {', '.join(each)}{zeros}"
-        ) from e
-    return [*counts, *bounds, *others]
-
-
-def kept_and_dropped(n: int, config: RunConfig) -> list[LinearConstraint]:
-    """Make the rows of `keep` and `must_remove`.
-
-    Raises:
-        InputError: a block that a model of ``n`` blocks does not have.
-    """
-    kept = rows.keep(n, config.keep.numbers)
-    return [*kept, *rows.drop(n, config.must_remove.numbers)]
-
-
-def budget_row(blocks: BlockList, budget: Budget) -> LinearConstraint:
-    """Make the row of one `--budget`: at least this much of a quantity is removed.
-
-    For a packed model, this is the excess over the limit; 0 or less if the whole model meets it.
-    """
-    quantity = budget.quantity
-    costs, before, now = _costs(blocks, budget)
-    if quantity.packed:
-        most = budget.amount or (1 - (budget.share or 0.0)) * before
-        reason = f"{budget.name} of at most {most:.6g} bytes"
-        name = f"budget {budget.name}"
-        return LinearConstraint(name, costs, ">=", now - most, reason)
-    share = budget.share
-    if budget.name == "speed":
-        assert share is not None
-        # Of the time: twice the speed is half of the time.
-        row = rows.budget("speed", costs, share=share / (1 + share), total=before)
-        return dataclasses.replace(row, reason=f"speed at least {share:.6g} higher")
-    row = rows.budget(
-        budget.name, costs, share=share, amount=budget.amount, total=before
-    )
-    unit = quantity.unit
-    amount = f"{row.rhs / quantity.units[unit.lower()]:.6g}{unit}"
-    return dataclasses.replace(
-        row, reason=f"{budget.name} of at least {amount} removed"
-    )
-
-
-def _costs(blocks: BlockList, budget: Budget) -> tuple[Floats, float, float]:
-    """Return the costs of the blocks, and of the whole model before and after any packing.
-
-    They are those of what is written: a sublayer that goes alone stays as zeros, which the
-    checkpoint holds and transformers computes; only its keys and values can be left out.
-    """
-    quantity = budget.quantity
-    if not quantity.packed:
-        timed = {"latency": blocks.timed_tokens, "speed": blocks.decoded_tokens}
-        if timed.get(budget.name, budget.context) != budget.context:
-            raise InputError(
-                f"the blocks of this run were not timed for this context of {budget.name}; give "
-                "--budget to a new run"
-            )
-        costs = np.array([getattr(b, quantity.cost) for b in blocks.blocks], float)
-        total = float(getattr(blocks, quantity.whole, costs.sum()))
-        stay = blocks.halves if budget.name != "kv" else False
-        return np.where(stay, 0, costs), total, total
-    packed = blocks.packed
-    if packed is None:
-        raise InputError(
-            f"--budget {budget.name} chooses a type by measurement, which only `isingcut run` "
-            "does; give --remove M, or a budget of params, bytes, kv, latency or speed"
-        )
-    cache = np.zeros(len(blocks.blocks))
-    if budget.context:
-        # Keys and values in float16, llama.cpp's default.
-        for i, b in enumerate(blocks.blocks):
-            tokens = min(budget.context, b.window or budget.context)
-            beyond = b.kv_bytes_past_window * (budget.context - tokens)
-            grown = b.kv_bytes_per_token * tokens + beyond
-            cache[i] = 2 * b.parameters / b.bytes * grown + b.state_bytes
-    own = np.array(getattr(packed, quantity.cost))
-    now = float((own + cache).sum()) + getattr(packed, quantity.whole)
-    # What the file keeps as zeros keeps its cache.
-    costs = np.where(own > 0, own + cache, 0)
-    return costs, packed.read_before + float(cache.sum()), now
-
-
-def _furthest(blocks: BlockList, problem: Problem, budget: Budget) -> str:
-    """Return the strictest feasible value of one budget, as text for `--budget`."""
-    costs, before, now = _costs(blocks, budget)
-    # The energy decreases with the removed amount, so its lowest state removes the most.
-    falling = Hamiltonian(-costs, np.zeros((problem.n, problem.n)))
-    most = float(costs @ Problem(falling, problem.constraints).a_state())
-    unit = budget.quantity.unit
-    at = f"@{budget.context}" if budget.context else ""
-    # Rounded so that the printed value is feasible.
-    if budget.share is not None:
-        share = (before - now + most) / before
-        if budget.name == "speed":
-            share = share / (1 - share)
-        return f"{budget.name}={math.floor(1000 * share) / 10:g}%{at}"
-    scale = budget.quantity.units[unit.lower()]
-    amount = math.floor(1e6 * most / scale) / 1e6
-    if budget.quantity.packed:
-        amount = math.ceil(1e3 * (now - most) / scale) / 1e3
-    return f"{budget.name}={amount:.12g}{unit}{at}"
-
-
-def count_rows(kinds: Sequence[str], remove: Removal) -> list[LinearConstraint]:
-    """Make the rows for the number of removed blocks, in all or per kind."""
-    n = len(kinds)
-    if not remove:
-        raise InputError(
-            f"--remove is missing; give how many of the {n} blocks to remove, or a --budget"
-        )
-    total = remove.counts[0] if remove.counts else sum(remove.kinds.values())
-    if total >= n:
-        raise InputError(
-            f"--remove must be from 1 to {n - 1} for this model of {n} blocks, got {total}"
-        )
-    return (
-        [rows.count(n, total)]
-        if remove.counts
-        else rows.kind_counts(kinds, remove.kinds)
-    )
-
-
-def describe_blocks(
-    stack: BlockStack,
-    legal: Iterable[LinearConstraint],
-    parameters: int,
-    size: int,
-    seconds: Sequence[float] = (),
-    timed_tokens: int = 0,
-) -> BlockList:
-    """Describe blocks and legality rows for `run.json`, so that solving needs no model.
-
-    Args:
-        parameters: parameters of the whole model; ``size`` its bytes, 0 if unknown.
-        seconds: time of each block, if measured.
-        timed_tokens: context of the latency budget, the length of the sequence; 0 without one.
-    """
-    times: Sequence[float | None] = seconds or [None] * len(stack)
-    return BlockList(
-        path=stack.path,
-        blocks=[
-            block.model_copy(update={"latency_seconds": time})
-            for block, time in zip(stack.blocks, times, strict=True)
-        ],
-        total_parameters=parameters,
-        total_bytes=size,
-        timed_tokens=timed_tokens,
-        legality=[
-            LegalityRow(**{**vars(row), "coefficients": row.coefficients.tolist()})
-            for row in legal
-        ],
-    )
-
-
-@stage("solve", Spectrum.load)
-def solve(folder: RunFolder, config: RunConfig, progress: Progress = silent) -> Making:
+def _plan(runner: Runner, config: SolveOptions) -> Planned:
+    folder = runner.folder
     file = folder.path / "hamiltonian.safetensors"
     if not file.exists():
         raise StageFileError(
             f"{file} does not exist; run: isingcut energy MODEL --out {folder.path}"
         )
     # An unusable solver is named before the result of another one.
-    known = inspect.signature(registry.get(config.solver)).parameters
-    given = {"seed": config.seed, "seconds": config.solve_seconds}
-    own = {k: v for k, v in given.items() if k in known}
-    problem = problem_of(folder, config)
-    options = solve_options(folder, config)
+    registry.get(config.solver)
+    removal_rows(folder.run.blocks, config)
+    trusted = not imports(config.solver) or folder.typed_solver == config.solver
+    out = folder.target(config) / "spectrum.json"
+    return Planned(out, {"trusted": trusted})
 
-    path = yield folder, folder.target(config) / "spectrum.json", options
-    if imports(config.solver) and folder.typed_solver != config.solver:
+
+@stage("solve", Spectrum.load, plan=_plan)
+def solve(context: Context, inputs: Inputs, options: Any, out: Path) -> None:
+    if not options.trusted:
         raise InputError(
-            f"the options of {folder.path} have --solver {config.solver}, which imports "
-            f"third-party code; if you trust it, type --solver {config.solver} yourself"
+            f"the options of {inputs.folder.path} have --solver {options.solver}, which imports "
+            f"third-party code; if you trust it, type --solver {options.solver} yourself"
         )
-    with progress(f"solving for {config.removal}", 0) as bar:
-        spectrum = find(problem, config.solver, config.states, **own)
+    known = inspect.signature(registry.get(options.solver)).parameters
+    given = {"seed": options.seed, "seconds": options.solve_seconds}
+    own = {k: v for k, v in given.items() if k in known}
+    problem = problem_of(inputs, options)
+    with context.progress(f"solving for {options.removal}", 0) as bar:
+        spectrum = find(problem, options.solver, options.states, **own)
         bar.advance(0, f"lowest energy {spectrum.energies[0]:.4g}")
-    spectrum.save(path)
+    spectrum.save(out)
 
 
-def problem_of(folder: RunFolder, config: RunConfig) -> Problem:
-    """Make the constrained problem of one removal, with this folder's Hamiltonian."""
-    return Problem(read_energy(folder), removal_rows(folder.run.blocks, config))
+def problem_of(inputs: Inputs, config: SearchOptions) -> Problem:
+    """Make the constrained problem of one removal, with the main Hamiltonian of a run."""
+    return Problem(
+        inputs.read("energy", Hamiltonian.load), removal_rows(inputs.blocks, config)
+    )
 
 
 def read_energy(folder: RunFolder) -> Hamiltonian:
@@ -304,13 +75,10 @@ def read_energy(folder: RunFolder) -> Hamiltonian:
     return folder.load(folder.path / "hamiltonian.safetensors", Hamiltonian.load)
 
 
-def solve_options(folder: RunFolder, config: RunConfig) -> dict[str, Any]:
-    """Return the options of stage `solve`, with the fingerprint of the Hamiltonian's stage."""
-    record = folder.record(folder.path / "hamiltonian.safetensors")
-    return {"energy": record.fingerprint} | typed_options("solve", config)
+Solve = TypeVar("Solve", bound=SolveOptions)
 
 
-def with_solved(folder: RunFolder, config: RunConfig) -> RunConfig:
+def with_solved(folder: RunFolder, config: Solve) -> Solve:
     """Return the options, with those that the spectrum of their removal was solved with.
 
     Raises:
@@ -323,7 +91,7 @@ def with_solved(folder: RunFolder, config: RunConfig) -> RunConfig:
     return config.replace(**{key: made[key] for key in SOLVING if key in made})
 
 
-def require(folder: RunFolder, config: RunConfig, name: str) -> Path:
+def require(folder: RunFolder, config: SearchOptions, name: str) -> Path:
     """Return a file of an earlier stage of this removal; with an empty name, its folder.
 
     Raises:
@@ -345,14 +113,14 @@ def require(folder: RunFolder, config: RunConfig, name: str) -> Path:
     return path
 
 
-def _select(folder: RunFolder, config: RunConfig) -> str:
+def _select(folder: RunFolder, config: SearchOptions) -> str:
     """Return the arguments that select a removal of a run."""
     flag = "--remove" if config.remove else "--budget"
     return shlex.join([str(folder.path), flag, config.removal])
 
 
 def _outdated_error(
-    folder: RunFolder, config: RunConfig, outdated: Outdated
+    folder: RunFolder, config: SearchOptions, outdated: Outdated
 ) -> StageFileError:
     return StageFileError(
         f"{outdated.file} was made before the {outdated.value} changed; "
@@ -364,7 +132,7 @@ load_candidates = partial(read_document, model=CandidatesFile)
 """Reads the ranking in a `candidates.json`."""
 
 
-def read_ranking(folder: RunFolder, config: RunConfig) -> CandidatesFile:
+def read_ranking(folder: RunFolder, config: SearchOptions) -> CandidatesFile:
     """Read the ranking of one removal.
 
     Raises:
@@ -373,7 +141,7 @@ def read_ranking(folder: RunFolder, config: RunConfig) -> CandidatesFile:
     return folder.load(require(folder, config, "candidates.json"), load_candidates)
 
 
-def chosen_blocks(folder: RunFolder, config: RunConfig) -> list[int]:
+def chosen_blocks(folder: RunFolder, config: SearchOptions) -> list[int]:
     """Return the blocks that the ranking of one removal chose."""
     return read_ranking(folder, config).chosen.removed
 

@@ -1,7 +1,11 @@
 """How a stage runs: once for its options, resumed, checked, and recorded in `run.json`.
 
-`pipeline` lists all stages in their order, and `files.stages` has what each file depends on.
+    Stage(runner, options)  ->  its record is compared  ->  make(context, inputs, options, out)
+
+`pipeline` lists all stages in their order, and `files.stages` declares what each depends on.
 """
+
+from __future__ import annotations
 
 import contextlib
 import glob
@@ -9,19 +13,26 @@ import os
 import re
 import tempfile
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Generic, ParamSpec, TypeVar
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar, cast
 
+from isingcut.console.progress import Progress, silent
 from isingcut.errors import IsingcutError, OutputExistsError
 from isingcut.files import ownership, runs, writing
-from isingcut.files.stages import STAGES, Declaration
+from isingcut.files.stages import NUMERICS, STAGES, Declaration, find_source
 from isingcut.memory import exhausted_error, is_memory_exhausted
-from isingcut.options.config import RunConfig
+from isingcut.options.declaration import Only
+from isingcut.options.machine import MachineOptions
+from isingcut.processes import ALONE, Processes
 from isingcut.runs.folder import RunFolder, each_removal
 
-P = ParamSpec("P")
+if TYPE_CHECKING:
+    from isingcut.options.config import RunConfig
+    from isingcut.runs.context import Context
+
 T = TypeVar("T")
 
 
@@ -36,43 +47,140 @@ class Estimate:
     impossible: str = ""
 
 
-Making = Generator[tuple[RunFolder, Path, dict[str, Any]], Path, None]
-"""Yields the run, the file or folder that a stage writes there, and everything that the result
-depends on; if the path to write to is sent back, makes the result there."""
+class NoModel(NamedTuple):
+    """The context of stages that open no model."""
+
+    progress: Progress = silent
+    processes: Processes = ALONE
+
+
+@dataclass(eq=False)
+class Runner:
+    """Runs stages: the folder of their results, and the context that they compute in.
+
+    When memory runs out, a streamed context takes the place of the old one.
+    """
+
+    folder: RunFolder
+    context: Context
+
+    @classmethod
+    def of_files(cls, folder: RunFolder, progress: Progress = silent) -> Runner:
+        """Return the runner of stages that open no model."""
+        return cls(folder, cast("Context", NoModel(progress)))
+
+    def __post_init__(self) -> None:
+        self.folder.processes = self.context.processes
+        self.folder.progress = self.context.progress
+
+    def run_alone(self) -> None:
+        """Let each process work alone from now on."""
+        self.context = self.context.alone()
+        self.__post_init__()
+
+    def make_room(self) -> bool:
+        """Free memory by streaming the model; return False if that is impossible."""
+        streamed = self.context.streamed()
+        if streamed is not None:
+            self.context = streamed
+        return streamed is not None
+
+
+class Planned(NamedTuple):
+    """What a stage is about to write.
+
+    Args:
+        file: its file or folder.
+        values: what it is made from beside its results and options; those that the declaration
+            names are recorded.
+    """
+
+    file: Path
+    values: Mapping[str, Any] = MappingProxyType({})
+
+
+@dataclass(frozen=True, eq=False)
+class Inputs:
+    """The results that a stage reads: those of its declaration.
+
+    Args:
+        place: the folder with the file of the stage, for its journals.
+    """
+
+    folder: RunFolder
+    stage: Stage[Any]
+    file: Path
+
+    @property
+    def place(self) -> Path:
+        return self.file.parent
+
+    @property
+    def blocks(self) -> runs.BlockList:
+        """The blocks of the model."""
+        return self.folder.run.blocks
+
+    def find(self, name: str) -> Path:
+        """Return the file or folder of a result, after a check that nothing else changed it."""
+        if name not in self.stage.declared.reads:
+            raise LookupError(
+                f"the stage {self.stage.name} reads {name}, which it does not declare"
+            )
+        source = find_source(self.folder.run, self.folder.path, self.file, name)
+        self.folder.check(source)
+        return source
+
+    def read(self, name: str, load: Callable[[Path], T]) -> T:
+        """Return a result, read by a function."""
+        return load(self.find(name))
+
 
 _JOURNAL = re.compile(r".+\.journal(\.\d+)?")
 _FINGERPRINT = re.compile("[0-9a-f]{16}|[0-9a-f]{64}")
+_HOW = {f.name for f in fields(MachineOptions)} - {*NUMERICS}
+"""Options of the model and of the machine, which no result depends on beyond rounding; another
+model makes another run."""
 
 
 @dataclass(frozen=True)
-class Stage(Generic[P, T]):
+class Stage(Generic[T]):
     """A stage of a run; call it to get its result.
 
     Attributes:
         name: its name in `files.stages.STAGES` and in `run.json`.
-        make: makes its result for its arguments.
+        make: writes its result to a path. It gets the context, its inputs, and its options and
+            values as attributes.
         load: reads its file or folder.
-        check: raises if it is impossible; gets the session and the model's blocks, before a run
-            writes its first file.
+        plan: returns what it writes, and the values that it is made from; gets the runner, the
+            options and the further arguments of the call. By default, the declared file.
+        check: raises if it is impossible; gets the context, the options and the model's blocks,
+            before a run writes its first file.
         choose: returns the blocks that a result chooses, which the record keeps.
         price: estimates its time and memory from `prices.Prices`, for `plan`; a line without a name
             gets that of the stage.
     """
 
     name: str
-    make: Callable[P, Making]
+    make: Callable[[Context, Inputs, Any, Path], object]
     load: Callable[[Path], T]
-    check: Callable[[Any, runs.BlockList], object] = lambda session, blocks: None
-    choose: Callable[[T], list[int] | None] = lambda result: None
-    price: Callable[[Any], list[Estimate]] = lambda prices: []
+    plan: Callable[..., Planned] | None = None
+    check: Callable[[Context, Any, runs.BlockList], object] = field(
+        default=lambda context, config, blocks: None
+    )
+    choose: Callable[[T], list[int] | None] = field(default=lambda result: None)
+    price: Callable[[Any], list[Estimate]] = field(default=lambda prices: [])
 
     @property
     def declared(self) -> Declaration:
         """Its declaration."""
         return STAGES[self.name]
 
-    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> T:
+    def __call__(self, runner: Runner, config: Any, *given: Any) -> T:
         """Return the result; make it unless a result with the same options exists.
+
+        Args:
+            config: the options of a run; only the declared ones are read.
+            given: further arguments of `plan`.
 
         Raises:
             OutputExistsError: it was made with other options, and overwriting was not allowed.
@@ -80,16 +188,21 @@ class Stage(Generic[P, T]):
             BusyError: the stage must run, and another process writes to the folder.
             ModelError: the model's weights changed meanwhile.
         """
-        making = self.make(*args, **kwargs)
-        folder, file, options = next(making)
+        folder = runner.folder
         processes = folder.processes
+        place = folder.path if self.declared.of_run else folder.target(config)
+        planned = Planned(place / self.declared.main)
+        if self.plan is not None:
+            planned = self.plan(runner, config, *given)
+        file = planned.file
         if processes.rank:
             if processes.decide(bool):
                 with tempfile.TemporaryDirectory() as aside:
-                    _is_done(making, Path(aside) / file.name, folder)
+                    self._make(runner, config, planned, Path(aside) / file.name)
             folder.share()
             return folder.load(file, self.load)
         ownership.refuse_source(file, folder.sources)
+        options = self._options(runner, config, planned)
         made = folder.is_made(file, options)
         with contextlib.nullcontext() if made else folder.lock():
             # Another process may have finished it meanwhile.
@@ -114,12 +227,10 @@ class Stage(Generic[P, T]):
             began = time.monotonic()
             processes.decide(lambda: self.declared.together)
             try:
-                while not _is_done(making, file, folder):
-                    making = self.make(*args, **kwargs)
-                    next(making)
+                self._make(runner, config, planned, file)
                 try:
-                    if folder.session is not None:
-                        folder.session.check_model()
+                    if self.declared.model:
+                        runner.context.check_model()
                 except IsingcutError:
                     writing.delete(file)
                     self._forget(file)
@@ -141,7 +252,7 @@ class Stage(Generic[P, T]):
                 begun.sha256 = ownership.folder_hash(file)
             else:
                 begun.sha256 = ownership.file_sha256(file, folder.progress)
-            if folder.session is not None and folder.session.streaming:
+            if self.declared.model and runner.context.streaming:
                 begun.streamed = True
             result = self.load(file)
             begun.chosen = self.choose(result)
@@ -150,6 +261,52 @@ class Stage(Generic[P, T]):
             folder.share()
             self._forget(file)
             return result
+
+    def _options(self, runner: Runner, config: Any, planned: Planned) -> dict[str, Any]:
+        """Return everything that the result depends on, by the names of the declaration."""
+        declared = self.declared
+        folder = runner.folder
+        found = {name: getattr(config, name) for name in declared.options}
+        unused = declared.unused({**found, **planned.values})
+        found |= {name: planned.values[name] for name in declared.values}
+        if declared.numerics:
+            found |= runner.context.numerics
+        for name in declared.reads:
+            if name != "choice" and name not in unused:
+                source = find_source(folder.run, folder.path, planned.file, name)
+                key = "model" if name == "product" else name
+                found[key] = folder.record(source).fingerprint
+        return {name: value for name, value in found.items() if name not in unused}
+
+    def _make(self, runner: Runner, config: Any, planned: Planned, out: Path) -> None:
+        """Write the result to ``out``; if memory runs out and some can be freed, make it again.
+
+        Raises:
+            MemoryExhaustedError: memory ran out, and none can be freed.
+        """
+        names = _HOW | {*self.declared.options}
+        if self.declared.numerics:
+            names |= {*NUMERICS}
+        reader = f"the stage {self.name}"
+        options = Only(config, names, reader, **planned.values)
+        inputs = Inputs(runner.folder, self, planned.file)
+        while True:
+            context: Any = runner.context
+            if not self.declared.model:
+                context = Only(context, {"progress"}, reader)
+            elif self.declared.numerics:
+                runner.folder.keep_tuning(context.tuned)
+            try:
+                self.make(context, inputs, options, out)
+                return
+            except Exception as error:
+                if not is_memory_exhausted(error):
+                    raise
+                exhausted = exhausted_error(error)
+            # Not inside the except block: the error keeps frames with tensors alive.
+            del context
+            if not runner.make_room():
+                raise exhausted
 
     def _forget(self, file: Path) -> None:
         """Delete the journals of all processes, and a folder for journals that is empty then."""
@@ -201,34 +358,9 @@ class Stage(Generic[P, T]):
 
 def stage(
     name: str, load: Callable[[Path], T], **further: Any
-) -> Callable[[Callable[P, Making]], Stage[P, T]]:
+) -> Callable[[Callable[[Context, Inputs, Any, Path], object]], Stage[T]]:
     """Bind the decorated function to the declaration of a stage; arguments as of `Stage`."""
     return lambda make: Stage(name, make, load, **further)
-
-
-def _is_done(making: Making, file: Path, folder: RunFolder) -> bool:
-    """Make a stage's file; return False if memory ran out and some could be freed.
-
-    Raises:
-        MemoryExhaustedError: memory ran out, and none can be freed.
-    """
-    try:
-        with contextlib.suppress(StopIteration):
-            making.send(file)
-        return True
-    except Exception as error:
-        if not is_memory_exhausted(error):
-            raise
-        exhausted = exhausted_error(error)
-    # Not inside the except block: the error keeps frames with tensors alive.
-    if folder.session is None or not folder.session.make_room():
-        raise exhausted
-    return False
-
-
-def typed_options(name: str, config: RunConfig) -> dict[str, Any]:
-    """Return the options of a run that the record of a stage has as they were typed."""
-    return {key: getattr(config, key) for key in STAGES[name].options}
 
 
 def refuse_changes(folder: RunFolder, config: RunConfig, *, ranks: bool) -> None:
@@ -245,15 +377,15 @@ def refuse_changes(folder: RunFolder, config: RunConfig, *, ranks: bool) -> None
     # A model has no more removals than blocks, which is checked later.
     ranks &= max(config.remove.counts, default=0) < len(folder.run.blocks.blocks)
     for one in each_removal(config) if ranks else [config]:
-        for name, stage in STAGES.items():
+        for stage in STAGES.values():
             place = folder.path if stage.of_run else folder.target(one)
             record = folder.find_finished(file := place / stage.main)
             if record is None or not (ranks or stage.of_run):
                 continue
             made = record.options.content()
-            made |= made.pop("typed", {})
-            typed = typed_options(name, config if stage.of_run else one)
-            now = {k: v for k, v in typed.items() if k in made}
+            own = config if stage.of_run else one
+            names = made.keys() & {*stage.options, "energy"} - {*stage.reads}
+            now = {name: getattr(own, name) for name in stage.options if name in names}
             if lines := _list_changes({k: made[k] for k in now}, now):
                 raise _changed_error(file, lines)
 
@@ -272,8 +404,8 @@ def _list_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str
     for key in dict.fromkeys([*now, *before]):
         old = before.get(key)
         new = now.get(key)
-        # `refuse_changes` compares what is typed for an energy.
-        if old == new or key in ("options", "typed"):
+        # They have what is typed for an energy.
+        if old == new or key in ("settings", "named"):
             continue
         if isinstance(old, dict) or isinstance(new, dict):
             changes += [

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from scipy.special import log_ndtr
 
-from isingcut.console.progress import Progress, silent
+from isingcut.console.progress import Progress
 from isingcut.data.tokens import TokenSet
 from isingcut.energies.search.proposals import Target, flip_each, list_exchanges
 from isingcut.energies.search.search import CHANCE, GAIN
@@ -29,11 +29,8 @@ from isingcut.ising.states import Bools, Floats, States, blocks_of, key_of
 from isingcut.measure.ledger import Ledger
 from isingcut.measure.packed import changed_losses
 from isingcut.measure.streams import Kept
-from isingcut.options.config import RunConfig
-from isingcut.report.run_files import RunFiles
-from isingcut.runs.cutting import fit_patch
-from isingcut.runs.folder import RunFolder
-from isingcut.runs.session import Session
+from isingcut.options.choose import ChoiceOptions
+from isingcut.runs.cutting import Fit, fit_patch
 
 NEAR = 0.05
 ERRORS = 2
@@ -53,11 +50,8 @@ are measured again; states beyond the number of blocks after which it ends; toke
 of each state, and to measure it; and the error of a sum of effects, as a share of the KL, that
 counts as much as a round of measured ones."""
 
-PatchedLoss = Callable[[Sequence[int], str, int], float]
-"""Returns the KL of a state after a patch of a kind, fitted on so many tokens."""
 
-
-def trial_tokens(config: RunConfig) -> int:
+def trial_tokens(config: ChoiceOptions) -> int:
     """Return the number of tokens for patches of near candidates; 0 if none are patched."""
     patched = config.choose == "measured" and config.patch != "none"
     return max(64, config.patch_tokens // LESS) if patched else 0
@@ -69,96 +63,87 @@ def is_deep(removed: int, blocks: int) -> bool:
 
 
 def is_searched(
-    config: RunConfig, removed: int, blocks: int, *, streamed: bool
+    config: ChoiceOptions, removed: int, blocks: int, *, streamed: bool
 ) -> bool:
     """Whether states are searched by their patched KL: deep cuts of a model in memory, if trial
     patches take more tokens than those of the search (not with ``--quick``)."""
     return is_deep(removed, blocks) and trial_tokens(config) > TOKENS and not streamed
 
 
-def patched_losses(
-    session: Session,
-    folder: RunFolder,
-    text: TokenSet,
-    journal: Path,
-    progress: Progress,
-    kept: Kept | None = None,
-) -> PatchedLoss:
-    """Return the function that measures states after a patch.
+class Trials:
+    """Measures states after a patch.
 
     Args:
+        fit: what the patches are fitted with.
         text: text to measure on.
         journal: file that keeps each measurement.
         progress: display of one measurement.
-        kept: as in `make_patches`, for the text of the fits.
     """
-    measured = Kept()
-    files = RunFiles(folder.path, run=folder.run)
-    work = dataclasses.replace(session.work(journal), progress=progress)
-    ledger = Ledger(session.replay, text, work)
 
-    def measure(removed: Sequence[int], kind: str, tokens: int) -> float:
+    def __init__(
+        self, fit: Fit, text: TokenSet, journal: Path, progress: Progress
+    ) -> None:
+        context = fit.context
+        self.fit = fit
+        self.text = text
+        self._progress = progress
+        self._work = dataclasses.replace(context.work(journal), progress=progress)
+        self._ledger = Ledger(context.replay, text, self._work)
+        self._fitted = Kept()
+        self._measured = Kept()
+
+    def kl(self, removed: Sequence[int], kind: str, tokens: int) -> float:
+        """Return the KL of a state after a patch of a kind, fitted on so many tokens."""
         # With `--heal` a patch would be least-squares only, but a tuned one predicts the healing.
-        trial = session.config.replace(patch=kind, patch_tokens=tokens, heal="")
+        fit = dataclasses.replace(self.fit, repair=kind, tokens=tokens)
         cuts = runs(removed) if kind == "linear" else []
         known = {last + 1: tuple(cuts[: k + 1]) for k, (_, last) in enumerate(cuts)}
 
         def make() -> Floats:
-            with session.at(trial):
-                new = fit_patch(session, folder, removed, progress, kept)
+            new = fit_patch(fit, removed, self._progress, self._fitted)
             return changed_losses(
-                session.replay,
-                text,
+                fit.context.replay,
+                self.text,
                 lambda name, _: new.get(name),
-                work,
-                f"without {files.name_blocks(removed)}, patched",
+                self._work,
+                f"without {', '.join(map(str, removed))}, patched",
                 removed,
-                measured,
+                self._measured,
                 known,
             )
 
         key = f"{list(removed)}:{kind}:{tokens}"
-        sums = ledger.measure_once(key, 0.0, 0.0, make)
-        return float(sums.sum() / ledger.counts.sum())
-
-    return measure
+        sums = self._ledger.measure_once(key, 0.0, 0.0, make)
+        return float(sums.sum() / self._ledger.counts.sum())
 
 
-def search_patched(
-    session: Session,
-    folder: RunFolder,
-    problem: Problem,
-    start: States,
-    text: TokenSet,
-    journal: Path,
-) -> list[list[int]]:
+def search_patched(trials: Trials, problem: Problem, start: States) -> list[list[int]]:
     """Search for states of low KL after a least-squares patch, by steepest descent over exchanges.
 
     The effect of a block is the change of the KL when it alone is removed or restored. Effects of
     one state nearly add up (docs/experiments/deep.md), but differ between states.
 
     Args:
+        trials: measures on the first `TOKENS` tokens.
         start: (S, N) states; the first `ROUND` distinct ones are measured first.
-        text: text whose first `TOKENS` tokens are used to measure on.
 
     Returns:
         the removed blocks of the best two states.
 
     Complexity: N + 8 to N + `MORE` states.
     """
-    few = text.first(TOKENS)
-    patched_kl = patched_losses(session, folder, few, journal, silent, Kept())
-    target = Target(session.config.removal, problem.constraints)
+    context = trials.fit.context
+    target = Target("", problem.constraints)
     states = dict[str, Bools]()
     kl = dict[str, float]()
     effects = np.zeros(problem.n)
-    with session.progress("searching patched states", problem.n + MORE) as bar:
+    with context.progress("searching patched states", problem.n + MORE) as bar:
 
         def measure(state: Bools) -> float:
             key = key_of(state)
             if key not in kl:
                 states[key] = state
-                kl[key] = patched_kl(blocks_of(state), "linear", TOKENS)
+                kl[key] = trials.kl(blocks_of(state), "linear", TOKENS)
                 bar.advance(1, f"KL {kl[key]:.4f}")
             return kl[key]
 
@@ -210,8 +195,8 @@ def search_patched(
 def choose_by_patch(
     ranking: states.CandidatesFile,
     deep: bool,
-    config: RunConfig,
-    patched_kl: PatchedLoss,
+    config: ChoiceOptions,
+    patched_kl: Callable[[Sequence[int], str, int], float],
     searched: Sequence[list[int]],
 ) -> list[int]:
     """Choose among the candidates near the lowest, by their KL after a patch.
@@ -225,6 +210,7 @@ def choose_by_patch(
     Args:
         ranking: the ranked candidates.
         deep: whether the cut is deep.
+        patched_kl: as `Trials.kl`.
         searched: the result of `search_patched`; empty without such a search.
 
     Returns:

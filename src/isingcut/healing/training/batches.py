@@ -29,7 +29,7 @@ from isingcut.measure.splitting import count_graph_bytes, fewer_tokens_to_fit
 from isingcut.models.compute.divergence import CHUNK_ELEMENTS
 from isingcut.models.device import BatchLimit, least_left
 from isingcut.models.placement import devices_of, name_devices
-from isingcut.options.config import BATCH_TOKENS
+from isingcut.options.machine import BATCH_TOKENS
 
 # The overhead of a micro-batch (casting weights, adding gradients), as a number of tokens.
 _EACH = 64

@@ -26,7 +26,7 @@ from isingcut.models.device import allowance, weight_bytes
 from isingcut.models.load import build_skeleton
 from isingcut.models.sublayers import find_dropped
 from isingcut.models.verify import reload
-from isingcut.options.config import HealConfig
+from isingcut.options.heal import HealConfig
 
 # Silences peft's warning, for every layer, about an older name for gradient checkpointing.
 _quiet_peft = partial(warnings.catch_warnings, action="ignore", category=FutureWarning)

@@ -1,13 +1,14 @@
-"""The shared state of a run's stages: the model (loaded on first use), its blocks and its rows."""
+"""The context of stages: the model (opened on first use), its blocks, and how it is computed."""
 
-import contextlib
+from __future__ import annotations
+
 import dataclasses
 import os
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -17,7 +18,7 @@ from isingcut.errors import ArchitectureError, InputError, ModelError
 from isingcut.evaluation.speed import DECODED, time_decoding
 from isingcut.files.cuts import CutRecord
 from isingcut.files.results import read_document
-from isingcut.files.runs import BlockList, Computed, ModelIdentity
+from isingcut.files.runs import BlockList, Computed, ModelIdentity, Provenance
 from isingcut.formats.architectures.blocks import (
     BlockStack,
     find_stack,
@@ -51,101 +52,135 @@ from isingcut.models.replay import Replay
 from isingcut.models.sharing import open_cut
 from isingcut.models.streaming.replay import load_streamed
 from isingcut.models.streaming.store import Buffers
-from isingcut.options.config import BATCH_TOKENS, RunConfig
+from isingcut.options.choose import ChoiceOptions
+from isingcut.options.machine import BATCH_TOKENS, MachineOptions
+from isingcut.options.parsed import Budgets
 from isingcut.processes import ALONE, Processes, local_rank
-from isingcut.runs.folder import RunFolder, each_removal
-from isingcut.runs.solving import (
+from isingcut.runs.constraints import (
     TIMED_TOKENS,
     describe_blocks,
     kept_and_dropped,
     removal_rows,
 )
+from isingcut.runs.folder import each_removal
+
+# What another context of the same model needs no second time.
+_FOUND = ("_resolved", "identity", "inspected")
 
 
-@dataclasses.dataclass(eq=False)
-class Session:
-    """The model of a run, with the settings of its computation.
+@dataclasses.dataclass(frozen=True, eq=False)
+class Context:
+    """The model of a job and how it is computed; everything is found on first use.
+
+    It knows no folder, and nothing of it changes: another device or process is another context.
 
     Args:
-        config: the run's options; only those about the model are used here.
+        options: the model, and how it is computed.
         progress: shows progress.
-        recorded: the dtype that the run chose for `--dtype auto` before, if any.
+        dtype_before: the dtype that the run chose for `--dtype auto` before, if any.
+        tuned_before: the micro-batches that the run chose before, by device.
         processes: the processes that load the same model and measure together.
     """
 
-    config: RunConfig
+    options: MachineOptions
     progress: Progress = silent
-    recorded: str | None = None
+    dtype_before: str | None = None
+    tuned_before: Mapping[str, Computed] = dataclasses.field(default_factory=dict)
     processes: Processes = ALONE
 
-    @contextlib.contextmanager
-    def at(self, config: RunConfig) -> Iterator[None]:
-        """Use other options for the stages within the context."""
-        # Not a copy: it would keep the weights in memory after `make_room`.
-        before = self.config
-        self.config = config
-        try:
-            yield
-        finally:
-            self.config = before
+    @classmethod
+    def of(
+        cls,
+        options: MachineOptions,
+        progress: Progress = silent,
+        made: Provenance | None = None,
+    ) -> Self:
+        """Return the context for the options of a job.
+
+        Args:
+            made: what the results so far were made with.
+        """
+        if made is None:
+            return cls(options.machine, progress)
+        return cls(options.machine, progress, made.dtype, made.computed)
+
+    def _with(self, keep: Sequence[str] = _FOUND, **changes: Any) -> Self:
+        """Return a context with other fields, and with what was found by these names."""
+        other = dataclasses.replace(self, **changes)
+        vars(other).update({k: v for k, v in vars(self).items() if k in keep})
+        return other
+
+    def alone(self) -> Self:
+        """Return the context of the same loaded model for this process alone."""
+        found = vars(self).keys() - {f.name for f in dataclasses.fields(self)}
+        return self._with([*found - {"replay"}], processes=ALONE)
+
+    def streamed(self) -> Self | None:
+        """Return a context that streams the model from disk, or None if that is impossible."""
+        if self.streaming or self.options.stream != "auto" or self.processes.size > 1:
+            return None
+        say("isingcut: out of memory; the model is streamed from disk from now on")
+        devices.BatchLimit(pick_device(self.device)).release()
+        return self._with(options=self.options.replace(stream="on"))
 
     @cached_property
     def batch_tokens(self) -> int:
-        """Tokens of a micro-batch of measurements, as requested, else the default.
-
-        A run chooses the micro-batch for its device and records it (`choose_tuning`).
-        """
-        return self.config.batch_tokens or BATCH_TOKENS
-
-    def choose_tuning(self, folder: RunFolder) -> None:
-        """Set the attention, and the micro-batch: as recorded, or as requested, or what fits."""
-        given = self.config.attention
-        self.replay.attention = None if given == "auto" else given
+        """Tokens of a micro-batch: as requested, as chosen for this device before, or what fits."""
+        requested = self.options.batch_tokens
         if self.streaming:
-            return
-        device = name_devices(self.replay)
-        made = folder.run.provenance
-        requested = self.config.batch_tokens
+            return requested or BATCH_TOKENS
 
-        def read_record() -> int:
-            record = made.computed.get(device)
-            if record is None or record.requested != requested:
-                room = (
-                    least_left(devices_of(self.loaded.model), self.config.memory_limit)
-                    // 2
-                )
-                chosen = requested or choose_batch_tokens(self.replay, room)
-                record = Computed(requested=requested, batch_tokens=chosen)
-                made.computed = {**made.computed, device: record}
-                folder.save()
-            return record.batch_tokens
+        def choose() -> int:
+            before = self.tuned_before.get(name_devices(self.replay))
+            if before is not None and before.requested == requested:
+                return before.batch_tokens
+            limit = self.options.memory_limit
+            room = least_left(devices_of(self.loaded.model), limit) // 2
+            return requested or choose_batch_tokens(self.replay, room)
 
-        self.batch_tokens = self.processes.decide(read_record)
+        return self.processes.decide(choose)
+
+    @property
+    def tuned(self) -> dict[str, Computed]:
+        """The micro-batch of this device, by its name; empty if the model is streamed."""
+        chosen = self.batch_tokens
+        if self.streaming:
+            return {}
+        requested = self.options.batch_tokens
+        record = Computed(requested=requested, batch_tokens=chosen)
+        return {name_devices(self.replay): record}
 
     @cached_property
     def dtype(self) -> str:
         """The name of the dtype: as requested, as recorded, else chosen now."""
-        if self.config.dtype == "auto" and self.recorded is not None:
-            return self.recorded
-        return devices.dtype_name(self.config.dtype, self.config.device)
+        if self.options.dtype == "auto" and self.dtype_before is not None:
+            return self.dtype_before
+        return devices.dtype_name(self.options.dtype, self.options.device)
 
     @cached_property
-    def source(self) -> Path:
-        """The model as a local Hugging Face folder."""
-        trust = self.config.trust_remote_code
+    def _resolved(self) -> tuple[Path, Any]:
+        trust = self.options.trust_remote_code
         place = resolve(
-            self.config.model, trust_remote_code=trust, progress=self.progress
+            self.options.model, trust_remote_code=trust, progress=self.progress
         )
         # A later change of the working folder must not move it.
         folder = place.absolute()
-        self._stamp = weights_stamp(folder)
-        return folder
+        return folder, weights_stamp(folder)
+
+    @property
+    def source(self) -> Path:
+        """The model as a local Hugging Face folder."""
+        return self._resolved[0]
+
+    def check_model(self) -> None:
+        """Raise if the model's weights changed since this context opened it."""
+        check_unchanged(*self._resolved)
 
     @cached_property
     def identity(self) -> ModelIdentity:
         """Name and hash of the model, and the bytes of the file or files that the user has."""
-        identity = model_identity(self.source) | {"name": self.config.model}
-        if (packed := find_gguf(self.config.model)) is not None:
+        identity = model_identity(self.source) | {"name": self.options.model}
+        if (packed := find_gguf(self.options.model)) is not None:
             identity["weight_bytes"] = packed.stat().st_size
         return ModelIdentity(**identity)
 
@@ -153,14 +188,14 @@ class Session:
     def numerics(self) -> dict[str, Any]:
         """The options of the computation that a result depends on beyond rounding."""
         settings = {"dtype": self.dtype}
-        if self.config.attention != "auto":
-            settings["attention"] = self.config.attention
+        if self.options.attention != "auto":
+            settings["attention"] = self.options.attention
         return settings
 
     @property
     def torch_dtype(self) -> torch.dtype:
         """The dtype of the weights once loaded."""
-        return devices.pick_dtype(self.dtype, pick_device(self.config.device))
+        return devices.pick_dtype(self.dtype, pick_device(self.options.device))
 
     @cached_property
     def weights(self) -> int:
@@ -170,8 +205,8 @@ class Session:
     @cached_property
     def device(self) -> str:
         """The device, or several, separated by commas; a streamed model uses the first."""
-        given = (self.config.memory_limit, self.config.cards_per_process)
-        cards = devices.pick_devices(self.config.device, self.weights, *given)
+        given = (self.options.memory_limit, self.options.cards_per_process)
+        cards = devices.pick_devices(self.options.device, self.weights, *given)
         return ",".join(map(str, cards))
 
     @cached_property
@@ -182,8 +217,8 @@ class Session:
             InputError: the memory limit cannot be parsed, or a device is not available.
         """
         places = map(torch.device, self.device.split(","))
-        left = sum(allowance(self.config.memory_limit, place).left for place in places)
-        wanted = self.config.stream
+        left = sum(allowance(self.options.memory_limit, place).left for place in places)
+        wanted = self.options.stream
         return self.weights > left if wanted == "auto" else wanted == "on"
 
     @cached_property
@@ -194,10 +229,10 @@ class Session:
     def _open(self, folder: Path, buffers: Buffers | None = None) -> models.LoadedModel:
         """Open a checkpoint; if the model is streamed, with buffers of another one if given."""
         how: Any = {"dtype": self.dtype, "device": self.device}
-        how["trust_remote_code"] = self.config.trust_remote_code
-        how["units"] = self.config.units
+        how["trust_remote_code"] = self.options.trust_remote_code
+        how["units"] = self.options.units
         if self.streaming:
-            limit = self.config.memory_limit
+            limit = self.options.memory_limit
             return load_streamed(folder, **how, memory_limit=limit, buffers=buffers)
         return models.load(folder, **how)
 
@@ -205,31 +240,10 @@ class Session:
         """Return the settings for a measurement, with a journal if it has one."""
         return Work(self.batch_tokens, self.progress, journal)
 
-    def attach(self, folder: RunFolder) -> None:
-        """Let the stages of a run folder free memory and check the weights."""
-        folder.session = self
-        folder.progress = self.progress
-
-    def check_model(self) -> None:
-        """Raise if the model's weights changed since this session opened it."""
-        check_unchanged(self.source, self._stamp)
-
-    def make_room(self) -> bool:
-        """Free memory by switching to streaming; return False if that is impossible."""
-        if self.streaming or self.config.stream != "auto" or self.processes.size > 1:
-            return False
-        say("isingcut: out of memory; the model is streamed from disk from now on")
-        # The model is opened again on the next use.
-        for name in ("loaded", "replay"):
-            self.__dict__.pop(name, None)
-        devices.BatchLimit(pick_device(self.device)).release()
-        self.streaming = True
-        return True
-
     def open_cut(
         self, folder: Path, removed: Sequence[int] | None = None
     ) -> models.LoadedModel:
-        """Open a cut of the session's model that shares its weights, see `sharing.open_cut`.
+        """Open a cut of the model that shares its weights, see `sharing.open_cut`.
 
         Args:
             removed: its removed blocks; None: those in its record, or none without a record.
@@ -253,9 +267,9 @@ class Session:
         """What the model's configuration tells, before its weights are read."""
         return inspect_model(
             self.source,
-            trust_remote_code=self.config.trust_remote_code,
+            trust_remote_code=self.options.trust_remote_code,
             dtype=self.dtype,
-            units=self.config.units,
+            units=self.options.units,
         )
 
     @cached_property
@@ -263,14 +277,15 @@ class Session:
         """The model's blocks, to run one at a time."""
         replay = self.loaded.replay
         replay.processes = self.processes
+        given = self.options.attention
+        replay.attention = None if given == "auto" else given
         return replay
 
-    def describe_blocks(self) -> BlockList:
-        """Describe blocks and legality rows for `run.json`."""
+    def describe_blocks(self, budget: Budgets) -> BlockList:
+        """Describe blocks and legality rows for `run.json`, timed for a budget."""
         model = self.loaded.model
         legal = legality(model.config.to_dict(), self.stack)
         longest = getattr(text_config(model), "max_position_embeddings", None)
-        budget = self.config.budget
         asked = {n: b.context for n in ("latency", "speed") if (b := budget.part(n))}
         context = asked.get("latency", 0)
         most = int(longest or max([TIMED_TOKENS, *asked.values()]))
@@ -305,53 +320,55 @@ class Session:
             block.decode_seconds = seconds
         return {"decoded_tokens": context, "decode_seconds": whole}
 
+    def join(self, processes: Processes) -> Self:
+        """Return the context of processes that measure together, with the settings of rank 0.
 
-def join_processes(session: Session, processes: Processes) -> None:
-    """Share the session's measurements among all processes, with the settings of rank 0.
+        Raises:
+            InputError: several processes have the same GPU.
+            ModelError: this process and rank 0 have different models.
+        """
+        if processes.size == 1:
+            return self
+        _use_own_card(self.options, processes)
+        # Rank 0 chooses, because processes must not differ by free memory or by the speed of
+        # bfloat16. The model is resolved first, so that each machine downloads it once.
+        chosen = processes.decide(lambda: self._settings(processes.size))
+        if local_rank() == 0:
+            _ = self.identity
+        processes.wait()
+        if self.identity.sha256 != chosen.pop("sha256"):
+            raise ModelError(
+                f"{self.options.model!r} differs between this machine and that of rank 0; give "
+                "every machine the same files"
+            )
+        if processes.rank == 0:
+            # Alone after the measurements, it may still run out of memory and stream.
+            chosen = {"memory_limit": chosen["memory_limit"]}
+        shared = self.options.replace(**chosen)
+        return self._with(options=shared, processes=processes)
 
-    Raises:
-        InputError: several processes have the same GPU.
-        ModelError: this process and rank 0 have different models.
-    """
-    if processes.size == 1:
-        return
-    session.processes = processes
-    _use_own_card(session.config, processes)
-    # Rank 0 chooses, because processes must not differ by free memory or by the speed of bfloat16.
-    # The model is resolved first, so that each machine downloads or converts it once.
-    chosen = processes.decide(lambda: _choices(session, processes.size))
-    if local_rank() == 0:
-        _ = session.identity
-    processes.wait()
-    if session.identity.sha256 != chosen.pop("sha256"):
-        raise ModelError(
-            f"{session.config.model!r} differs between this machine and that of rank 0; give every "
-            "machine the same files"
-        )
-    if processes.rank:
-        session.config = session.config.replace(**chosen)
+    def _settings(self, size: int) -> dict[str, Any]:
+        """Return the settings that all processes must share."""
+        # Printed because a launcher with wrong options silently starts one process.
+        if self.progress is not silent:
+            say(f"{size} processes share the measurements")
+        local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
+        device = pick_device(self.options.device)
+        limit: str = self.options.memory_limit
+        if device.type != "cuda" and local_size > 1 and not limit:
+            # Each process gets its share of the memory.
+            memory = allowance("", device)
+            each = memory.used + memory.left // local_size
+            limit = f"{each / 1e6:.0f}MB"
+        limited = self._with(options=self.options.replace(memory_limit=limit))
+        stream = "on" if limited.streaming else "off"
+        own = {"sha256": self.identity.sha256, "dtype": self.dtype}
+        return own | {"memory_limit": limit, "stream": stream}
 
 
-def _choices(session: Session, size: int) -> dict[str, Any]:
-    """Return the settings that all processes must share."""
-    # Printed because a launcher with wrong options silently starts one process.
-    if session.progress is not silent:
-        say(f"{size} processes share the measurements")
-    own = {"sha256": session.identity.sha256, "dtype": session.dtype}
-    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
-    device = pick_device(session.config.device)
-    if device.type != "cuda" and local_size > 1 and not session.config.memory_limit:
-        # Each process gets its share of the memory.
-        memory = allowance("", device)
-        each = memory.used + memory.left // local_size
-        session.config = session.config.replace(memory_limit=f"{each / 1e6:.0f}MB")
-    stream = "on" if session.streaming else "off"
-    return own | {"memory_limit": session.config.memory_limit, "stream": stream}
-
-
-def _use_own_card(config: RunConfig, processes: Processes) -> None:
+def _use_own_card(options: MachineOptions, processes: Processes) -> None:
     """Make "cuda" without a number mean a GPU of this process, and check that no other has it."""
-    device = config.device
+    device = options.device
     if device.startswith("cuda:"):
         raise InputError(
             f"--device {device} names GPUs for each of {processes.size} processes; give --device "
@@ -360,7 +377,7 @@ def _use_own_card(config: RunConfig, processes: Processes) -> None:
     own = ""
     if device != "cpu" and torch.cuda.is_available():
         present = torch.cuda.device_count()
-        number = first_card(present, config.cards_per_process) % present
+        number = first_card(present, options.cards_per_process) % present
         torch.cuda.set_device(number)
         own = f"{socket.gethostname()} {torch.cuda.get_device_properties(number).uuid}"
     cards = [card.decode() for card in processes.gather(own.encode())]
@@ -373,11 +390,13 @@ def _use_own_card(config: RunConfig, processes: Processes) -> None:
             )
 
 
-def check_by_config(session: Session, config: RunConfig, *, needed: bool) -> Inspection:
+def check_by_config(
+    context: Context, config: ChoiceOptions, *, needed: bool
+) -> Inspection:
     """Check the options against a model's configuration, before its weights are read.
 
     Args:
-        session: only its model's configuration is read.
+        context: only its model's configuration is read.
         needed: whether a removal is required.
 
     Raises:
@@ -386,7 +405,7 @@ def check_by_config(session: Session, config: RunConfig, *, needed: bool) -> Ins
             than its positions.
         InfeasibleError: the constraints conflict, as far as known without the weights.
     """
-    model = session.inspected
+    model = context.inspected
     if model.refusal:
         raise ArchitectureError(model.refusal)
     if model.unused:

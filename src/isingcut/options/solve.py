@@ -1,0 +1,24 @@
+"""Options of the solver."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from annotated_types import Interval as Bounds
+
+from isingcut.options.declaration import option
+from isingcut.options.search import SearchOptions
+
+
+@dataclass(frozen=True, init=False)
+class SolveOptions(SearchOptions):
+    """How the low-energy states are found, and how many."""
+
+    solver: str = option("auto", "Solver of low-energy states.")
+    states: Annotated[int, Bounds(ge=1, le=100_000)] = option(
+        20, "States kept in the spectrum."
+    )
+    solve_seconds: Annotated[float, Bounds(gt=0, le=3600 * 24 * 365)] = option(
+        60.0, "Time limit of the solver, in seconds."
+    )
