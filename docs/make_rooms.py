@@ -6,17 +6,20 @@ python docs/make_rooms.py
 import re
 from pathlib import Path
 
-from isingcut.files.stages import STAGES
+from isingcut.files.stages import NUMERICS, STAGES
 
 PAGE = Path(__file__).with_name("rooms.md")
 
 
 def page() -> str:
     """Return the page with the table of the declared stages."""
-    rows = ["| stage | verb | writes | reads |", "|---|---|---|---|"]
+    rows = ["| stage | verb | writes | reads | options |", "|---|---|---|---|---|"]
     for name, stage in STAGES.items():
         reads = ", ".join(stage.reads)
-        rows.append(f"| {name} | `{stage.verb}` | `{stage.file}` | {reads} |")
+        options = ", ".join([*stage.options, *(NUMERICS if stage.numerics else ())])
+        rows.append(
+            f"| {name} | `{stage.verb}` | `{stage.file}` | {reads} | {options} |"
+        )
     table = "\n".join(["<!-- stages -->", *rows, "<!-- end -->"])
     old = PAGE.read_text(encoding="utf-8")
     return re.sub("<!-- stages -->(?s:.*)<!-- end -->", table, old)

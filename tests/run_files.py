@@ -305,7 +305,9 @@ def write_run(
 ):
     """Write a finished run of m of n blocks; ``extras`` adds all else that a report can show."""
     path.mkdir(parents=True)
-    write_json(path / "run.json", "run", run_content(model, energy, n, m, seed))
+    write_json(
+        path / "run.json", "run", run_content(model, energy, n, m, seed), version=2
+    )
     main = hamiltonian(n, 1, unit)
     main.save(path / "hamiltonian.safetensors")
     chosen = write_removal(path, main, m)

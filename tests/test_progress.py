@@ -108,7 +108,7 @@ def test_steps_of_a_killed_measurement_are_counted_at_once(finished, tmp_path):
     split = Calibration.load(finished / "calibration.safetensors").splits["rank"]
     work = Work(16, record, tmp_path / "journal")
     for _ in range(2):
-        measure(run._session.replay, split, run.spectrum.states, work)
+        measure(run._runner.context.replay, split, run.spectrum.states, work)
     (first, total), (again, _) = bars
     assert first.done == pytest.approx(total)
     assert (again.done, len(again.notes)) == (total, 1)
@@ -145,7 +145,7 @@ def test_solving_and_proving_show_progress(run, tmp_path):
 def test_python_shows_progress_where_a_terminal_is(finished, shown, stub):
     stub(sys.stderr, "isatty", shown)
     wanted = progress.terminal if shown else progress.slow_work
-    assert isingcut.open_run(finished)._session.progress is wanted
+    assert isingcut.open_run(finished)._runner.context.progress is wanted
     assert progress.as_progress(None) is wanted
     assert progress.as_progress(shown) is (wanted if shown else progress.silent)
     for call in (isingcut.prune, isingcut.run, isingcut.energy, heal):

@@ -17,7 +17,6 @@ from isingcut.files.states import CandidatesFile, ChosenState, PatchedState
 from isingcut.ising.constraints import LinearConstraint, count, keep
 from isingcut.ising.problem import Problem
 from isingcut.ising.solvers import solve
-from isingcut.report.run_files import RunFiles
 from isingcut.report.words import sentence
 from isingcut.runs import cutting, pipeline, trials
 from isingcut.runs.folder import RunFolder
@@ -176,10 +175,8 @@ def test_near_candidates_are_patched_for_the_choice(llama, text, tmp_path, spy):
     run = RunFolder.open(target)
     again = run.config.replace(patch_tokens=trials.trial_tokens(run.config))
     runner = pipeline.open_again(run, again)
-    fit = cutting.fit_of(runner.context, run, again)
-    out = tmp_path / "again"
-    given = (runner.context, RunFiles(target), fit, best.removed, out)
-    cutting.write_model(*given, drop_mtp=False)
+    run.overwrite = True
+    out = cutting.make_model(runner, again, best.removed)
     both = [load_tiny(m).model for m in (llama, out)]
     split = Calibration.load(target / "calibration.safetensors").splits["rank"]
     kl = sample_sums(*both, split)[2].sum() / split.tokens

@@ -146,8 +146,9 @@ class Choice(ModelStudy):
             few = trials.trial_tokens(config)
             # A study that goes on after the ranking fits the patches again.
             context = runner.context
-            linear = config.replace(patch="linear", patch_tokens=few)
-            fit = cutting.fit_of(context, runner.folder, linear)
+            fit = cutting.Fit(
+                context, self._text(runner), tokens=few, share=config.patch_share
+            )
             patches = [fit_once(fit, row.removed, terminal) for row in rows]
             near = [
                 row.content() | {"unseen": self._judge(context, row.removed, new)}
@@ -160,13 +161,15 @@ class Choice(ModelStudy):
             "near": near,
         }
 
+    def _text(self, runner: Runner) -> Calibration:
+        return Calibration.load(runner.folder.path / "calibration.safetensors")
+
     def _search_on(self, runner: Runner, config: RunConfig) -> Content:
         """Search without the stopping rule; the run's own search reuses the measurements."""
         context = runner.context
         folder = runner.folder
         samples = range(measuring.samples_of(config, config.energy))
-        text = Calibration.load(folder.path / "calibration.safetensors")
-        tokens = text.splits["energy"].select(samples)
+        tokens = self._text(runner).splits["energy"].select(samples)
         work = context.work(folder.path / "hamiltonian.safetensors.journal")
         targets = measuring.targets_of(folder.run.blocks, config)
         longer = Search(context.replay, tokens, work, targets, seed=self.options.seed)

@@ -129,7 +129,8 @@ READERS = {
         "rank {run} --random-states 31 --overwrite",
         "baseline random {run}",
         "run model --remove 2 --calibration text.txt --length 16 --samples 3 --rank-samples 3 "
-        "--report-samples 3 --dtype float32 --random-states 30 --out run",
+        "--report-samples 3 --dtype float32 --random-states 30 --patch-tokens 1000 --patch-share 0 "
+        "--out run",
     ),
     "spectrum.json": ("solve {run}", "rank {run}", "report {run}"),
     "candidates.json": ("rank {run}", "excise {run}", "report {run}"),
@@ -221,7 +222,8 @@ def test_another_model_may_replace_a_run_but_not_what_was_edited(arena):
     other_model(arena)
     words = (
         "--remove 2 --calibration text.txt --length 16 --samples 3 --rank-samples 3 "
-        "--report-samples 3 --random-states 30 --dtype float32 --out run"
+        "--report-samples 3 --random-states 30 --dtype float32 --patch-tokens 1000 "
+        "--patch-share 0 --out run"
     )
     arena.refuses(f"run other {words}", "is a run of another model")
     written("run/model/README.md")(arena)

@@ -19,6 +19,7 @@ OPTIONS = (
     "--remove 2 --calibration text.txt --length 16 --samples 3 --rank-samples 3 "
     "--report-samples 3"
 )
+PATCH = "--patch-tokens 1000 --patch-share 0"
 
 
 def strangers_folder(arena):
@@ -45,7 +46,7 @@ def strangers_folder(arena):
 
 COMMANDS = (
     "rank {run} --random-states 31 --overwrite",
-    f"run {{model}} {OPTIONS} --random-states 30 --out {{run}}",
+    f"run {{model}} {OPTIONS} --random-states 30 {PATCH} --out {{run}}",
 )
 TRUST = [
     Row(
@@ -102,7 +103,7 @@ settings = config(rms_norm_eps=2e-6)
 ends = written("model/generation_config.json", '{"eos_token_id": 3}')
 NOTES = {"code": 0, "makes": ("run/*",)}
 CHANGED = [
-    ("vocabulary, run", f"run model {OPTIONS} --random-states 30 --out run",
+    ("vocabulary, run", f"run model {OPTIONS} --random-states 30 {PATCH} --out run",
         "another model .*different: tokenizer.json", vocabulary, {}),
     ("vocabulary, evaluate", "evaluate run --overwrite", "different: tokenizer", vocabulary, {}),
     ("vocabulary, heal", heal(), "another model .*different: tokenizer.json", vocabulary, {}),

@@ -36,7 +36,7 @@ WHOLE = {
     ),
 }
 VERSIONS = {
-    "newer": (2, "written by a newer isingcut"),
+    "newer": (3, "written by a newer isingcut"),
     "a truth": (True, "version: expected 1 or more, got True"),
     "zero": (0, "version: expected 1 or more, got 0"),
 }
@@ -56,6 +56,15 @@ ROWS = [
     for file in FILES
     for name, (change, line) in WHOLE.items()
     if file in FULL or name in FEW
+]
+ROWS += [
+    Row(
+        "run.json: older",
+        line,
+        "by an older isingcut .file version 1, this",
+        edited("run.json", "version", value=1),
+    )
+    for line in (REPORT, "solve {run} --remove 2 --overwrite", "rank {run} --overwrite")
 ]
 ROWS += [
     Row(f"{file}: version {name}", REPORT, line, edited(file, "version", value=value))

@@ -26,7 +26,7 @@ from isingcut.ising.states import Bools, Floats, States, blocks_of, key_of
 from isingcut.measure.losses import Measurement, measure, standard_error
 from isingcut.measure.work import Work
 from isingcut.models.replay import Replay
-from isingcut.options.config import RunConfig
+from isingcut.options.choose import ChoiceOptions
 
 LEAST = 4
 """Minimum number of samples to measure random states on, if the text has that many."""
@@ -38,7 +38,7 @@ def rank(
     problem: Problem,
     spectrum: Spectrum,
     others: Mapping[str, Hamiltonian],
-    config: RunConfig,
+    config: ChoiceOptions,
     work: Work,
 ) -> CandidatesFile:
     """Measure the spectrum's states and random states, and choose one.

@@ -294,7 +294,8 @@ class BenchmarksFile(Document, kind="benchmarks"):
         failed = {k: v for k, v in earlier.failed.items() if k not in own} | self.failed
         if failed:
             self.failed = failed
-        self.template_sha = self.template_sha or earlier.template_sha
+        if template := self.template_sha or earlier.template_sha:
+            self.template_sha = template
 
     @property
     def endings(self) -> list[EndingPair]:

@@ -25,18 +25,22 @@ if TYPE_CHECKING:
     from isingcut.files.schema import Document
 
 D = TypeVar("D", bound="Document")
-_VERSION = 1
 
 
 def write_json(
-    path: Path, kind: str, content: dict[str, Any], *, seal: bool = False
+    path: Path,
+    kind: str,
+    content: dict[str, Any],
+    *,
+    version: int = 1,
+    seal: bool = False,
 ) -> None:
     """Write ``content`` as an isingcut results file of the given kind.
 
     Args:
         seal: whether to add a seal, for a file without a record in a `run.json`.
     """
-    document = {"format": f"isingcut-{kind}", "version": _VERSION, **content}
+    document = {"format": f"isingcut-{kind}", "version": version, **content}
     if seal:
         document["seal"] = hash_of(document)
     with atomic_file(path) as temporary:
@@ -54,7 +58,8 @@ def write_sealed(path: Path, content: str) -> None:
 
 def write_document(path: Path, document: Document, *, seal: bool = False) -> None:
     """Write a document to a results file, for `read_document`."""
-    write_json(path, document.kind, document.content(), seal=seal)
+    given = (path, document.kind, document.content())
+    write_json(*given, version=document.version, seal=seal)
 
 
 def read_document(path: Path, model: type[D]) -> D:
@@ -83,10 +88,12 @@ def _parse(path: Path, document: Any, model: type[D]) -> D:
     written = header.get("version")
     if type(written) is not int or written < 1:
         raise damaged_error(path, f"version: expected 1 or more, got {written!r:.60}")
-    if written > _VERSION:
+    if written != model.version:
+        newer = written > model.version
         raise StageFileError(
-            f"{path} was written by a newer isingcut (file version {written}, "
-            f"this one reads up to {_VERSION}); upgrade isingcut"
+            f"{path} was written by {'a newer' if newer else 'an older'} isingcut (file version "
+            f"{written}, this one reads {model.version}); "
+            + ("upgrade isingcut" if newer else "make it again in a new folder")
         )
     content = {k: v for k, v in header.items() if k not in ("format", "version")}
     try:
@@ -145,7 +152,7 @@ def write_tensors(
     import numpy as np
     from safetensors.numpy import save
 
-    header = {"format": f"isingcut-{kind}", "version": _VERSION, **content}
+    header = {"format": f"isingcut-{kind}", "version": 1, **content}
     # One key, because the library does not sort keys.
     metadata = {"isingcut": json.dumps(header, sort_keys=True, allow_nan=False)}
     arrays = {name: np.ascontiguousarray(array) for name, array in tensors.items()}

@@ -98,7 +98,7 @@ class Provenance(Strict):
 
 
 class Config(Strict):
-    """The options of a run; `RunConfig` checks the rest."""
+    """The options of a run, as far as they are read here."""
 
     __pydantic_extra__: dict[str, Scalar]
     model: str
@@ -310,7 +310,7 @@ def stage_key(folder: Path, file: Path) -> str:
     return file.relative_to(folder).as_posix()
 
 
-class RunFile(Document, kind="run"):
+class RunFile(Document, kind="run", version=2):
     """`run.json`: options, provenance, blocks, and one record per stage by its file's name."""
 
     config: Config

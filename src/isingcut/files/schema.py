@@ -1,6 +1,6 @@
 """The base classes of all documents and of the objects in them, and the types of their values.
 
-A pydantic model lists the keys of version 1, with types, sizes and ranges, so that code that reads
+A pydantic model lists the keys of a version, with types, sizes and ranges, so that code that reads
 a document can rely on them. Unknown keys are allowed, so that newer files of the same version can
 be read.
 """
@@ -40,9 +40,14 @@ class Strict(BaseModel):
 
 
 class Document(Strict):
-    """A whole file, or the header of a file, whose ``format`` is ``isingcut-KIND``."""
+    """A whole file, or the header of a file, whose ``format`` is ``isingcut-KIND``.
+
+    A change that older files do not fit raises the version; they are refused then.
+    """
 
     kind: ClassVar[str]
+    version: ClassVar[int]
 
-    def __init_subclass__(cls, *, kind: str) -> None:
+    def __init_subclass__(cls, *, kind: str, version: int = 1) -> None:
         cls.kind = kind
+        cls.version = version

@@ -164,7 +164,7 @@ def read_removal(folder: Path) -> Removal | None:
 
 
 def units_of(removal: Removal | None) -> str:
-    """Return what the blocks of a cut are, as `RunConfig.units`."""
+    """Return what the blocks of a cut are, as the option `units`."""
     return "blocks" if removal is None or removal.layers is None else "sublayers"
 
 

@@ -1,6 +1,6 @@
 """Declare options, and check every value that is given for one.
 
-A field of `RunConfig` or `HealConfig` holds the type, bounds or choices, default and help of its
+A field of an options class holds the type, bounds or choices, default and help of its
 option. Values from the command line, YAML files and Python are all checked against it, before a
 model, a text or a run folder is opened.
 """

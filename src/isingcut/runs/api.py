@@ -269,33 +269,21 @@ class Run:
         """
         target = user_path(out)
         removed = None if blocks is None else _numbers(blocks)
-        context = self._runner.context
-        sources = [context.source, *self._folder.sources, self._folder.path]
+        sources = [self._runner.context.source, *self._folder.sources]
+        sources.append(self._folder.path)
         ownership.check_output(target, overwrite=overwrite, sources=sources)
         with writing.lock_place(target):
-            if removed is not None:
-                config = self.config
-                fit = cutting.fit_of(context, self._folder, config)
-                cutting.write_model(
-                    *(
-                        context,
-                        RunFiles(self._folder.path, self.path),
-                        fit,
-                        removed,
-                        target,
-                    ),
-                    drop_mtp=config.drop_mtp,
-                )
-                return target
-            product = self._product()
+            product = self._product(removed)
             with writing.atomic_folder(
                 target, overwrite=overwrite, sources=sources
             ) as temporary:
                 shutil.copytree(product, temporary, dirs_exist_ok=True)
         return target
 
-    def _product(self) -> Path:
+    def _product(self, removed: Sequence[int] | None = None) -> Path:
         """Write and return the final checkpoint in the run folder."""
+        if removed is not None:
+            return cutting.make_model(self._runner, self.config, removed)
         _ = self._ranked
         return cut_and_heal(self._runner, self.config)
 

@@ -61,7 +61,6 @@ from isingcut.report.card import card_parts, model_card
 from isingcut.report.run_files import RunFiles
 from isingcut.runs.context import Context
 from isingcut.runs.folder import RunFolder, slug
-from isingcut.runs.measuring import require_calibration
 from isingcut.runs.prices import Prices
 from isingcut.runs.solving import chosen_blocks, load_candidates, require
 from isingcut.runs.stages import Estimate, Inputs, Planned, Runner, stage
@@ -273,46 +272,27 @@ def _plan_model(
         **plan_patch(config),
         "target": folder.target(config),
     }
-    if values["repair"] != "none":
-        require_calibration(folder)
     return Planned(file, values)
 
 
 @stage("cut", Path, plan=_plan_model, price=_price_model)
 def make_model(context: Context, inputs: Inputs, options: Any, out: Path) -> None:
-    """Write `model/` of one state, patched if the options say so, and verify it."""
-    fit = None
-    if options.repair != "none":
-        fit = Fit.of(context, inputs.read("calibration", Calibration.load), options)
-    files = RunFiles(inputs.folder.path, options.target)
-    write_model(context, files, fit, options.removed, out, drop_mtp=options.drop_mtp)
-
-
-def write_model(
-    context: Context,
-    files: RunFiles,
-    fit: Fit | None,
-    removed: Sequence[int],
-    out: Path,
-    *,
-    drop_mtp: bool,
-) -> None:
-    """Write and verify the patched checkpoint, or the exact cut if nothing can be patched.
-
-    Args:
-        files: those of the removal, which the card describes.
-        fit: how it is patched; None: it is not.
-        out: its folder, which is replaced.
+    """Write `model/` of one state, patched if anything can be, and verify it.
 
     Raises:
         ArchitectureError: the state cannot be cut; nothing was fitted.
         VerificationError: its logits differ from those of the original with the blocks skipped and
             the layers patched; nothing is left at ``out``.
     """
+    fit = None
+    if options.repair != "none":
+        fit = Fit.of(context, inputs.read("calibration", Calibration.load), options)
+    blocks: list[int] = options.removed
+    drop_mtp: bool = options.drop_mtp
+    files = RunFiles(inputs.folder.path, options.target)
     source = context.source
     loaded = context.loaded
     trust = context.options.trust_remote_code
-    blocks = list(removed)
     layers = context.stack.whole(blocks)
     with writing.atomic_folder(out, overwrite=True, sources=[source]) as temporary:
         temporary.rmdir()
@@ -387,17 +367,6 @@ class Fit:
         share = options.patch_share
         how = (options.repair, options.patch_tokens, share, options.training)
         return cls(context, calibration, *how)
-
-
-def fit_of(context: Context, folder: RunFolder, config: HealingOptions) -> Fit | None:
-    """Return how the state of a run is patched; None if it is not."""
-    planned = plan_patch(config)
-    if planned["repair"] == "none":
-        return None
-    file = folder.path / "calibration.safetensors"
-    own = folder.load(file, Calibration.load)
-    how = (config.patch_tokens, config.patch_share, planned["training"])
-    return Fit(context, own, planned["repair"], *how)
 
 
 def _make_patches(

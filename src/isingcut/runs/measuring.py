@@ -12,7 +12,7 @@ from isingcut.data.mixture import places_in
 from isingcut.data.tokens import TokenSet
 from isingcut.energies import registry
 from isingcut.energies.search import Target
-from isingcut.errors import InputError, StageFileError
+from isingcut.errors import InputError
 from isingcut.files.runs import BlockList, CalibrationText, SplitSize
 from isingcut.formats.architectures.blocks import language_model
 from isingcut.ising.hamiltonian import Hamiltonian
@@ -169,7 +169,6 @@ def price_energy(prices: Prices, name: str) -> Estimate:
 
 def _plan_energy(runner: Runner, config: SearchOptions, name: str) -> Planned:
     folder = runner.folder
-    require_calibration(folder)
     part = energy_part(config, name)
     searched = hasattr(part, "targets")
     if searched:
@@ -210,11 +209,3 @@ def targets_of(blocks: BlockList, config: SearchOptions) -> tuple[Target, ...]:
     return tuple(
         Target(one.removal, removal_rows(blocks, one)) for one in each_removal(config)
     )
-
-
-def require_calibration(folder: RunFolder) -> None:
-    """Raise if the run has no token splits yet."""
-    if folder.find_record(folder.path / "calibration.safetensors") is None:
-        raise StageFileError(
-            f"{folder.path} has no calibration yet; run: isingcut energy MODEL --out {folder.path}"
-        )

@@ -56,12 +56,7 @@ from isingcut.runs.stages import Estimate, Runner, Stage
 
 Stages = tuple[Stage[Any], ...]
 MEASURING: Stages = (measuring.calibration, measuring.energy)
-RANKING: Stages = (
-    packing.pack,
-    solving.solve,
-    ranking.measure_candidates,
-    ranking.measure_baseline,
-)
+RANKING: Stages = (packing.pack, solving.solve, ranking.rank, ranking.compare)
 CUTTING: Stages = (
     cutting.make_model,
     cutting.heal,

@@ -71,6 +71,7 @@ def _price(prices: Prices) -> list[Estimate]:
 
 def _plan(runner: Runner, config: ChoiceOptions) -> Planned:
     folder = runner.folder
+    config = solving.with_solved(folder, config)
     files = {
         name: measuring.energy_file(folder, config, name) for name in config.energies
     }
@@ -88,12 +89,8 @@ def _plan(runner: Runner, config: ChoiceOptions) -> Planned:
             "prepared": tasks,
             "trial_tokens": trial_tokens(config),
         },
+        config,
     )
-
-
-def rank(runner: Runner, config: ChoiceOptions) -> states.CandidatesFile:
-    """Measure the states of the spectrum of one removal, and choose one."""
-    return measure_candidates(runner, solving.with_solved(runner.folder, config))
 
 
 @stage(
@@ -103,9 +100,7 @@ def rank(runner: Runner, config: ChoiceOptions) -> states.CandidatesFile:
     choose=lambda ranking: ranking.chosen.removed,
     price=_price,
 )
-def measure_candidates(
-    context: Context, inputs: Inputs, options: Any, out: Path
-) -> None:
+def rank(context: Context, inputs: Inputs, options: Any, out: Path) -> None:
     if options.prepared:
         benchmarking.check_models(context, options.prepared)
     calibration = inputs.read("calibration", Calibration.load)
@@ -227,7 +222,8 @@ def one_pass(
 
 def _plan_baseline(runner: Runner, config: ChoiceOptions, name: str) -> Planned:
     folder = runner.folder
-    measuring.require_calibration(folder)
+    if folder.find_finished(folder.target(config) / "spectrum.json"):
+        config = solving.with_solved(folder, config)
     part = registry.get(name)()
     counts = config.remove.counts
     count = counts[0] if counts else len(solving.chosen_blocks(folder, config))
@@ -240,10 +236,14 @@ def _plan_baseline(runner: Runner, config: ChoiceOptions, name: str) -> Planned:
             "measured_samples": measuring.samples_of(config, config.energy),
             "part": part,
         },
+        config,
     )
 
 
-def compare(runner: Runner, config: ChoiceOptions, name: str) -> states.BaselineFile:
+@stage(
+    "baseline", partial(read_document, model=states.BaselineFile), plan=_plan_baseline
+)
+def compare(context: Context, inputs: Inputs, options: Any, out: Path) -> None:
     """Run one baseline for a removal.
 
     Baselines only support a number of blocks. For a budget or a number per kind, the baseline
@@ -252,15 +252,6 @@ def compare(runner: Runner, config: ChoiceOptions, name: str) -> states.Baseline
     The file has the removed blocks, with their losses on the ranking split, the cost in passes and
     heads (see `isingcut.baselines.base.Outcome`), and the violated constraints of the run.
     """
-    if runner.folder.find_finished(runner.folder.target(config) / "spectrum.json"):
-        config = solving.with_solved(runner.folder, config)
-    return measure_baseline(runner, config, name)
-
-
-@stage(
-    "baseline", partial(read_document, model=states.BaselineFile), plan=_plan_baseline
-)
-def measure_baseline(context: Context, inputs: Inputs, options: Any, out: Path) -> None:
     splits = inputs.read("calibration", Calibration.load).splits
     searched = splits["energy"].select(range(options.measured_samples))
     part = options.part

@@ -33,11 +33,6 @@ if TYPE_CHECKING:
 
 def _plan(runner: Runner, config: SolveOptions) -> Planned:
     folder = runner.folder
-    file = folder.path / "hamiltonian.safetensors"
-    if not file.exists():
-        raise StageFileError(
-            f"{file} does not exist; run: isingcut energy MODEL --out {folder.path}"
-        )
     # An unusable solver is named before the result of another one.
     registry.get(config.solver)
     removal_rows(folder.run.blocks, config)
@@ -85,6 +80,7 @@ def with_solved(folder: RunFolder, config: Solve) -> Solve:
         StageFileError: no spectrum, or it was solved for another energy or budget.
     """
     file = require(folder, config, "spectrum.json")
+    folder.check(file)
     made = folder.record(file).options.content()
     if any(made.get(k) != getattr(config, k) for k in ("remove", "budget", "seed")):
         raise _outdated_error(folder, config, Outdated(file, "options"))

@@ -93,10 +93,12 @@ class Planned(NamedTuple):
         file: its file or folder.
         values: what it is made from beside its results and options; those that the declaration
             names are recorded.
+        config: the options, if others than those of the call.
     """
 
     file: Path
     values: Mapping[str, Any] = MappingProxyType({})
+    config: Any = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -194,6 +196,7 @@ class Stage(Generic[T]):
         planned = Planned(place / self.declared.main)
         if self.plan is not None:
             planned = self.plan(runner, config, *given)
+            config = planned.config or config
         file = planned.file
         if processes.rank:
             if processes.decide(bool):
@@ -294,7 +297,8 @@ class Stage(Generic[T]):
             context: Any = runner.context
             if not self.declared.model:
                 context = Only(context, {"progress"}, reader)
-            elif self.declared.numerics:
+            elif self.declared.together or context.processes.size == 1:
+                # All processes choose the micro-batch together.
                 runner.folder.keep_tuning(context.tuned)
             try:
                 self.make(context, inputs, options, out)
