@@ -334,7 +334,7 @@ def test_a_baseline_writes_its_choice_measured_on_the_ranking_split(typed, folde
     # The three samples of this energy, although the split has more for the other energy.
     assert found.tokens_searched == 3 * 15
     assert found.violated == []
-    replay = Context.of(RunFolder.open(folder).config).replay
+    replay = Context(RunFolder.open(folder).config).replay
     split = Calibration.load(folder / "calibration.safetensors").splits["rank"]
     kl = measure(replay, split, states_of(6, [found.removed])).kl[0]
     assert found.kl == pytest.approx(kl, rel=1e-5)

@@ -156,7 +156,7 @@ def test_zero_bytes_are_zeros_in_every_type():
 def test_a_budget_counts_the_sublayers_that_leave_the_file(tmp_path):
     file = write_packed(tmp_path / "in.gguf", Kind.Q4_1)
     config = RunConfig(model=file, dtype="float32", device="cpu", units="sublayers")
-    context = Context.of(config)
+    context = Context(config)
     blocks = context.describe_blocks(config.budget)
     packed = Packer(context.loaded, file).costs("", blocks.blocks)
     cut_gguf(file, [], tmp_path / "out.gguf", attention=[2], mlps=[4])

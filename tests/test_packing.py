@@ -75,7 +75,7 @@ def whole(file, kind, folder):
 
 def test_bytes_are_those_of_the_file_written_and_weights_what_it_holds(file, tmp_path):
     config = RunConfig(model=file, dtype="float32", device="cpu")
-    context = Context.of(config)
+    context = Context(config)
     packer = Packer(context.loaded, file)
     costs = context.describe_blocks(config.budget).blocks
     for kind in ("", *PACKED):
@@ -136,7 +136,7 @@ def test_memory_counts_the_cache_and_decoding_the_bytes_read(
 ):
     def fitting(budget, window=0):
         config = RunConfig(model=file, dtype="float32", budget=budget)
-        context = Context.of(config)
+        context = Context(config)
         blocks = context.describe_blocks(config.budget)
         for block in blocks.blocks:
             block.window = window
@@ -219,7 +219,7 @@ def test_what_no_type_meets_is_refused_with_what_can_be_met(
         said = refusal("run", llama, *flags({**given, "budget": budget}))
         nearest = re.search(r"the nearest possible is (\S+)$", said)[1]
         config = RunConfig(model=llama, dtype="float32", budget=nearest)
-        context = Context.of(config)
+        context = Context(config)
         blocks = context.describe_blocks(config.budget)
         assert packing.find_types(context, config, blocks)
         assert not (tmp_path / "run").exists()

@@ -418,4 +418,4 @@ def test_a_range_is_refused_before_it_is_measured(folder):
 def test_a_streamed_model_is_not_healed(folder):
     wanted = config(folder, "never", heal=True, stream="on")
     with refuses("cannot be healed in the run"):
-        cutting.check_healing(Context.of(wanted), wanted)
+        cutting.check_healing(Context(wanted), wanted)

@@ -134,7 +134,7 @@ def test_an_evaluation_costs_answers_and_a_file_to_unpack(llama, stub):
     monstrous = {"weights": 4 * 10**7, "reading": 0.0}
     assert seconds(**monstrous) == pytest.approx(5 * text + 1)
     config = RunConfig(model=llama, length=LENGTH, remove=2)
-    assert Prices(Context.of(config), config).answers > 0
+    assert Prices(Context(config), config).answers > 0
 
 
 def test_a_patch_costs_passes_over_its_text():
@@ -285,25 +285,25 @@ def test_a_time_to_save_is_planned_for_the_sequence_that_a_run_times(llama, stub
     config = RunConfig(model=llama, length=16, batch_tokens=64)
     budget = f"latency={1e3 * 128 / 64 * 0.45 * 6:.12f}us"
     config = config.replace(budget=budget)
-    assert Prices(Context.of(config), config).remove == 3
+    assert Prices(Context(config), config).remove == 3
 
 
 def test_blocks_are_timed_at_the_context_of_a_latency_budget(llama, monkeypatch):
     monkeypatch.setattr(Replay, "latency", lambda replay, length: [length] * 6)
     config = RunConfig(model=llama, budget="latency=200s@100")
-    blocks = Context.of(config).describe_blocks(config.budget)
+    blocks = Context(config).describe_blocks(config.budget)
     assert removal_rows(blocks, config)[-1].coefficients.tolist() == [100] * 6
     with refuses("not timed for this context of latency"):
         removal_rows(blocks, config.replace(budget="latency=20%"))
     with refuses("has a context of"):
-        Context.of(config).describe_blocks(Budgets("latency=9s@900k"))
+        Context(config).describe_blocks(Budgets("latency=9s@900k"))
 
 
 def test_a_budget_of_speed_counts_the_measured_steps_of_decoding(llama, stub):
     # Six seconds of 20 are in blocks.
     stub(contexts, "time_decoding", ([1.0] * 6, 20.0))
     config = RunConfig(model=llama, budget="speed=25%@20")
-    blocks = Context.of(config).describe_blocks(config.budget)
+    blocks = Context(config).describe_blocks(config.budget)
     row = removal_rows(blocks, config)[1]
     # A quarter faster, a fifth of 20 seconds less.
     assert row.coefficients.tolist() == [1] * 6
@@ -313,11 +313,11 @@ def test_a_budget_of_speed_counts_the_measured_steps_of_decoding(llama, stub):
     with refuses("not timed for this context of speed", InputError):
         removal_rows(blocks, config.replace(budget="speed=25%"))
     with refuses("has a context of", InputError):
-        Context.of(config).describe_blocks(Budgets("speed=9%@900k"))
+        Context(config).describe_blocks(Budgets("speed=9%@900k"))
     with refuses("is streamed from disk; raise --memory-limit", InputError):
-        Context.of(config.replace(stream="on")).describe_blocks(config.budget)
+        Context(config.replace(stream="on")).describe_blocks(config.budget)
     config = config.replace(length=16, batch_tokens=64)
-    assert Prices(Context.of(config), config).remove >= 1
+    assert Prices(Context(config), config).remove >= 1
 
 
 def test_a_run_prices_its_stages_by_the_model_in_memory(
@@ -333,7 +333,7 @@ def test_a_run_prices_its_stages_by_the_model_in_memory(
     monkeypatch.setattr(pricing, "Store", None)
     folder = RunFolder.open(Path(shutil.copytree(finished, tmp_path / "run")))
     config = folder.config.replace(patch="none")
-    found = Prices(Context.of(config), config, folder.run.blocks)
+    found = Prices(Context(config), config, folder.run.blocks)
     assert (found.once, found.latency) == (2, [1] * 6)
     assert (found.batch, found.remove) == (64, 2)
     lines = measuring.energy.price(found) + price_stages(found)

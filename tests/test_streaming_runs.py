@@ -223,10 +223,10 @@ def test_a_container_has_a_limit_of_its_own(tmp_path):
 
 def test_weights_that_do_not_fit_are_streamed(llama):
     config = RunConfig(model=llama, dtype="float32", device="cpu")
-    assert not Context.of(config).streaming
-    assert Context.of(config.replace(memory_limit="1KB")).streaming
-    assert not Context.of(config.replace(memory_limit="1KB", stream="off")).streaming
-    replay = Context.of(config.replace(memory_limit="1KB")).replay
+    assert not Context(config).streaming
+    assert Context(config.replace(memory_limit="1KB")).streaming
+    assert not Context(config.replace(memory_limit="1KB", stream="off")).streaming
+    replay = Context(config.replace(memory_limit="1KB")).replay
     with refuses(r"is 0\.00 GB, but streaming this model needs"):
         measure(replay, samples(), some_states(6))
     with refuses("--stream must be one of"):

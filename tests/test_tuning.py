@@ -74,7 +74,7 @@ def test_measurements_use_the_chosen_attention_and_agree(family):
 @parametrize("stream", ["off", "on"])
 def test_a_run_measures_with_the_requested_attention(llama, stream, tmp_path):
     config = RunConfig(model=llama, out=tmp_path / "run", attention="eager")
-    context = Context.of(config.replace(stream=stream, batch_tokens=64).validate())
+    context = Context(config.replace(stream=stream, batch_tokens=64).validate())
     used = []
     context.replay.blocks[0].register_forward_pre_hook(
         lambda module, args: used.append(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Literal
 
 from isingcut.options import parsed
@@ -64,10 +64,3 @@ class MachineOptions(ModelOptions):
         parsed.Memory(),
         "Memory for weights and hidden states: 8GB or 50% (default: 80% of the free memory).",
     )
-
-    @property
-    def machine(self) -> MachineOptions:
-        """These options without those of a subclass."""
-        return MachineOptions(
-            **{f.name: getattr(self, f.name) for f in fields(MachineOptions)}
-        )

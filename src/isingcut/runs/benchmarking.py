@@ -180,7 +180,7 @@ def benchmark_checkpoint(
     """
 
     def score(folder: Path) -> evaluations.BenchmarksFile:
-        scores = _score_both(Context.of(config), prepare_tasks(config), folder)
+        scores = _score_both(Context(config), prepare_tasks(config), folder)
         if not scores.rows:
             raise failed_error(scores.failed)
         return scores

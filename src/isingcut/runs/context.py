@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
@@ -77,32 +77,15 @@ class Context:
     Args:
         options: the model, and how it is computed.
         progress: shows progress.
-        dtype_before: the dtype that the run chose for `--dtype auto` before, if any.
-        tuned_before: the micro-batches that the run chose before, by device.
+        made: what the results so far were made with, among it the dtype that the run chose for
+            `--dtype auto`, and the micro-batch on each device.
         processes: the processes that load the same model and measure together.
     """
 
     options: MachineOptions
     progress: Progress = silent
-    dtype_before: str | None = None
-    tuned_before: Mapping[str, Computed] = dataclasses.field(default_factory=dict)
+    made: Provenance | None = None
     processes: Processes = ALONE
-
-    @classmethod
-    def of(
-        cls,
-        options: MachineOptions,
-        progress: Progress = silent,
-        made: Provenance | None = None,
-    ) -> Self:
-        """Return the context for the options of a job.
-
-        Args:
-            made: what the results so far were made with.
-        """
-        if made is None:
-            return cls(options.machine, progress)
-        return cls(options.machine, progress, made.dtype, made.computed)
 
     def _with(self, keep: Sequence[str] = _FOUND, **changes: Any) -> Self:
         """Return a context with other fields, and with what was found by these names."""
@@ -120,8 +103,11 @@ class Context:
         if self.streaming or self.options.stream != "auto" or self.processes.size > 1:
             return None
         say("isingcut: out of memory; the model is streamed from disk from now on")
-        devices.BatchLimit(pick_device(self.device)).release()
         return self._with(options=self.options.replace(stream="on"))
+
+    def release(self) -> None:
+        """Return the memory of a context that is gone to its device."""
+        devices.BatchLimit(pick_device(self.options.device)).release()
 
     @cached_property
     def batch_tokens(self) -> int:
@@ -131,7 +117,8 @@ class Context:
             return requested or BATCH_TOKENS
 
         def choose() -> int:
-            before = self.tuned_before.get(name_devices(self.replay))
+            known = self.made.computed if self.made else {}
+            before = known.get(name_devices(self.replay))
             if before is not None and before.requested == requested:
                 return before.batch_tokens
             limit = self.options.memory_limit
@@ -153,8 +140,8 @@ class Context:
     @cached_property
     def dtype(self) -> str:
         """The name of the dtype: as requested, as recorded, else chosen now."""
-        if self.options.dtype == "auto" and self.dtype_before is not None:
-            return self.dtype_before
+        if self.options.dtype == "auto" and self.made and self.made.dtype:
+            return self.made.dtype
         return devices.dtype_name(self.options.dtype, self.options.device)
 
     @cached_property

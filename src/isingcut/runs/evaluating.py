@@ -198,7 +198,7 @@ def evaluate_checkpoint(
     """
 
     def compare(folder: Path) -> evaluations.EvaluationFile:
-        context = Context.of(config)
+        context = Context(config)
         cut = context.open_cut(folder)
         ours, theirs = (text_config(m.model).vocab_size for m in (context.loaded, cut))
         if ours != theirs:

@@ -235,9 +235,7 @@ def open_run(
         measuring.energy_part(config, name)
     with writing.lock_place(out, inside=True):
         before = RunFolder.open(out) if (out / MANIFEST).is_file() else None
-        context = Context.of(
-            config, progress, before.run.provenance if before else None
-        )
+        context = Context(config, progress, before.run.provenance if before else None)
         ownership.refuse_source(out, [context.source])
         if before and progress is not silent:
             model = before.run.provenance.model.content()
@@ -267,7 +265,7 @@ def open_run(
 
 def _follow(config: RunConfig, progress: Progress, processes: Processes) -> Runner:
     """Open the run in a process other than rank 0, after rank 0's checks."""
-    context = Context.of(config, progress).join(processes)
+    context = Context(config, progress).join(processes)
     # Load while rank 0 creates the folder.
     _ = context.replay
     folder = RunFolder(
@@ -302,7 +300,7 @@ def open_again(
     made_with = folder.run.provenance.model
     for place in folder.model_places(config.model):
         options = config.replace(model=place)
-        context = Context.of(options, progress, folder.run.provenance)
+        context = Context(options, progress, folder.run.provenance)
         now = context.identity.content()
         if not (changed := list_differences(made_with.content(), now)):
             break
@@ -371,7 +369,7 @@ def make_plan(config: RunConfig) -> dict[str, Any]:
     """
     config = resolve_energy(config)
     began = time.perf_counter()
-    context = Context.of(config)
+    context = Context(config)
     prices = Prices(context, config)
     names = [name for name in registry.names() if name not in registry.choices]
     load = dataclasses.replace(prices.estimate(reads=1), name="load")

@@ -81,9 +81,12 @@ class Runner:
     def make_room(self) -> bool:
         """Free memory by streaming the model; return False if that is impossible."""
         streamed = self.context.streamed()
-        if streamed is not None:
-            self.context = streamed
-        return streamed is not None
+        if streamed is None:
+            return False
+        # Nothing else may hold the old one.
+        self.context = streamed
+        streamed.release()
+        return True
 
 
 class Planned(NamedTuple):
@@ -388,8 +391,8 @@ def refuse_changes(folder: RunFolder, config: RunConfig, *, ranks: bool) -> None
                 continue
             made = record.options.content()
             own = config if stage.of_run else one
-            names = made.keys() & {*stage.options, "energy"} - {*stage.reads}
-            now = {name: getattr(own, name) for name in stage.options if name in names}
+            names = {*stage.options, *({"energy"} & {*stage.values})} & made.keys()
+            now = {name: getattr(own, name) for name in names}
             if lines := _list_changes({k: made[k] for k in now}, now):
                 raise _changed_error(file, lines)
 
