@@ -7,6 +7,8 @@ import re
 from pathlib import Path
 
 from isingcut.files.stages import NUMERICS, STAGES
+from isingcut.options.config import RunConfig
+from isingcut.options.declaration import read_by
 
 PAGE = Path(__file__).with_name("rooms.md")
 
@@ -16,7 +18,9 @@ def page() -> str:
     rows = ["| stage | verb | writes | reads | options |", "|---|---|---|---|---|"]
     for name, stage in STAGES.items():
         reads = ", ".join(stage.reads)
-        options = ", ".join([*stage.options, *(NUMERICS if stage.numerics else ())])
+        options = ", ".join(
+            [*read_by(RunConfig, name), *(NUMERICS if stage.numerics else ())]
+        )
         rows.append(
             f"| {name} | `{stage.verb}` | `{stage.file}` | {reads} | {options} |"
         )

@@ -1,18 +1,26 @@
 """What the declarations of stages promise, for each stage and option."""
 
 import dataclasses
+import shutil
+from pathlib import Path
 
 import pytest
 
-from isingcut.files.stages import NUMERICS, STAGES, find_source
+from isingcut.files.stages import NUMERICS, STAGES, Declaration, find_source
+from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.options.config import RunConfig
+from isingcut.options.declaration import option, read_by
+from isingcut.options.parsed import QUANTITIES, Quantity
 from isingcut.runs import pipeline, stages
+from isingcut.runs.constraints import removal_rows
 from isingcut.runs.folder import RunFolder
 from shared import (
+    OutputExistsError,
     StageFileError,
     load_json,
     module_fixture,
     parametrize,
+    refuses,
     run_tiny,
     without_speed,
     write_jsonl,
@@ -113,7 +121,7 @@ def test_an_option_makes_again_what_declares_it_and_nothing_else(finished, optio
     found = set()
     for name in NAMES:
         declared = STAGES[name]
-        reads = {*declared.options, *(NUMERICS if declared.numerics else ())}
+        reads = {*read_by(config, name), *(NUMERICS if declared.numerics else ())}
         reads = reads.union(*(FOUND_FROM.get(v, ()) for v in declared.values))
         if name == "benchmarks":
             reads |= {"questions"}
@@ -161,7 +169,7 @@ def test_a_stage_cannot_read_what_it_does_not_declare(finished, tmp_path, name):
     declared = STAGES[name]
     free = {*stages._HOW, *planned.values, *(NUMERICS if declared.numerics else ())}
     for field in dataclasses.fields(RunConfig):
-        if field.name in declared.options or field.name in free:
+        if field.name in read_by(own, name) or field.name in free:
             getattr(options, field.name)
         else:
             with pytest.raises(LookupError, match=f"{name} reads {field.name}, which"):
@@ -212,3 +220,62 @@ def test_a_kill_after_each_stage_and_before_its_record_changes_no_bit(
             continue
     assert len(kills) == 2 * len(NAMES)
     assert results(tmp_path / "run") == results(finished)
+
+
+def test_a_new_option_has_two_places(finished, tmp_path):
+    """The options class that declares it, and the stage that reads it."""
+
+    @dataclasses.dataclass(frozen=True, init=False)
+    class Seasoned(RunConfig):
+        salt: int = option(0, "Grains of salt.", stages="solve")
+
+    seen = []
+    stage = dataclasses.replace(
+        ALL["solve"], make=lambda context, inputs, options, out: seen.append(options)
+    )
+    folder = RunFolder.open(finished)
+    runner = stages.Runner.of_files(folder)
+    for salt in (0, 1):
+        config = Seasoned(**vars(folder.config), salt=salt)
+        planned = stage.plan(runner, config)
+        assert stage._options(runner, config, planned)["salt"] == salt
+        stage._make(runner, config, planned, tmp_path / "spectrum.json")
+        assert seen.pop().salt == salt
+
+
+def test_a_new_stage_has_two_places(finished, tmp_path, monkeypatch):
+    """Its declaration, and the function that makes its result."""
+    folder = RunFolder.open(Path(shutil.copytree(finished, tmp_path / "run")))
+    declared = Declaration("count", "count.txt", reads=("energy",), model=False)
+    declared = dataclasses.replace(declared, numerics=False)
+    monkeypatch.setitem(STAGES, "count", declared)
+    made = []
+
+    @stages.stage("count", Path.read_text)
+    def count(context, inputs, options, out):
+        made.append(out)
+        out.write_text(str(inputs.read("energy", Hamiltonian.load).n))
+
+    runner = stages.Runner.of_files(folder)
+    assert [count(runner, folder.config) for _ in range(2)] == ["6", "6"]
+    assert len(made) == 1
+    assert folder.find_outdated(made[0]) is None
+    folder.record(folder.path / "hamiltonian.safetensors").fingerprint = 16 * "0"
+    assert folder.find_outdated(made[0]).value == "energy"
+    with refuses(
+        "count.txt was made with other .*the energy changed", OutputExistsError
+    ):
+        count(runner, folder.config)
+
+
+def test_a_new_budget_has_one_place(finished, monkeypatch):
+    """The table of quantities, for a cost that the blocks have."""
+    monkeypatch.setitem(
+        QUANTITIES, "active", Quantity("active_parameters", "", {"%": 0.01}, "%")
+    )
+    folder = RunFolder.open(finished)
+    config = folder.config.replace(remove="", budget="active=30%")
+    row = removal_rows(folder.run.blocks, config)[1]
+    costs = [block.active_parameters for block in folder.run.blocks.blocks]
+    assert row.coefficients.tolist() == costs
+    assert row.rhs == pytest.approx(0.3 * sum(costs))

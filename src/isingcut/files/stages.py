@@ -31,9 +31,8 @@ class Declaration:
         file: its file or folder; a pattern if it writes several.
         reads: the results that it reads: a stage, or ``choice`` (the blocks that the ranking
             chose), ``model`` or ``product`` (see `find_product`) of its removal.
-        options: the options of a run that it reads; its record has them as they were typed.
-        values: what it is made from beside these, found before it begins: hashes of files, blocks
-            that the user named, ...
+        values: what it is made from beside these and the options that name it (`options`), found
+            before it begins: hashes of files, blocks that the user named, ...
         unused: names among all of these that do not matter, by the options and values.
         model: whether it opens the model.
         numerics: whether it computes with it, so that `NUMERICS` matter.
@@ -48,7 +47,6 @@ class Declaration:
     verb: str
     file: str
     reads: tuple[str, ...] = ()
-    options: tuple[str, ...] = ()
     values: tuple[str, ...] = ()
     unused: Callable[[Mapping[str, Any]], Collection[str]] = lambda read: ()
     model: bool = True
@@ -72,10 +70,6 @@ STAGES = {
     "calibration": Declaration(
         "energy",
         "calibration.safetensors",
-        options=(
-            *("calibration", "length", "rank_samples", "report_samples", "seed"),
-            "units",
-        ),
         values=("energy_samples", "texts"),
         # Only a text that the model writes itself depends on how it computes.
         unused=lambda read: () if "self" in read["calibration"] else NUMERICS,
@@ -85,7 +79,6 @@ STAGES = {
         "energy",
         "hamiltonian*.safetensors",
         reads=("calibration",),
-        options=("effort", "seed", *_ROWS),
         values=("energy", "measured_samples", "settings"),
         # A search looks near some states; another energy is of all.
         unused=lambda read: () if read["searched"] else ("effort", *_ROWS),
@@ -97,7 +90,6 @@ STAGES = {
         "run",
         "packing.json",
         reads=("calibration",),
-        options=(*_ROWS, "patch_tokens", "patch_share", "seed"),
         values=("repair", "unseen"),
         together=True,
         journals=("packing.journal",),
@@ -106,7 +98,6 @@ STAGES = {
         "solve",
         "spectrum.json",
         reads=("energy",),
-        options=("remove", "budget", "seed", *SOLVING),
         model=False,
         numerics=False,
     ),
@@ -114,7 +105,6 @@ STAGES = {
         "rank",
         "candidates.json",
         reads=("calibration", "energy", "spectrum"),
-        options=(*_ROWS, "seed", "random_states", "choose", *_PATCH),
         values=("compared", "tasks"),
         unused=lambda read: () if read["trial_tokens"] else _PATCH,
         together=True,
@@ -127,7 +117,6 @@ STAGES = {
         "baseline",
         "baseline-*.json",
         reads=("calibration",),
-        options=(*_ROWS, "seed"),
         values=("baseline", "settings", "count", "measured_samples"),
         together=True,
         journals=("{}.journal", "gradients-{}.journal"),
@@ -136,7 +125,6 @@ STAGES = {
         "excise",
         "model",
         reads=("calibration", "choice"),
-        options=("patch_tokens", "patch_share", "drop_mtp"),
         values=("removed", "named", "repair", "unseen"),
         unused=lambda read: (
             ("calibration", "patch_tokens", "patch_share", "unseen", *NUMERICS)
@@ -154,7 +142,6 @@ STAGES = {
         "excise",
         "model.gguf",
         reads=("product",),
-        options=("drop_mtp",),
         values=("removed", "source", "type"),
         numerics=False,
     ),
@@ -162,7 +149,6 @@ STAGES = {
         "evaluate",
         "evaluation.json",
         reads=("calibration", "product"),
-        options=("seed",),
         values=("gguf", "decoded"),
         additions=("gguf",),
     ),

@@ -24,6 +24,7 @@ class ChoiceOptions(SolveOptions, PatchOptions, JudgeOptions):
         40,
         "Random states to measure on a quarter of the text, which show how well the energy ranks "
         "(at least 30; 0 skips this).",
+        stages="rank",
     )
     choose: Literal["measured", "ground", "tasks"] = option(
         "measured",
@@ -31,4 +32,5 @@ class ChoiceOptions(SolveOptions, PatchOptions, JudgeOptions):
         "if 40 % of the blocks go, also states of a search over patched states and the best state "
         "of one pass), ground (lowest energy), or tasks (the best on --tasks among a few "
         "candidates of low KL).",
+        stages="rank",
     )

@@ -35,7 +35,7 @@ _WRONG = {
     "value_error": "{error}",
 }
 """Messages for the error types of pydantic."""
-_FURTHER = {"metavar": None, "typed": False, "argument": False}
+_FURTHER = {"metavar": None, "typed": False, "argument": False, "stages": ""}
 
 
 def option(default: Any, help_: str, **further: Any) -> Any:
@@ -46,6 +46,7 @@ def option(default: Any, help_: str, **further: Any) -> Any:
         help_: help text, one line.
         further: ``typed``: must be given on each command line or call, never in a file.
             ``argument``: a positional argument. ``metavar``: the name of the value in the help.
+            ``stages``: the stages of a run that read it, separated by spaces.
     """
     metadata = {**_FURTHER, **further, "help": help_}
     return dataclasses.field(default=default, metadata=metadata)
@@ -94,6 +95,15 @@ class Options:
 
 
 Kind = TypeVar("Kind", bound=Options)
+
+
+def read_by(kind: Any, stage: str) -> list[str]:
+    """List the options of a class, or of an object of it, that a stage reads."""
+    return [
+        f.name
+        for f in dataclasses.fields(kind)
+        if stage in f.metadata["stages"].split()
+    ]
 
 
 class Only:

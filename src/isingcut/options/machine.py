@@ -42,6 +42,7 @@ class MachineOptions(ModelOptions):
         "What to remove. blocks: whole layers (in a hybrid, its blocks). sublayers: the attention "
         "or the MLP of a layer alone; --remove attention=6 saves as much of the cache as 6 blocks "
         "for about half of the loss.",
+        stages="calibration",
     )
     cards_per_process: parsed.Count | None = option(
         None,

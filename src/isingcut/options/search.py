@@ -18,6 +18,7 @@ class SearchOptions(TextOptions):
         parsed.Removal(),
         "How many blocks to remove: 6, 4..15 for a curve, or attention=2,mlp=1.",
         metavar="M",
+        stages="energy pack solve rank baseline",
     )
     budget: parsed.Budgets = option(
         parsed.Budgets(),
@@ -27,12 +28,17 @@ class SearchOptions(TextOptions):
         "many blocks go with it, none if quantising is better: file=90MB (the largest file), "
         "memory=2GB@8k (the same with the cache of 8k tokens), decode=25% (fewer bytes to read per "
         "token, which bound decoding).",
+        stages="energy pack solve rank baseline",
     )
     keep: parsed.BlockList = option(
-        parsed.BlockList(), "Blocks to keep, for example 0,1,29."
+        parsed.BlockList(),
+        "Blocks to keep, for example 0,1,29.",
+        stages="energy pack solve rank baseline",
     )
     must_remove: parsed.BlockList = option(
-        parsed.BlockList(), "Blocks to remove in any case."
+        parsed.BlockList(),
+        "Blocks to remove in any case.",
+        stages="energy pack solve rank baseline",
     )
     energy: str = option(
         "auto",
@@ -46,6 +52,7 @@ class SearchOptions(TextOptions):
         parsed.Effort(),
         "Search limit of refined and auto: passes over the text (150) or a time (20min); default: "
         "0.4 of the cost of a greedy search; most searches take half of that.",
+        stages="energy",
     )
 
     @property

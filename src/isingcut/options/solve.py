@@ -15,10 +15,18 @@ from isingcut.options.search import SearchOptions
 class SolveOptions(SearchOptions):
     """How the low-energy states are found, and how many."""
 
-    solver: str = option("auto", "Solver of low-energy states.")
+    solver: str = option(
+        "auto",
+        "Solver of low-energy states.",
+        stages="solve",
+    )
     states: Annotated[int, Bounds(ge=1, le=100_000)] = option(
-        20, "States kept in the spectrum."
+        20,
+        "States kept in the spectrum.",
+        stages="solve",
     )
     solve_seconds: Annotated[float, Bounds(gt=0, le=3600 * 24 * 365)] = option(
-        60.0, "Time limit of the solver, in seconds."
+        60.0,
+        "Time limit of the solver, in seconds.",
+        stages="solve",
     )

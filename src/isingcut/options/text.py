@@ -22,14 +22,29 @@ class TextOptions(Options):
         "library code); 'manual' (Python's manual); or 'self' (the model writes it). "
         "answers:SOURCE counts only the assistant's tokens of a chat. Mix sources by their share "
         "of tokens: wiki=0.75,python=0.25.",
+        stages="calibration",
     )
     samples: parsed.Count | None = option(
         None,
         "Samples that --energy is measured on (default: set by --energy).",
     )
-    length: parsed.Length = option(256, "Tokens per sample.")
-    rank_samples: parsed.Few = option(16, "Further samples, to rank the candidates on.")
-    report_samples: parsed.Few = option(
-        32, "Unseen samples, for the reported perplexity."
+    length: parsed.Length = option(
+        256,
+        "Tokens per sample.",
+        stages="calibration",
     )
-    seed: parsed.Seed = option(0, "Random seed.")
+    rank_samples: parsed.Few = option(
+        16,
+        "Further samples, to rank the candidates on.",
+        stages="calibration",
+    )
+    report_samples: parsed.Few = option(
+        32,
+        "Unseen samples, for the reported perplexity.",
+        stages="calibration",
+    )
+    seed: parsed.Seed = option(
+        0,
+        "Random seed.",
+        stages="calibration energy pack solve rank baseline evaluate",
+    )

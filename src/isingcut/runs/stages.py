@@ -24,7 +24,7 @@ from isingcut.errors import IsingcutError, OutputExistsError
 from isingcut.files import ownership, runs, writing
 from isingcut.files.stages import NUMERICS, STAGES, Declaration, find_source
 from isingcut.memory import exhausted_error, is_memory_exhausted
-from isingcut.options.declaration import Only
+from isingcut.options.declaration import Only, read_by
 from isingcut.options.machine import MachineOptions
 from isingcut.processes import ALONE, Processes
 from isingcut.runs.folder import RunFolder, each_removal
@@ -272,7 +272,7 @@ class Stage(Generic[T]):
         """Return everything that the result depends on, by the names of the declaration."""
         declared = self.declared
         folder = runner.folder
-        found = {name: getattr(config, name) for name in declared.options}
+        found = {name: getattr(config, name) for name in read_by(config, self.name)}
         unused = declared.unused({**found, **planned.values})
         found |= {name: planned.values[name] for name in declared.values}
         if declared.numerics:
@@ -290,7 +290,7 @@ class Stage(Generic[T]):
         Raises:
             MemoryExhaustedError: memory ran out, and none can be freed.
         """
-        names = _HOW | {*self.declared.options}
+        names = _HOW | {*read_by(config, self.name)}
         if self.declared.numerics:
             names |= {*NUMERICS}
         reader = f"the stage {self.name}"
@@ -384,14 +384,15 @@ def refuse_changes(folder: RunFolder, config: RunConfig, *, ranks: bool) -> None
     # A model has no more removals than blocks, which is checked later.
     ranks &= max(config.remove.counts, default=0) < len(folder.run.blocks.blocks)
     for one in each_removal(config) if ranks else [config]:
-        for stage in STAGES.values():
+        for stage_name, stage in STAGES.items():
             place = folder.path if stage.of_run else folder.target(one)
             record = folder.find_finished(file := place / stage.main)
             if record is None or not (ranks or stage.of_run):
                 continue
             made = record.options.content()
             own = config if stage.of_run else one
-            names = {*stage.options, *({"energy"} & {*stage.values})} & made.keys()
+            typed = {*read_by(own, stage_name), *({"energy"} & {*stage.values})}
+            names = typed & made.keys()
             now = {name: getattr(own, name) for name in names}
             if lines := _list_changes({k: made[k] for k in now}, now):
                 raise _changed_error(file, lines)
