@@ -8,7 +8,7 @@ from pathlib import Path
 
 from isingcut.files.stages import NUMERICS, STAGES
 from isingcut.options.config import RunConfig
-from isingcut.options.declaration import read_by
+from isingcut.options.declaration import options_of
 
 PAGE = Path(__file__).with_name("rooms.md")
 
@@ -19,7 +19,7 @@ def page() -> str:
     for name, stage in STAGES.items():
         reads = ", ".join(stage.reads)
         options = ", ".join(
-            [*read_by(RunConfig, name), *(NUMERICS if stage.numerics else ())]
+            [*options_of(RunConfig, name), *(NUMERICS if stage.numerics else ())]
         )
         rows.append(
             f"| {name} | `{stage.verb}` | `{stage.file}` | {reads} | {options} |"

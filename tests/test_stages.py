@@ -9,7 +9,7 @@ import pytest
 from isingcut.files.stages import NUMERICS, STAGES, Declaration, find_source
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.options.config import RunConfig
-from isingcut.options.declaration import option, read_by
+from isingcut.options.declaration import option, options_of
 from isingcut.options.parsed import QUANTITIES, Quantity
 from isingcut.runs import pipeline, stages
 from isingcut.runs.constraints import removal_rows
@@ -121,7 +121,7 @@ def test_an_option_makes_again_what_declares_it_and_nothing_else(finished, optio
     found = set()
     for name in NAMES:
         declared = STAGES[name]
-        reads = {*read_by(config, name), *(NUMERICS if declared.numerics else ())}
+        reads = {*options_of(config, name), *(NUMERICS if declared.numerics else ())}
         reads = reads.union(*(FOUND_FROM.get(v, ()) for v in declared.values))
         if name == "benchmarks":
             reads |= {"questions"}
@@ -169,7 +169,7 @@ def test_a_stage_cannot_read_what_it_does_not_declare(finished, tmp_path, name):
     declared = STAGES[name]
     free = {*stages._HOW, *planned.values, *(NUMERICS if declared.numerics else ())}
     for field in dataclasses.fields(RunConfig):
-        if field.name in read_by(own, name) or field.name in free:
+        if field.name in options_of(own, name) or field.name in free:
             getattr(options, field.name)
         else:
             with pytest.raises(LookupError, match=f"{name} reads {field.name}, which"):

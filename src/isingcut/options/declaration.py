@@ -97,7 +97,7 @@ class Options:
 Kind = TypeVar("Kind", bound=Options)
 
 
-def read_by(kind: Any, stage: str) -> list[str]:
+def options_of(kind: Any, stage: str) -> list[str]:
     """List the options of a class, or of an object of it, that a stage reads."""
     return [
         f.name

@@ -24,7 +24,7 @@ from isingcut.errors import IsingcutError, OutputExistsError
 from isingcut.files import ownership, runs, writing
 from isingcut.files.stages import NUMERICS, STAGES, Declaration, find_source
 from isingcut.memory import exhausted_error, is_memory_exhausted
-from isingcut.options.declaration import Only, read_by
+from isingcut.options.declaration import Only, options_of
 from isingcut.options.machine import MachineOptions
 from isingcut.processes import ALONE, Processes
 from isingcut.runs.folder import RunFolder, each_removal
@@ -272,7 +272,7 @@ class Stage(Generic[T]):
         """Return everything that the result depends on, by the names of the declaration."""
         declared = self.declared
         folder = runner.folder
-        found = {name: getattr(config, name) for name in read_by(config, self.name)}
+        found = {name: getattr(config, name) for name in options_of(config, self.name)}
         unused = declared.unused({**found, **planned.values})
         found |= {name: planned.values[name] for name in declared.values}
         if declared.numerics:
@@ -290,7 +290,7 @@ class Stage(Generic[T]):
         Raises:
             MemoryExhaustedError: memory ran out, and none can be freed.
         """
-        names = _HOW | {*read_by(config, self.name)}
+        names = _HOW | {*options_of(config, self.name)}
         if self.declared.numerics:
             names |= {*NUMERICS}
         reader = f"the stage {self.name}"
@@ -391,7 +391,7 @@ def refuse_changes(folder: RunFolder, config: RunConfig, *, ranks: bool) -> None
                 continue
             made = record.options.content()
             own = config if stage.of_run else one
-            typed = {*read_by(own, stage_name), *({"energy"} & {*stage.values})}
+            typed = {*options_of(own, stage_name), *({"energy"} & {*stage.values})}
             names = typed & made.keys()
             now = {name: getattr(own, name) for name in names}
             if lines := _list_changes({k: made[k] for k in now}, now):
