@@ -149,7 +149,7 @@ def load(
 
     Args:
         dtype, device: as in `pick_dtype` and `pick_devices`.
-        units: what a block of the model is, as the option `units`.
+        units: what a block of the model is, see `RunConfig`.
 
     Raises:
         ModelError: transformers cannot load the model; tensors are missing from the checkpoint or
