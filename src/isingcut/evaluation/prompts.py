@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from itertools import chain
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from isingcut.data.generation import generate_rows, prompt_ids
+from isingcut.evaluation.answers import in_parts
 from isingcut.files.evaluations import Answer, AnswerPair, Answers, Ending
 from isingcut.formats.architectures.blocks import language_model, text_config
 from isingcut.measure.splitting import attempt, fewer_tokens_to_fit
@@ -95,6 +96,7 @@ def _answer(
     positions = getattr(text_config(loaded.model), "max_position_embeddings", None)
     device = BatchLimit(loaded.runnable.device)
     tokenizer: Any = loaded.tokenizer
+    model = language_model(loaded.model)
     rows = {
         k: (list[int](), False)
         for k, prompt in enumerate(ids)
@@ -106,23 +108,16 @@ def _answer(
         more = min(max(PLAIN, size), most - size)
         size += more
         # The last prompt is much longer, and padding would cost more than it does.
-        last = len(ids) - 1
-        groups = [k for k in left if k < last], [k for k in left if k == last]
-        for group in filter(None, groups):
+        for _, of_length in groupby(left, lambda k: k == len(ids) - 1):
+            group = [*of_length]
             begun = [
                 torch.cat([ids[k], torch.tensor([rows[k][0]], dtype=torch.int64)], 1)
                 for k in group
             ]
 
-            def generate(
-                count: int, begun: Sequence[Tensor] = begun, more: int = more
-            ) -> list[tuple[Row, bool]]:
-                model = language_model(loaded.model)
-                parts = (begun[a : a + count] for a in range(0, len(begun), count))
-                made = (generate_rows(model, tokenizer, part, more) for part in parts)
-                return [*chain.from_iterable(made)]
-
-            work = partial(fewer_tokens_to_fit, device, len(group), 1, generate)
+            write = partial(generate_rows, model, tokenizer, most=more)
+            by = partial(in_parts, write, begun)
+            work = partial(fewer_tokens_to_fit, device, len(group), 1, by)
             found = attempt(work, True)
             for i, k in enumerate(group):
                 before, _ = rows.pop(k)

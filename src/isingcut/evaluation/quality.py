@@ -268,7 +268,7 @@ def quality_of(sums: Floats, tokens: TokenSet) -> MixedScores:
 
 
 def _part(tokens: TokenSet, whole: MixedScores) -> PartScores:
-    scores = {name: value for name, value in whole if name != "parts"}
+    scores = whole.model_dump(exclude={"parts"})
     return PartScores(samples=tokens.samples, tokens=tokens.tokens, **scores)
 
 

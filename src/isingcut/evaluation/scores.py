@@ -197,7 +197,7 @@ def _score_one(model: Harness, task: Prepared, wanted: Callable[[str], bool]) ->
         apply_chat_template=model.chat,
     )
     samples = [
-        (name, s) for name in results["samples"] for s in results["samples"][name]
+        (name, s) for name, of_task in results["samples"].items() for s in of_task
     ]
     metric = task.metric or _metric(task.name, samples)
     name, _, which = metric.partition(",")

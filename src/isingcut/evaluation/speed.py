@@ -75,8 +75,7 @@ def speed(
         return clock() - began
 
     tokens = {PREFILL: ids.shape[1], DECODE: new_tokens}
-    times: dict[str, dict[str, list[float]]]
-    times = {name: {key: [] for key in tokens} for name in models}
+    times = {name: {key: list[float]() for key in tokens} for name in models}
     last = time.monotonic() + _SECONDS
     for done in range(repeats + 1):
         if done and time.monotonic() > last:
