@@ -5,28 +5,23 @@ A pruned model can keep its scores on multiple choice and no longer stop, or rep
 from its longest answer on, so that no answer is cut short that ends as the original's do.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import partial
 from itertools import groupby
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from torch import Tensor
 
+from isingcut.console.progress import Bar
 from isingcut.data.generation import generate_rows, prompt_ids
+from isingcut.data.tokens import Row
 from isingcut.evaluation.answers import in_parts
 from isingcut.files.evaluations import Answer, AnswerPair, Answers, Ending
 from isingcut.formats.architectures.blocks import language_model, text_config
 from isingcut.measure.splitting import attempt, fewer_tokens_to_fit
 from isingcut.models.device import BatchLimit
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from isingcut.console.progress import Bar
-    from isingcut.data.tokens import Row
-    from isingcut.models.load import LoadedModel
+from isingcut.models.load import LoadedModel
 
 PLAIN = 64
 """New tokens after which an answer is looked at first; all of them without a chat template, because

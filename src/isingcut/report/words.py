@@ -85,6 +85,7 @@ def _environment(**more: Any) -> jinja2.Environment:
         cells,
         correlation_text,
         fence_text,
+        find_spec,
         is_read_again,
         join_blocks,
         known_rows,
@@ -107,8 +108,12 @@ def _environment(**more: Any) -> jinja2.Environment:
     )
     named = {function.__name__: function for function in functions}
     environment.filters |= {**named, "kl": lambda row: rows.kl_of(row).text()}
-    constants = {"CUT_RANKING": rows.CUT_RANKING, "version": __version__, "TEXT": TEXT}
-    environment.globals |= {**named, **constants, "find_spec": find_spec}
+    environment.globals |= {
+        **named,
+        "CUT_RANKING": rows.CUT_RANKING,
+        "version": __version__,
+        "TEXT": TEXT,
+    }
     return environment
 
 
