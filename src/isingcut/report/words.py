@@ -85,7 +85,6 @@ def _environment(**more: Any) -> jinja2.Environment:
         cells,
         correlation_text,
         fence_text,
-        find_spec,
         is_read_again,
         join_blocks,
         known_rows,
@@ -113,6 +112,7 @@ def _environment(**more: Any) -> jinja2.Environment:
         "CUT_RANKING": rows.CUT_RANKING,
         "version": __version__,
         "TEXT": TEXT,
+        "find_spec": find_spec,
     }
     return environment
 
