@@ -97,11 +97,8 @@ def show_spectrum(spectrum: Spectrum, remove: str, file: Path) -> None:
     rows = []
     for k, value in enumerate(spectrum.energies):
         blocks = spectrum.removed(k)
-        cells = (
-            words.state_map(blocks, spectrum.states.shape[1]),
-            words.join_blocks(blocks),
-        )
-        rows.append((str(k), f"{value:.4g}", *cells))
+        shown = words.state_map(blocks, spectrum.states.shape[1])
+        rows.append((str(k), f"{value:.4g}", shown, words.join_blocks(blocks)))
     headings = ("#", f"energy, {spectrum.unit}", "blocks (· removed)", "removed")
     _show_table(
         f"remove {remove}: {len(spectrum)} states, {status}",
@@ -116,20 +113,18 @@ def show_ranking(ranking: states.CandidatesFile) -> None:
     """Print how well the energy ranks, and the chosen state."""
     chosen = ranking.chosen
     lines = []
-    why = words.sentence("why_words", ranking)
     for name, judged in {
         "energy": ranking.fidelity,
         **ranking.fidelity_of_others,
     }.items():
-        figures = judged.kl
-        if not figures.n:
-            lines.append(f"{name}: rank correlation not measured (--random-states 0)")
-        elif figures.spearman is None:
-            lines.append(f"{name}: rank correlation undefined (n = {figures.n})")
+        found = words.correlation_text(judged.kl)
+        n = f"n = {judged.kl.n}"
+        if judged.kl.spearman is None:
+            why = n if judged.kl.n else "--random-states 0"
+            lines.append(f"{name}: rank correlation {found} ({why})")
         else:
             lines.append(
-                f"{name}: Spearman {words.correlation_text(figures)}, with the measured KL of "
-                f"n = {figures.n} states"
+                f"{name}: Spearman {found}, with the measured KL of {n} states"
             )
     if line := words.sentence("one_pass_words", ranking):
         lines.append(line.replace("`", ""))
@@ -137,6 +132,7 @@ def show_ranking(ranking: states.CandidatesFile) -> None:
         headings = ("removed", "right", "difference", "log-probability")
         answers = words.table("question_rows", ranking.by_tasks)
         _show_table("choice by questions", headings, answers, headings[:1])
+    why = words.sentence("why_words", ranking)
     show_lines(
         *lines,
         f"chosen: blocks {words.join_blocks(chosen.removed)} (state {chosen.position} by energy, "
@@ -335,9 +331,7 @@ def show_healing(healing: healings.HealingFile, folder: Path) -> None:
     show_lines(f"wrote {folder}", words.sentence("healing_verdict", healing))
 
 
-def show_benchmarks(
-    scores: evaluations.BenchmarksFile, file: Path, *, last: str = "cut"
-) -> None:
+def show_benchmarks(scores: evaluations.BenchmarksFile, file: Path, last: str) -> None:
     """Print the scores of both models, and whether each difference is more than noise."""
     title = "benchmarks, the same questions for both models"
     if scores.left_out:
@@ -352,7 +346,7 @@ def show_benchmarks(
     show_lines(f"wrote {file}")
 
 
-def _show_rows(title: str, rows: Sequence[Row], change: str = "") -> None:
+def _show_rows(title: str, rows: Sequence[Row], change: str) -> None:
     """Print a table with a row per quantity, a column per model, and a column of changes."""
     models = list(rows[0].values) if rows else []
     noted = any(row.notes for row in rows)
@@ -385,9 +379,8 @@ def show_run(files: RunFiles, *, generation: bool = False) -> None:
     show_ranking(files.candidates)
     show_evaluation(files.evaluation)
     if files.benchmarks is not None:
-        show_benchmarks(
-            files.benchmarks, files.target / "benchmarks.json", last=files.last
-        )
+        file = files.target / "benchmarks.json"
+        show_benchmarks(files.benchmarks, file, files.last)
     answers = files.evaluation.answers
     lines = [f"checkpoint: {files.product}", f"report:     {page} (and report.md)"]
     if files.gguf:

@@ -188,7 +188,8 @@ def verb(
         output = list(
             inspect.signature(_print_output, eval_str=True).parameters.values()
         )
-        setattr(command, "__signature__", inspect.Signature(parameters + output[2:]))  # noqa: B010
+        signature = inspect.Signature(parameters + output[2:])
+        command.__signature__ = signature  # type: ignore[attr-defined]
         app.command(called, cls=_Command, rich_help_panel=group)(command)
         return handler
 
@@ -273,8 +274,7 @@ def _print_output(
 
 def collect(kind: type[Kind], config: Path | None, options: Mapping[str, Any]) -> Kind:
     """Combine the options from a config file and from the command line, which wins."""
-    values = from_yaml(kind, config) if config else {}
-    return kind(**{**values, **options})
+    return kind(**{**(from_yaml(kind, config) if config else {}), **options})
 
 
 def reopen(

@@ -34,6 +34,7 @@ from isingcut.processes import Processes, is_launched, launched_rank
 
 if TYPE_CHECKING:
     from isingcut.cli import show
+    from isingcut.files.evaluations import BenchmarksFile, EvaluationFile
     from isingcut.report import words
     from isingcut.runs import (
         benchmarking,
@@ -54,11 +55,14 @@ else:
         def __getattr__(self, attribute: str) -> Any:
             return getattr(importlib.import_module(self.name), attribute)
 
-    show, words = map(LazyModule, ("cli.show", "report.words"))
-    runs = ["benchmarking", "cutting", "evaluating", "pipeline", "ranking", "solving"]
-    benchmarking, cutting, evaluating, pipeline, ranking, solving = (
-        LazyModule(f"runs.{name}") for name in runs
-    )
+    show = LazyModule("cli.show")
+    words = LazyModule("report.words")
+    benchmarking = LazyModule("runs.benchmarking")
+    cutting = LazyModule("runs.cutting")
+    evaluating = LazyModule("runs.evaluating")
+    pipeline = LazyModule("runs.pipeline")
+    ranking = LazyModule("runs.ranking")
+    solving = LazyModule("runs.solving")
 
 _ALL = RunConfig.__dataclass_fields__
 
@@ -382,19 +386,9 @@ def evaluate(
         check_name(original, trust_remote_code=config.trust_remote_code)
         if not config.tasks:
             scores, file = evaluating.evaluate_checkpoint(config, directory, out)
-            return Output(
-                {"file": str(file), **scores.content()},
-                lambda: show.show_evaluation(scores),
-                brief=f"{scores.kl:.4f}",
-                warnings=words.patch_warnings(scores),
-            )
+            return _output_scores(scores, {"file": str(file)})
         rows, file = benchmarking.benchmark_checkpoint(config, directory, out)
-        return Output(
-            {"benchmarks": {"file": str(file), **rows.content()}},
-            lambda: show.show_benchmarks(rows, file),
-            brief=str(file),
-            warnings=words.patch_warnings(rows),
-        )
+        return _output_benchmarks(rows, file, "cut", {})
     if out is not None:
         raise InputError(
             "--out needs --original; a run folder has its own benchmarks.json"
@@ -413,15 +407,7 @@ def evaluate(
     if not typed:
         scores = evaluating.evaluate(runner, config, removed)
         evaluating.rewrite_card(folder, target)
-        return Output(
-            output | scores.content(),
-            lambda: show.show_evaluation(scores),
-            brief=f"{scores.kl:.4f}",
-            warnings=[
-                *words.paragraphs("harm_words", scores),
-                *words.patch_warnings(scores),
-            ],
-        )
+        return _output_scores(scores, output)
     rows = benchmarking.benchmarks(runner, config, removed)
     evaluating.rewrite_card(folder, target)
     file = target / "benchmarks.json"
@@ -429,9 +415,27 @@ def evaluate(
         raise benchmarking.failed_error(rows.failed)
     files = RunFiles(folder.path, target)
     before = {} if files.evaluation is None else output | files.evaluation.content()
+    return _output_benchmarks(rows, file, files.last, before)
+
+
+def _output_scores(scores: EvaluationFile, file: dict[str, str]) -> Output:
+    return Output(
+        file | scores.content(),
+        lambda: show.show_evaluation(scores),
+        brief=f"{scores.kl:.4f}",
+        warnings=[
+            *words.paragraphs("harm_words", scores),
+            *words.patch_warnings(scores),
+        ],
+    )
+
+
+def _output_benchmarks(
+    rows: BenchmarksFile, file: Path, last: str, before: dict[str, Any]
+) -> Output:
     return Output(
         before | {"benchmarks": {"file": str(file), **rows.content()}},
-        lambda: show.show_benchmarks(rows, file, last=files.last),
+        lambda: show.show_benchmarks(rows, file, last),
         brief=str(file),
         warnings=words.patch_warnings(rows),
     )
@@ -461,9 +465,9 @@ def report(
     from isingcut.report.run_files import RunFiles
     from isingcut.report.write import write_comparison
 
-    if out is not None and len(directories) == 1:
-        raise InputError("--out is for the comparison page; give two or more DIRs")
     alone = len(directories) == 1
+    if out is not None and alone:
+        raise InputError("--out is for the comparison page; give two or more DIRs")
     removals = [removal_at(directory, options, alone) for directory in directories]
     if alone:
         folder, target = removals[0]

@@ -7,7 +7,8 @@ Texts are generated for a few prompts at a time, and then stored in the journal.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +26,7 @@ from isingcut.measure.streams import check_finite
 from isingcut.measure.work import Work, identity
 from isingcut.models.replay import Replay, use_attention
 
+T = TypeVar("T")
 Continuation = tuple[tuple[int, ...], int]
 """Token ids, two or more, and the number of tokens of the continuation at the end."""
 Likelihood = tuple[float, bool]
@@ -64,7 +66,7 @@ def answer_scores(
     alike: dict[tuple[int, ...], list[int]] = {}
     for r, (ids, _) in enumerate(rows):
         alike.setdefault(tuple(ids[:-1]), []).append(r)
-    tokens = TokenSet.from_rows([list(ids) for ids in alike])
+    tokens = TokenSet.from_rows([*alike])
     groups = list(alike.values())
     batches = tokens.batches(work.batch_tokens)
 
@@ -81,9 +83,9 @@ def answer_scores(
     measured = identity(
         replay,
         tokens,
-        answers=[[list(ids), k] for ids, k in rows],
+        answers=rows,
         states=np.packbits(wanted).tolist(),
-        shape=list(wanted.shape),
+        shape=wanted.shape,
         batch_tokens=work.batch_tokens,
     )
     kept = Journal(work.journal, measured)
@@ -150,19 +152,17 @@ def read_answers(replay: Replay, stream: Tensor, rows: Asked) -> Floats:
         for t in range(len(ids) - 1 - k, len(ids) - 1)
     ]
     sample, position, labels, owner = torch.tensor(places).T
-    likely = list[Tensor]()
-    best = list[Tensor]()
+    parts = list[Tensor]()
     pieces = (t.split(_HEAD_ROWS) for t in (stream[sample, position], labels))
     for part, label in zip(*pieces, strict=True):
         logits = replay.tail(part[None], label[None].to(replay.device))[0].float()
         label = label.to(logits.device)
-        likely.append(
-            (logits.gather(1, label[:, None])[:, 0] - logits.logsumexp(-1)).double()
-        )
-        best.append((logits.argmax(-1) == label).double())
+        likely = logits.gather(1, label[:, None])[:, 0] - logits.logsumexp(-1)
+        parts.append(torch.stack([likely, logits.argmax(-1) == label]).double())
+    likely, best = torch.cat(parts, 1).cpu().numpy()
     scores = np.stack([np.zeros(len(rows)), np.ones(len(rows))])
-    np.add.at(scores[0], owner.numpy(), torch.cat(likely).cpu().numpy())
-    np.minimum.at(scores[1], owner.numpy(), torch.cat(best).cpu().numpy())
+    np.add.at(scores[0], owner.numpy(), likely)
+    np.minimum.at(scores[1], owner.numpy(), best)
     return scores
 
 
@@ -194,10 +194,8 @@ def generate_texts(
         work: sets the batch size; its journal keeps finished texts.
         description: the description of the progress bar.
     """
-    kept = Journal(
-        work.journal,
-        fingerprint([replay.identity(), "endings", [[*p] for p in prompts]]),
-    )
+    identity_of = fingerprint([replay.identity(), "endings", prompts])
+    kept = Journal(work.journal, identity_of)
     keys = [f"{[*state]}/{i}" for i in range(len(prompts))]
     left = [i for i, key in enumerate(keys) if kept.get(key) is None]
     left.sort(key=lambda i: -len(prompts[i][0]))
@@ -207,12 +205,8 @@ def generate_texts(
             longest = max(1, len(prompts[left[0]][0]))
             count = max(1, MICRO_BATCHES * work.batch_tokens // longest)
             some = left[:count]
-            left = left[count:]
-
-            def write_by(count: int, some: Sequence[int] = some) -> list[Text]:
-                parts = (some[a : a + count] for a in range(0, len(some), count))
-                return [text for part in parts for text in write(part)]
-
+            del left[:count]
+            write_by = partial(in_parts, write, some)
             texts = fewer_tokens_to_fit(replay.limit, len(some), 1, write_by)
             # The journal stores arrays: how a text ended, and a number per byte of it.
             codes = (
@@ -222,6 +216,14 @@ def generate_texts(
             kept.put(dict(zip((keys[i] for i in some), codes, strict=True)))
             bar.advance(len(some))
     return [_read_text(row) for row in map(kept.get, keys) if row is not None]
+
+
+def in_parts(
+    write: Callable[[Sequence[Any]], Sequence[T]], items: Sequence[Any], count: int
+) -> list[T]:
+    """Return what a function returns for items, at most ``count`` of them at a time."""
+    starts = range(0, len(items), count)
+    return [one for a in starts for one in write(items[a : a + count])]
 
 
 def _read_text(row: Floats) -> Text:

@@ -10,13 +10,11 @@ one standard error of the best one, the one of lowest loss is chosen, because a 
 questions is mostly chance.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -32,9 +30,7 @@ from isingcut.formats.sources import model_identity
 from isingcut.ising.states import Bools, Floats
 from isingcut.measure.losses import standard_error
 from isingcut.measure.work import PLAIN, Work
-
-if TYPE_CHECKING:
-    from isingcut.models.load import LoadedModel
+from isingcut.models.load import LoadedModel
 
 
 def benchmark(
@@ -64,12 +60,10 @@ def benchmark(
     with work.progress("benchmarks", 2 * len(tasks)) as bar:
         for task in tasks:
             pair = []
+            depends = [task.limit, *sorted(left_out)]
             with note_failure(task.name, failed):
                 for name, model in models.items():
-                    depends = [task.limit, *sorted(left_out)]
-                    journal = (
-                        None if kept is None else journal_of(kept, task, model, depends)
-                    )
+                    journal = kept and journal_of(kept, task, model, depends)
                     part = Part(bar, 1)
                     own = replace(work, progress=part, journal=journal)
                     (scores,) = score_states(

@@ -3,7 +3,6 @@
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,18 +51,8 @@ def rank(
             anything else the candidate of lowest KL.
     """
 
-    def losses(
-        split: TokenSet, states: States, kind: str, journal: Path | None
-    ) -> Measurement:
-        return measure(
-            replay,
-            split,
-            states,
-            replace(work, journal=journal),
-            f"measuring {len(states)} {kind}",
-        )
-
-    measured = losses(tokens, spectrum.states, "candidates", work.journal)
+    description = f"measuring {len(spectrum)} candidates"
+    measured = measure(replay, tokens, spectrum.states, work, description)
     drawn, distribution = random_feasible(
         problem, config.random_states, config.seed, spectrum.states
     )
@@ -74,12 +63,13 @@ def rank(
     if len(drawn):
         few = few_samples(tokens.samples)
         journal = work.journal and work.journal.with_name("random.journal")
-        random = [losses(tokens.select(few), drawn, "random states", journal)]
+        own = replace(work, journal=journal)
+        description = f"measuring {len(drawn)} random states"
+        random = [measure(replay, tokens.select(few), drawn, own, description)]
     judged_on = [measured.of_samples(few), *random] if config.random_states else []
-    if config.choose == "ground":
-        chosen = 0
-        why = "ground"
-    else:
+    chosen = 0
+    why = "ground"
+    if config.choose != why:
         chosen = int(np.argmin(measured.kl))
         why = "lowest measured KL"
     energy = problem.hamiltonian
@@ -117,16 +107,13 @@ def _rows(
     of_part = {name: measured.of_samples(own) for name, own in parts.items()}
     rows = []
     for s, state in enumerate(measured.states):
-        row = {
-            "removed": blocks_of(state),
-            "energy": energy.energy(state),
-            **measured.losses(s),
-        }
+        row = measured.losses(s)
         if of_part:
             row["parts"] = {
                 k: MeasuredLoss(**own.losses(s)) for k, own in of_part.items()
             }
-        rows.append(MeasuredState(**row))
+        energy_of = energy.energy(state)
+        rows.append(MeasuredState(removed=blocks_of(state), energy=energy_of, **row))
     return rows
 
 

@@ -11,7 +11,7 @@ characters a token. The text is Python's manual, which depends on Python's versi
 import json
 import random
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,8 @@ _LENGTHS = (1000, 2000, 4000)
 _DEPTHS = (0.1, 0.5, 0.9)
 _THINGS = ("blue locker", "green door", "red suitcase")
 _CHARACTERS = 4
+# The end of a sentence: ``.``, ``!`` or ``?``.
+_END = re.compile(r"[.!?][\"')]*\s+")
 
 
 def read_instructions() -> list[Question]:
@@ -71,42 +73,6 @@ def score_needle(question: Mapping[str, str], answers: Sequence[str]) -> dict[st
 # Checks -----------------------------------------------------------------------------------
 
 
-def has_words(answer: str, bounds: Sequence[int]) -> bool:
-    """Whether the number of words between white space is within the bounds."""
-    return bounds[0] <= len(answer.split()) <= bounds[1]
-
-
-def has_sentences(answer: str, bounds: Sequence[int]) -> bool:
-    """Whether the number of sentences, which end at ``.``, ``!`` or ``?``, is within the bounds."""
-    sentences = re.split(r"[.!?][\"')]*\s+", answer)
-    return bounds[0] <= len(sentences) <= bounds[1]
-
-
-def has_lines(answer: str, bounds: Sequence[int]) -> bool:
-    """Whether the number of lines that are not blank is within the bounds."""
-    return bounds[0] <= len(_lines(answer)) <= bounds[1]
-
-
-def has_case(answer: str, case: str) -> bool:
-    """Whether all letters are ``upper`` or ``lower`` case, and there is one."""
-    return answer.isupper() if case == "upper" else answer.islower()
-
-
-def includes(answer: str, words: Mapping[str, int]) -> bool:
-    """Whether each word occurs at least so many times, in any case."""
-    return all(_count(answer, word) >= least for word, least in words.items())
-
-
-def excludes(answer: str, words: Iterable[str]) -> bool:
-    """Whether none of the words occurs, in any case."""
-    return not any(_count(answer, word) for word in words)
-
-
-def lacks(answer: str, characters: str) -> bool:
-    """Whether none of the characters occurs."""
-    return not set(answer) & set(characters)
-
-
 def is_numbered(answer: str, items: int) -> bool:
     """Whether all lines together are a list with the numbers ``1.``, ``2.`` and so on."""
     lines = enumerate(_lines(answer), start=1)
@@ -136,26 +102,34 @@ def has_title(answer: str, brackets: Sequence[str]) -> bool:
     return bool(others and re.fullmatch(rf"{left}[^][<>]+{right}", first))
 
 
-def ends_with(answer: str, phrase: str) -> bool:
-    """Whether the answer ends with the phrase, letter by letter."""
-    return answer.endswith(phrase)
-
-
 CHECKS: dict[str, Callable[[str, Any], bool]] = {
-    "words": has_words,
-    "sentences": has_sentences,
-    "lines": has_lines,
-    "case": has_case,
-    "includes": includes,
-    "excludes": excludes,
-    "lacks": lacks,
+    # Whether the number of words, sentences or lines that are not blank is within the bounds.
+    "words": lambda answer, bounds: _within(answer.split(), bounds),
+    "sentences": lambda answer, bounds: _within(_END.split(answer), bounds),
+    "lines": lambda answer, bounds: _within(_lines(answer), bounds),
+    # Whether all letters are ``upper`` or ``lower`` case, and there is one.
+    "case": lambda answer, case: (
+        answer.isupper() if case == "upper" else answer.islower()
+    ),
+    # Whether each word occurs at least so many times, or none occurs, in any case.
+    "includes": lambda answer, words: all(
+        _count(answer, word) >= least for word, least in words.items()
+    ),
+    "excludes": lambda answer, words: not any(_count(answer, w) for w in words),
+    # Whether none of the characters occurs.
+    "lacks": lambda answer, characters: not set(answer) & set(characters),
     "numbered": is_numbered,
     "bullets": is_bulleted,
     "json": is_json,
     "title": has_title,
-    "ends": ends_with,
+    # Whether the answer ends with the phrase, letter by letter.
+    "ends": str.endswith,
 }
 """The checks by name: functions of an answer and of the prompt's argument."""
+
+
+def _within(parts: Sequence[str], bounds: Sequence[int]) -> bool:
+    return bounds[0] <= len(parts) <= bounds[1]
 
 
 def _lines(answer: str) -> list[str]:

@@ -1,11 +1,9 @@
 """The model object of lm-evaluation-harness for a model in memory or streamed."""
 
-from __future__ import annotations
-
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import normalize_gen_kwargs
@@ -15,11 +13,9 @@ from isingcut.data.generation import end_tokens, finite_logits, split_end
 from isingcut.errors import InputError
 from isingcut.evaluation.answers import Continuation, Likelihood, Prompt, Text, Writer
 from isingcut.evaluation.prompts import read_ending
+from isingcut.files.evaluations import Ending
 from isingcut.formats.architectures.blocks import language_model
-
-if TYPE_CHECKING:
-    from isingcut.files.evaluations import Ending
-    from isingcut.models.load import LoadedModel
+from isingcut.models.load import LoadedModel
 
 Answering = Callable[[Sequence[Continuation]], Sequence[Likelihood]]
 Writing = Callable[[Sequence[Prompt], Writer], list[Text]]

@@ -5,27 +5,23 @@ A pruned model can keep its scores on multiple choice and no longer stop, or rep
 from its longest answer on, so that no answer is cut short that ends as the original's do.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import partial
-from itertools import chain
-from typing import TYPE_CHECKING, Any
+from itertools import groupby
+from typing import Any
 
 import torch
+from torch import Tensor
 
+from isingcut.console.progress import Bar
 from isingcut.data.generation import generate_rows, prompt_ids
+from isingcut.data.tokens import Row
+from isingcut.evaluation.answers import in_parts
 from isingcut.files.evaluations import Answer, AnswerPair, Answers, Ending
 from isingcut.formats.architectures.blocks import language_model, text_config
 from isingcut.measure.splitting import attempt, fewer_tokens_to_fit
 from isingcut.models.device import BatchLimit
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from isingcut.console.progress import Bar
-    from isingcut.data.tokens import Row
-    from isingcut.models.load import LoadedModel
+from isingcut.models.load import LoadedModel
 
 PLAIN = 64
 """New tokens after which an answer is looked at first; all of them without a chat template, because
@@ -95,6 +91,7 @@ def _answer(
     positions = getattr(text_config(loaded.model), "max_position_embeddings", None)
     device = BatchLimit(loaded.runnable.device)
     tokenizer: Any = loaded.tokenizer
+    model = language_model(loaded.model)
     rows = {
         k: (list[int](), False)
         for k, prompt in enumerate(ids)
@@ -106,23 +103,16 @@ def _answer(
         more = min(max(PLAIN, size), most - size)
         size += more
         # The last prompt is much longer, and padding would cost more than it does.
-        last = len(ids) - 1
-        groups = [k for k in left if k < last], [k for k in left if k == last]
-        for group in filter(None, groups):
+        for _, of_length in groupby(left, lambda k: k == len(ids) - 1):
+            group = [*of_length]
             begun = [
                 torch.cat([ids[k], torch.tensor([rows[k][0]], dtype=torch.int64)], 1)
                 for k in group
             ]
 
-            def generate(
-                count: int, begun: Sequence[Tensor] = begun, more: int = more
-            ) -> list[tuple[Row, bool]]:
-                model = language_model(loaded.model)
-                parts = (begun[a : a + count] for a in range(0, len(begun), count))
-                made = (generate_rows(model, tokenizer, part, more) for part in parts)
-                return [*chain.from_iterable(made)]
-
-            work = partial(fewer_tokens_to_fit, device, len(group), 1, generate)
+            write = partial(generate_rows, model, tokenizer, most=more)
+            by = partial(in_parts, write, begun)
+            work = partial(fewer_tokens_to_fit, device, len(group), 1, by)
             found = attempt(work, True)
             for i, k in enumerate(group):
                 before, _ = rows.pop(k)

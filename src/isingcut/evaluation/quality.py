@@ -1,15 +1,14 @@
 """Compare original and cut model on text that neither the energy nor the ranking used."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from isingcut.data.tokens import TokenSet
 from isingcut.evaluation.failures import note_failure
@@ -34,16 +33,12 @@ from isingcut.measure.streams import check_finite
 from isingcut.measure.work import PLAIN, Work
 from isingcut.models.compute.head import split_predictions, sum_losses
 from isingcut.models.device import BatchLimit
+from isingcut.models.load import LoadedModel
 from isingcut.models.placement import name_devices
 from isingcut.models.replay import HEAD
 from isingcut.models.streaming.replay import StreamedReplay
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from isingcut.models.load import LoadedModel
-
-    AnyModel = PreTrainedModel | StreamedReplay
+AnyModel = PreTrainedModel | StreamedReplay
 
 # Hidden states of both models: after the blocks, before the blocks, and the current ones.
 _STREAMS = 6
@@ -268,7 +263,7 @@ def quality_of(sums: Floats, tokens: TokenSet) -> MixedScores:
 
 
 def _part(tokens: TokenSet, whole: MixedScores) -> PartScores:
-    scores = {name: value for name, value in whole if name != "parts"}
+    scores = whole.model_dump(exclude={"parts"})
     return PartScores(samples=tokens.samples, tokens=tokens.tokens, **scores)
 
 

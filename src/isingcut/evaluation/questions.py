@@ -189,11 +189,15 @@ def is_file(name: str) -> bool:
 def _make_shipped(name: str, questions: int | None) -> Prepared:
     """Make a task of `SHIPPED`, with at most so many questions, evenly spaced."""
     make, score = SHIPPED[name]
-    config = {"task": name, "test_split": "test", **_configurations()[name]}
-    own = config.pop("isingcut")
     records = _spread(make(), questions)
-    config["custom_dataset"] = _dataset(records, [])
-    config["process_results"] = score
+    config = {
+        "task": name,
+        "test_split": "test",
+        **_configurations()[name],
+        "custom_dataset": _dataset(records, []),
+        "process_results": score,
+    }
+    own = config.pop("isingcut")
     return Prepared(name, configurations=[config], source=fingerprint(records), **own)
 
 
@@ -264,8 +268,10 @@ def _dataset(test: list[dict[str, Any]], fewshot: list[dict[str, Any]]) -> Any:
     def make(**ignored: Any) -> dict[str, Any]:
         import datasets
 
-        splits = {"test": test, **({"fewshot": fewshot} if fewshot else {})}
-        return {k: datasets.Dataset.from_list(rows) for k, rows in splits.items()}
+        splits = {"test": test, "fewshot": fewshot}
+        return {
+            k: datasets.Dataset.from_list(rows) for k, rows in splits.items() if rows
+        }
 
     return make
 

@@ -27,14 +27,14 @@ from isingcut.evaluation.answers import (
     generate_texts,
 )
 from isingcut.evaluation.questions import Prepared, quiet
+from isingcut.files.evaluations import Ending
 from isingcut.formats.architectures.blocks import skip_blocks
 from isingcut.ising.states import Floats, states_of
 from isingcut.measure.work import PLAIN, Work
+from isingcut.models.load import LoadedModel
 
 if TYPE_CHECKING:
     from isingcut.evaluation.harness import Harness
-    from isingcut.files.evaluations import Ending
-    from isingcut.models.load import LoadedModel
 
 _PREFERRED = (
     "acc_norm,none",
@@ -188,16 +188,16 @@ def _score_one(model: Harness, task: Prepared, wanted: Callable[[str], bool]) ->
         if each.get_config("num_fewshot") is None:
             each.set_config(key="num_fewshot", value=0)
         each.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
-    loaded_tasks = {"tasks": made, "groups": {}, "group_map": {}}
+
     results: Any = evaluate(
         lm=model,
-        task_dict=loaded_tasks,
+        task_dict={"tasks": made, "groups": {}, "group_map": {}},
         bootstrap_iters=0,
         samples=picked,
         apply_chat_template=model.chat,
     )
     samples = [
-        (name, s) for name in results["samples"] for s in results["samples"][name]
+        (name, s) for name, of_task in results["samples"].items() for s in of_task
     ]
     metric = task.metric or _metric(task.name, samples)
     name, _, which = metric.partition(",")

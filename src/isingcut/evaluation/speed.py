@@ -1,27 +1,22 @@
 """Measure prefill and decode speed of two models."""
 
-from __future__ import annotations
-
 import contextlib
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from isingcut.data.generation import decode_tokens
 from isingcut.data.tokens import TokenSet
 from isingcut.errors import ModelError
 from isingcut.models.device import synchronise
 from isingcut.models.placement import devices_of
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
 
 DECODED = 16
 """Tokens of the text that decoding is timed after, unless a budget names another number."""
@@ -75,8 +70,7 @@ def speed(
         return clock() - began
 
     tokens = {PREFILL: ids.shape[1], DECODE: new_tokens}
-    times: dict[str, dict[str, list[float]]]
-    times = {name: {key: [] for key in tokens} for name in models}
+    times = {name: {key: list[float]() for key in tokens} for name in models}
     last = time.monotonic() + _SECONDS
     for done in range(repeats + 1):
         if done and time.monotonic() > last:

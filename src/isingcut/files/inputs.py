@@ -45,7 +45,7 @@ def user_path(text: str | os.PathLike[str]) -> Path:
 def regular_file(
     path: Path,
     what: str,
-    error: type[IsingcutError] = InputError,
+    error: type[IsingcutError],
     *,
     limit: float = math.inf,
 ) -> None:

@@ -94,8 +94,8 @@ def refuse_source(path: Path, sources: Iterable[str | os.PathLike[str]]) -> None
 
 def mark(folder: Path) -> None:
     """Write the marker file of a complete folder."""
-    files = {name: edges_sha256(folder / name) for name in sorted(_files_in(folder))}
-    files.pop(MARKER, None)
+    names = sorted(_files_in(folder) - {MARKER})
+    files = {name: edges_sha256(folder / name) for name in names}
     (folder / MARKER).write_text(_marker(files), encoding="utf-8")
 
 

@@ -58,8 +58,8 @@ def write_sealed(path: Path, content: str) -> None:
 
 def write_document(path: Path, document: Document, *, seal: bool = False) -> None:
     """Write a document to a results file, for `read_document`."""
-    given = (path, document.kind, document.content())
-    write_json(*given, version=document.version, seal=seal)
+    content = document.content()
+    write_json(path, document.kind, content, version=document.version, seal=seal)
 
 
 def read_document(path: Path, model: type[D]) -> D:

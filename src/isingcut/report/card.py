@@ -178,7 +178,7 @@ def harness_results(files: RunFiles, name: str) -> dict[str, Any]:
     assert found is not None
     rows = {row.task: row for row in found.rows}
     return {
-        "results": {task: _harness_scores(row, name) for task, row in rows.items()},
+        "results": {row.task: _harness_scores(row, name) for row in found.rows},
         "group_subtasks": {task: [] for task in rows},
         "configs": {
             t: {"task": t, "num_fewshot": row.shots} for t, row in rows.items()

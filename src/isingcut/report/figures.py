@@ -56,22 +56,19 @@ def draw_fields(energy: Hamiltonian, kinds: Sequence[str]) -> dict[str, Any]:
     base = 98.0 if scale.log else scale(0.0)
     ends = [sorted((scale(value), base)) for value in h]
     bars = [(top, max(foot - top, 0.6)) for top, foot in ends]
-    order = np.argsort(h).tolist()
-    named = [f"block {i} ({h[i]:.3g})" for i in order]
+    named = [f"block {i} ({h[i]:.3g})" for i in np.argsort(h)]
     words = (
         f"Costliest alone: {', '.join(named[:-4:-1])}; cheapest: {', '.join(named[:3])} "
         f"({energy.unit})."
     )
     errors = [None] * energy.n if energy.h_error is None else energy.h_error
     texts = map(partial(plus_minus, form=".4g"), h, errors)
-    rows = list(zip(range(energy.n), kinds, texts, strict=True))
-    ticks = [(f"{t:.3g}", scale(t)) for t in scale.ticks(4)]
     return {
         "bars": bars,
-        "ticks": ticks,
+        "ticks": [(f"{t:.3g}", scale(t)) for t in scale.ticks(4)],
         "log": scale.log,
         "words": words,
-        "rows": rows,
+        "rows": list(zip(range(energy.n), kinds, texts, strict=True)),
     }
 
 
@@ -95,14 +92,15 @@ def draw_couplings(energy: Hamiltonian) -> dict[str, Any]:
     unknown = unmeasured(energy)
     pairs = np.argwhere(np.triu(~unknown, 1))
     values = coupling[tuple(pairs.T)]
-    full = float(np.quantile(np.abs(values), SATURATION)) if len(values) else 0.0
-    full = full or float(np.abs(values).max(initial=0.0)) or 1.0
+    sizes = np.abs(values)
+    full = float(np.quantile(sizes, SATURATION)) if len(values) else 0.0
+    full = full or float(sizes.max(initial=0.0)) or 1.0
     kinds = np.where(coupling > 0, "p", "n")
     kinds[unknown] = "u"
     np.fill_diagonal(kinds, "d")
     shades = np.minimum(1.0, (np.abs(coupling) / full) ** ROOT).tolist()
     strongest = []
-    for i, j in pairs[np.argsort(-np.abs(values), kind="stable")[:200]].tolist():
+    for i, j in pairs[np.argsort(-sizes, kind="stable")[:200]].tolist():
         error = None if energy.J_error is None else energy.J_error[i, j]
         strongest.append((i, j, plus_minus(coupling[i, j], error, ".3g")))
     words = (
@@ -116,9 +114,9 @@ def draw_couplings(energy: Hamiltonian) -> dict[str, Any]:
             list(zip(*row, strict=True))
             for row in zip(kinds.tolist(), shades, strict=True)
         ],
-        "hatch": "".join(f"M{j} {i + 1}l1-1" for i, j in np.argwhere(unknown).tolist()),
+        "hatch": "".join(f"M{j} {i + 1}l1-1" for i, j in np.argwhere(unknown)),
         "full": full,
-        "beyond": int((np.abs(values) > full).sum()),
+        "beyond": int((sizes > full).sum()),
         "strongest": strongest,
         "words": words,
     }
@@ -141,9 +139,8 @@ def scatter_figure(files: RunFiles, name: str, states: Sequence[ReportState]) ->
     # The chosen state is drawn above all others.
     drawn.sort(key=lambda s: (s.chosen, s.kind == "candidate"))
     shown = [(s, s.kl) for s in drawn if s.kl is not None]
-    energies = energy.energies(
-        states_of(energy.n, (s.removed for s, _ in shown))
-    ).tolist()
+    drawn_states = states_of(energy.n, (s.removed for s, _ in shown))
+    energies = energy.energies(drawn_states)
     plot = Plot(
         x_span(energies, log=True),
         y_span([end for _, kl in shown for end in (kl.low, kl.high)], log=True),

@@ -165,8 +165,17 @@ class Plot:
         """
         ends = None if error is None else (self.y(y - error), self.y(y + error))
         row = (tip.split("\n")[0], f"{x:.5g}", plus_minus(y, error))
-        look = {"tip": tip, "kind": kind, "ends": ends, "state": state}
-        self.marks.append({"x": self.x(x), "y": self.y(y), "row": row, **look})
+        self.marks.append(
+            {
+                "x": self.x(x),
+                "y": self.y(y),
+                "row": row,
+                "tip": tip,
+                "kind": kind,
+                "ends": ends,
+                "state": state,
+            }
+        )
 
 
 @dataclass(frozen=True)

@@ -223,7 +223,7 @@ def answer_rows(answers: evaluations.Endings, last: str) -> list[Row]:
     The change has its paired standard error; on a few prompts alone it is no statistic.
     """
     rows = []
-    notes = {"ended": [f"n = {len(answers.pairs)}"]}
+
     for key, label, unit, form, scale in _ANSWERS:
         before, after = (
             scale * answers.mean(side, key) for side in ("before", "after")
@@ -231,8 +231,9 @@ def answer_rows(answers: evaluations.Endings, last: str) -> list[Row]:
         error = answers.error(key)
         change = plus_minus(after - before, error and scale * error, f"+{form}")
         values = {"original": Value(before), last: Value(after)}
-        own = notes.get(key, [])
-        rows.append(Row(f"answers_{key}", label, unit, form, values, change, notes=own))
+        notes = [f"n = {len(answers.pairs)}"] * (key == "ended")
+        row = Row(f"answers_{key}", label, unit, form, values, change, notes=notes)
+        rows.append(row)
     return rows
 
 
@@ -362,10 +363,10 @@ def flip_rows(benchmarks: evaluations.BenchmarksFile) -> list[list[str]]:
     ]
     for row in benchmarks.rows:
         if (flips := row.flips) is not None:
-            figures = [flips.changed, flips.right_to_wrong, flips.wrong_to_right]
+            lost = flips.right_to_wrong
+            figures = (flips.changed, lost, flips.wrong_to_right, flips.kept)
             kl = "–" if flips.choice_kl is None else f"{flips.choice_kl:.4f}"
-            percents = map(_percent, [*figures, flips.kept])
-            cells.append([row.task, *percents, kl])
+            cells.append([row.task, *map(_percent, figures), kl])
     return cells
 
 

@@ -13,15 +13,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TypeVar
 
-from isingcut.files import (
-    cuts,
-    evaluations,
-    healings,
-    runs,
-    schema,
-    stages,
-    states,
-)
+from isingcut.files import cuts, evaluations, healings, runs, schema, stages, states
 from isingcut.files.ownership import check_recorded
 from isingcut.files.results import read_document
 from isingcut.ising.hamiltonian import Hamiltonian
@@ -203,8 +195,7 @@ class RunFiles:
     @property
     def meta(self) -> states.EnergyMeta:
         """Provenance of the main energy; empty before it is measured."""
-        meta = self.hamiltonian.meta if self.hamiltonian else {}
-        return states.EnergyMeta.model_validate(dict(meta))
+        return states.EnergyMeta(**(self.hamiltonian.meta if self.hamiltonian else {}))
 
     @property
     def removed(self) -> list[int] | None:
@@ -262,9 +253,9 @@ class RunFiles:
     def endings(self) -> evaluations.Endings | None:
         """How the answers to the fixed prompts and to the tasks ended; None without any."""
         answers = self.evaluation and self.evaluation.answers
-        pairs = [*(answers.pairs if answers else [])]
-        tasks = self.benchmarks.endings if self.benchmarks else []
-        return evaluations.Endings(pairs=[*pairs, *tasks]) if pairs or tasks else None
+        pairs = list[evaluations.EndingPair](answers.pairs if answers else [])
+        pairs += self.benchmarks.endings if self.benchmarks else []
+        return evaluations.Endings(pairs=pairs) if pairs else None
 
     @property
     def lost(self) -> float:

@@ -58,32 +58,27 @@ def number_states(files: RunFiles) -> list[ReportState]:
     candidates = ranking.candidates if ranking else []
     measured = {tuple(sorted(row.removed)): row for row in candidates}
     low = files.spectrum.states if files.spectrum else candidates
-    listed: list[tuple[str, str, Sequence[int], MeasuredState | BaselineFile | None]]
-    listed = [
-        (
-            f"state {rank}",
-            "candidate",
-            s.removed,
-            measured.get(tuple(sorted(s.removed))),
-        )
-        for rank, s in enumerate(low)
-    ]
-    for k, row in enumerate(ranking.random if ranking else []):
-        listed.append((f"random state {k}", "random", row.removed, row))
-    for b in files.baselines:
-        listed.append((f"choice of {b.baseline}", "baseline", b.removed, b))
     chosen = files.removed
-    if chosen is not None and chosen not in [sorted(state[2]) for state in listed]:
-        listed.append(("state named by hand", "named", chosen, None))
-    numbered = []
     main = files.hamiltonian
-    for number, (name, kind, removed, loss) in enumerate(listed):
-        gone = sorted(removed)
+    numbered = list[ReportState]()
+
+    def add(name: str, kind: str, gone: list[int], loss: Any = None) -> None:
+        gone = sorted(gone)
         energy = main.energy(states_of(main.n, [gone])[0]) if main else None
         state = ReportState(
-            number, name, kind, tuple(gone), energy, loss, gone == chosen
+            len(numbered), name, kind, tuple(gone), energy, loss, gone == chosen
         )
         numbered.append(state)
+
+    for rank, s in enumerate(low):
+        loss = measured.get(tuple(sorted(s.removed)))
+        add(f"state {rank}", "candidate", s.removed, loss)
+    for k, row in enumerate(ranking.random if ranking else []):
+        add(f"random state {k}", "random", row.removed, row)
+    for b in files.baselines:
+        add(f"choice of {b.baseline}", "baseline", b.removed, b)
+    if chosen is not None and not any(state.chosen for state in numbered):
+        add("state named by hand", "named", chosen)
     return numbered
 
 

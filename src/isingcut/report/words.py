@@ -107,8 +107,13 @@ def _environment(**more: Any) -> jinja2.Environment:
     )
     named = {function.__name__: function for function in functions}
     environment.filters |= {**named, "kl": lambda row: rows.kl_of(row).text()}
-    constants = {"CUT_RANKING": rows.CUT_RANKING, "version": __version__, "TEXT": TEXT}
-    environment.globals |= {**named, **constants, "find_spec": find_spec}
+    environment.globals |= {
+        **named,
+        "CUT_RANKING": rows.CUT_RANKING,
+        "version": __version__,
+        "TEXT": TEXT,
+        "find_spec": find_spec,
+    }
     return environment
 
 

@@ -96,7 +96,6 @@ def _facts(files: RunFiles) -> dict[str, Any]:
     }
     names = ["spectrum", "candidates", "evaluation", "patch", "healing", "benchmarks"]
     names += ["packing"] * (files.packing is not None)
-    documents = {name: getattr(files, name) for name in names}
     return {
         "model": run["provenance"]["model"],
         "blocks": len(files.blocks),
@@ -107,7 +106,7 @@ def _facts(files: RunFiles) -> dict[str, Any]:
         "fidelity": {name: judged.content() for name, judged in files.judged.items()},
         "warnings": files.warnings,
         "baselines": [baseline.content() for baseline in files.baselines],
-        **{name: file and file.content() for name, file in documents.items()},
+        **{name: (file := getattr(files, name)) and file.content() for name in names},
         **{name: run[name] for name in ("config", "provenance", "stages")},
     }
 
@@ -156,7 +155,7 @@ def _drawings(view: dict[str, Any]) -> dict[str, Any]:
 def _terms(energy: Hamiltonian) -> dict[str, Any]:
     """Return the energy's terms for the page's script, in few digits."""
     J = _short(energy.J, 4)
-    for i, j in np.argwhere(figures.unmeasured(energy)).tolist():
+    for i, j in np.argwhere(figures.unmeasured(energy)):
         J[i][j] = None
     return {
         "unit": energy.unit,
@@ -263,12 +262,12 @@ def differences(runs: Sequence[Side]) -> list[tuple[str, list[str]]]:
     """List what differs between the runs: model, text or option, with the value in each run."""
     facts = []
     for run in runs:
-        fact = {"model": "", "calibration text": "not there"}
-        fact |= run.files.run.config.content()
-        fact["model"] = f"{run.files.model} (SHA-256 {run.sha[:8]})"
-        if (text := run.files.calibration) is not None:
+        fact = {"model": f"{run.files.model} (SHA-256 {run.sha[:8]})"}
+        fact["calibration text"] = "not there"
+        if text := run.files.calibration:
             fact["calibration text"] = f"{text.source} (SHA-256 {text.sha256[:8]})"
-        facts.append(fact)
+        # These two come first, and hide options of the same name.
+        facts.append(fact | run.files.run.config.content() | fact)
     different = []
     for key in dict.fromkeys(key for fact in facts for key in fact):
         values = [str(fact.get(key, "")) for fact in facts]

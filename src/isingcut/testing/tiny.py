@@ -128,7 +128,6 @@ def tiny_checkpoint(
     Returns:
         ``folder``.
     """
-    model = tiny_model(family, seed=seed, **changes)
-    model.save_pretrained(folder)
+    tiny_model(family, seed=seed, **changes).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
-    return Path(folder)
+    return folder
