@@ -350,12 +350,6 @@ def test_a_run_heals_what_the_ranking_chose(healed_run):
     assert not [p.name for p in healed_run.iterdir() if p.name.startswith(".")]
 
 
-def test_the_same_command_does_nothing_again(folder, healed_run, spy):
-    healed = spy(cutting, "heal_checkpoint")
-    pipeline.run(config(folder, "run", heal=True))
-    assert not healed
-
-
 def test_a_healed_model_of_an_earlier_cut_is_not_the_runs(folder, healed_run, tmp_path):
     out = Path(shutil.copytree(healed_run, tmp_path / "run"))
     pipeline.run(

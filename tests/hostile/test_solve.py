@@ -190,12 +190,3 @@ def test_a_run_folder_chooses_no_kernel(arena):
         "run/run.json", lambda r: r["config"].update(attention="someone/kernel")
     )
     arena.refuses("rank {run}", "run.json: attention must be one of auto", kernel)
-
-
-def test_more_time_for_a_solver_is_not_ignored(arena):
-    command = "solve {run} --remove 3 --solver tabu --solve-seconds"
-    made = ("run/run.json", "run/remove-3", "run/remove-3/spectrum.json")
-    arena.works(f"{command} 1", *made)
-    words = r"solve_seconds: was 1\.0, now 9\.0"
-    arena.refuses(f"{command} 9", words)
-    arena.works(f"{command} 9 --overwrite", *made)
