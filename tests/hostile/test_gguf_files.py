@@ -3,33 +3,83 @@
 import resource
 import struct
 import threading
+from functools import cache
 
+import damage
+import numpy as np
 from arena import Row, tried
-from damage import pipe, written
+from damage import both, pipe, poke, without, written
+from safetensors.numpy import load_file
 
-from gguf_files import (
-    LIST,
-    WORD,
-    at,
-    changed,
-    file,
-    info,
-    lacking,
-    nan,
-    of_model,
-    pair,
-    raw,
-)
+from gguf_files import held_by, named, write
 from isingcut.files.writing import lock_place
 from isingcut.formats import gguf_files
 from isingcut.formats.sources import model_identity
 from shared import snapshot
+from tiny import tiny_model
 
+LIST = 9
+WORD = 4
 FILE = "m.gguf"
 LOOK = "inspect {here}/m.gguf"
 CUT = "excise {run} --gguf {here}/m.gguf"
 UP = "blk.2.ffn_up.weight"
 BAD = "damaged or no GGUF file: "
+
+
+def file(edit=lambda held: None, **metadata):
+    """Return a step that writes the arena's model as ``m.gguf``, after ``edit`` of its tensors."""
+
+    def prepare(arena):
+        held = named(load_file(arena.model / "model.safetensors"))
+        edit(held)
+        write(arena.here / FILE, held, **metadata)
+
+    return prepare
+
+
+def of_model(seed=0, **changes):
+    """Return a step that writes another tiny llama as ``m.gguf``."""
+    made = cache(lambda: held_by(tiny_model("llama", seed=seed, **changes)))
+    blocks = changes.get("num_hidden_layers", 6)
+    return lambda arena: write(arena.here / FILE, made(), blocks=blocks)
+
+
+def lacking(part):
+    """Return `file` without the tensors whose names contain ``part``."""
+    return file(lambda held: without(held, part))
+
+
+def nan(name):
+    """Return `file` with one NaN in a tensor."""
+    return file(poke(name, np.nan))
+
+
+def changed(edit):
+    """Return a step that writes the whole file with its bytes changed by ``edit``."""
+    return both(file(), damage.changed(FILE, edit))
+
+
+def text(words):
+    """Return a string in the encoding of GGUF."""
+    return struct.pack("<Q", len(words)) + words.encode()
+
+
+def pair(key, kind, value):
+    """Return one entry of the metadata."""
+    return text(key) + struct.pack("<I", kind) + value
+
+
+def info(shape=(32,)):
+    """Return one entry of the tensor list."""
+    return text("a") + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, 0, 0)
+
+
+def raw(pairs, infos=()):
+    """Return a step that writes a file from metadata entries and tensor entries."""
+    head = b"GGUF" + struct.pack("<IQQ", 3, len(infos), len(pairs))
+    data = head + b"".join([*pairs, *infos])
+    return written(FILE, data + bytes(-len(data) % 32 + 4096))
 
 
 def ones(held):
@@ -73,7 +123,7 @@ HEADERS = [
         "'llama.block_count' with a whole number above 0",
     ),
     ("all but one byte", changed(lambda d: d[:-40]), BAD + "it ends early"),
-    ("version 9", at(4, "I", 9), BAD + ".*version 9"),
+    ("version 9", changed(lambda d: d[:4] + b"\x09" + d[5:]), BAD + ".*version 9"),
     ("a list of exabytes", raw([pair("a", LIST, struct.pack("<IQ", 6, 2**40))]), BAD),
     ("a key twice", raw([pair("a", WORD, bytes(4))] * 2), BAD + ".*Duplicate a"),
     ("a tensor beyond the end", raw([], [info(shape=(2**40,))]), BAD + "it ends early"),
