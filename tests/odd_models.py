@@ -159,8 +159,8 @@ def odd_checkpoint(model_type, folder, **changes):
     return model
 
 
-def composite(family, factory=AutoModelForImageTextToText, **changes):
-    """Return a tiny random float32 model of a multimodal family, or the part ``factory`` builds.
+def composite(family, **changes):
+    """Return a tiny random float32 model of a multimodal family.
 
     Args:
         changes: configuration fields to set.
@@ -168,7 +168,7 @@ def composite(family, factory=AutoModelForImageTextToText, **changes):
     config = tiny_configuration(family)
     for name, value in changes.items():
         setattr(config, name, value)
-    return random_model(factory, config).requires_grad_(False)
+    return random_model(AutoModelForImageTextToText, config).requires_grad_(False)
 
 
 def composite_checkpoint(family, folder, *, flat=False):

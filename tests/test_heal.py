@@ -370,8 +370,8 @@ def bought(folder):
     return result(folder).recipe
 
 
-def spending(models, out, train, trainer="", length=64):
-    return options(models, out, train=train, trainer=trainer, length=length)
+def spending(models, out, train, trainer=""):
+    return options(models, out, train=train, trainer=trainer, length=64)
 
 
 FOUR = {"per_device_train_batch_size": 4, "save_steps": 2}

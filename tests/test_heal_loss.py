@@ -129,8 +129,8 @@ def test_frozen_weights_are_narrowed_only_where_no_value_changes(family, tied, e
 LENGTHS = [int(n) for n in np.random.default_rng(0).integers(20, 400, 64)]
 
 
-def order(rank=0, size=1, most=1024, steps=16):
-    return Steps(LENGTHS, 8, steps, rank, size, 3, most)
+def order(rank=0, size=1):
+    return Steps(LENGTHS, 8, 16, rank, size, 3, 1024)
 
 
 def padded(rows):

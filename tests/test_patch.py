@@ -46,12 +46,10 @@ from tiny import (
 )
 
 
-def tokens(samples=12, length=24, seed=0):
+def tokens(samples=12, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    rows = torch.randint(8, 262, (samples, length), generator=generator).tolist()
-    return TokenSet.from_rows(
-        [row[: length - 3 * (i % 3)] for i, row in enumerate(rows)]
-    )
+    rows = torch.randint(8, 262, (samples, 24), generator=generator).tolist()
+    return TokenSet.from_rows([row[: 24 - 3 * (i % 3)] for i, row in enumerate(rows)])
 
 
 def fitted(model, removed, text, *, reads=True):

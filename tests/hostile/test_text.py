@@ -416,19 +416,10 @@ def knows_no_letter(document):
     }
 
 
-def added(content, number=262):
+def added(content):
     def change(document):
-        document["added_tokens"].append(
-            {
-                "id": number,
-                "content": content,
-                "single_word": False,
-                "lstrip": False,
-                "rstrip": False,
-                "normalized": False,
-                "special": True,
-            }
-        )
+        (*_, last) = document["added_tokens"]
+        document["added_tokens"].append({**last, "id": 262, "content": content})
 
     return change
 
