@@ -1,5 +1,6 @@
 """GGUF files whose bytes and metadata disagree are refused, never converted or cut in part."""
 
+import json
 import resource
 import struct
 import threading
@@ -15,7 +16,7 @@ from gguf_files import held_by, named, write
 from isingcut.files.writing import lock_place
 from isingcut.formats import gguf_files
 from isingcut.formats.sources import model_identity
-from shared import snapshot
+from shared import cells, snapshot
 from tiny import tiny_model
 
 LIST = 9
@@ -107,21 +108,6 @@ HEADERS = [
         f"lacks the tensor {UP}, which block 0 has",
     ),
     ("a block more", file(seventh), "says 6 blocks but has tensors of 7"),
-    (
-        "billions of blocks",
-        file(block_count=2**32 - 1),
-        "says 4294967295 blocks but has tensors",
-    ),
-    (
-        "blocks in pieces",
-        file(block_count=6.0),
-        "'llama.block_count' with a whole number",
-    ),
-    (
-        "zero blocks",
-        file(block_count=0),
-        "'llama.block_count' with a whole number above 0",
-    ),
     ("all but one byte", changed(lambda d: d[:-40]), BAD + "it ends early"),
     ("version 9", changed(lambda d: d[:4] + b"\x09" + d[5:]), BAD + ".*version 9"),
     ("a list of exabytes", raw([pair("a", LIST, struct.pack("<IQ", 6, 2**40))]), BAD),
@@ -145,22 +131,6 @@ CONVERTED = [
         r"layernorm.weight in .* has the shape \[64\], but",
     ),
     (
-        "another width",
-        file(embedding_length=64),
-        r"has the shape .*, but its model expects .*64",
-    ),
-    ("a huge width", file(embedding_length=2**30), "more than its weights have"),
-    (
-        "no heads",
-        file(**{"attention.head_count": 0}),
-        "cannot load m.gguf with transformers",
-    ),
-    (
-        "an unknown architecture",
-        file(architecture="llama9"),
-        "cannot load m.gguf with transf",
-    ),
-    (
         "NaN",
         nan(UP),
         r"model.layers.2.mlp.up_proj.weight in .* has NaN or infinite values",
@@ -179,20 +149,33 @@ OTHERS = [
         "it has 7 blocks, the run's model 6",
     ),
     ("a wider model", of_model(hidden_size=64), "is of another model: "),
-    (
-        "another width",
-        file(embedding_length=64),
-        "64 numbers in its stream, the run's model 32",
-    ),
     ("an empty list", changed(empty_list), "an empty list as its metadata 'llama.ab'"),
-    (
-        "leading blocks in words",
-        file(leading_dense_block_count="two"),
-        "expected a whole number as its metadata 'llama.leading_dense_block_count', got 'two'",
-    ),
     ("NaN in a norm", nan("output_norm.weight"), "output_norm.weight differs from"),
     HEADERS[0],
 ]
+
+
+# What is wrong :: metadata :: expected line, in the same three ways.
+METADATA = (
+    """
+billions of blocks :: {"block_count": 4294967295} :: says 4294967295 blocks but has tensors
+blocks in pieces :: {"block_count": 6.0} :: 'llama.block_count' with a whole number
+zero blocks :: {"block_count": 0} :: 'llama.block_count' with a whole number above 0
+""",
+    """
+another width :: {"embedding_length": 64} :: has the shape .*, but its model expects .*64
+a huge width :: {"embedding_length": 1073741824} :: more than its weights have
+no heads :: {"attention.head_count": 0} :: cannot load m.gguf with transformers
+an unknown architecture :: {"architecture": "llama9"} :: cannot load m.gguf with transf
+""",
+    """
+another width :: {"embedding_length": 64} :: 64 numbers in its stream, the run's model 32
+leading text :: {"leading_dense_block_count": "two"} :: 'llama.leading_dense_block_count', got 'two'
+""",
+)
+for errors, table in zip((HEADERS, CONVERTED, OTHERS), METADATA, strict=True):
+    for what, given, line in cells(table):
+        errors.append((what, file(**json.loads(given)), line))
 
 
 def _rows():
