@@ -196,5 +196,5 @@ def test_a_file_system_without_locks_is_reported_once(
 
 
 def test_a_refused_start_leaves_no_folder(arena):
-    arena.refuses("energy gone --out {here}/a/b/run", "there is no model at")
+    arena.refuses("energy {here}/gone --out {here}/a/b/run", "there is no model at")
     assert not (arena.here / "a").exists()
