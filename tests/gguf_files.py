@@ -1,18 +1,10 @@
-"""GGUF files of tiny models, valid and hostile."""
-
-import struct
-from functools import cache
+"""GGUF files of tiny models."""
 
 import gguf
-import numpy as np
-from safetensors.numpy import load_file
 
 from tiny import tiny_model
 
 NAMES = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 8)
-TEXT = 8
-LIST = 9
-WORD = 4
 
 
 def named(held):
@@ -99,105 +91,16 @@ def write(path, held, *, architecture="llama", blocks=6, **changes):
     write_gguf(path, metadata, held, architecture=architecture, more=more)
 
 
+def held_by(model):
+    """Return the tensors of a llama as a GGUF file holds them."""
+    return named({n: t.numpy() for n, t in model.state_dict().items()})
+
+
 def write_packed(path, kind):
     """Write a tiny llama with the layers of its blocks in a type; return the path."""
-    held = named(
-        {n: t.numpy() for n, t in tiny_model("llama", **WIDE).state_dict().items()}
-    )
+    held = held_by(tiny_model("llama", **WIDE))
     for name, values in held.items():
         if name.startswith("blk.") and values.ndim == 2:
             held[name] = (gguf.quantize(values, kind), kind)
     write(path, held, **WIDE_NUMBERS)
     return path
-
-
-def file(edit=lambda held: None, **metadata):
-    """Return a step that writes the arena's model as ``m.gguf``, after ``edit`` of its tensors."""
-
-    def prepare(arena):
-        held = named(load_file(arena.model / "model.safetensors"))
-        edit(held)
-        write(arena.here / "m.gguf", held, **metadata)
-
-    return prepare
-
-
-def of_model(seed=0, **changes):
-    """Return a step that writes another tiny llama as ``m.gguf``."""
-
-    @cache
-    def made():
-        model = tiny_model("llama", seed=seed, **changes)
-        return named({n: t.numpy() for n, t in model.state_dict().items()})
-
-    def prepare(arena):
-        write(arena.here / "m.gguf", made(), blocks=changes.get("num_hidden_layers", 6))
-
-    return prepare
-
-
-def lacking(*parts):
-    """Return `file` without the tensors whose names contain one of ``parts``."""
-
-    def edit(held):
-        for name in [n for n in held if any(p in n for p in parts)]:
-            del held[name]
-
-    return file(edit)
-
-
-def changed(edit):
-    """Return a step that writes the whole file with its bytes changed by ``edit``."""
-
-    def prepare(arena):
-        file()(arena)
-        path = arena.here / "m.gguf"
-        data = bytearray(path.read_bytes())
-        path.write_bytes(edit(data) or data)
-
-    return prepare
-
-
-def at(place, code, value):
-    """Return `changed` with another number at a byte offset."""
-    return changed(lambda data: struct.pack_into(f"<{code}", data, place, value))
-
-
-def text(words):
-    """Return a string in the encoding of GGUF."""
-    data = words if isinstance(words, bytes) else words.encode()
-    return struct.pack("<Q", len(data)) + data
-
-
-def pair(key, kind, value):
-    """Return one entry of the metadata."""
-    return text(key) + struct.pack("<I", kind) + value
-
-
-def info(name="a", shape=(32,), kind=0, offset=0):
-    """Return one entry of the tensor list."""
-    return text(name) + struct.pack(
-        f"<I{len(shape)}QIQ", len(shape), *shape, kind, offset
-    )
-
-
-def raw(pairs=(), infos=(), *, version=3, tail=4096):
-    """Return a step that writes a file from metadata entries and tensor entries."""
-
-    def prepare(arena):
-        head = b"GGUF" + struct.pack("<IQQ", version, len(infos), len(pairs))
-        data = head + b"".join(pairs) + b"".join(infos)
-        data += bytes(-len(data) % 32 + tail)
-        (arena.here / "m.gguf").write_bytes(data)
-
-    return prepare
-
-
-def nan(name):
-    """Return `file` with one NaN in a tensor."""
-
-    def edit(held):
-        held[name] = held[name].copy()
-        held[name].flat[5] = np.nan
-
-    return file(edit)

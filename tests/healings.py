@@ -6,7 +6,14 @@ import numpy as np
 
 from isingcut.healing.heal import heal
 from isingcut.options.declaration import options_from
-from shared import HealConfig, load_json, module_fixture, save_json, write_jsonl
+from shared import (
+    HealConfig,
+    flags,
+    load_json,
+    module_fixture,
+    save_json,
+    write_jsonl,
+)
 from tiny import excise, read_checkpoint, tiny_checkpoint
 
 REMOVED = (2, 3)
@@ -24,15 +31,10 @@ WORDS = [
 ]
 
 
-def write_text(path, documents=60, seed=0):
-    rng = np.random.default_rng(seed)
-    write_jsonl(
-        path,
-        [
-            {"text": " ".join(rng.choice(WORDS, 12)) + f" {i}."}
-            for i in range(documents)
-        ],
-    )
+def write_text(path, documents):
+    rng = np.random.default_rng(0)
+    texts = (" ".join(rng.choice(WORDS, 12)) + f" {i}." for i in range(documents))
+    write_jsonl(path, [{"text": text} for text in texts])
     return path
 
 
@@ -85,12 +87,9 @@ def options(models, out, training=None, **changes):
 
 def flags_of(config):
     """Return the options as command-line flags, without the student."""
-    typed = {
-        k: v
-        for k, v in vars(config).items()
-        if v not in (None, False, "") and k != "student"
-    }
-    return [f"--{k.replace('_', '-')}={v}" for k, v in typed.items()]
+    given = {k: v for k, v in vars(config).items() if v not in (None, False, "")}
+    del given["student"]
+    return flags(given)
 
 
 def result(folder):

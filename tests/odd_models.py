@@ -3,6 +3,7 @@
 `ODD` holds families whose config.json on the hub (`HUB`) differs; the others are derived by rule.
 """
 
+import yaml
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from isingcut.models.load import find_auto_class
@@ -11,84 +12,65 @@ from shared import load_json, save_json
 from sweep.shrink import tiny_configuration
 from tiny import excise, random_model, tiny_tokenizer, verify
 
-LINEAR = {"linear_head_dim": 8, "linear_num_heads": 4}
-GATED = {
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4,
-    "linear_key_head_dim": 8,
-    "linear_value_head_dim": 8,
-}
 FULL = "full_attention"
 SLIDING = "sliding_attention"
-LINEAR_TYPE = "linear_attention"
-MOE_ODD = {
-    "moe_intermediate_size": 16,
-    "num_experts": 4,
-    "num_experts_per_tok": 2,
-    "head_dim": 8,
-}
-ODD = {
-    "kimi_linear": {
-        **LINEAR,
-        "head_dim": None,
-        "num_key_value_heads": 4,
-        **{f"{name}_head_dim": 8 for name in ("qk_nope", "qk_rope", "v")},
-        "kv_lora_rank": 16,
-        "n_group": 1,
-        "topk_group": 1,
-        "num_local_experts": 4,
-        "n_shared_experts": 1,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": 16,
-        "first_k_dense_replace": 2,
-        "layer_types": [LINEAR_TYPE, LINEAR_TYPE, FULL] * 2,
-        "mlp_layer_types": ["dense"] + ["sparse"] * 5,
-    },
-    "olmo_hybrid": {
-        **GATED,
-        "head_dim": None,
-        "layer_types": [LINEAR_TYPE, LINEAR_TYPE, FULL] * 2,
-    },
-    "exaone_moe": {
-        **MOE_ODD,
-        "first_k_dense_replace": 1,
-        "sliding_window": 8,
-        "sliding_window_pattern": 3,
-    },
-    "step3p7": {
-        "text_config": {
-            **BASE,
-            "num_nextn_predict_layers": 2,
-            "moe_intermediate_size": 16,
-            "n_routed_experts": 4,
-            "num_experts_per_tok": 2,
-            "share_expert_dim": 16,
-            "sliding_window": 8,
-            "layer_types": [
-                FULL,
-                SLIDING,
-                SLIDING,
-                FULL,
-                FULL,
-                SLIDING,
-                SLIDING,
-                SLIDING,
-            ],
-            "moe_layers_enum": "2,3,4,5,6,7",
-            "rope_theta": [1e6, 1e4, 1e4, 1e6, 1e6, 1e4, 1e4, 1e4],
-            "partial_rotary_factors": [0.5, 1.0, 1.0, 0.5, 0.5, 1.0, 1.0, 1.0],
-            "swiglu_limits": [0.0, 0.0, 0.0, 0.5, 0.0, 0.7, 0.0, 0.0],
-            "swiglu_limits_shared": [0.0, 0.0, 0.0, 0.0, 0.9, 0.0, 0.0, 0.0],
-        },
-        "vision_config": {
-            "width": 32,
-            "layers": 2,
-            "heads": 2,
-            "image_size": 28,
-            "patch_size": 14,
-        },
-    },
-}
+ODD = yaml.safe_load("""
+kimi_linear:
+  linear_head_dim: 8
+  linear_num_heads: 4
+  head_dim: null
+  num_key_value_heads: 4
+  qk_nope_head_dim: 8
+  qk_rope_head_dim: 8
+  v_head_dim: 8
+  kv_lora_rank: 16
+  n_group: 1
+  topk_group: 1
+  num_local_experts: 4
+  n_shared_experts: 1
+  num_experts_per_tok: 2
+  moe_intermediate_size: 16
+  first_k_dense_replace: 2
+  layer_types:
+    [linear_attention, linear_attention, full_attention,
+     linear_attention, linear_attention, full_attention]
+  mlp_layer_types: [dense, sparse, sparse, sparse, sparse, sparse]
+olmo_hybrid:
+  linear_num_key_heads: 2
+  linear_num_value_heads: 4
+  linear_key_head_dim: 8
+  linear_value_head_dim: 8
+  head_dim: null
+  layer_types:
+    [linear_attention, linear_attention, full_attention,
+     linear_attention, linear_attention, full_attention]
+exaone_moe:
+  moe_intermediate_size: 16
+  num_experts: 4
+  num_experts_per_tok: 2
+  head_dim: 8
+  first_k_dense_replace: 1
+  sliding_window: 8
+  sliding_window_pattern: 3
+step3p7:
+  text_config:
+    num_nextn_predict_layers: 2
+    moe_intermediate_size: 16
+    n_routed_experts: 4
+    num_experts_per_tok: 2
+    share_expert_dim: 16
+    sliding_window: 8
+    layer_types:
+      [full_attention, sliding_attention, sliding_attention, full_attention,
+       full_attention, sliding_attention, sliding_attention, sliding_attention]
+    moe_layers_enum: "2,3,4,5,6,7"
+    rope_theta: [1000000.0, 10000.0, 10000.0, 1000000.0, 1000000.0, 10000.0, 10000.0, 10000.0]
+    partial_rotary_factors: [0.5, 1.0, 1.0, 0.5, 0.5, 1.0, 1.0, 1.0]
+    swiglu_limits: [0.0, 0.0, 0.0, 0.5, 0.0, 0.7, 0.0, 0.0]
+    swiglu_limits_shared: [0.0, 0.0, 0.0, 0.0, 0.9, 0.0, 0.0, 0.0]
+  vision_config: {width: 32, layers: 2, heads: 2, image_size: 28, patch_size: 14}
+""")
+ODD["step3p7"]["text_config"] = {**BASE, **ODD["step3p7"]["text_config"]}
 
 
 def _given(values):
@@ -159,8 +141,8 @@ def odd_checkpoint(model_type, folder, **changes):
     return model
 
 
-def composite(family, factory=AutoModelForImageTextToText, **changes):
-    """Return a tiny random float32 model of a multimodal family, or the part ``factory`` builds.
+def composite(family, **changes):
+    """Return a tiny random float32 model of a multimodal family.
 
     Args:
         changes: configuration fields to set.
@@ -168,7 +150,7 @@ def composite(family, factory=AutoModelForImageTextToText, **changes):
     config = tiny_configuration(family)
     for name, value in changes.items():
         setattr(config, name, value)
-    return random_model(factory, config).requires_grad_(False)
+    return random_model(AutoModelForImageTextToText, config).requires_grad_(False)
 
 
 def composite_checkpoint(family, folder, *, flat=False):

@@ -3,6 +3,7 @@
 import re
 
 import torch
+import yaml
 
 from shared import save_json
 from tiny import edit_config, edit_tensors, read_checkpoint
@@ -14,32 +15,18 @@ _GROUP = 16
 _FP4 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
 
 
-_PLAIN = {
-    "fp8": {
-        "weight_block_size": [_TILE, _TILE],
-        "modules_to_not_convert": [
-            "lm_head",
-            *(f"model.layers.{i}.mlp" for i in (0, 4)),
-        ],
-    },
-    "compressed-tensors": {
-        "config_groups": {
-            "group_0": {
-                "weights": {"num_bits": 8, "type": "float", "strategy": "channel"},
-                "targets": ["Linear"],
-            }
-        },
-        "ignore": ["lm_head", "re:.*layers\\.5\\.mlp.*"],
-    },
-    "modelopt": {
-        "quant_algo": "FP8",
-        "exclude_modules": [
-            "lm_head",
-            "backbone.layers.5.mixer*",
-            "backbone.layers.12*",
-        ],
-    },
-}
+_PLAIN = yaml.safe_load(r"""
+fp8:
+  weight_block_size: [16, 16]
+  modules_to_not_convert: [lm_head, model.layers.0.mlp, model.layers.4.mlp]
+compressed-tensors:
+  config_groups:
+    group_0: {weights: {num_bits: 8, type: float, strategy: channel}, targets: [Linear]}
+  ignore: [lm_head, 're:.*layers\.5\.mlp.*']
+modelopt:
+  quant_algo: FP8
+  exclude_modules: [lm_head, backbone.layers.5.mixer*, backbone.layers.12*]
+""")
 
 
 def quantise(folder, layout, skip=()):
@@ -109,6 +96,25 @@ def _one_by_one(head, last, value):
     }
 
 
+_INT4 = yaml.safe_load("""
+quant_method: compressed-tensors
+format: pack-quantized
+quantization_status: compressed
+config_groups:
+  group_0:
+    weights: {num_bits: 4, type: int, strategy: group, group_size: 16, symmetric: true}
+    targets: ['re:.*mlp.*']
+ignore:
+  - lm_head
+  - model.layers.0.self_attn.q_proj
+  - model.layers.1.self_attn.q_proj
+  - model.layers.2.self_attn.q_proj
+  - model.layers.3.self_attn.q_proj
+  - model.layers.4.self_attn.q_proj
+  - model.layers.5.self_attn.q_proj
+""")
+
+
 def int4(folder):
     """Pack MLPs in compressed-tensors' ``pack-quantized``: eight signed 4-bit numbers per int32."""
 
@@ -126,19 +132,7 @@ def int4(folder):
             f"{module}.weight_shape": torch.tensor(value.shape),
         }
 
-    weights = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": _GROUP}
-    targets = {"weights": {**weights, "symmetric": True}, "targets": ["re:.*mlp.*"]}
-    quantisation = {
-        "quant_method": "compressed-tensors",
-        "format": "pack-quantized",
-        "quantization_status": "compressed",
-        "config_groups": {"group_0": targets},
-        "ignore": [
-            "lm_head",
-            *(f"model.layers.{i}.self_attn.q_proj" for i in range(6)),
-        ],
-    }
-    _rewrite(folder, pack, quantisation)
+    _rewrite(folder, pack, _INT4)
 
 
 def mxfp4(folder):

@@ -301,14 +301,13 @@ def write_run(
     energy="pairwise",
     model="a-model",
     extras=True,
-    unit="nats/token",
 ):
     """Write a finished run of m of n blocks; ``extras`` adds all else that a report can show."""
     path.mkdir(parents=True)
     write_json(
         path / "run.json", "run", run_content(model, energy, n, m, seed), version=2
     )
-    main = hamiltonian(n, 1, unit)
+    main = hamiltonian(n, 1)
     main.save(path / "hamiltonian.safetensors")
     chosen = write_removal(path, main, m)
     if extras:

@@ -96,6 +96,12 @@ def flags(options):
     ]
 
 
+def cells(table):
+    """Return the cells of each line of a text, which are separated by ``::``."""
+    lines = table.strip().splitlines()
+    return [[cell.strip() for cell in line.split("::")] for line in lines]
+
+
 class Bars:
     """A progress that keeps the totals of its bars and the steps done, by description."""
 

@@ -5,6 +5,7 @@ import re
 from dataclasses import replace
 
 import pytest
+import yaml
 from lm_eval.models.huggingface import HFLM
 from tokenizers.processors import TemplateProcessing
 
@@ -22,53 +23,35 @@ from tiny import load_tiny, tiny_tokenizer
 QUESTIONS = checks.read_instructions()
 NEEDLES = checks.hide_needles()
 
-CODE = ['```json\n{"a": 1, "b": 2}\n```', "{'a': 1, 'b': 2}"]
 # For each check an argument, answers that pass, and answers that do not.
-CASES = {
-    "words": ([2, 3], ["one two", "one,  two\nthree"], ["one", "a b c d"]),
-    "sentences": (
-        [2, 2],
-        ["It rains. Go!", 'He said "Go." Why?', "Pi is 3.14. And no more"],
-        ["It rains.", "No. No. No.", "It is 3.14 long."],
-    ),
-    "lines": ([2, 2], ["a\nb", "a\n\n \nb"], ["a b", "a\nb\nc"]),
-    "case": ("upper", ["WET FLOOR 2!"], ["Wet FLOOR", "12"]),
-    "includes": (
-        {"win": 2, "us": 1},
-        ["Win, win for US"],
-        ["win us", "winner wins us"],
-    ),
-    "excludes": (["cold", "white"], ["a scolding"], ["so Cold.", "white-ish", "WHITE"]),
-    "lacks": (",;", ["a. b"], ["a, b", "a;b"]),
-    "numbered": (
-        2,
-        ["1. a\n2. b", "1. a, b\n\n 2. c"],
-        ["1. a", "1. a\n2. b\n3. c", "Sure:\n1. a\n2. b", "1. a\n3. b", "1.\n2. b"],
-    ),
-    "bullets": (2, ["- a\n- b"], ["- a", "* a\n* b", "-a\n-b", "- a\n- b\nDone"]),
-    "json": (
-        ["a", "b"],
-        ['{"b": [1], "a": {}}'],
-        [
-            '{"a": 1}',
-            '{"a": 1, "b": 2, "c": 3}',
-            '["a", "b"]',
-            "no",
-            "[" * 10**5,
-            *CODE,
-        ],
-    ),
-    "title": (
-        ["<<", ">>"],
-        ["<<A title>>\n\nText."],
-        ["<<A title>>", "<A title>\nText.", "A <<title>>\nText.", "<<>>\nText.", ""],
-    ),
-    "ends": (
-        "That is all.",
-        ["Blue. That is all."],
-        ["That is all", "That is all. No"],
-    ),
-}
+CASES = yaml.safe_load(r"""
+words: [[2, 3], ["one two", "one,  two\nthree"], ["one", "a b c d"]]
+sentences:
+  - [2, 2]
+  - ["It rains. Go!", "He said \"Go.\" Why?", "Pi is 3.14. And no more"]
+  - ["It rains.", "No. No. No.", "It is 3.14 long."]
+lines: [[2, 2], ["a\nb", "a\n\n \nb"], ["a b", "a\nb\nc"]]
+case: [upper, ["WET FLOOR 2!"], ["Wet FLOOR", "12"]]
+includes: [{win: 2, us: 1}, ["Win, win for US"], ["win us", "winner wins us"]]
+excludes: [[cold, white], ["a scolding"], ["so Cold.", "white-ish", "WHITE"]]
+lacks: [",;", ["a. b"], ["a, b", "a;b"]]
+numbered:
+  - 2
+  - ["1. a\n2. b", "1. a, b\n\n 2. c"]
+  - ["1. a", "1. a\n2. b\n3. c", "Sure:\n1. a\n2. b", "1. a\n3. b", "1.\n2. b"]
+bullets: [2, ["- a\n- b"], ["- a", "* a\n* b", "-a\n-b", "- a\n- b\nDone"]]
+json:
+  - [a, b]
+  - ['{"b": [1], "a": {}}']
+  - ['{"a": 1}', '{"a": 1, "b": 2, "c": 3}', '["a", "b"]', "no", "{'a': 1, 'b': 2}",
+     "```json\n{\"a\": 1, \"b\": 2}\n```"]
+title:
+  - ["<<", ">>"]
+  - ["<<A title>>\n\nText."]
+  - ["<<A title>>", "<A title>\nText.", "A <<title>>\nText.", "<<>>\nText.", ""]
+ends: ["That is all.", ["Blue. That is all."], ["That is all", "That is all. No"]]
+""")
+CASES["json"][2].append("[" * 10**5)
 
 
 def test_every_check_has_cases():

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import isingcut
+from isingcut.evaluation import answers as likelihoods
 from isingcut.evaluation import scores as scoring
 from isingcut.evaluation.benchmark import choose_by_questions, draw_half
 from isingcut.evaluation.questions import prepare_task
@@ -181,40 +182,28 @@ def test_a_run_chooses_by_questions_and_reports_on_others(by_questions, question
 
 
 def test_a_killed_choice_goes_on_from_what_was_scored(
-    llama, text, questions, tmp_path, monkeypatch
+    llama, text, questions, tmp_path, spy
 ):
-    from isingcut.evaluation import answers as likelihoods
-
     more = questions.with_name("more.jsonl")
     more.write_text(questions.read_text().replace("river", "brook"))
     out = tmp_path / "run"
     tasks = f"{questions},{more}"
     options = {**chosen_by(llama, text), "tasks": tasks, "out": out}
-    whole = benchmarking.score_states
-    compute = likelihoods._scores
-    calls = []
-    computed = []
-
-    def counted(model, task, *given, **rest):
-        calls.append(task.name)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return whole(model, task, *given, **rest)
-
-    def noted(*given):
-        computed.append(calls[-1])
-        return compute(*given)
-
-    monkeypatch.setattr(benchmarking, "score_states", counted)
-    monkeypatch.setattr(likelihoods, "_scores", noted)
+    scored = spy(
+        benchmarking,
+        "score_states",
+        lambda _, model, task, *given, **rest: task.name,
+        stop=2,
+    )
+    computed = spy(likelihoods, "_scores")
     with pytest.raises(KeyboardInterrupt):
         isingcut.prune(**options)
-    before = computed.count("mine.jsonl")
+    before = len(computed)
     assert list((out / ".questions").glob("mine.jsonl-*.journal"))
     isingcut.prune(**options)
-    assert calls == ["mine.jsonl", "more.jsonl"] * 2
-    # Answered questions are not scored again.
-    assert computed.count("mine.jsonl") == before > 0
+    assert scored == ["mine.jsonl", "mine.jsonl", "more.jsonl"]
+    # Answered questions are not scored again, and the other file has as many.
+    assert len(computed) == 2 * before > 0
 
 
 def test_scores_on_questions_that_changed_are_not_kept(

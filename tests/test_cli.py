@@ -28,6 +28,7 @@ from shared import (
     OPTIONS,
     RunConfig,
     call,
+    cells,
     flags,
     load_json,
     read_document,
@@ -386,31 +387,32 @@ def test_a_mistake_that_needs_no_model_is_answered_without_torch(
     options = OPTIONS | {"calibration": text, "out": run}
     options["compare_energies"] = "empirical-fisher"
     again = f"run {llama} {' '.join(flags(options))}"
-    mistakes = {
-        f"run {llama} --remove 2 --energy pairwise": "--out is missing",
-        f"run {llama} --out new": "--remove is missing; give how many blocks to remove",
-        "run ./gone --remove 2 --out new": "there is no model at ./gone",
-        f"run {llama} --remvoe 2 --out new": "No such option: --remvoe",
-        f"run {llama} --budget params=25 --out new": "no unit; known: %, k, m, g, b, t",
-        f"run {llama} --remove 2 --out new --calibration empty.txt": "empty.txt is empty",
-        f"run {llama} --remove 2 --out new --calibration rows.jsonl": "neither 'text' nor 'mess",
-        f"run {llama} --remove 2 --out new --units sublayer": "did you mean 'sublayers'?",
-        f"run {llama} --remove 2 --out new --calibration answer:a.jsonl": "mean 'answers:'?",
-        f"run {llama} --remove 2 --out new --calibration wiki=0.5,python=0.6": "sum to 1.1; write",
-        f"run {llama} --remove 2 --out used": "used already exists and is not an isingcut run",
-        f"{again} --remove 2 --keep 0": "(keep: was none, now 0); choose another --out",
-        f"{again} --remove 3": "(remove: was 2, now 3); choose another --out, or pass --overwrite",
-        f"{again} --remove 2 --random-states 31": "(random_states: was 30, now 31)",
-        f"energy {llama} --calibration {text} --out new --solver dmod": "No such option: --solver",
-        "energy ./gone --out new": "there is no model at ./gone",
-        "inspect ./gone": "there is no model at ./gone",
-        "plan ./gone --remove 2": "there is no model at ./gone",
-        f"evaluate {run} --tasks mine.jsonl": "type: pip install 'isingcut[eval]'",
-        f"heal {run}/model": "--out is missing",
-        "heal used --out new": "is not a checkpoint (no config.json)",
-        f"heal {run}/model --teacher ./gone --out new": "there is no model at ./gone",
-        f"heal {run}/model --out used": "the output used already exists",
-    }
+    table = f"""
+run {llama} --remove 2 --energy pairwise :: --out is missing
+run {llama} --out new :: --remove is missing; give how many blocks to remove
+run ./gone --remove 2 --out new :: there is no model at ./gone
+run {llama} --remvoe 2 --out new :: No such option: --remvoe
+run {llama} --budget params=25 --out new :: no unit; known: %, k, m, g, b, t
+run {llama} --remove 2 --out new --calibration empty.txt :: empty.txt is empty
+run {llama} --remove 2 --out new --calibration rows.jsonl :: neither 'text' nor 'mess
+run {llama} --remove 2 --out new --units sublayer :: did you mean 'sublayers'?
+run {llama} --remove 2 --out new --calibration answer:a.jsonl :: mean 'answers:'?
+run {llama} --remove 2 --out new --calibration wiki=0.5,python=0.6 :: sum to 1.1; write
+run {llama} --remove 2 --out used :: used already exists and is not an isingcut run
+{again} --remove 2 --keep 0 :: (keep: was none, now 0); choose another --out
+{again} --remove 3 :: (remove: was 2, now 3); choose another --out, or pass --overwrite
+{again} --remove 2 --random-states 31 :: (random_states: was 30, now 31)
+energy {llama} --calibration {text} --out new --solver dmod :: No such option: --solver
+energy ./gone --out new :: there is no model at ./gone
+inspect ./gone :: there is no model at ./gone
+plan ./gone --remove 2 :: there is no model at ./gone
+evaluate {run} --tasks mine.jsonl :: type: pip install 'isingcut[eval]'
+heal {run}/model :: --out is missing
+heal used --out new :: is not a checkpoint (no config.json)
+heal {run}/model --teacher ./gone --out new :: there is no model at ./gone
+heal {run}/model --out used :: the output used already exists
+"""
+    mistakes = dict(cells(table))
     words = [sys.executable, "-c", MISTAKES, json.dumps(list(mistakes))]
     done = subprocess.run(
         words, capture_output=True, text=True, cwd=tmp_path, check=False

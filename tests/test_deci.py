@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch.nn import functional
 
-from gguf_files import named, write, write_packed
+from gguf_files import held_by, named, write, write_packed
 from isingcut.errors import InfeasibleError
 from isingcut.formats.architectures.blocks import skip_blocks
 from isingcut.formats.cutting.gguf import Changed, _interleave, cut_gguf
@@ -39,7 +39,7 @@ def write_model(path, family, **changes):
     for parameter in model.parameters():
         if parameter.ndim == 1:
             parameter.data += torch.randn(parameter.shape) / 4
-    held = named({n: t.numpy() for n, t in model.state_dict().items()})
+    held = held_by(model)
     for name in held:
         if family == "llama" and re.search(r"attn_[qk]\.", name):
             held[name] = _interleave(held[name], 4)
@@ -132,7 +132,7 @@ def test_llama_cpp_computes_the_model_without_its_sublayers(family, tmp_path):
 def test_what_deci_would_compute_otherwise_is_refused(
     tmp_path, architecture, more, words
 ):
-    held = named({n: t.numpy() for n, t in tiny_model("llama").state_dict().items()})
+    held = held_by(tiny_model("llama"))
     write(tmp_path / "in.gguf", held | more, architecture=architecture)
     with refuses(words, ArchitectureError):
         cut_gguf(tmp_path / "in.gguf", [], tmp_path / "out.gguf", attention=[1])

@@ -88,19 +88,17 @@ def test_speed_takes_turns_and_reports_medians(pair, tokens):
         models, tokens.select([2]), new_tokens=4, repeats=3, clock=clock
     )
     assert [name for name, _ in itertools.groupby(order)] == ["a", "b"] * 4
-    # Round r, model m: readings start at tick 12 r + 6 m; a reading from tick t lasts 2 t + 1.
-    for m, speeds in enumerate(found.values()):
-        readings = [(2 * (12 * r + 6 * m) + 1) / 100 for r in (1, 2, 3)]
-        speed = 20 / np.median(readings)
-        # Speed and seconds have the same relative standard error, that of the median.
-        error = speed**2 / 20 * 1.2533 * np.std(readings, ddof=1) / np.sqrt(3)
-        assert speeds == pytest.approx(
+    # Readings last 0.25, 0.49 and 0.73 s of the first model, 0.37, 0.61 and 0.85 s of the other.
+    # A median of three has 1.2533 / sqrt(3) of the deviation, 0.24 s, as its standard error.
+    for name, speed, error in (("a", 40.816327, 14.465834), ("b", 32.786885, 9.334176)):
+        assert found[name] == pytest.approx(
             {
                 "prefill_tokens_per_second": speed,
                 "prefill_tokens_per_second_se": error,
-                "decode_tokens_per_second": 4 / 0.04,
+                "decode_tokens_per_second": 100,
                 "decode_tokens_per_second_se": 0,
             },
+            rel=1e-5,
             abs=1e-9,
         )
 

@@ -370,8 +370,8 @@ def bought(folder):
     return result(folder).recipe
 
 
-def spending(models, out, train, trainer="", length=64):
-    return options(models, out, train=train, trainer=trainer, length=length)
+def spending(models, out, train, trainer=""):
+    return options(models, out, train=train, trainer=trainer, length=64)
 
 
 FOUR = {"per_device_train_batch_size": 4, "save_steps": 2}
@@ -450,18 +450,19 @@ def clock(monkeypatch):
     return clock
 
 
-@parametrize("costs, steps", [({0: 3}, 18), ({0: 0.25}, 70), ({0: 1, 10: 8}, 15)])
+@parametrize("costs, steps", [({0: 3}, 18), ({0: 0.25}, 34), ({0: 1, 10: 8}, 15)])
 def test_a_time_is_kept_by_the_clock_with_its_schedule_run_down(
     models, tmp_path, stub, clock, costs, steps
 ):
-    stub(train, "measure_pace", 0.006)
+    # 54 s of 4 x 64 tokens are 17 steps, and twice as many if the device turns out faster.
+    stub(train, "measure_pace", 0.012)
     clock.costs = costs
     config = spending(models, tmp_path / "a", "1min", trainer=FOUR)
     whole = heal(config)
-    assert clock.now <= 0.9 * 60
+    assert clock.now <= 54
     assert len(curve(whole)) == len(clock.rates) == steps
     found = bought(whole)
-    assert found.steps == 2 * int(0.9 * 60 / (0.006 * 4 * 64))
+    assert found.steps == 34
     assert clock.rates[-1] < 0.1 * max(clock.rates)
     assert "stopped" not in result(whole)
     config = config.replace(out=tmp_path / "b")

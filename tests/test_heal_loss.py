@@ -37,23 +37,18 @@ def reference(student, teacher):
     return (logp.exp() * (logp - logq)).sum()
 
 
-@pytest.fixture(params=["compiled", "torch"])
-def loops(request, monkeypatch, stub):
-    """Use each implementation of the loss, over few rows at a time."""
-    for name in ("_BUFFER_ELEMENTS", "_CACHED_ELEMENTS"):
-        monkeypatch.setattr(kl, name, 3 * 17)
-    if request.param == "torch":
-        stub(kl, "can_compile", False)
-    return str(request.param)
-
-
-@pytest.mark.usefixtures("loops")
+@parametrize("compiled", [True, False])
 @parametrize(
     "dtype, words, rtol",
     # The gradient is stored in the logits' dtype, then scaled: rounded twice to bfloat16's 8 bits.
     [(torch.float32, 17, 1e-4), (torch.bfloat16, 4099, 2**-7)],
 )
-def test_divergence_and_its_gradient(dtype, words, rtol):
+def test_divergence_and_its_gradient(monkeypatch, stub, compiled, dtype, words, rtol):
+    """Each implementation of the loss takes few rows at a time."""
+    for name in ("_BUFFER_ELEMENTS", "_CACHED_ELEMENTS"):
+        monkeypatch.setattr(kl, name, 3 * 17)
+    if not compiled:
+        stub(kl, "can_compile", False)
     student, teacher = (normal(7, words, seed=seed).to(dtype) for seed in (0, 1))
     ours = student.clone().requires_grad_()
     exact = student.double().requires_grad_()
@@ -129,8 +124,8 @@ def test_frozen_weights_are_narrowed_only_where_no_value_changes(family, tied, e
 LENGTHS = [int(n) for n in np.random.default_rng(0).integers(20, 400, 64)]
 
 
-def order(rank=0, size=1, most=1024, steps=16):
-    return Steps(LENGTHS, 8, steps, rank, size, 3, most)
+def order(rank=0, size=1):
+    return Steps(LENGTHS, 8, 16, rank, size, 3, 1024)
 
 
 def padded(rows):
@@ -198,11 +193,6 @@ TOKENS = TokenSet.from_rows([[9 + i + k for k in range(64)] for i in range(4)])
 
 
 @module_fixture
-def narrow_blocks(tmp_path_factory):
-    return on_card.write_models(tmp_path_factory.mktemp("card"), 8, (3, 4))
-
-
-@module_fixture
 def half(models, tmp_path_factory):
     """The tiny teacher and student, stored in bfloat16."""
     folder = tmp_path_factory.mktemp("half")
@@ -248,9 +238,10 @@ def test_what_is_not_trained_is_the_teachers(
     assert_close(teacher.model.state_dict(), before, rtol=0, atol=0)
 
 
-def test_lora_and_its_teacher_fit_a_card_of_half_as_much_again(narrow_blocks):
-    budget = int(1.5 * on_card.weights(narrow_blocks / "original"))
-    assert on_card.heal_on_card(narrow_blocks, budget, method="lora:1") <= budget
+def test_lora_and_its_teacher_fit_a_card_of_half_as_much_again(tmp_path):
+    narrow = on_card.write_models(tmp_path, 8, (3, 4))
+    budget = int(1.5 * on_card.weights(narrow / "original"))
+    assert on_card.heal_on_card(narrow, budget, method="lora:1") <= budget
 
 
 def test_lora_on_several_cards_learns_the_weights_of_one(models, tmp_path):

@@ -17,6 +17,7 @@ from odd_models import composite_checkpoint, prove_cut
 from shared import (
     ArchitectureError,
     VerificationError,
+    cells,
     load_json,
     parametrize,
     refuses,
@@ -43,14 +44,13 @@ from tiny import (
 @parametrize("family", ["qwen2_vl", "qwen2_5_vl", "paddleocr_vl", "hunyuan_vl"])
 def test_a_flat_configuration_stays_flat(family, tmp_path):
     model = composite_checkpoint(family, tmp_path / "source", flat=True)
-    excise(tmp_path / "source", [0, 2], tmp_path / "out")
+    assert prove_cut(model, [0, 2], tmp_path).difference == 0.0
     before, after = (
         load_json(tmp_path / name / "config.json") for name in ("source", "out")
     )
     assert "text_config" not in after
     assert (before.num_hidden_layers, after.num_hidden_layers) == (6, 4)
     assert after.vision_config == before.vision_config
-    assert verify(model, [0, 2], tmp_path / "out").difference == 0.0
     assert len(inspect_model(tmp_path / "out").stack) == 4
 
 
@@ -124,33 +124,38 @@ def test_what_does_not_run_on_text_is_not_proven_either(tmp_path):
         replay_of(model)
 
 
-INSIDE = {
-    "blip": "BlipTextLMHeadModel",
-    "blip-2": "OPTForCausalLM",
-    "instructblip": "OPTForCausalLM",
-    "kosmos-2": "Kosmos2TextForCausalLM",
-}
+INSIDE = """
+blip :: BlipTextLMHeadModel
+blip-2 :: OPTForCausalLM
+instructblip :: OPTForCausalLM
+kosmos-2 :: Kosmos2TextForCausalLM
+"""
 
 
-@parametrize("family", INSIDE)
+@parametrize("family, name", cells(INSIDE))
 def test_a_cut_is_proven_on_the_language_model_inside_and_on_the_whole(
-    family, tmp_path
+    family, name, tmp_path
 ):
     model = composite_checkpoint(family, tmp_path / "source")
     proof = prove_cut(model, [0, 3], tmp_path, images=invent_images)
     assert proof.inputs == "text and an image"
     assert proof.difference <= 1e-5
     (remark,) = proof.remarks
-    inside = f"the {INSIDE[family]} inside the {type(model).__name__}"
+    inside = f"the {name} inside the {type(model).__name__}"
     assert remark == f"the text was given to {inside}"
     with refuses(r"without blocks \[0, 4\] on text:", VerificationError):
         verify(model, [0, 4], tmp_path / "out")
 
 
+def cut_of(family, folder):
+    """Write a model and its cut without blocks 0 and 3; return both, loaded."""
+    model = composite_checkpoint(family, folder / "source")
+    excise(folder / "source", [0, 3], folder / "out")
+    return model, reload(folder / "out", dtype=torch.float32)
+
+
 def test_what_a_cut_does_to_images_alone_is_noticed(tmp_path, stub):
-    model = composite_checkpoint("blip", tmp_path / "source")
-    excise(tmp_path / "source", [0, 3], tmp_path / "out")
-    cut = reload(tmp_path / "out", dtype=torch.float32)
+    model, cut = cut_of("blip", tmp_path)
     attention = cut.text_decoder.bert.encoder.layer[1].crossattention
     torch.nn.init.zeros_(attention.output.dense.weight)
     stub("isingcut.models.verify._open_cut", (cut, False))
@@ -188,9 +193,7 @@ def test_streamed_blocks_compute_what_those_in_memory_do(family, tmp_path):
 
 
 def test_quality_and_distillation_read_the_language_model_inside(tmp_path):
-    model = composite_checkpoint("blip-2", tmp_path / "source")
-    excise(tmp_path / "source", [0, 3], tmp_path / "out")
-    cut = reload(tmp_path / "out", dtype=torch.float32)
+    model, cut = cut_of("blip-2", tmp_path)
     tokens = TokenSet.from_rows(random_tokens(model, 2, 12).tolist())
     found = quality(model, cut, tokens)
     assert quality(model.language_model, cut.language_model, tokens) == found

@@ -13,13 +13,14 @@ from isingcut.files.journal import Journal
 from isingcut.measure.streams import check_finite
 from isingcut.models.compute import head as head_module
 from isingcut.models.compute.divergence import RowSums
-from isingcut.models.compute.head import OutputHead, find_head_input, sum_losses
+from isingcut.models.compute.head import OutputHead, find_head_input
 from shared import ModelError, parametrize, refuses
 from tiny import (
     Work,
     gate_gradients,
     measure,
     plain_means,
+    plain_sums,
     random_tokens,
     states_of,
     tiny_replay,
@@ -27,9 +28,21 @@ from tiny import (
 )
 
 
-@parametrize("family", ["llama", "gemma3", "gpt2"])
-def test_measured_losses_are_those_of_really_removed_blocks(family):
+@parametrize(
+    "family, plain",
+    [
+        ("llama", True),
+        ("gemma3", True),
+        ("gpt2", True),
+        ("gemma2", False),
+        ("cohere2", False),
+    ],
+)
+def test_measured_losses_are_those_of_really_removed_blocks(family, plain, stub):
+    """The output layer runs in pieces, where the logits are its output."""
+    stub(head_module, "piece_elements", 700)
     replay = tiny_replay(family)
+    assert OutputHead(replay).plain is plain
     tokens = random_tokens()
     removals = [[0], [len(replay) - 1], [0, 2], [1, 2, 3]]
     found = measure(
@@ -39,6 +52,11 @@ def test_measured_losses_are_those_of_really_removed_blocks(family):
         kl, nll = plain_means(replay.model, without(replay.model, removed), tokens)
         assert found.kl[s] == pytest.approx(kl, rel=1e-4, abs=1e-6)
         assert found.nll[s] == pytest.approx(nll, rel=1e-5)
+    assert_allclose(
+        found.original_nll_sums,
+        plain_sums(replay.model, replay.model, tokens)[0],
+        rtol=1e-5,
+    )
 
 
 def test_pairwise_is_exact_up_to_two_blocks():
@@ -213,40 +231,6 @@ def test_rows_do_not_depend_on_the_number_of_threads(monkeypatch):
     finally:
         torch.set_num_threads(before)
     assert_array_equal(*found)
-
-
-@parametrize(
-    "family, plain",
-    [("llama", True), ("gpt2", True), ("gemma2", False), ("cohere2", False)],
-)
-def test_the_map_is_run_in_pieces_only_where_the_logits_are_its_output(
-    family, plain, stub
-):
-    stub(head_module, "piece_elements", 700)
-    replay = tiny_replay(family)
-    batch = random_tokens((14, 9))
-    head = OutputHead(replay)
-    assert head.plain is plain
-    with torch.inference_mode():
-        recording = replay.record(batch.input_ids)
-        other = recording.block(1, recording.entered)
-        both = (
-            head.logits(recording, stream, batch)
-            for stream in (recording.entered, other)
-        )
-        own, nll, kl = sum_losses(*both, batch)
-        for s in range(batch.samples):
-            rows = batch.predicted[s]
-            p, q = (
-                recording.logits(x[s], s)[:-1][rows].double().log_softmax(-1)
-                for x in (recording.entered, other)
-            )
-            label = batch.input_ids[s, 1:][rows][:, None]
-            assert kl[s] == pytest.approx(
-                float((p.exp() * (p - q)).sum()), rel=1e-4, abs=1e-6
-            )
-            assert nll[s] == pytest.approx(-float(q.gather(1, label).sum()), rel=1e-6)
-            assert own[s] == pytest.approx(-float(p.gather(1, label).sum()), rel=1e-6)
 
 
 def test_a_mask_written_into_the_logits_counts_as_more_than_the_layer():

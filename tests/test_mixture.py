@@ -31,6 +31,7 @@ from shared import (
     CalibrationError,
     HealConfig,
     StageFileError,
+    cells,
     parametrize,
     refuses,
     write_jsonl,
@@ -90,24 +91,21 @@ def test_a_file_of_that_name_is_no_mixture_and_can_be_a_part(
     assert [part.source for part in parts_of(source)] == parts
 
 
-UNLIKE = "its part '{}' is not"
+MISTAKES = """
+wiki=0.5,self :: its part 'self' is not
+wiki=half,self=1 :: its part 'wiki=half' is not
+wiki=0,self=1 :: its part 'wiki=0' is not
+wiki=-1 :: its part 'wiki=-1' is not
+wiki=nan :: its part 'wiki=nan' is not
+wiki=1,=1 :: its part '=1' is not
+wiki=1e308,self=1e308 :: too large or too unequal
+wiki=1e-200,self=1e200 :: too large or too unequal
+wiki=1,wiki=1 :: names 'wiki' twice
+wiki=0.5,self=0.4 :: sum to 0.9; write shares that sum to 1
+"""
 
 
-@parametrize(
-    "source, words",
-    [
-        ("wiki=0.5,self", UNLIKE.format("self")),
-        ("wiki=half,self=1", UNLIKE.format("wiki=half")),
-        ("wiki=0,self=1", UNLIKE.format("wiki=0")),
-        ("wiki=-1", UNLIKE.format("wiki=-1")),
-        ("wiki=nan", UNLIKE.format("wiki=nan")),
-        ("wiki=1,=1", UNLIKE.format("=1")),
-        ("wiki=1e308,self=1e308", "too large or too unequal"),
-        ("wiki=1e-200,self=1e200", "too large or too unequal"),
-        ("wiki=1,wiki=1", "names 'wiki' twice"),
-        ("wiki=0.5,self=0.4", "sum to 0.9; write shares that sum to 1"),
-    ],
-)
+@parametrize("source, words", cells(MISTAKES))
 def test_what_is_no_mixture_either_names_the_part(source, words):
     with refuses(words, CalibrationError):
         corpora.check(source)
@@ -170,15 +168,15 @@ def test_text_of_the_model_can_be_a_part(tmp_path, tokenizer):
     assert [part["kind"] for part in found.meta["parts"]] == ["documents", "generated"]
 
 
-@parametrize(
-    "parts, words",
-    [
-        ("a.jsonl=1,missing.txt=1", "part 'missing.txt' of the mixture: the"),
-        ("a.jsonl=1,b.jsonl=1", "part 'b.jsonl' .*b.jsonl is too short"),
-        ("a.jsonl=1,chat.jsonl=3", "part 'chat.jsonl' .* gives 0 .* 75% of 5 are ne"),
-        ("a.jsonl=1,no-such-set-at-all/x:y=1", "part 'no-such-set-at-all/x:y'"),
-    ],
-)
+FAILING = r"""
+a.jsonl=1,missing.txt=1 :: part 'missing.txt' of the mixture: the
+a.jsonl=1,b.jsonl=1 :: part 'b.jsonl' .*b.jsonl is too short
+a.jsonl=1,chat.jsonl=3 :: part 'chat.jsonl' .* gives 0 .* 75% of 5 are ne
+a.jsonl=1,no-such-set-at-all/x:y=1 :: part 'no-such-set-at-all/x:y'
+"""
+
+
+@parametrize("parts, words", cells(FAILING))
 @pytest.mark.usefixtures("offline")
 def test_a_part_that_fails_is_named(tmp_path, tokenizer, monkeypatch, parts, words):
     monkeypatch.chdir(tmp_path)

@@ -18,6 +18,7 @@ from isingcut.models.load import load_config
 from shared import (
     CheckpointError,
     ModelError,
+    cells,
     load_json,
     parametrize,
     refuses,
@@ -38,18 +39,19 @@ def _no_network(monkeypatch, tmp_path):
     monkeypatch.setenv("ISINGCUT_CACHE", str(tmp_path / "cache"))
 
 
-@parametrize(
-    "name, words",
-    [
-        *(
-            (name, "expected a local Hugging Face folder")
-            for name in ("", "./nothing", "/no/such/model", "missing.gguf", "a/b/c")
-        ),
-        ("someone/no-such-model", "hub cannot be reached"),
-        ("smolm2", r"did you mean 'smollm2'\?"),
-        ("two words", "there is no local folder two words"),
-    ],
-)
+NO_MODELS = r"""
+ :: expected a local Hugging Face folder
+./nothing :: expected a local Hugging Face folder
+/no/such/model :: expected a local Hugging Face folder
+missing.gguf :: expected a local Hugging Face folder
+a/b/c :: expected a local Hugging Face folder
+someone/no-such-model :: hub cannot be reached
+smolm2 :: did you mean 'smollm2'\?
+two words :: there is no local folder two words
+"""
+
+
+@parametrize("name, words", cells(NO_MODELS))
 def test_a_name_without_a_model_is_refused_in_one_line(name, words):
     with refuses(words, ModelError) as caught:
         resolve(name)

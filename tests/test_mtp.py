@@ -5,7 +5,7 @@ import pytest
 from healings import options, write_text
 from isingcut.formats.checkpoints import Checkpoint, count_mtp_layers, is_mtp
 from isingcut.healing.heal import heal
-from shared import module_fixture, run_tiny
+from shared import module_fixture, run_tiny, works
 from sweep.mtp import add_mtp_layers
 from tiny import excise, read_checkpoint, tiny_checkpoint, tiny_model
 
@@ -31,25 +31,16 @@ def bytes_of(folder, start):
     }
 
 
-def test_a_run_keeps_mtp_layers(source, text, tmp_path):
+def test_a_run_keeps_mtp_layers_or_drops_them_everywhere_and_says_so(
+    source, text, tmp_path
+):
     target = run_tiny(source, text, tmp_path / "run", remove=2, patch="linear")
     assert count_mtp_layers(Checkpoint.read(target / "model")) == 2
     assert bytes_of(target / "model", OF_MTP) == bytes_of(source, "model.layers.6.")
     kept = "ayers for multi-token prediction (MTP), which draft further tokens: 2, kept as they are"
     assert kept in (target / "model/README.md").read_text()
-
-
-def test_a_healing_keeps_mtp_layers(source, tmp_path):
-    cut = source.parent / "student"
-    excise(source, [2, 3], cut)
-    healed = heal(options(source.parent, tmp_path / "healed", {"max_steps": 1}))
-    assert bytes_of(healed, OF_MTP) == bytes_of(source, "model.layers.6.")
-
-
-def test_dropped_mtp_layers_are_gone_everywhere_and_reported(source, text, tmp_path):
-    target = run_tiny(
-        source, text, tmp_path / "run", remove=2, patch="none", drop_mtp=True
-    )
+    for command in (["excise", "--patch=none", "--drop-mtp"], ["evaluate"], ["report"]):
+        works(*command, target, "--overwrite")
     assert count_mtp_layers(Checkpoint.read(target / "model")) == 0
     assert not bytes_of(target / "model", OF_MTP)
     four = {"num_hidden_layers": 4, "num_nextn_predict_layers": 2}
@@ -62,3 +53,10 @@ def test_dropped_mtp_layers_are_gone_everywhere_and_reported(source, text, tmp_p
     said = "draft further tokens: 2, left out (--drop-mtp)"
     for file in ("report.md", "model/README.md"):
         assert said in (target / file).read_text()
+
+
+def test_a_healing_keeps_mtp_layers(source, tmp_path):
+    cut = source.parent / "student"
+    excise(source, [2, 3], cut)
+    healed = heal(options(source.parent, tmp_path / "healed", {"max_steps": 1}))
+    assert bytes_of(healed, OF_MTP) == bytes_of(source, "model.layers.6.")

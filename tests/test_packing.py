@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from gguf_files import WIDE, WIDE_NUMBERS, named, write
+from gguf_files import WIDE, WIDE_NUMBERS, held_by, named, write
 from isingcut.console.progress import silent
 from isingcut.files.runs import PackingFile
 from isingcut.formats.cutting import gguf as gguf_cuts
@@ -56,7 +56,7 @@ def file(tmp_path_factory):
         for i, block in enumerate(model.model.layers):
             for last in (block.self_attn.o_proj, block.mlp.down_proj):
                 last.weight *= 0 if i == IDLE else 4
-    held = named({n: t.numpy() for n, t in model.state_dict().items()})
+    held = held_by(model)
     for name, values in held.items():
         if "ffn_down" in name:
             held[name] = (gguf.quantize(values, kind), kind)

@@ -16,6 +16,7 @@ from healings import write_text
 from isingcut.cli.main import app
 from isingcut.data.healing_text import to_fit
 from isingcut.evaluation.quality import quality
+from isingcut.files.cuts import CutRecord
 from isingcut.files.evaluations import EvaluationFile
 from isingcut.files.runs import StageOptions
 from isingcut.formats.cutting import checkpoint
@@ -54,10 +55,6 @@ def job(model, text, out, **more):
     # The patch is fitted on all of the text.
     given = {"must_remove": "2,3", "energy": "fisher", "remove": 2}
     return run_tiny(model, text, out, **{**given, "patch_tokens": 65536, **more})
-
-
-def weights_of(checkpoint):
-    return load_file(checkpoint / "model.safetensors")
 
 
 def patch_of(checkpoint):
@@ -101,8 +98,8 @@ def test_the_model_is_the_cut_with_other_weights_next_to_it(run, exact, llama):
     tuning = found.tuning
     assert (cut.removed, cut.block, cut.layer) == ([2, 3], 1, "mlp.down_proj")
     assert cut.held_out_error_left < 1
-    plain = weights_of(exact)
-    patched = weights_of(run / "model")
+    plain = load_file(exact / "model.safetensors")
+    patched = load_file(run / "model/model.safetensors")
     assert plain.keys() == patched.keys()
     changed = [name for name in plain if not torch.equal(plain[name], patched[name])]
     assert min(tuning.held_out_kl) < tuning.held_out_kl[0]
@@ -277,14 +274,15 @@ def test_a_streamed_model_is_patched_block_by_block(llama, text, tmp_path):
         assert streamed.cut[name] == pytest.approx(whole.cut[name], rel=1e-3)
 
 
-def test_too_little_text_for_the_fit_is_reported(llama, text, tmp_path, monkeypatch):
+def test_too_little_text_for_the_fit_is_reported(run, tmp_path, monkeypatch, answer):
     def one_sample(*given):
         tokens, record = to_fit(*given)
         return tokens.select([0]), record
 
     monkeypatch.setattr("isingcut.runs.cutting.to_fit", one_sample)
-    out = job(llama, text, tmp_path / "run")
-    (warning,) = patch_warnings(read_document(out / "evaluation.json", EvaluationFile))
+    out = shutil.copytree(run, tmp_path / "run")
+    made = Path(answer("excise", out, "--blocks", "1,4").checkpoint)
+    (warning,) = patch_warnings(read_document(made / "isingcut.json", CutRecord))
     assert "at least two samples" in warning
 
 
@@ -348,12 +346,6 @@ def test_a_run_heals_what_the_ranking_chose(healed_run):
     report = (healed_run / "report.md").read_text()
     assert "| | original | cut | patched | healed | change |" in report
     assert not [p.name for p in healed_run.iterdir() if p.name.startswith(".")]
-
-
-def test_the_same_command_does_nothing_again(folder, healed_run, spy):
-    healed = spy(cutting, "heal_checkpoint")
-    pipeline.run(config(folder, "run", heal=True))
-    assert not healed
 
 
 def test_a_healed_model_of_an_earlier_cut_is_not_the_runs(folder, healed_run, tmp_path):

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from isingcut.models.verify import check_generation, process_images, random_tokens
-from isingcut.report.run_files import RunFiles
 from odd_models import composite
 from shared import ArchitectureError, VerificationError, load_json, parametrize, refuses
 from sweep.images import invent_images
@@ -245,21 +244,9 @@ def test_a_run_shows_how_its_cut_was_proven(finished):
     record = load_json(finished / "model/isingcut.json")
     assert record.proof == {"inputs": "text", "difference": 0.0, "remarks": []}
     assert (
-        "skipped and the same layers patched, on text."
-        in (finished / "model/README.md").read_text()
-    )
-    assert (
         "| proof of the cut | text: logits of the reloaded"
         in (finished / "report.md").read_text()
     )
-
-
-def test_what_a_proof_does_not_show_is_a_warning_of_the_run(finished):
-    files = RunFiles(finished)
-    assert files.removal.proof is not None
-    sure = files.warnings
-    files.removal.proof.remarks.append("the cut is verified on text only")
-    assert files.warnings == [*sure, "the cut is verified on text only"]
 
 
 def test_a_streamed_cut_is_proven_with_an_image(tmp_path):

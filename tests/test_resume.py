@@ -88,13 +88,8 @@ def _die_at(moment):
 def _lasting(run):
     """Return the content of all files of a run that hold no times, by name."""
     lasting = snapshot(run)
-    for name in (
-        "report.md",
-        "report.html",
-        "report.json",
-        "evaluation.json",
-        "run.json",
-    ):
+    timed = "report.md report.html report.json evaluation.json run.json"
+    for name in timed.split():
         del lasting[name]
     spectrum = load_json(run / "spectrum.json")
     return {**lasting, "spectrum.json": {**spectrum, "seconds": 0}}

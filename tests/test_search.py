@@ -327,7 +327,7 @@ def test_search_is_deterministic_and_resumes(replay, tokens, tmp_path):
     journal = tmp_path / "journal"
 
     def search(work):
-        return Search(replay, tokens, work, counts(3, 4), 10.0, seed=1).run()
+        return Search(replay, tokens, work, counts(3, 4), 5.0, seed=1).run()
 
     plain = search(WORK)
     search(Work(64, journal=journal))

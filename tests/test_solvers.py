@@ -14,7 +14,6 @@ from isingcut.ising import constraints as con
 from isingcut.ising.problem import Problem
 from isingcut.ising.solvers import exact, make, registry, solve, tabu
 from isingcut.ising.solvers._relaxation import (
-    SIGNS,
     Relaxation,
     Subproblem,
     spin_matrix,
@@ -392,11 +391,11 @@ def test_nothing_is_pruned_that_the_heuristic_would_have_found(
     monkeypatch.setattr(tabu.Tabu, "search", nothing)
     monkeypatch.setattr(exact, "ROOT_BUDGET", nodes)
     monkeypatch.setattr(exact, "NODE_BUDGET", nodes)
-    cap = con.LinearConstraint("cap", np.arange(13) % 4, "<=", 7.0)
+    cap = con.LinearConstraint("cap", np.arange(11) % 4, "<=", 7.0)
     for seed, m in enumerate((3, 5, 9)):
-        ham = hamiltonian(kind, 13, seed)
-        row = con.count(13, m)
-        for rows in ([row], [row, cap], [con.count(13, 3), cap, *apart(13)]):
+        ham = hamiltonian(kind, 11, seed)
+        row = con.count(11, m)
+        for rows in ([row], [row, cap], [con.count(11, 3), cap, *apart(11)]):
             assert_the_k_best(Problem(ham, rows), 4, threads=1)
 
 
@@ -417,24 +416,12 @@ def test_bounds_are_bounds():
         reduced, np.array([lowest + 0.1]), np.zeros(1, dtype=np.int64)
     )
     part = Subproblem(reduced, np.full(n, -1, dtype=np.int8), m)
-    bound, splits, dual = relaxation.bound(part, None)
+    bound, splits, _ = relaxation.bound(part, None)
     assert lowest - 0.05 * abs(lowest) < bound <= lowest + 1e-9
     assert np.isfinite(splits).all()
     for i in range(n):
         for value in (0, 1):
             assert splits[value, i] <= energies[x[:, i] == value].min() + 1e-9
-    # Multipliers passed to a child still give a bound of the child.
-    for i, value in ((0, 0), (5, 1), (11, 1)):
-        fixed = np.full(n, -1, dtype=np.int8)
-        fixed[i] = value
-        child = dual.restrict(fixed)
-        W = s[x[:, i] == value]
-        a = W[:, np.delete(np.arange(n + 1), i + 1)][:, child.cuts[:, :3]]
-        pairs = a[..., [0, 0, 1]] * a[..., [1, 2, 2]]
-        assert (1 + (pairs * SIGNS[child.cuts[:, 3]]).sum(axis=-1) >= 0).all()
-        # On binaries the diagonal terms are constants: nothing may be lost or gained.
-        assert child.x[:n].sum() == pytest.approx(dual.x[: n + 1].sum())
-        assert len(child.cuts)
 
 
 def test_threads_agree(tree_only):

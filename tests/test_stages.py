@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 
 from isingcut.files.stages import NUMERICS, STAGES, Declaration, find_source
 from isingcut.ising.hamiltonian import Hamiltonian
@@ -28,52 +29,52 @@ from shared import (
 )
 
 # Another value of each option that a result may depend on.
-OTHER = {
-    "samples": 4,
-    "length": 24,
-    "rank_samples": 4,
-    "report_samples": 4,
-    "seed": 1,
-    "energy": "fisher",
-    "compare_energies": "empirical-fisher",
-    "effort": "99",
-    "keep": "0",
-    "must_remove": "3",
-    "solver": "tabu",
-    "states": 6,
-    "solve_seconds": 30.0,
-    "random_states": 31,
-    "choose": "ground",
-    "patch": "none",
-    "patch_tokens": 900,
-    "patch_share": 0.25,
-    "drop_mtp": True,
-    "healing": {"samples": 5, "length": 16, "report_samples": 4, "seed": 3},
-    "heal": "99tokens",
-    "questions": 3,
-    "dtype": "bfloat16",
-    "attention": "eager",
-    "batch_tokens": 48,
-    "device": "cpu",
-    "stream": "off",
-    "memory_limit": "9GB",
-    "cards_per_process": 1,
-}
+OTHER = yaml.safe_load("""
+samples: 4
+length: 24
+rank_samples: 4
+report_samples: 4
+seed: 1
+energy: fisher
+compare_energies: empirical-fisher
+effort: "99"
+keep: "0"
+must_remove: "3"
+solver: tabu
+states: 6
+solve_seconds: 30.0
+random_states: 31
+choose: ground
+patch: none
+patch_tokens: 900
+patch_share: 0.25
+drop_mtp: true
+healing: {samples: 5, length: 16, report_samples: 4, seed: 3}
+heal: 99tokens
+questions: 3
+dtype: bfloat16
+attention: eager
+batch_tokens: 48
+device: cpu
+stream: "off"
+memory_limit: 9GB
+cards_per_process: 1
+""")
 # The options that the values of a stage are found from.
-FOUND_FROM = {
-    "energy_samples": {"samples", "compare_energies"},
-    "energy": {"energy"},
-    "measured_samples": {"samples"},
-    "settings": {"effort", "seed", "energy", "keep", "must_remove"},
-    "compared": {"compare_energies"},
-    "repair": {"patch"},
-    "unseen": {"healing", "seed"},
-    "training": {"heal", "healing", "patch_tokens", "seed", "dtype", "batch_tokens"},
-}
+FOUND_FROM = yaml.safe_load("""
+energy_samples: [samples, compare_energies]
+energy: [energy]
+measured_samples: [samples]
+settings: [effort, seed, energy, keep, must_remove]
+compared: [compare_energies]
+repair: [patch]
+unseen: [healing, seed]
+training: [heal, healing, patch_tokens, seed, dtype, batch_tokens]
+""")
 # Only tasks that choose are read by the ranking, and it reads these options of `solve` with the
 # spectrum. Only a text that the model writes depends on how it computes.
 NOT_HERE = {"rank": {"keep", "must_remove"}, "calibration": {*NUMERICS}}
-NAMES = (
+NAMES = [
     "calibration",
     "energy",
     "solve",
@@ -82,7 +83,7 @@ NAMES = (
     "heal",
     "evaluate",
     "benchmarks",
-)
+]
 GIVEN = {"calibration": [None], "energy": ["refined"]}
 ALL = {stage.name: stage for stage in pipeline.STAGES}
 

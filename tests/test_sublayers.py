@@ -19,6 +19,7 @@ from shared import (
     OPTIONS,
     ArchitectureError,
     VerificationError,
+    cells,
     flags,
     load_json,
     module_fixture,
@@ -101,13 +102,7 @@ def test_halves_one_after_the_other_are_the_layer(family, tmp_path):
     assert model.config.to_dict() == plain.config.to_dict()
     assert model.state_dict().keys() == plain.state_dict().keys()
     ids = samples().input_ids
-    attention = count_calls(
-        model.get_submodule(stack.path)[0].get_submodule(
-            next(
-                name for name, _ in model.get_submodule(stack.path)[0].named_children()
-            )
-        )
-    )
+    attention = count_calls(next(model.get_submodule(stack.path)[0].children()))
     with torch.no_grad():
         both = [m(input_ids=ids, use_cache=False).logits for m in (model, plain)]
     assert_array_equal(*both)
@@ -118,17 +113,17 @@ def test_halves_one_after_the_other_are_the_layer(family, tmp_path):
     assert_array_equal(*both)
 
 
-@parametrize(
-    "family, words",
-    {
-        "falcon": "parallel attention",
-        "cohere2": "parallel attention",
-        "gemma4": "norm or scale of their sum",
-        "zamba2": "ZambaHybridLayer|Zamba2HybridLayer is not its sublayers",
-        "nemotron_h": "the layers of NemotronHForCausalLM have no two sublayers",
-        "mamba": "no two sublayers",
-    }.items(),
-)
+UNSPLIT = """
+falcon :: parallel attention
+cohere2 :: parallel attention
+gemma4 :: norm or scale of their sum
+zamba2 :: ZambaHybridLayer|Zamba2HybridLayer is not its sublayers
+nemotron_h :: the layers of NemotronHForCausalLM have no two sublayers
+mamba :: no two sublayers
+"""
+
+
+@parametrize("family, words", cells(UNSPLIT))
 def test_layers_that_are_not_two_sublayers_are_refused(family, words, tmp_path):
     folder = tiny_checkpoint(family, tmp_path)
     with refuses(f"{words}.*pass --units blocks$", ArchitectureError):
@@ -264,7 +259,7 @@ def chosen(run):
 
 
 @pytest.mark.filterwarnings("ignore::isingcut.PoorEnergyWarning")
-def test_a_run_removes_attentions(llama, text, tmp_path, no_speed, typed, refusal):
+def test_a_run_removes_attentions(llama, text, tmp_path, no_speed, typed):
     run = tmp_path / "run"
     given = {**RUN, "model": llama, "calibration": text, "out": run}
     command = ["run", *flags({**given, "remove": "attention=2"})]
@@ -294,9 +289,6 @@ def test_a_run_removes_attentions(llama, text, tmp_path, no_speed, typed, refusa
     times = {run / name: (run / name).stat().st_mtime_ns for name in files}
     typed(*command)
     assert {file: file.stat().st_mtime_ns for file in times} == times
-    said = refusal("run", *flags({**given, "remove": "2", "units": "blocks"}))
-    assert said.count("\n") == 1
-    assert "units" in said
 
 
 def test_a_streamed_run_chooses_the_same(llama, text, tmp_path, no_speed, one_layout):

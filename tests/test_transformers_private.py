@@ -11,30 +11,27 @@ import torch
 
 import isingcut
 from isingcut.formats import transformers_private as private
-from shared import ModelError, parametrize, refuses
+from shared import ModelError, cells, parametrize, refuses
 from tiny import tiny_model
 
-LOADING = "transformers.core_model_loading"
-# Name -> its first parameters, passed by position because 5.10 renamed an argument.
-CALLED = {
-    "transformers.conversion_mapping:get_model_conversion_mapping": "model key_mapping "
-    "hf_quantizer",
-    f"{LOADING}:dot_natural_key": "s",
-    f"{LOADING}:rename_source_key": "source_key weight_renamings weight_converters "
-    "base_model_prefix meta_state_dict",
-    f"{LOADING}:WeightConverter.add_tensor": "self target_key source_key source_pattern future",
-    f"{LOADING}:WeightConverter.convert": "self layer_name model config",
-    "transformers:PreTrainedModel._get_dtype_plan": "self dtype",
-}
-NAMES = (
-    f"{LOADING}:WeightRenaming",
-    "transformers:PreTrainedModel._keys_to_ignore_on_load_missing",
-    "transformers:PreTrainedModel._keys_to_ignore_on_load_unexpected",
-    "transformers:PreTrainedModel._hf_peft_config_loaded",
-    "transformers:AutoModelForCausalLM._model_mapping",
-    "transformers:PreTrainedConfig._attn_implementation",
-    "transformers:TrainingArguments.n_gpu",
-)
+# Name :: its first parameters, passed by position because 5.10 renamed an argument.
+USED = """
+transformers.conversion_mapping:get_model_conversion_mapping :: model key_mapping hf_quantizer
+transformers.core_model_loading:dot_natural_key :: s
+transformers.core_model_loading:rename_source_key :: source_key weight_renamings weight_converters \
+base_model_prefix meta_state_dict
+transformers.core_model_loading:WeightConverter.add_tensor :: self target_key source_key \
+source_pattern future
+transformers.core_model_loading:WeightConverter.convert :: self layer_name model config
+transformers:PreTrainedModel._get_dtype_plan :: self dtype
+transformers.core_model_loading:WeightRenaming ::
+transformers:PreTrainedModel._keys_to_ignore_on_load_missing ::
+transformers:PreTrainedModel._keys_to_ignore_on_load_unexpected ::
+transformers:PreTrainedModel._hf_peft_config_loaded ::
+transformers:AutoModelForCausalLM._model_mapping ::
+transformers:PreTrainedConfig._attn_implementation ::
+transformers:TrainingArguments.n_gpu ::
+"""
 
 
 def installed():
@@ -48,8 +45,8 @@ def test_the_installed_version_is_one_that_was_looked_at():
     )
 
 
-@parametrize("name", [*NAMES, *CALLED])
-def test_what_is_used_is_there_and_takes_what_it_is_given(name):
+@parametrize("name, parameters", cells(USED))
+def test_what_is_used_is_there_and_takes_what_it_is_given(name, parameters):
     try:
         found = pkgutil.resolve_name(name)
     except (ImportError, AttributeError) as e:
@@ -57,7 +54,7 @@ def test_what_is_used_is_there_and_takes_what_it_is_given(name):
             f"transformers {version('transformers')} moved or dropped {name}: {e}",
             pytrace=False,
         )
-    wanted = CALLED.get(name, "").split()
+    wanted = parameters.split()
     assert (
         not wanted or list(inspect.signature(found).parameters)[: len(wanted)] == wanted
     )

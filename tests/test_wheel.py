@@ -122,10 +122,11 @@ def test_nothing_optional_is_there(clean):
     assert isingcut.__version__ in subprocess.run(command, **options).stdout
 
 
-ENERGY = (
-    "energy", "model", "--calibration", "text.txt", "--out", "run", "--samples", "3",
-    "--length", "16", "--rank-samples", "3", "--report-samples", "3", "--json",
-)  # fmt: skip
+TYPED = """
+energy model --calibration text.txt --out run --samples 3 --length 16 --rank-samples 3
+    --report-samples 3 --json
+"""
+ENERGY = tuple(TYPED.split())
 INSPECT = ("inspect", "model", "--json")
 SOLVE = ("solve", "run", "--remove", "3", "--solver", "exact", "--json")
 MISSING = {

@@ -56,12 +56,6 @@ def rows(cases):
     return [Row(*case) for case in cases]
 
 
-def cells(table):
-    """Yield the cells of each line of a text, which are separated by ``::``."""
-    for line in table.strip().splitlines():
-        yield [cell.strip() for cell in line.split("::")]
-
-
 def parametrised(table):
     """Run a test once for each row of a table."""
     return parametrize("row", table, ids=[row.name for row in table])

@@ -67,9 +67,9 @@ def other_model(arena):
     config("other/config.json", rms_norm_eps=2e-6)(arena)
 
 
-def deep(place, depth=100_000):
+def deep(place):
     """Write JSON that is nested too deeply for any reader."""
-    return written(place, '{"a":' + "[" * depth + "]" * depth + "}")
+    return written(place, '{"a":' + "[" * 100_000 + "]" * 100_000 + "}")
 
 
 def pipe(place):
@@ -109,14 +109,19 @@ def tensors(edit, place="model"):
     return prepare
 
 
-def number(name, value, place="model"):
-    """Set one number of one tensor to ``value``."""
+def poke(name, value):
+    """Return a change to tensors that sets one number of one of them."""
 
     def edit(held):
         held[name] = held[name].copy()
         held[name].flat[3] = value
 
-    return tensors(edit, place)
+    return edit
+
+
+def number(name, value, place="model"):
+    """Set one number of one tensor to ``value``."""
+    return tensors(poke(name, value), place)
 
 
 def header(edit, place=WEIGHTS, length=lambda n: n):
@@ -137,8 +142,8 @@ def entry(**changes):
     return header(lambda content: content["model.norm.weight"].update(changes))
 
 
-def sharded(edit=lambda index: None):
-    """Store the weights as one shard with an index, which ``edit`` may change."""
+def sharded(edit):
+    """Store the weights as one shard with an index, which ``edit`` changes."""
 
     def prepare(arena):
         names = list(load_file(arena.here / WEIGHTS))
@@ -148,8 +153,7 @@ def sharded(edit=lambda index: None):
             "metadata": {"total_size": 1},
             "weight_map": dict.fromkeys(names, shard),
         }
-        index = edit(index) or index
-        save_json(arena.model / "model.safetensors.index.json", index)
+        save_json(arena.model / "model.safetensors.index.json", edit(index))
 
     return prepare
 

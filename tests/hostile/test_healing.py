@@ -227,10 +227,10 @@ class Stopped(Exception):
     """Raised in place of a kill, with the same effect on the files."""
 
 
-def types(arena, command, name="healing", **more):
+def types(arena, command, **more):
     """Run a command that may make the output; return the names in its work folder."""
-    more = {"line": "", "code": 0, "makes": ("healed*", ".healed.healing*"), **more}
-    arena.try_row(Row(name, command, **more))
+    more = {"code": 0, "makes": ("healed*", ".healed.healing*"), **more}
+    arena.try_row(Row(command, command, **more))
     work = arena.here / ".healed.healing"
     return sorted(os.listdir(work)) if work.exists() else []
 

@@ -3,7 +3,7 @@
 import json
 
 import numpy as np
-from arena import Row, cells, tried
+from arena import Row, tried
 from damage import (
     CONFIG,
     ENERGY,
@@ -26,6 +26,8 @@ from damage import (
     zero,
 )
 
+from shared import cells
+
 LOOK = "inspect {model}"
 UP = "model.layers.2.mlp.up_proj.weight"
 TOKENIZER = "model/tokenizer.json"
@@ -33,6 +35,7 @@ TOKENIZER = "model/tokenizer.json"
 # Found by `inspect`, with which every run begins: name, changed fields, expected line.
 CONFIGS = r"""
 a depth in words :: {"num_hidden_layers": "six"} :: a valid llama configuration: .*expected int
+100000 blocks :: {"num_hidden_layers": 100000} :: 100000 blocks, but .* tensors of 6
 no block :: {"num_hidden_layers": 0} :: says num_hidden_layers=0; expected at least 1
 a billion blocks :: {"num_hidden_layers": 1000000000} :: 1000000000; expected at most 100000
 another width :: {"hidden_size": 64} :: shape \[.*32\], but its model expects \[.*64\]
@@ -57,13 +60,11 @@ images nowhere :: {"deepstack_layer_map": [[]]} :: 'deepstack_layer_map' has an 
 """
 DEEP = "recursion limit exceeded"
 DAMAGED = "is damaged, truncated or not a safetensors file"
+OWN = {"AutoConfig": "c.C", "AutoModelForCausalLM": "c.M"}
 FILES = [
     (
         "code of its own",
-        config(
-            model_type="mine",
-            auto_map={"AutoConfig": "c.C", "AutoModelForCausalLM": "c.M"},
-        ),
+        config(model_type="mine", auto_map=OWN),
         "it needs its own Python code; .* pass --trust-remote-code",
     ),
     ("a deep config", deep(CONFIG), DEEP),
@@ -114,11 +115,6 @@ FILES = [
         "a block more",
         tensors(more_blocks),
         "says 6 blocks, but the checkpoint has tensors of 7",
-    ),
-    (
-        "100000 blocks",
-        config(num_hidden_layers=100_000),
-        "100000 blocks, but .* tensors of 6",
     ),
     (
         "a hole in the blocks",

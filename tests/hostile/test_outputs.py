@@ -15,6 +15,7 @@ from shared import (
     InputError,
     OutputExistsError,
     RunConfig,
+    cells,
     load_json,
     parametrize,
     refuses,
@@ -77,11 +78,12 @@ FOREIGN_FILE = "was not written by this run and is not replaced"
 OVER = "report {run} {run} --out %s --overwrite"
 SCORES = "evaluate {run}/model --original {model} --tasks piqa --out %s --overwrite"
 EDITED = "config.json in it was changed after the run wrote it"
-BEGUN = (
-    "run model --remove 2 --calibration text.txt --length 16 --samples 3 --rank-samples 3 "
-    "--report-samples 3 --dtype float32 --random-states 30 --patch-tokens 1000 --patch-share 0 "
-    "--out {here}/begun"
+# The options of the arena's run.
+AGAIN = (
+    "--remove 2 --calibration text.txt --length 16 --samples 3 --rank-samples 3 "
+    "--report-samples 3 --dtype float32 --random-states 30 --patch-tokens 1000 --patch-share 0"
 )
+BEGUN = f"run model --out {{here}}/begun {AGAIN}"
 
 
 def begun(arena):
@@ -119,23 +121,22 @@ STAGES = [
     ("benchmarks into a diary", SCORES % "{home}/diary.txt", STAYS),
 ]  # fmt: skip
 # Files whose damage the recorded hash reveals, and the commands that read them.
-READERS = {
-    "hamiltonian.safetensors": (
-        "solve {run}",
-        "rank {run} --random-states 31 --overwrite",
-        "report {run}",
-    ),
-    "calibration.safetensors": (
-        "rank {run} --random-states 31 --overwrite",
-        "baseline random {run}",
-        "run model --remove 2 --calibration text.txt --length 16 --samples 3 --rank-samples 3 "
-        "--report-samples 3 --dtype float32 --random-states 30 --patch-tokens 1000 --patch-share 0 "
-        "--out run",
-    ),
-    "spectrum.json": ("solve {run}", "rank {run}", "report {run}"),
-    "candidates.json": ("rank {run}", "excise {run}", "report {run}"),
-    "evaluation.json": ("evaluate {run}", "report {run}"),
-}
+READERS = """
+hamiltonian.safetensors :: solve {run}
+hamiltonian.safetensors :: rank {run} --random-states 31 --overwrite
+hamiltonian.safetensors :: report {run}
+calibration.safetensors :: rank {run} --random-states 31 --overwrite
+calibration.safetensors :: baseline random {run}
+calibration.safetensors :: run model --out run AGAIN
+spectrum.json :: solve {run}
+spectrum.json :: rank {run}
+spectrum.json :: report {run}
+candidates.json :: rank {run}
+candidates.json :: excise {run}
+candidates.json :: report {run}
+evaluation.json :: evaluate {run}
+evaluation.json :: report {run}
+"""
 
 
 def flip(name):
@@ -151,12 +152,11 @@ def flip(name):
 CHANGED = [
     Row(
         f"a changed {name}: {command}",
-        command,
+        command.replace("AGAIN", AGAIN),
         "was changed or damaged after the run",
         flip(name),
     )
-    for name, commands in READERS.items()
-    for command in commands
+    for name, command in cells(READERS)
 ]
 # Importing lm-evaluation-harness takes seconds.
 ROWS = [*RUNS, *(Row(*row, seconds=60) for row in STAGES), *CHANGED]
@@ -220,17 +220,13 @@ def test_every_file_of_questions_is_an_input(arena):
 
 def test_another_model_may_replace_a_run_but_not_what_was_edited(arena):
     other_model(arena)
-    words = (
-        "--remove 2 --calibration text.txt --length 16 --samples 3 --rank-samples 3 "
-        "--report-samples 3 --random-states 30 --dtype float32 --patch-tokens 1000 "
-        "--patch-share 0 --out run"
-    )
-    arena.refuses(f"run other {words}", "is a run of another model")
+    command = f"run other --out run {AGAIN}"
+    arena.refuses(command, "is a run of another model")
     written("run/model/README.md")(arena)
     names = ("candidates.json", "hamiltonian.safetensors", "run.json", "spectrum.json")
     made = tuple(f"run/{name}" for name in names)
     line = "run/model is not replaced: README.md in it was changed"
-    arena.refuses(f"run other {words} --overwrite", line, makes=made, seconds=60)
+    arena.refuses(f"{command} --overwrite", line, makes=made, seconds=60)
 
 
 def test_a_forged_marker_opens_nothing(arena):

@@ -6,6 +6,8 @@ import os
 from arena import Row, rows, tried
 from damage import both, config, overflow, tensors
 
+from shared import cells
+
 
 def asked(*records, task="arc_easy/test"):
     """Return a step that writes questions to the folder `data`."""
@@ -41,20 +43,26 @@ def evaluate(
 
 SUM = {"context": "What is 1 plus 1?", "solution": "It is 2.", "answer": "2"}
 GOOD = {"context": "Which is it?", "choices": ["one", "two"], "answer": 1}
-ANSWER = r"line 3: expected 'answer', a number from 0 to 1, got"
-CHOICES = r"line 3: expected .*'choices'"
+# Name :: what differs from a good question :: expected line.
+CHANGES = r"""
+an answer beyond :: {"answer": 2} :: line 3: expected 'answer', a number from 0 to 1, got
+a truth value as answer :: {"answer": true} :: expected 'answer', a number from 0 to 1, got
+one choice :: {"choices": ["one"], "answer": 0} :: line 3: expected .*'choices'
+a blank choice :: {"choices": ["one", " "], "answer": 0} :: line 3: expected .*'choices'
+no context :: {"context": ""} :: line 3: expected a text 'context', got ''
+half a character :: {"context": "a\ud800"} :: line 3 is not valid JSON
+"""
 BENCHMARKS = [
-    Row(f"question: {name}", evaluate(), line, asked(GOOD, "", {**GOOD, **change}))
-    for name, line, change in (
-        ("an answer beyond", ANSWER, {"answer": 2}),
-        ("a truth value as answer", ANSWER, {"answer": True}),
-        ("one choice", CHOICES, {"choices": ["one"], "answer": 0}),
-        ("a blank choice", CHOICES, {"choices": ["one", " "], "answer": 0}),
-        ("many choices", CHOICES, {"choices": ["x"] * 1000}),
-        ("no context", "line 3: expected a text 'context', got ''", {"context": ""}),
-        ("half a character", "line 3 is not valid JSON", {"context": "a\ud800"}),
+    Row(
+        f"question: {name}",
+        evaluate(),
+        line,
+        asked(GOOD, "", {**GOOD, **json.loads(new)}),
     )
+    for name, new, line in cells(CHANGES)
 ]
+MANY = asked(GOOD, "", {**GOOD, "choices": ["x"] * 1000})
+BENCHMARKS.append(Row("many choices", evaluate(), "line 3: expected .*'choices'", MANY))
 BENCHMARKS += rows(
     [
         (f"questions: {name}", evaluate(), line, prepare)

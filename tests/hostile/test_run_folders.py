@@ -13,7 +13,7 @@ import isingcut
 from isingcut.energies import registry
 from isingcut.files.journal import Journal
 from isingcut.formats.sources import model_identity
-from shared import load_json, parametrize, refuses
+from shared import cells, load_json, parametrize, refuses
 
 OPTIONS = (
     "--remove 2 --calibration text.txt --length 16 --samples 3 --rank-samples 3 "
@@ -48,19 +48,7 @@ COMMANDS = (
     "rank {run} --random-states 31 --overwrite",
     f"run {{model}} {OPTIONS} --random-states 30 {PATCH} --out {{run}}",
 )
-TRUST = [
-    Row(
-        f"a folder that trusts itself: {c}",
-        c,
-        "trust-remote-code|custom code",
-        strangers_folder,
-    )
-    for c in COMMANDS
-]
-
-
-def chdir_home(arena):
-    os.chdir(arena.home)
+TRUST = [Row(c, c, "trust-remote-code|custom code", strangers_folder) for c in COMMANDS]
 
 
 def moved_together(arena):
@@ -87,7 +75,7 @@ RANK = "rank {run} --random-states 31 --overwrite"
 MOVED = "excise {here}/moved/run --blocks 0,1"
 WENT = "is no longer at .*--model"
 FOUND = [
-    Row("rank from another folder", RANK, "", chdir_home, **WORKS),
+    Row("rank from another folder", RANK, "", lambda a: os.chdir(a.home), **WORKS),
     Row("moved with its model", MOVED + " --overwrite", "", moved_together, **WORKS),
     Row("the model went away", EXCISE, WENT, model_moved),
     Row("it went away, the run goes on", f"run model {OPTIONS} --out run", WENT, model_moved),
@@ -149,10 +137,6 @@ MEASURED = (
 )
 
 
-def gone(arena):
-    arena.text.rename(arena.here / "away")
-
-
 def back_but_changed(arena):
     """Restore the text at its old length, with upper and lower case exchanged."""
     arena.text.write_text((arena.here / "away").read_text().swapcase())
@@ -161,23 +145,20 @@ def back_but_changed(arena):
 def test_a_text_that_was_changed_is_not_read_on(arena):
     calibration = arena.run / "calibration.safetensors"
     measured = calibration.read_bytes()
-    patch = "--patch-tokens 1000 --patch-share 0"
-    run = f"run model --remove 2 {MEASURED} --random-states 30 {patch} --out run"
-    made = {"code": 0, "makes": ("run/*",)}
-    arena.try_row(Row("the text is gone", run, "", gone, **made))
+    run = f"run model --remove 2 {MEASURED} --random-states 30 {PATCH} --out run"
+    arena.works(run, "run/*", prepare=lambda a: a.text.rename(a.here / "away"))
     arena.refuses(
         run,
         "text.txt was changed since it was measured on; restore the old text",
         back_but_changed,
     )
     # The text is not named here, so the patch is fitted on the stored tokens, as without the text.
-    arena.try_row(Row("a cut", f"excise run --blocks 2,3 --overwrite {patch}", **made))
+    arena.works(f"excise run --blocks 2,3 --overwrite {PATCH}", "run/*")
     fitted = load_json(arena.run / "model/isingcut.json").patch.text
     assert fitted.samples == fitted.searched
     assert fitted.short.startswith("the source was changed or cannot be read; restore")
     assert calibration.read_bytes() == measured
-    energy = f"energy model --remove 2 {MEASURED} --out run --overwrite"
-    arena.try_row(Row("measured anew", energy, **made))
+    arena.works(f"energy model --remove 2 {MEASURED} --out run --overwrite", "run/*")
     assert calibration.read_bytes() != measured
 
 
@@ -189,14 +170,14 @@ def overwritten(path):
 
 
 @parametrize(
-    "command",
+    "command, result",
     [
-        f"energy {{model}} {MEASURED} --out {{here}}/new",
-        "rank run --overwrite --random-states 31",
+        (f"energy model {MEASURED} --out new", "new/hamiltonian.safetensors"),
+        ("rank run --overwrite --random-states 31", "run/candidates.json"),
     ],
 )
 def test_weights_that_are_overwritten_while_they_are_measured(
-    arena, monkeypatch, command
+    arena, monkeypatch, command, result
 ):
     put = Journal.put
 
@@ -208,13 +189,11 @@ def test_weights_that_are_overwritten_while_they_are_measured(
     line = "the model in .*model changed while it was read"
     made = ("new*", "run/*", "model/model.safetensors")
     arena.refuses(command, line, makes=made)
-    place = arena.here / "new" if command.startswith("energy") else arena.run
-    name = (
-        "hamiltonian.safetensors" if command.startswith("energy") else "candidates.json"
-    )
-    assert not (place / name).exists()
-    assert not list(place.glob("*.journal*"))
-    assert not (load_json(place / "run.json").stages.get(name) or {}).get("done")
+    file = arena.here / result
+    assert not file.exists()
+    assert not list(file.parent.glob("*.journal*"))
+    stages = load_json(file.with_name("run.json")).stages
+    assert not (stages.get(file.name) or {}).get("done")
 
 
 @parametrize("place", ["model", "run/model"])
@@ -233,12 +212,14 @@ def test_weights_that_are_overwritten_while_they_are_healed(arena, monkeypatch, 
 
 
 ROOMS = ("energies", "solvers", "baselines", "repairs")
-CONTENTS = {
-    "raises": ("1 / 0", "ZeroDivisionError: division by zero"),
-    "ends": ("raise SystemExit('bye')", "SystemExit: bye"),
-    "imports": ("import zorp_zorp", "ModuleNotFoundError: No module named 'zorp_zorp'"),
-    "empty": ("", "AttributeError: .*no attribute 'Part'"),
-}
+# Name :: content of the plug-in :: expected error.
+CONTENTS = """
+raises :: 1 / 0 :: ZeroDivisionError: division by zero
+ends :: raise SystemExit('bye') :: SystemExit: bye
+imports :: import zorp_zorp :: ModuleNotFoundError: No module named 'zorp_zorp'
+empty :: :: AttributeError: .*no attribute 'Part'
+"""
+NAMES = [name for name, _, _ in cells(CONTENTS)]
 BLAMED = (
     r"'{name}' comes from the plug-in their-parts, which cannot be imported \({words}"
 )
@@ -250,18 +231,18 @@ def plugins(tmp_path, monkeypatch):
     metadata = tmp_path / "their_parts-1.0.dist-info"
     metadata.mkdir()
     (metadata / "METADATA").write_text("Name: their-parts\nVersion: 1.0\n")
-    for name, (content, _) in CONTENTS.items():
+    for name, content, _ in cells(CONTENTS):
         (tmp_path / f"theirs_{name}.py").write_text(content)
-    parts = "\n".join(f"{name} = theirs_{name}:Part" for name in CONTENTS)
+    parts = "\n".join(f"{name} = theirs_{name}:Part" for name in NAMES)
     groups = "\n".join(f"[isingcut.{room}]\n{parts}" for room in ROOMS)
     (metadata / "entry_points.txt").write_text(groups)
     monkeypatch.syspath_prepend(str(tmp_path))
 
 
 @pytest.mark.usefixtures("plugins")
-@parametrize("name", CONTENTS)
-def test_a_broken_plugin_that_is_named_is_blamed(arena, name):
-    line = BLAMED.format(name=name, words=CONTENTS[name][1])
+@parametrize("name, content, words", cells(CONTENTS))
+def test_a_broken_plugin_that_is_named_is_blamed(arena, name, content, words):
+    line = BLAMED.format(name=name, words=words)
     arena.refuses(f"solve {{run}} --solver {name}", line)
     run = "run {model} --remove 2 --calibration {text} --out {here}/new"
     arena.refuses(f"{run} --energy {name}", line)
@@ -272,8 +253,7 @@ def test_a_broken_plugin_that_is_named_is_blamed(arena, name):
 @pytest.mark.usefixtures("plugins")
 def test_a_broken_plugin_that_nobody_named_harms_nothing(arena):
     found = json.loads(arena.works("ls --json"))
-    assert all({*CONTENTS} <= {*found[room]} for room in ROOMS)
+    assert all({*NAMES} <= {*found[room]} for room in ROOMS)
     arena.works("solve {run} --remove 3", "run/*")
-    options = f"{OPTIONS} --random-states 30 --dtype float32"
-    patch = "--patch-tokens 1000 --patch-share 0"
-    arena.works(f"run model {options} {patch} --out run", "run/*")
+    options = f"{OPTIONS} --random-states 30 --dtype float32 {PATCH}"
+    arena.works(f"run model {options} --out run", "run/*")

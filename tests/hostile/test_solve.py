@@ -7,7 +7,7 @@ import pytest
 from arena import Row, parametrised
 from damage import both, edited, written
 
-from shared import parametrize
+from shared import cells, parametrize
 
 HEAD = """
 import sys
@@ -28,54 +28,28 @@ class Base(dimod.Sampler):
     properties, parameters = {}, {}
 """
 FAILED = r"the sampler bad\.Bad failed: "
-RETURNED = r"the sampler bad\.Bad returned "
-CALLS = {
-    # errors that the sampler raises
-    "a value error": (
-        "raise ValueError('two\\nlines')",
-        FAILED + "ValueError: two lines$",
-    ),
-    "an exit": ("raise SystemExit(0)", FAILED + "SystemExit: 0"),
-    "markup": (
-        "raise RuntimeError('[/red] [bold')",
-        FAILED + r"RuntimeError: \[/red\] \[bold",
-    ),
-    "a lone surrogate": ("raise RuntimeError('\\ud800')", FAILED + "RuntimeError"),
-    "a long message": (
-        "raise RuntimeError('x' * 10**6)",
-        FAILED + "RuntimeError: x{300}$",
-    ),
-    # values that the sampler returns
-    "nothing": ("pass", FAILED + "AttributeError: 'NoneType'"),
-    "no samples": ("return found([], [])", FAILED),
-    "no rows": (
-        "return found((np.zeros((0, 99)), range(99)), [])",
-        "found no state that satisfies the constraints",
-    ),
-    "other variables": (
-        "return found({'a': 1})",
-        FAILED + "ValueError: unknown variable 0",
-    ),
-    "values of 2": (
-        "return states(bqm, 2, 'INTEGER')",
-        RETURNED + r".*not binary \(2\)",
-    ),
-    "a result that fails later": (
-        "return dimod.SampleSet.from_future(None, lambda future: 1 / 0)",
-        FAILED + "ZeroDivisionError",
-    ),
-}
+# Name :: what the sampler does :: expected line.
+CALLS = r"""
+a value error :: raise ValueError('two\nlines') :: bad\.Bad failed: ValueError: two lines$
+an exit :: raise SystemExit(0) :: the sampler bad\.Bad failed: SystemExit: 0
+markup :: raise RuntimeError('[/red] [bold') :: the sampler bad\.Bad failed: .*: \[/red\] \[bold
+a lone surrogate :: raise RuntimeError('\ud800') :: the sampler bad\.Bad failed: RuntimeError
+a long message :: raise RuntimeError('x' * 10**6) :: bad\.Bad failed: RuntimeError: x{300}$
+nothing :: pass :: the sampler bad\.Bad failed: AttributeError: 'NoneType'
+no samples :: return found([], []) :: the sampler bad\.Bad failed:
+no rows :: return found((np.zeros((0, 99)), range(99)), []) :: no state that satisfies the const
+other variables :: return found({'a': 1}) :: bad\.Bad failed: ValueError: unknown variable 0
+values of 2 :: return states(bqm, 2, 'INTEGER') :: the sampler bad\.Bad returned .*not binary \(2\)
+later :: return dimod.SampleSet.from_future(None, lambda _: 1 / 0) :: failed: ZeroDivisionError
+"""
+# Name :: the module :: expected line.
+IMPORTS = r"""
+an import that fails :: 1 / 0 :: importing 'bad' failed: ZeroDivisionError
+an import that exits :: raise SystemExit(1) :: importing 'bad' failed: SystemExit: 1
+an import of what is not there :: import nowhere :: importing 'bad' failed: .*'nowhere'
+no Python :: def ( :: importing 'bad' failed: SyntaxError
+"""
 MODULES = {
-    "an import that fails": ("1 / 0", r"importing 'bad' failed: ZeroDivisionError"),
-    "an import that exits": (
-        "raise SystemExit(1)",
-        "importing 'bad' failed: SystemExit: 1",
-    ),
-    "an import of what is not there": (
-        "import nowhere",
-        "importing 'bad' failed: .*'nowhere'",
-    ),
-    "no Python": ("def (", "importing 'bad' failed: SyntaxError"),
     "a class of something else": (
         "class Bad:\n    def __init__(self): raise SystemExit",
         r"bad\.Bad is not a dimod sampler; expected a subclass of dimod\.Sampler",
@@ -96,13 +70,13 @@ MODULES = {
         FAILED + "ZeroDivisionError",
     ),
 }
-NAMES = {
-    "dimod:os.system": r"os\.system is not a dimod sampler",
-    "dimod:dimod.Nothing": "importing 'dimod' failed: .*no attribute 'Nothing'",
-    "dimod:Class": "write dimod:package.Class",
-    "dimod": "as a sampler; write dimod:package.Class",
-    "os.system": "unknown solver 'os.system'",
-}
+NAMES = r"""
+dimod:os.system :: os\.system is not a dimod sampler
+dimod:dimod.Nothing :: importing 'dimod' failed: .*no attribute 'Nothing'
+dimod:Class :: write dimod:package.Class
+dimod :: as a sampler; write dimod:package.Class
+os.system :: unknown solver 'os.system'
+"""
 SOLVE = "solve {run} --remove 3 --solver "
 BAD = SOLVE + "dimod:bad.Bad"
 
@@ -118,11 +92,12 @@ def method(body):
 
 
 ROWS = [
-    *(Row(n, BAD, line, method(body)) for n, (body, line) in CALLS.items()),
+    *(Row(n, BAD, line, method(body)) for n, body, line in cells(CALLS)),
     *(Row(n, BAD, line, module(text)) for n, (text, line) in MODULES.items()),
-    *(Row(f"the name {n}", f"{SOLVE}'{n}'", line) for n, line in NAMES.items()),
+    *(Row(n, BAD, line, module(text)) for n, text, line in cells(IMPORTS)),
+    *(Row(f"the name {n}", f"{SOLVE}'{n}'", line) for n, line in cells(NAMES)),
     Row("run with a name", "run {model} --remove 2 --calibration {text} --length 16 "
-        "--out {here}/new --solver dimod:os.system", NAMES["dimod:os.system"]),
+        "--out {here}/new --solver dimod:os.system", "not a dimod sampler"),
     Row("a failed solve over a good one", "solve {run} --solver dimod:bad.Bad --overwrite",
         FAILED + "ValueError", method("raise ValueError")),
 ]  # fmt: skip
@@ -190,12 +165,3 @@ def test_a_run_folder_chooses_no_kernel(arena):
         "run/run.json", lambda r: r["config"].update(attention="someone/kernel")
     )
     arena.refuses("rank {run}", "run.json: attention must be one of auto", kernel)
-
-
-def test_more_time_for_a_solver_is_not_ignored(arena):
-    command = "solve {run} --remove 3 --solver tabu --solve-seconds"
-    made = ("run/run.json", "run/remove-3", "run/remove-3/spectrum.json")
-    arena.works(f"{command} 1", *made)
-    words = r"solve_seconds: was 1\.0, now 9\.0"
-    arena.refuses(f"{command} 9", words)
-    arena.works(f"{command} 9 --overwrite", *made)

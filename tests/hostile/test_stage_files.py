@@ -5,12 +5,11 @@ import os
 import re
 from pathlib import Path
 
-import numpy as np
-from arena import Row, cells, tried
+from arena import Row, tried
 from safetensors.numpy import save_file
 from stage_files import EXTRAS, REPORT, SOLVE, edited, record, replaced, rewritten
 
-from shared import load_json, parametrize, refuses, save_json
+from shared import cells, load_json, parametrize, refuses, save_json
 
 WHOLE = {
     "truncated": (lambda c: c[: len(c) // 2], "not readable as JSON"),
@@ -81,6 +80,8 @@ ROWS += [
     )
 ]
 
+# A legality row, which later keys change.
+ROW = '"name": "x", "coefficients": [1, 1, 1, 1, 1, 1], "sense": "<=", "rhs": 1, "reason": ""'
 # Name :: path in the file :: new value (empty: the key is removed) :: expected line.
 FIELDS = {
     "run.json": r"""
@@ -92,6 +93,8 @@ no seconds :: stages spectrum.json seconds :: null :: a finished stage lacks its
 batches of nothing :: provenance computed cpu batch_tokens :: 0 :: expected greater than or equal
 a list of lists :: config keep :: [[1]] :: config.keep
 no provenance :: provenance ::  :: provenance: missing
+a short legality row :: blocks legality :: [{ROW, "coefficients": [1]}] :: for each of 6 blocks
+a strange sense :: blocks legality :: [{ROW, "sense": "<"}] :: legality.0.sense: expected '=='
 """,
     "spectrum.json": r"""
 no states :: states :: [] :: states: List should have at least 1
@@ -118,30 +121,19 @@ steps a dict :: steps :: {"loss": 1} :: steps: expected a valid list
 noise a text :: rows 0 more_than_noise :: "no" :: expected a valid boolean
 """,
 }
-LEGALITY = {"name": "x", "coefficients": [1.0], "sense": "<=", "rhs": 1, "reason": ""}
-ROWS += [
-    Row(
-        f"run.json: {name}",
-        REPORT,
-        line,
-        edited("run.json", "blocks", "legality", value=[row]),
-    )
-    for name, row, line in (
-        ("a short legality row", LEGALITY, "a coefficient for each of 6 blocks"),
-        (
-            "a strange sense",
-            LEGALITY | {"coefficients": [1.0] * 6, "sense": "<"},
-            "legality.0.sense: expected '=='",
-        ),
-    )
-]
 
 
 def damages(table):
     """Yield the parsed rows of such a table."""
     for name, path, value, line in cells(table):
         keys = [int(key) if key.isdigit() else key for key in path.split()]
-        yield name, keys, json.loads(value or "null"), value == "", line
+        yield (
+            name,
+            keys,
+            json.loads(value.replace("ROW", ROW) or "null"),
+            value == "",
+            line,
+        )
 
 
 ROWS += [
@@ -159,10 +151,6 @@ NO_BLOCKS = edited("run.json", "blocks", drop=True)
 NO_RUN = "not an isingcut run folder"
 
 
-def a_loop(arena):
-    os.symlink("loop", arena.here / "loop")
-
-
 ROWS += [
     Row("solve: run.json", SOLVE, "blocks: missing", NO_BLOCKS),
     Row(
@@ -173,7 +161,7 @@ ROWS += [
         "a run folder that is a loop of links",
         "report {here}/loop",
         "not an isingcut run folder|cannot resolve",
-        a_loop,
+        lambda a: os.symlink("loop", a.here / "loop"),
     ),
     Row(
         "run.json a dangling link",
@@ -230,24 +218,16 @@ def without(key):
     return lambda arrays: arrays.pop(key)
 
 
-def zeros(dtype="float64", **shapes):
-    """Return a change to arrays of zeros; the keyword ``rank_mask`` stands for ``rank.mask``."""
-    names = {key.replace("_", ".", 1): shape for key, shape in shapes.items()}
-    return lambda arrays: arrays.update(
-        {k: np.zeros(n, dtype) for k, n in names.items()}
-    )
-
-
-def nothing(arrays):
-    pass
-
-
 HAMILTONIAN = "hamiltonian.safetensors"
 BOMB = (1 << 62).to_bytes(8, "little")
 ARRAYS = [
     ("J missing", without("J"), "missing 1 required .* 'J'"),
     ("h missing", without("h"), "missing 1 required .* 'h'"),
-    ("a tensor too many", zeros(K=(6, 6)), "unexpected keyword argument 'K'"),
+    (
+        "a tensor too many",
+        lambda a: a.update(K=a["J"]),
+        "unexpected keyword argument 'K'",
+    ),
     ("J not symmetric", poked("J", 99.0), "J must be symmetric"),
 ]
 HEADERS = r"""
@@ -262,7 +242,7 @@ UNREADABLE = "not a readable safetensors file"
 TENSORS = [
     *((name, tensors(HAMILTONIAN, change), line) for name, change, line in ARRAYS),
     *(
-        (name, tensors(HAMILTONIAN, nothing, json.loads(new)), line)
+        (name, tensors(HAMILTONIAN, dict, json.loads(new)), line)
         for name, new, line in cells(HEADERS)
     ),
     ("truncated", rewritten(HAMILTONIAN, lambda c: c[:-9]), UNREADABLE),

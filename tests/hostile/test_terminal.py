@@ -10,14 +10,14 @@ import subprocess
 import sys
 
 import pytest
-from arena import Row, call, cells, parametrised, tried
+from arena import Row, call, parametrised, tried
 from damage import linked
 
 import isingcut
 import shared
 from isingcut.console.printing import printable, say
 from isingcut.files.writing import os_error_words
-from shared import parametrize
+from shared import cells, parametrize
 
 # Words of the command line ------------------------------------------------------------------
 
@@ -130,24 +130,22 @@ def test_a_full_disk_under_stdout_is_one_line(arena, command):
     assert "Traceback" not in err
 
 
-SHELL = {
-    "stdout full": (
-        "solve run > /dev/full",
-        2,
-        r"cannot write to standard output: No space left",
-    ),
-    "both full": ("zorp > /dev/full 2> /dev/full", 2, "^$"),
-    "stderr closed": ("zorp 2>&-", 2, "^$"),
-    "all closed": ("solve run <&- >&- 2>&-", 0, "^$"),
-    "stderr full, all well": ("solve run 2> /dev/full", 0, "^$"),
-    "a reader gone": ("solve run | head -c 1; exit ${PIPESTATUS[0]}", 0, "^$"),
-    "in ASCII": ("solve run", 0, "^$"),
-    "without a home": ("ls", 0, "^$"),
-}
+# Typed words :: exit code :: expected line.
+SHELL = r"""
+solve run > /dev/full :: 2 :: cannot write to standard output: No space left
+zorp > /dev/full 2> /dev/full :: 2 :: ^$
+zorp 2>&- :: 2 :: ^$
+solve run <&- >&- 2>&- :: 0 :: ^$
+solve run 2> /dev/full :: 0 :: ^$
+solve run | head -c 1; exit ${PIPESTATUS[0]} :: 0 :: ^$
+solve run :: 0 :: ^$
+ls :: 0 :: ^$
+"""
 
 
-@parametrize("typed, code, line", SHELL.values(), ids=SHELL)
+@parametrize("typed, code, line", cells(SHELL))
 def test_streams_of_the_shell(arena, typed, code, line):
+    """In ASCII, without a home."""
     environment = {**os.environ, "PYTHONIOENCODING": "ascii", "LC_ALL": "C"}
     environment.pop("HOME")
     done = subprocess.run(
@@ -158,22 +156,22 @@ def test_streams_of_the_shell(arena, typed, code, line):
         cwd=arena.here,
         env=environment,
     )
-    assert done.returncode == code, done.stderr
+    assert done.returncode == int(code), done.stderr
     assert "Traceback" not in done.stderr
     assert re.search(line, done.stderr.strip()), done.stderr
 
 
 # What the operating system refuses ------------------------------------------------------------
 
-REFUSALS = {
-    "EACCES": "Permission denied",
-    "ENOSPC": "no space left on the disk",
-    "EDQUOT": "no space left on the disk",
-    "EMFILE": "Too many open files",
-}
+REFUSALS = """
+EACCES :: Permission denied
+ENOSPC :: no space left on the disk
+EDQUOT :: no space left on the disk
+EMFILE :: Too many open files
+"""
 
 
-@parametrize("name, words", REFUSALS.items(), ids=REFUSALS)
+@parametrize("name, words", cells(REFUSALS))
 def test_a_disk_that_refuses_is_one_line(arena, monkeypatch, name, words):
     def refuse(*arguments, **options):
         number = getattr(errno, name)

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 
 from calibrating import calibrate, chats, sentences
 from isingcut.data import text_files
-from shared import parametrize, snapshot
+from shared import cells, parametrize, snapshot
 
 SMALL = "--length 16 --samples 3 --rank-samples 3 --report-samples 3 --dtype float32"
 MEASURE = "energy {model} --out new " + SMALL + " --calibration "
@@ -43,9 +43,34 @@ pytestmark = pytest.mark.usefixtures("smaller_bounds")
 DEEP = b"[" * 100_000 + b"]" * 100_000
 
 
-NO_MESSAGES = "'messages' must be a list of objects"
+# File :: what is wrong :: its content :: expected line.
+SHORT = r"""
+a.txt :: empty :: :: a.txt is empty; give a longer text
+a.jsonl :: empty :: :: a.jsonl has no records
+a.jsonl :: broken :: {"text": "a"}\n{"text": \n :: a\.jsonl line 2 is not valid JSON
+a.jsonl :: a list :: [1]\n :: line 1 must be a JSON object, found list
+a.jsonl :: other fields :: {"body": "a"}\n :: neither 'text' nor 'messages' .it has body
+a.jsonl :: text null :: {"text": null}\n :: 'text' must be a string, found NoneType
+a.jsonl :: mixed :: {"text": "a"}\n{"messages": []}\n :: line 2 has no 'text'
+a.jsonl :: half a character :: {"text": "a \ud83d b"}\n :: not valid JSON
+a.jsonl :: messages none :: {"messages": []}\n :: 'messages' must be a list of objects
+a.jsonl :: messages texts :: {"messages": ["a"]}\n :: 'messages' must be a list of objects
+a.jsonl :: no role :: {"messages": [{"content": "a"}]}\n :: objects with 'role' and 'content'
+a.json :: empty :: :: a.json is not valid JSON
+a.json :: no records :: [] :: a.json has no records
+a.json :: an object :: {"text": "a"} :: a.json must be a list .*found dict
+a.json :: mixed :: ["a", {"body": "b"}] :: item 1 has no 'text'
+a.csv :: empty :: :: must have a column 'text'.* has nothing
+a.csv :: no text :: id,body\n1,a\n :: must have a column 'text'.* has id, body
+a.csv :: semicolons :: id;text\n1;a\n :: has id;text .columns are separated by commas
+a.csv :: a bare comma :: id,text\n1,a, b\n :: line 2 has 3 fields, but .* has 2 columns
+a.csv :: an open quote :: text\n"a\nb\n :: line 3 is not valid CSV: Error: unexpected end of data
+"""
 CONTENTS = [
-    ("a.txt", "empty", b"", "a.txt is empty; give a longer text"),
+    *(
+        (*names, text.replace(r"\n", "\n").encode(), line)
+        for *names, text, line in cells(SHORT)
+    ),
     ("a.txt", "utf-16 unmarked", WORDS.encode("utf-16-le"), NUL),
     (
         "a.md",
@@ -53,61 +78,7 @@ CONTENTS = [
         WORDS.encode(),
         r"a.md is not one of \.txt, \.jsonl, \.json, \.csv",
     ),
-    ("a.jsonl", "empty", b"", "a.jsonl has no records"),
-    (
-        "a.jsonl",
-        "broken",
-        b'{"text": "a"}\n{"text": \n',
-        r"a\.jsonl line 2 is not valid JSON",
-    ),
     ("a.jsonl", "deep", b'{"text": ' + DEEP + b"}\n", "recursion limit exceeded"),
-    ("a.jsonl", "a list", b"[1]\n", "line 1 must be a JSON object, found list"),
-    (
-        "a.jsonl",
-        "other fields",
-        b'{"body": "a"}\n',
-        "neither 'text' nor 'messages' .it has body",
-    ),
-    (
-        "a.jsonl",
-        "text null",
-        b'{"text": null}\n',
-        "'text' must be a string, found NoneType",
-    ),
-    ("a.jsonl", "mixed", b'{"text": "a"}\n{"messages": []}\n', "line 2 has no 'text'"),
-    ("a.jsonl", "half a character", b'{"text": "a \\ud83d b"}\n', "not valid JSON"),
-    ("a.jsonl", "messages none", b'{"messages": []}\n', NO_MESSAGES),
-    ("a.jsonl", "messages texts", b'{"messages": ["a"]}\n', NO_MESSAGES),
-    (
-        "a.jsonl",
-        "no role",
-        b'{"messages": [{"content": "a"}]}\n',
-        "objects with 'role' and 'content'",
-    ),
-    ("a.json", "empty", b"", "a.json is not valid JSON"),
-    ("a.json", "no records", b"[]", "a.json has no records"),
-    ("a.json", "an object", b'{"text": "a"}', "a.json must be a list .*found dict"),
-    ("a.json", "mixed", b'["a", {"body": "b"}]', "item 1 has no 'text'"),
-    ("a.csv", "empty", b"", "must have a column 'text'.* has nothing"),
-    ("a.csv", "no text", b"id,body\n1,a\n", "must have a column 'text'.* has id, body"),
-    (
-        "a.csv",
-        "semicolons",
-        b"id;text\n1;a\n",
-        "has id;text .columns are separated by commas",
-    ),
-    (
-        "a.csv",
-        "a bare comma",
-        b"id,text\n1,a, b\n",
-        "line 2 has 3 fields, but .* has 2 columns",
-    ),
-    (
-        "a.csv",
-        "an open quote",
-        b'text\n"a\nb\n',
-        "line 3 is not valid CSV: Error: unexpected end of data",
-    ),
     (
         "a.txt.gz",
         "not packed",
@@ -123,16 +94,11 @@ CONTENTS = [
     ("a.txt.gz", "a bomb of NULs", packed(bytes(1 << 24)), NUL),
     (
         "a.jsonl.gz",
-        "a bomb of one line",
+        "a long line",
         packed(b" " * (1 << 24)),
         "line 1 is longer than 524288",
     ),
-    (
-        "a.json.gz",
-        "a bomb",
-        packed(b" " * (1 << 24)),
-        "a.json.gz has more than 524288",
-    ),
+    ("a.json.gz", "a bomb", packed(b" " * (1 << 24)), "a.json.gz has more than 524288"),
 ]
 HELD = [
     Row(f"{name} {what}", MEASURE + name, line, written(name, content))
@@ -314,7 +280,7 @@ def test_standard_input(arena, what, content, how, line):
     with pipe_of(content, **how) as end, standard_input(end):
         makes = () if line else ("new*", "home*")
         arena.try_row(
-            Row(what, MEASURE + "-", line or "", code=2 if line else 0, makes=makes)
+            Row(what, MEASURE + "-", line or "", code=2 * bool(line), makes=makes)
         )
 
 
@@ -373,28 +339,17 @@ def template(text):
     return both(written("model/chat_template.jinja", text), written("a.jsonl", CHATS))
 
 
-TEMPLATES = [
-    (
-        "calls itself",
-        "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
-        "maximum recursion depth",
-    ),
-    (
-        "is no template",
-        "{% if %}",
-        "refuses these messages .TemplateSyntaxError: Expected an expression",
-    ),
-    (
-        "reaches out",
-        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
-        "refuses .*unsafe",
-    ),
-    ("writes half a character", "{{ '\\ud800' }}", "contains .*half of a character"),
-]
+TEMPLATES = r"""
+calls itself :: {% macro f() %}{{ f() }}{% endmacro %}{{ f() }} :: maximum recursion depth
+is no template :: {% if %} :: refuses these messages .TemplateSyntaxError: Expected an expression
+reaches out :: {{ ''.__class__.__mro__[1].__subclasses__() }} :: refuses .*unsafe
+writes half a character :: {{ '\ud800' }} :: contains .*half of a character
+"""
 
 
 HELD += [
-    Row(n, MEASURE + "a.jsonl", line, template(text)) for n, text, line in TEMPLATES
+    Row(n, MEASURE + "a.jsonl", line, template(text))
+    for n, text, line in cells(TEMPLATES)
 ]
 
 # Tokenizers ------------------------------------------------------------------------------
@@ -416,19 +371,10 @@ def knows_no_letter(document):
     }
 
 
-def added(content, number=262):
+def added(content):
     def change(document):
-        document["added_tokens"].append(
-            {
-                "id": number,
-                "content": content,
-                "single_word": False,
-                "lstrip": False,
-                "rstrip": False,
-                "normalized": False,
-                "special": True,
-            }
-        )
+        (*_, last) = document["added_tokens"]
+        document["added_tokens"].append({**last, "id": 262, "content": content})
 
     return change
 

@@ -13,7 +13,6 @@ import threading
 import time
 
 import pytest
-from arena import Row
 from heal_rows import heal
 
 from isingcut.files.writing import LOCK, lock_beside, lock_place
@@ -100,22 +99,21 @@ def busy(place):
 
 
 ORDERS = {
-    "two runs of different sizes": (f"{RUN} 2", PUT, f"{RUN} 3", "new", 0),
-    "two excises": (f"{EXCISE} 0,1", VERIFY, f"{EXCISE} 1,2", "run", 0),
-    "a run beside an excise": (f"{EXCISE} 0,1", VERIFY, AGAIN, "run", 0),
-    "the same heal twice": (heal(), STEP, heal(), "healed", 0),
+    "two runs of different sizes": (f"{RUN} 2", PUT, f"{RUN} 3", "new"),
+    "two excises": (f"{EXCISE} 0,1", VERIFY, f"{EXCISE} 1,2", "run"),
+    "a run beside an excise": (f"{EXCISE} 0,1", VERIFY, AGAIN, "run"),
+    "the same heal twice": (heal(), STEP, heal(), "healed"),
 }
 
 
 @parametrize("name", ORDERS)
 def test_a_second_writer_is_refused_and_touches_nothing(arena, tmp_path, name):
-    first, where, second, place, afterwards = ORDERS[name]
+    first, where, second, place = ORDERS[name]
     with working(arena, tmp_path, first, where) as (holder,):
         arena.refuses(second, busy(place).replace(r"pid \d+", f"pid {holder.pid}"))
     assert not left_behind(arena)
     # The second command is no longer refused as busy: it keeps what exists and makes the rest.
-    made = ("new*", "run*", "healed*", ".healed*")
-    arena.try_row(Row(name, second, "", code=afterwards, makes=made))
+    arena.works(second, "new*", "run*", "healed*", ".healed*")
     assert not left_behind(arena)
 
 
@@ -198,8 +196,5 @@ def test_a_file_system_without_locks_is_reported_once(
 
 
 def test_a_refused_start_leaves_no_folder(arena):
-    row = Row(
-        "no model", "energy {here}/nothing --out {here}/a/b/run", "there is no model at"
-    )
-    arena.try_row(row)
+    arena.refuses("energy {here}/gone --out {here}/a/b/run", "there is no model at")
     assert not (arena.here / "a").exists()
