@@ -33,12 +33,12 @@ if TYPE_CHECKING:
 
 def _plan(runner: Runner, config: SolveOptions) -> Planned:
     folder = runner.folder
-    # An unusable solver is named before the result of another one.
+    # An unusable solver or energy is named before anything is written.
     registry.get(config.solver)
-    removal_rows(folder.run.blocks, config)
+    problem = Problem(read_energy(folder), removal_rows(folder.run.blocks, config))
     trusted = not imports(config.solver) or folder.typed_solver == config.solver
     out = folder.target(config) / "spectrum.json"
-    return Planned(out, {"trusted": trusted})
+    return Planned(out, {"trusted": trusted, "problem": problem})
 
 
 @stage("solve", Spectrum.load, plan=_plan)
@@ -51,9 +51,8 @@ def solve(context: Context, inputs: Inputs, options: Any, out: Path) -> None:
     known = inspect.signature(registry.get(options.solver)).parameters
     given = {"seed": options.seed, "seconds": options.solve_seconds}
     own = {k: v for k, v in given.items() if k in known}
-    problem = problem_of(inputs, options)
     with context.progress(f"solving for {options.removal}", 0) as bar:
-        spectrum = find(problem, options.solver, options.states, **own)
+        spectrum = find(options.problem, options.solver, options.states, **own)
         bar.advance(0, f"lowest energy {spectrum.energies[0]:.4g}")
     spectrum.save(out)
 
