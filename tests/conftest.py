@@ -29,11 +29,6 @@ from shared import (
 )
 
 
-def pytest_xdist_auto_num_workers(config):
-    """Use one process more than there are processors: tests wait a fifth of their time."""
-    return os.cpu_count() + 1
-
-
 def pytest_collection_modifyitems(items):
     """Run the many short tests last, so that all worker processes end at about the same time."""
     items.sort(key=lambda item: "hostile" in item.path.parts)
