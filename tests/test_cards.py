@@ -4,6 +4,7 @@ import gc
 import platform
 import re
 import socket
+import weakref
 from types import SimpleNamespace
 
 import numpy as np
@@ -39,6 +40,7 @@ from shared import (
     parametrize,
     refuses,
     run_tiny,
+    works,
 )
 from tiny import (
     Replay,
@@ -445,16 +447,32 @@ def test_ranking_that_runs_out_of_memory_goes_on_from_disk(
 ):
     rank = candidates.rank
     replays = []
+    models = []
 
     def exhausted(replay, *args, **kwargs):
         replays.append(type(replay))
+        models.append(weakref.ref(replay.model))
         if len(replays) == 1:
             raise torch.OutOfMemoryError("CUDA out of memory.")
+        gc.collect()
+        assert models[0]() is None, (
+            "the first model is in memory beside the streamed one"
+        )
         return rank(replay, *args, **kwargs)
 
     monkeypatch.setattr(candidates, "rank", exhausted)
     run_tiny(shared.checkpoint(), text, tmp_path / "run", **FEW)
     assert replays == [Replay, StreamedReplay]
+
+
+def test_a_model_that_runs_out_of_memory_while_it_loads_is_streamed(
+    shared, text, tmp_path, fails
+):
+    out = run_tiny(shared.checkpoint(), text, tmp_path / "run", **FEW)
+    error = torch.OutOfMemoryError("CUDA out of memory.")
+    fails("isingcut.runs.context.models.load", error)
+    works("rank", out, "--random-states", 30, "--overwrite")
+    assert load_json(out / "run.json").stages["candidates.json"].streamed
 
 
 def test_without_a_gpu_it_says_so(capsys, stub):

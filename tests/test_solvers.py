@@ -14,6 +14,7 @@ from isingcut.ising import constraints as con
 from isingcut.ising.problem import Problem
 from isingcut.ising.solvers import exact, make, registry, solve, tabu
 from isingcut.ising.solvers._relaxation import (
+    SIGNS,
     Relaxation,
     Subproblem,
     spin_matrix,
@@ -416,12 +417,24 @@ def test_bounds_are_bounds():
         reduced, np.array([lowest + 0.1]), np.zeros(1, dtype=np.int64)
     )
     part = Subproblem(reduced, np.full(n, -1, dtype=np.int8), m)
-    bound, splits, _ = relaxation.bound(part, None)
+    bound, splits, dual = relaxation.bound(part, None)
     assert lowest - 0.05 * abs(lowest) < bound <= lowest + 1e-9
     assert np.isfinite(splits).all()
     for i in range(n):
         for value in (0, 1):
             assert splits[value, i] <= energies[x[:, i] == value].min() + 1e-9
+    # Multipliers passed to a child still give a bound of the child.
+    for i, value in ((0, 0), (5, 1), (11, 1)):
+        fixed = np.full(n, -1, dtype=np.int8)
+        fixed[i] = value
+        child = dual.restrict(fixed)
+        W = s[x[:, i] == value]
+        a = W[:, np.delete(np.arange(n + 1), i + 1)][:, child.cuts[:, :3]]
+        pairs = a[..., [0, 0, 1]] * a[..., [1, 2, 2]]
+        assert (1 + (pairs * SIGNS[child.cuts[:, 3]]).sum(axis=-1) >= 0).all()
+        # On binaries the diagonal terms are constants: nothing may be lost or gained.
+        assert child.x[:n].sum() == pytest.approx(dual.x[: n + 1].sum())
+        assert len(child.cuts)
 
 
 def test_threads_agree(tree_only):

@@ -139,11 +139,6 @@ class Only:
             return of_class.__get__(self)
         raise LookupError(f"{self._reader} reads {name}, which it does not declare")
 
-    def replace(self, **changes: Any) -> Only:
-        """Return the same view of a copy with some options changed."""
-        changed = self._of.replace(**changes)
-        return Only(changed, self._names, self._reader, **self._values)
-
 
 # `Any`, because mypy treats a dataclass type as unhashable.
 @functools.cache

@@ -167,16 +167,11 @@ def benchmark_checkpoint(
 ) -> tuple[evaluations.BenchmarksFile, Path]:
     """Score a checkpoint in any folder, or a GGUF file, and its original on the options' tasks.
 
-    Args:
-        config: options, whose ``model`` is the original.
-        out: the file for the scores, by default as `write_scores`.
-
-    Returns:
-        the scores, and the file that they were written to.
+    Arguments and result are those of `evaluating.evaluate_checkpoint`.
 
     Raises:
-        InputError, ModelError: as `check_models`, or no task could be scored.
-        ModelError, OutputExistsError: as `write_scores`.
+        InputError, ModelError: as `check_models` and `write_scores`, or no task could be scored.
+        OutputExistsError: as `write_scores`.
     """
 
     def score(folder: Path) -> evaluations.BenchmarksFile:

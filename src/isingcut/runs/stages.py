@@ -14,7 +14,7 @@ import re
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar, cast
@@ -109,7 +109,7 @@ class Inputs:
     """The results that a stage reads: those of its declaration.
 
     Args:
-        place: the folder with the file of the stage, for its journals.
+        file: the file or folder that the stage writes.
     """
 
     folder: RunFolder
@@ -118,6 +118,7 @@ class Inputs:
 
     @property
     def place(self) -> Path:
+        """The folder with the file of the stage, for its journals."""
         return self.file.parent
 
     @property
@@ -169,11 +170,9 @@ class Stage(Generic[T]):
     make: Callable[[Context, Inputs, Any, Path], object]
     load: Callable[[Path], T]
     plan: Callable[..., Planned] | None = None
-    check: Callable[[Context, Any, runs.BlockList], object] = field(
-        default=lambda context, config, blocks: None
-    )
-    choose: Callable[[T], list[int] | None] = field(default=lambda result: None)
-    price: Callable[[Any], list[Estimate]] = field(default=lambda prices: [])
+    check: Callable[[Context, Any, runs.BlockList], object] = lambda *_: None
+    choose: Callable[[T], list[int] | None] = lambda result: None
+    price: Callable[[Any], list[Estimate]] = lambda prices: []
 
     @property
     def declared(self) -> Declaration:
@@ -298,12 +297,12 @@ class Stage(Generic[T]):
         inputs = Inputs(runner.folder, self, planned.file)
         while True:
             context: Any = runner.context
-            if not self.declared.model:
-                context = Only(context, {"progress"}, reader)
-            elif self.declared.together or context.processes.size == 1:
-                # All processes choose the micro-batch together.
-                runner.folder.keep_tuning(context.tuned)
             try:
+                if not self.declared.model:
+                    context = Only(context, {"progress"}, reader)
+                elif self.declared.together or context.processes.size == 1:
+                    # All processes choose the micro-batch together, for the loaded model.
+                    runner.folder.keep_tuning(context.tuned)
                 self.make(context, inputs, options, out)
                 return
             except Exception as error:
