@@ -100,6 +100,18 @@ def test_a_ranking_keeps_the_blocks_that_its_spectrum_was_solved_with(
     )
 
 
+def test_another_dtype_makes_everything_after_the_text_again(llama, text, tmp_path):
+    def made(**options):
+        run_tiny(llama, text, tmp_path / "run", remove=2, patch="linear", **options)
+        stages = load_json(tmp_path / "run/run.json").stages
+        return {k: v.options.get("dtype") for k, v in stages.items()}
+
+    assert set(made().values()) == {None, "float32"}
+    found = made(dtype="bfloat16", overwrite=True)
+    text_alone = ("calibration.safetensors", "spectrum.json")
+    assert {k for k, dtype in found.items() if dtype != "bfloat16"} == {*text_alone}
+
+
 def test_a_run_of_sublayers_takes_the_place_of_one_of_blocks(llama, text, run):
     for units, count in (("sublayers", 12), ("blocks", 6)):
         with refuses("units: was ", OutputExistsError):
