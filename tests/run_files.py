@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 
 from isingcut.files.ownership import file_sha256
+from isingcut.files.store import Store
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.ising.problem import Problem
 from isingcut.ising.spectrum import Spectrum
@@ -61,7 +62,7 @@ def _done(stage, seconds=0.5, **options):
 def write_report(folder, target=None):
     """Record the files of a folder written by hand, and call `report.write_report`."""
     record(folder)
-    report.write_report(folder, target)
+    report.write_report(Store.open(folder), target)
 
 
 def first_part(page):
@@ -77,14 +78,15 @@ def model_card(folder, removed, **patch):
 def card_parts(folder, removed):
     """Record the files of such a folder, and return its `card.card_parts`."""
     record(folder)
-    return card.card_parts(RunFiles(folder), removed)
+    return card.card_parts(RunFiles(Store.open(folder)), removed)
 
 
 def write_comparison(folders, out, *, overwrite=False):
     """Record the files of folders written by hand, and call `report.write_comparison`."""
     for folder, _ in folders:
         record(folder)
-    return report.write_comparison(folders, out, overwrite=overwrite)
+    places = [(Store.open(folder), target) for folder, target in folders]
+    return report.write_comparison(places, out, overwrite=overwrite)
 
 
 def fidelity(value, n, low=None):

@@ -18,6 +18,7 @@ from isingcut.files.evaluations import EvaluationFile
 from isingcut.files.ownership import folder_hash
 from isingcut.files.results import write_document
 from isingcut.files.states import CandidatesFile
+from isingcut.files.store import Store
 from isingcut.ising.spectrum import Spectrum
 from isingcut.report import words as report_words
 from isingcut.report.card import card_parts, model_card
@@ -157,7 +158,7 @@ def test_without_random_states_a_line_says_that_the_energy_was_not_judged(run, t
     )
     assert not list(run.glob("*.journal*"))
     removed = load_json(run / "candidates.json").chosen.removed
-    card = model_card(card_parts(RunFiles(run), removed))
+    card = model_card(card_parts(RunFiles(Store.open(run)), removed))
     assert "How well the energy ranks states was not measured." in card
     works("report", run, "--quiet")
     page = (run / "report.md").read_text()
@@ -344,9 +345,10 @@ from isingcut.formats.sources import resolve
 with contextlib.suppress(ModelError):
     resolve("./nothing")
 from isingcut.report import card
+from isingcut.files.store import Store
 from isingcut.report.run_files import RunFiles
 run = pathlib.Path(sys.argv[1])
-card.model_card(card.card_parts(RunFiles(run), [1]))
+card.model_card(card.card_parts(RunFiles(Store.open(run)), [1]))
 type_in("report", str(run))
 type_in("solve", str(run), "--remove", "1")
 lacks("torch", "transformers")
@@ -503,7 +505,7 @@ def test_a_patch_that_harms_other_text_is_called_so_first(
         return (run / "model/README.md").read_text().split("---\n", 2)[2]
 
     plain = text_of_card()
-    assert "harms" not in plain + RunFiles(run).verdict
+    assert "harms" not in plain + RunFiles(Store.open(run)).verdict
     # The exact cut is made to look better than the patched model.
     monkeypatch.setattr(evaluating, "measure", lower)
     for _ in range(2):
@@ -523,7 +525,7 @@ def test_a_patch_that_harms_other_text_is_called_so_first(
         assert said.startswith(f"**Warning.** {words}")
         assert card.replace(f"{said}\n\n", "") == plain
     works("report", run)
-    assert RunFiles(run).verdict.startswith(words)
+    assert RunFiles(Store.open(run)).verdict.startswith(words)
     assert words in (run / "report.md").read_text().split("\n\n")[1]
     assert f'id="verdict">\n<p><strong>{words}' in (run / "report.html").read_text()
     monkeypatch.undo()

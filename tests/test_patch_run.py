@@ -19,10 +19,11 @@ from isingcut.evaluation.quality import quality
 from isingcut.files.cuts import CutRecord
 from isingcut.files.evaluations import EvaluationFile
 from isingcut.files.runs import StageOptions
+from isingcut.files.store import Store
 from isingcut.formats.cutting import checkpoint
 from isingcut.report.words import patch_warnings
 from isingcut.runs import cutting, pipeline
-from isingcut.runs.folder import RunFolder
+from isingcut.runs.folder import read_config
 from run_files import change
 from shared import (
     OPTIONS,
@@ -197,11 +198,11 @@ def test_the_one_proof_finds_what_is_written_wrong(
 
 
 def test_a_state_that_cannot_be_cut_is_refused_before_a_fit(run, tmp_path, stub):
-    folder = RunFolder.open(Path(shutil.copytree(run, tmp_path / "run")))
+    folder = Store.open(Path(shutil.copytree(run, tmp_path / "run")))
     stub(cutting, "make_patches", None)
-    runner = pipeline.open_again(folder, folder.config)
+    runner = pipeline.open_again(folder, read_config(folder))
     with refuses("all 6 blocks would be removed", ArchitectureError):
-        cutting.make_model(runner, folder.config, range(6))
+        cutting.make_model(runner, read_config(folder), range(6))
 
 
 def test_a_run_holds_its_checkpoint_once(llama, text, tmp_path, spy):
@@ -236,14 +237,14 @@ def test_a_patch_is_fitted_with_the_recorded_micro_batch(run, tmp_path, monkeypa
 
 
 def test_a_state_is_found_by_its_blocks_whatever_removed_it(run):
-    folder = RunFolder.open(run)
+    folder = Store.open(run)
     made = folder.record(run / "model")
     other = made.model_copy(update={"options": StageOptions(removed=[0, 4])})
     folder.run.stages["remove-params-20_/model"] = other
-    place = cutting.product(folder, folder.config, [4, 0])
+    place = cutting.product(folder, read_config(folder), [4, 0])
     assert place == run / "remove-params-20_/model"
     with refuses("has no checkpoint without the blocks 0,5"):
-        cutting.product(folder, folder.config, [0, 5])
+        cutting.product(folder, read_config(folder), [0, 5])
 
 
 def test_where_no_layer_can_take_a_map_one_line_says_why(llama, text, tmp_path, answer):

@@ -6,6 +6,8 @@ import pytest
 import isingcut
 import isingcut.runs.folder
 import isingcut.runs.solving
+from isingcut.files.store import Store
+from isingcut.runs.folder import read_config
 from isingcut.runs.pipeline import DEMO
 from isingcut.runs.stages import Runner
 from run_files import change
@@ -92,7 +94,7 @@ def test_a_ranking_keeps_the_blocks_that_its_spectrum_was_solved_with(
     assert sorted(load_json(run / "model/isingcut.json").removed) == sorted(
         found.chosen.removed
     )
-    config = isingcut.runs.folder.RunFolder.open(run).config
+    config = read_config(Store.open(run))
     isingcut.energy(config.replace(compare_energies="", effort="3", overwrite=True))
     capsys.readouterr()
     assert "spectrum.json was made before the energy changed" in refusal(
@@ -124,7 +126,7 @@ def test_a_run_of_sublayers_takes_the_place_of_one_of_blocks(llama, text, run):
 def test_what_quick_has_set_does_not_replace_what_is_typed_later(run):
     config = load_json(run / "run.json").config
     change(run / "run.json", config={**config, "quick": True, "random_states": 0})
-    opened = isingcut.runs.folder.RunFolder.open(run).config
+    opened = read_config(Store.open(run))
     assert opened.random_states == 0
     assert opened.replace(random_states=40).random_states == 40
 
@@ -143,13 +145,13 @@ def test_a_checkpoint_that_fails_verification_is_not_kept(llama, text, tmp_path,
 
 
 def test_a_budget_decides_how_many_blocks_go(run):
-    folder = isingcut.runs.folder.RunFolder.open(run)
-    config = folder.config.replace(remove="", budget="params=30%")
+    folder = Store.open(run)
+    config = read_config(folder).replace(remove="", budget="params=30%")
     spectrum = isingcut.runs.solving.solve(Runner.of_files(folder), config)
     blocks = folder.run.blocks
     costs = np.array([b.parameters for b in blocks.blocks])
     assert (spectrum.states @ costs >= 0.3 * blocks.total_parameters).all()
-    assert folder.target(config) == run / "remove-params-30_"
+    assert folder.target(config.removal) == run / "remove-params-30_"
 
 
 def test_solving_far_from_where_an_energy_was_corrected_warns(

@@ -20,12 +20,13 @@ from isingcut.console.progress import terminal
 from isingcut.energies import registry
 from isingcut.energies.base import price_states
 from isingcut.energies.pairwise import list_removals
+from isingcut.files.store import Store
 from isingcut.options.parsed import Budgets
 from isingcut.runs import context as contexts
 from isingcut.runs import measuring
 from isingcut.runs import prices as pricing
 from isingcut.runs.constraints import removal_rows
-from isingcut.runs.folder import RunFolder
+from isingcut.runs.folder import read_config
 from isingcut.runs.measuring import price_energy
 from isingcut.runs.pipeline import make_plan, price_stages
 from isingcut.runs.prices import Prices
@@ -331,8 +332,8 @@ def test_a_run_prices_its_stages_by_the_model_in_memory(
         pricing, "_time_head", lambda replay, batch: 2 * batch.positions
     )
     monkeypatch.setattr(pricing, "Store", None)
-    folder = RunFolder.open(Path(shutil.copytree(finished, tmp_path / "run")))
-    config = folder.config.replace(patch="none")
+    folder = Store.open(Path(shutil.copytree(finished, tmp_path / "run")))
+    config = read_config(folder).replace(patch="none")
     found = Prices(Context(config), config, folder.run.blocks)
     assert (found.once, found.latency) == (2, [1] * 6)
     assert (found.batch, found.remove) == (64, 2)

@@ -14,12 +14,13 @@ from isingcut.energies.search.search import GAIN
 from isingcut.evaluation.candidates import few_samples, fidelity, random_feasible, rank
 from isingcut.evaluation.quality import sample_sums
 from isingcut.files.states import CandidatesFile, ChosenState, PatchedState
+from isingcut.files.store import Store
 from isingcut.ising.constraints import LinearConstraint, count, keep
 from isingcut.ising.problem import Problem
 from isingcut.ising.solvers import solve
 from isingcut.report.words import sentence
 from isingcut.runs import cutting, pipeline, trials
-from isingcut.runs.folder import RunFolder
+from isingcut.runs.folder import read_config
 from shared import (
     OPTIONS,
     RunConfig,
@@ -168,8 +169,9 @@ def test_near_candidates_are_patched_for_the_choice(llama, text, tmp_path, spy):
     assert why.startswith(f"lowest KL after a patch: {best['patched_kl']:.4g}, and ")
     assert all(f"{row['patched_kl']:.4g}" in why for row in others)
     # A checkpoint with the same patch has the same KL.
-    run = RunFolder.open(target)
-    again = run.config.replace(patch_tokens=trials.trial_tokens(run.config))
+    run = Store.open(target)
+    config = read_config(run)
+    again = config.replace(patch_tokens=trials.trial_tokens(config))
     runner = pipeline.open_again(run, again)
     run.overwrite = True
     out = cutting.make_model(runner, again, best.removed)

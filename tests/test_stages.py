@@ -7,14 +7,15 @@ from pathlib import Path
 import pytest
 import yaml
 
-from isingcut.files.stages import NUMERICS, STAGES, Declaration, find_source
+from isingcut.files.stages import NUMERICS, STAGES, Declaration
+from isingcut.files.store import Store
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.options.config import RunConfig
 from isingcut.options.declaration import option, options_of
 from isingcut.options.parsed import QUANTITIES, Quantity
 from isingcut.runs import pipeline, stages
 from isingcut.runs.constraints import removal_rows
-from isingcut.runs.folder import RunFolder
+from isingcut.runs.folder import read_config
 from shared import (
     OutputExistsError,
     StageFileError,
@@ -107,7 +108,7 @@ def finished(shared, tmp_path_factory):
 def plan(runner, config, name):
     """Return what a stage writes and the options that it writes it with."""
     stage = ALL[name]
-    planned = stages.Planned(runner.folder.target(config) / stage.declared.main)
+    planned = stages.Planned(runner.folder.target(config.removal) / stage.declared.main)
     if stage.plan:
         planned = stage.plan(runner, config, *GIVEN.get(name, []))
     return planned, planned.config or config
@@ -115,8 +116,8 @@ def plan(runner, config, name):
 
 @parametrize("option", OTHER)
 def test_an_option_makes_again_what_declares_it_and_nothing_else(finished, option):
-    folder = RunFolder.open(finished)
-    config = folder.config.replace(**{option: OTHER[option]})
+    folder = Store.open(finished)
+    config = read_config(folder).replace(**{option: OTHER[option]})
     runner = pipeline.open_again(folder, config)
     expected = set()
     found = set()
@@ -143,11 +144,11 @@ def test_an_option_makes_again_what_declares_it_and_nothing_else(finished, optio
 @parametrize("name", NAMES)
 def test_a_stage_is_made_again_with_each_result_that_it_reads(finished, name):
     for read in STAGES[name].reads:
-        folder = RunFolder.open(finished)
-        runner = pipeline.open_again(folder, folder.config)
-        planned, own = plan(runner, folder.config, name)
+        folder = Store.open(finished)
+        runner = pipeline.open_again(folder, read_config(folder))
+        planned, own = plan(runner, read_config(folder), name)
         assert folder.is_made(planned.file, ALL[name]._options(runner, own, planned))
-        source = find_source(folder.run, folder.path, planned.file, read)
+        source = folder.find_source(planned.file, read)
         if read == "choice":
             folder.record(source).chosen = [0, 1]
         else:
@@ -160,9 +161,9 @@ def test_a_stage_is_made_again_with_each_result_that_it_reads(finished, name):
 
 @parametrize("name", NAMES)
 def test_a_stage_cannot_read_what_it_does_not_declare(finished, tmp_path, name):
-    folder = RunFolder.open(finished)
-    runner = pipeline.open_again(folder, folder.config)
-    planned, own = plan(runner, folder.config, name)
+    folder = Store.open(finished)
+    runner = pipeline.open_again(folder, read_config(folder))
+    planned, own = plan(runner, read_config(folder), name)
     seen = []
     probe = dataclasses.replace(ALL[name], make=lambda *given: seen.append(given))
     probe._make(runner, own, planned, tmp_path / "out")
@@ -198,9 +199,9 @@ def results(folder):
 def test_a_kill_after_each_stage_and_before_its_record_changes_no_bit(
     finished, tmp_path, monkeypatch
 ):
-    given = RunFolder.open(finished).config
+    given = read_config(Store.open(finished))
     kills = set()
-    save = RunFolder.save
+    save = Store.save
 
     def kill_once(self):
         done = [key for key, record in self.run.stages.items() if record.done]
@@ -211,7 +212,7 @@ def test_a_kill_after_each_stage_and_before_its_record_changes_no_bit(
                 kills.add((done[-1], when))
                 raise KeyboardInterrupt
 
-    monkeypatch.setattr(RunFolder, "save", kill_once)
+    monkeypatch.setattr(Store, "save", kill_once)
     config = given.replace(out=str(tmp_path / "run"))
     while True:
         try:
@@ -234,10 +235,10 @@ def test_a_new_option_has_two_places(finished, tmp_path):
     stage = dataclasses.replace(
         ALL["solve"], make=lambda context, inputs, options, out: seen.append(options)
     )
-    folder = RunFolder.open(finished)
+    folder = Store.open(finished)
     runner = stages.Runner.of_files(folder)
     for salt in (0, 1):
-        config = Seasoned(**vars(folder.config), salt=salt)
+        config = Seasoned(**vars(read_config(folder)), salt=salt)
         planned = stage.plan(runner, config)
         assert stage._options(runner, config, planned)["salt"] == salt
         stage._make(runner, config, planned, tmp_path / "spectrum.json")
@@ -246,7 +247,7 @@ def test_a_new_option_has_two_places(finished, tmp_path):
 
 def test_a_new_stage_has_two_places(finished, tmp_path, monkeypatch):
     """Its declaration, and the function that makes its result."""
-    folder = RunFolder.open(Path(shutil.copytree(finished, tmp_path / "run")))
+    folder = Store.open(Path(shutil.copytree(finished, tmp_path / "run")))
     declared = Declaration("count", "count.txt", reads=("energy",), model=False)
     declared = dataclasses.replace(declared, numerics=False)
     monkeypatch.setitem(STAGES, "count", declared)
@@ -258,7 +259,7 @@ def test_a_new_stage_has_two_places(finished, tmp_path, monkeypatch):
         out.write_text(str(inputs.read("energy", Hamiltonian.load).n))
 
     runner = stages.Runner.of_files(folder)
-    assert [count(runner, folder.config) for _ in range(2)] == ["6", "6"]
+    assert [count(runner, read_config(folder)) for _ in range(2)] == ["6", "6"]
     assert len(made) == 1
     assert folder.find_outdated(made[0]) is None
     folder.record(folder.path / "hamiltonian.safetensors").fingerprint = 16 * "0"
@@ -266,7 +267,7 @@ def test_a_new_stage_has_two_places(finished, tmp_path, monkeypatch):
     with refuses(
         "count.txt was made with other .*the energy changed", OutputExistsError
     ):
-        count(runner, folder.config)
+        count(runner, read_config(folder))
 
 
 def test_a_new_budget_has_one_place(finished, monkeypatch):
@@ -274,8 +275,8 @@ def test_a_new_budget_has_one_place(finished, monkeypatch):
     monkeypatch.setitem(
         QUANTITIES, "active", Quantity("active_parameters", "", {"%": 0.01}, "%")
     )
-    folder = RunFolder.open(finished)
-    config = folder.config.replace(remove="", budget="active=30%")
+    folder = Store.open(finished)
+    config = read_config(folder).replace(remove="", budget="active=30%")
     row = removal_rows(folder.run.blocks, config)[1]
     costs = [block.active_parameters for block in folder.run.blocks.blocks]
     assert row.coefficients.tolist() == costs

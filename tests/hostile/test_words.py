@@ -16,7 +16,7 @@ from damage import written
 
 import isingcut
 from isingcut.options.declaration import flag, from_yaml, parse_yaml
-from isingcut.runs.folder import RunFolder
+from isingcut.runs.folder import refuse_foreign
 from shared import HealConfig, IsingcutError, RunConfig, cells, parametrize, refuses
 
 RUN = "run gone --out new --calibration {here}/pipe"
@@ -314,4 +314,4 @@ def test_a_path_of_python_may_begin_at_home(arena):
     arena.run.rename(arena.home / "run")
     assert isingcut.open_run("~/run").path == arena.home / "run"
     with refuses("already exists and is not an isingcut run", IsingcutError):
-        RunFolder.refuse_foreign(RunConfig(model="m", out="~"))
+        refuse_foreign(RunConfig(model="m", out="~"))

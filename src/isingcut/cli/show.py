@@ -15,6 +15,7 @@ from isingcut.console.printing import printable
 from isingcut.console.progress import duration
 from isingcut.console.rich_console import console
 from isingcut.files import evaluations, healings, states
+from isingcut.files.store import Store
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.ising.spectrum import Spectrum
 from isingcut.report import words
@@ -30,7 +31,6 @@ from isingcut.report.rows import (
     plus_minus,
 )
 from isingcut.report.run_files import RunFiles
-from isingcut.runs.folder import MANIFEST
 
 if TYPE_CHECKING:
     from isingcut.models.inspect import Inspection
@@ -191,7 +191,9 @@ def show_inspection(model: Inspection) -> None:
 
 def open_finished(target: Path) -> RunFiles:
     """Return the files of a finished run, whose printed commands have its path as typed."""
-    files = RunFiles(target if (target / MANIFEST).is_file() else target.parent, target)
+    files = RunFiles(
+        Store.open(target if Store.exists(target) else target.parent), target
+    )
     files.called = str(files.folder)
     return files
 
@@ -245,7 +247,7 @@ def curve_data(folder: Path) -> list[dict[str, Any]]:
             if (page := files.target / "report.html").is_file()
             else None,
         }
-        for files in RunFiles(folder).removals
+        for files in RunFiles(Store.open(folder)).removals
         if (ranking := files.candidates) is not None
     ]
     return sorted(rows, key=lambda row: (len(row["removed"]), row["kl"]))

@@ -38,7 +38,7 @@ from isingcut.options.declaration import (
 from isingcut.options.parsed import BlockList
 
 if TYPE_CHECKING:
-    from isingcut.runs.folder import RunFolder
+    from isingcut.files.store import Store
 
 app = typer.Typer(
     name="isingcut",
@@ -279,7 +279,7 @@ def collect(kind: type[Kind], config: Path | None, options: Mapping[str, Any]) -
 
 def reopen(
     directory: Path, options: Mapping[str, Any], *, several: bool = False
-) -> tuple[RunFolder, RunConfig]:
+) -> tuple[Store, RunConfig]:
     """Open a run folder, and combine its options with those typed now, which win.
 
     A budget typed without --remove replaces the folder's --remove. A --remove typed for a folder
@@ -291,12 +291,13 @@ def reopen(
     Raises:
         InputError: neither the folder nor the command line has --remove or --budget.
     """
-    from isingcut.runs.folder import RunFolder
+    from isingcut.files.store import Store
+    from isingcut.runs.folder import read_config
 
     typed = dict(options)
-    folder = RunFolder.open(directory, overwrite=bool(typed.get("overwrite")))
+    folder = Store.open(directory, overwrite=bool(typed.get("overwrite")))
     folder.typed_solver = typed.get("solver")
-    config = folder.config
+    config = read_config(folder)
     if typed.get("budget") and not typed.get("remove"):
         typed["remove"] = ""
     elif typed.get("remove"):
@@ -313,7 +314,7 @@ def reopen(
 
 def reopen_at(
     directory: Path, options: Mapping[str, Any], blocks: str | None
-) -> tuple[RunFolder, RunConfig, list[int] | None]:
+) -> tuple[Store, RunConfig, list[int] | None]:
     """Open a run folder; return it, its options and the blocks of `--blocks` (None: the chosen).
 
     Without `--remove`, the number of blocks in `--blocks` is removed.
@@ -342,20 +343,20 @@ def reopen_at(
 
 def removal_at(
     directory: Path, options: dict[str, Any], alone: bool
-) -> tuple[RunFolder, Path]:
+) -> tuple[Store, Path]:
     """Return the run and the folder of a removal; a folder `remove-SPEC` in a run selects it."""
+    from isingcut.files.store import Store
     from isingcut.runs import solving
-    from isingcut.runs.folder import MANIFEST, RunFolder
 
     # The parent of "." is ".".
     whole = Path(os.path.abspath(directory))
-    of_run = (directory / MANIFEST).exists()
+    of_run = Store.exists(directory)
     if not of_run and directory.is_dir() and whole.name.startswith("remove-"):
         if alone and (options.get("remove") or options.get("budget")):
             raise InputError(
                 f"{directory} is the folder of one removal; to select another by --remove or "
                 f"--budget, give the run folder, {whole.parent}"
             )
-        return RunFolder.open(whole.parent), whole
+        return Store.open(whole.parent), whole
     folder, config = reopen(directory, options, several=True)
     return folder, solving.require(folder, config, "")

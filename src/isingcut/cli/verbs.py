@@ -129,13 +129,13 @@ def energy(progress: Any, config: ConfigFile = None, **options: Any) -> Output:
 
     Example: isingcut energy smollm2 --out my-run
     """
-    from isingcut.report.run_files import RunFiles
+    from isingcut.files.store import Store
 
     wanted = collect(RunConfig, config, options)
     _check_early(wanted, "isingcut.energy")
     folder = pipeline.energy(wanted, progress=progress)
     data = show.energy_data(folder)
-    text = RunFiles(folder).calibration
+    text = Store.open(folder).run.provenance.calibration
     file = data["hamiltonian"]
     assert text is not None
     warnings = [*words.overlap_warnings(text.overlap), *words.repeat_warnings(text)]
@@ -163,7 +163,7 @@ def solve(
 
     Example: isingcut solve my-run --remove 4 --remove 8 --remove 12
     """
-    from isingcut.runs.folder import each_removal
+    from isingcut.runs.folder import each_removal, model_warnings
     from isingcut.runs.stages import Runner
 
     solved = []
@@ -172,7 +172,7 @@ def solve(
         folder, combined = reopen(directory, options | one, several=True)
         for config in each_removal(combined):
             spectrum = solving.solve(Runner.of_files(folder, progress), config)
-            file = folder.target(config) / "spectrum.json"
+            file = folder.target(config.removal) / "spectrum.json"
             solved.append((config.removal, spectrum, file))
 
     def show_all() -> None:
@@ -190,7 +190,7 @@ def solve(
         brief="\n".join(str(file) for *_, file in solved),
         warnings=[
             *words.search_warnings(meta, [removal for removal, *_ in solved]),
-            *folder.model_warnings(),
+            *model_warnings(folder),
         ],
     )
 
@@ -218,7 +218,7 @@ def rank(directory: Folder, progress: Any, **options: Any) -> Output:
         )
     runner = pipeline.open_again(folder, config, progress, Processes.join())
     ranked = ranking.rank(runner, config)
-    file = folder.target(config) / "candidates.json"
+    file = folder.target(config.removal) / "candidates.json"
     return Output(
         {"file": str(file), **show.CUT_ON_RANKING, **ranked.content()},
         lambda: show.show_ranking(ranked),
@@ -251,7 +251,7 @@ def baseline(
     folder, config = reopen(directory, options)
     runner = pipeline.open_again(folder, config, progress, Processes.join())
     choice = ranking.compare(runner, config, name)
-    file = folder.target(config) / f"baseline-{name}.json"
+    file = folder.target(config.removal) / f"baseline-{name}.json"
     return Output(
         {"file": str(file), **show.CUT_ON_RANKING, **choice.content()},
         lambda: show.show_baseline(choice, file),
@@ -362,10 +362,10 @@ def evaluate(
     Examples: isingcut evaluate my-run --tasks arc_easy,piqa --data questions --questions 500;
     isingcut evaluate another-cut --original my-model
     """
+    from isingcut.files.store import Store
     from isingcut.formats.sources import check_name
     from isingcut.report.run_files import RunFiles
     from isingcut.runs.checks import check_run_tasks
-    from isingcut.runs.folder import MANIFEST
 
     names = ("tasks", "data", "questions")
     typed = {name: options.pop(name) for name in names if name in options}
@@ -393,7 +393,7 @@ def evaluate(
         raise InputError(
             "--out needs --original; a run folder has its own benchmarks.json"
         )
-    if (directory / "config.json").is_file() and not (directory / MANIFEST).exists():
+    if (directory / "config.json").is_file() and not Store.exists(directory):
         raise InputError(
             f"{directory} is a checkpoint, not a run folder; add --original MODEL to compare it "
             "with its original"
@@ -413,7 +413,7 @@ def evaluate(
     file = target / "benchmarks.json"
     if not rows.rows:
         raise benchmarking.failed_error(rows.failed)
-    files = RunFiles(folder.path, target)
+    files = RunFiles(folder, target)
     before = {} if files.evaluation is None else output | files.evaluation.content()
     return _output_benchmarks(rows, file, files.last, before)
 
@@ -464,6 +464,7 @@ def report(
     """
     from isingcut.report.run_files import RunFiles
     from isingcut.report.write import write_comparison
+    from isingcut.runs.folder import model_warnings
 
     alone = len(directories) == 1
     if out is not None and alone:
@@ -477,13 +478,14 @@ def report(
             {"report": str(file), "html": page},
             lambda: show.show_lines(page, str(file)),
             brief=str(file),
-            warnings=folder.model_warnings() + RunFiles(folder.path, target).outdated,
+            warnings=model_warnings(folder) + RunFiles(folder, target).outdated,
         )
     whole = out or Path("compare.html")
-    places = [(folder.path, target) for folder, target in removals]
-    warnings = write_comparison(places, whole, overwrite=bool(options.get("overwrite")))
+    warnings = write_comparison(
+        removals, whole, overwrite=bool(options.get("overwrite"))
+    )
     return Output(
-        {"comparison": str(whole), "folders": [str(target) for _, target in places]},
+        {"comparison": str(whole), "folders": [str(target) for _, target in removals]},
         lambda: show.show_lines(str(whole)),
         brief=str(whole),
         warnings=warnings,

@@ -6,5 +6,6 @@ a lock; `ownership`: distinguish isingcut's files from user files, which are nev
 `cuts`, `evaluations`, `healings`, `runs`: pydantic models of that content, by stage; `schema`:
 base classes and types of these models; `journal`: rows of a measurement, for resuming;
 `provenance`: versions, machine and sources of a result; `stages`: the
-files of the stages, what each depends on, and which are out of date.
+files of the stages, and what each depends on; `store`: a folder of results, their records, and
+which are out of date.
 """

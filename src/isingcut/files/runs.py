@@ -6,7 +6,6 @@ One more document describes a whole run: `packing.json`.
 from __future__ import annotations
 
 from collections import Counter
-from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import ConfigDict, Field, model_validator
@@ -305,11 +304,6 @@ class PackingFile(Document, kind="packing"):
         return self.types[self.chosen]
 
 
-def stage_key(folder: Path, file: Path) -> str:
-    """Return the key of a stage's file or folder among the ``stages`` of the run in ``folder``."""
-    return file.relative_to(folder).as_posix()
-
-
 class RunFile(Document, kind="run", version=2):
     """`run.json`: options, provenance, blocks, and one record per stage by its file's name."""
 
@@ -318,10 +312,6 @@ class RunFile(Document, kind="run", version=2):
     blocks: BlockList
     provenance: Provenance
     complete: bool = False
-
-    def find_record(self, folder: Path, file: Path) -> StageRecord | None:
-        """Return the record of the stage that writes ``file`` in the run's folder, or None."""
-        return self.stages.get(stage_key(folder, file))
 
     @model_validator(mode="after")
     def _below(self) -> Self:

@@ -1,10 +1,10 @@
-"""The declarations of a run's stages, and which results are out of date.
+"""The declarations of a run's stages.
 
     calibration -> energy -> [pack] -> solve -> rank -> cut -> [heal] -> evaluate, benchmarks
 
 Each stage writes one file or folder, and its record in `run.json` has the options, values and
-fingerprints of results that it read. `find_outdated` compares these with the current ones.
-`is_made` decides whether a result has to be made, also in a healing (`healing.work_folder`).
+fingerprints of results that it read. `store.Store.find_outdated` compares these with the current
+ones. `is_made` decides whether a result has to be made, also in a healing (`healing.work_folder`).
 Nothing else decides whether a result is up to date. `runs.stages.stage` binds the function that
 makes a result to its declaration here; it gets what is declared, and nothing else.
 """
@@ -15,8 +15,6 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
-
-from isingcut.files.runs import RunFile
 
 NUMERICS = ("dtype", "attention")
 """The options of the computation that a result depends on beyond rounding."""
@@ -30,7 +28,7 @@ class Declaration:
         verb: the command that runs it.
         file: its file or folder; a pattern if it writes several.
         reads: the results that it reads: a stage, or ``choice`` (the blocks that the ranking
-            chose), ``model`` or ``product`` (see `find_product`) of its removal.
+            chose), ``model`` or ``product`` (see `store.Store.find_product`) of its removal.
         values: what it is made from beside these and the options that name it (`options`), found
             before it begins: hashes of files, blocks that the user named, ...
         unused: names among all of these that do not matter, by the options and values.
@@ -182,13 +180,13 @@ class Outdated:
         Args:
             arguments: those that select its removal, to type after a verb.
         """
-        name, stage = _find_stage(self.file)
+        name, stage = find_stage(self.file)
         if name in ("solve", "rank", "cut", "gguf", "evaluate"):
             return f"type: isingcut {stage.verb} {arguments} --overwrite"
         return "type the command that made it again, with --overwrite"
 
 
-def _find_stage(file: Path) -> tuple[str, Declaration]:
+def find_stage(file: Path) -> tuple[str, Declaration]:
     """Return the name and the declaration of the stage that writes a file or folder."""
     return next(s for s in STAGES.items() if fnmatch(file.name, s[1].file))
 
@@ -201,64 +199,3 @@ def is_made(file: Path, made_from: str, now: str) -> bool:
         now: the same of what it would be made from now.
     """
     return made_from == now and os.path.lexists(file)
-
-
-def find_product(run: RunFile, folder: Path, target: Path) -> Path:
-    """Return the final checkpoint of a removal: the healed one of the current cut, else `model/`.
-
-    Args:
-        folder: the run folder.
-        target: the folder with the files of the removal.
-    """
-    healed = target / STAGES["heal"].file
-    made = run.find_record(folder, healed)
-    outdated = find_outdated(run, folder, healed, ranked=False)
-    current = made is not None and made.done and not outdated
-    return healed if current else target / STAGES["cut"].file
-
-
-def find_outdated(
-    run: RunFile, folder: Path, file: Path, *, ranked: bool = True
-) -> Outdated | None:
-    """Return which result was made from a value that is another one now: a file, or what it read.
-
-    Args:
-        run: the content of run.json in ``folder``.
-        file: a stage's file or folder.
-        ranked: whether a cut is out of date if the ranking that chose its blocks is.
-
-    Returns:
-        None if it is up to date.
-    """
-    made = run.find_record(folder, file)
-    if made is None:
-        return None
-    read = made.options.content()
-    for name in _find_stage(file)[1].reads:
-        if name == "choice" and made.options.named:
-            continue
-        source = find_source(run, folder, file, name)
-        now = run.find_record(folder, source)
-        if now is None:
-            continue
-        key = "model" if name == "product" else name
-        if name == "choice":
-            same = now.chosen in (None, made.options.removed)
-        else:
-            same = read.get(key) in (None, now.fingerprint)
-        if not same:
-            return Outdated(file, key)
-        above = ranked or name != "choice"
-        if above and (earlier := find_outdated(run, folder, source, ranked=ranked)):
-            return earlier
-    return None
-
-
-def find_source(run: RunFile, folder: Path, file: Path, name: str) -> Path:
-    """Return the file or folder that another one reads, by its name among the `reads`."""
-    if name == "product":
-        return find_product(run, folder, file.parent)
-    beside = {"spectrum": "solve", "choice": "rank", "model": "cut"}
-    if name in beside:
-        return file.with_name(STAGES[beside[name]].file)
-    return folder / STAGES[name].main

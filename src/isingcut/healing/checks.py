@@ -21,6 +21,7 @@ from isingcut.files.inputs import load_json, user_path
 from isingcut.files.ownership import find_change, folder_hash
 from isingcut.files.results import fingerprint, read_document
 from isingcut.files.stages import is_made
+from isingcut.files.store import Store
 from isingcut.formats.sources import check_name, model_identity, resolve
 from isingcut.healing import CUT, RECORD
 from isingcut.healing.repairs import registry
@@ -52,8 +53,8 @@ def check_inputs(
             )
     registry.check(config.repair)
     student = user_path(config.student)
-    if (folder := find_run(student)) is not None:
-        run = RunFiles(folder, student.resolve())
+    if (store := find_run(student)) is not None:
+        run = RunFiles(store, student.resolve())
         if not (student / "config.json").is_file():
             student = run.product
         config = config.replace(
@@ -88,11 +89,11 @@ def check_inputs(
     return config
 
 
-def find_run(student: Path) -> Path | None:
-    """Return the run folder that a path is, or that has it as a checkpoint; None outside a run."""
+def find_run(student: Path) -> Store | None:
+    """Open the run folder that a path is, or that has it as a checkpoint; None outside a run."""
     place = student.resolve()
     places = (place, *place.parents[:2])
-    return next((place for place in places if (place / "run.json").is_file()), None)
+    return next(map(Store.open, filter(Store.exists, places)), None)
 
 
 def _text_of(run: RunFiles) -> str:

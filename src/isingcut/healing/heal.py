@@ -169,10 +169,10 @@ def heal(
 
 def _calibration_of(student: Path) -> Calibration | None:
     """Return the calibration of the run whose folder has the checkpoint; None outside a run."""
-    folder = find_run(student)
-    if folder is None:
+    store = find_run(student)
+    if store is None:
         return None
-    own = Calibration.load(folder / "calibration.safetensors")
+    own = Calibration.load(store.path / "calibration.safetensors")
     # The text may have changed since: `overlap` counts what is trained on and reported.
     return dataclasses.replace(own, meta={**own.meta, "texts": {}})
 

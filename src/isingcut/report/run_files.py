@@ -16,6 +16,7 @@ from typing import TypeVar
 from isingcut.files import cuts, evaluations, healings, runs, schema, stages, states
 from isingcut.files.ownership import check_recorded
 from isingcut.files.results import read_document
+from isingcut.files.store import Store
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.options.parsed import Budgets
 from isingcut.report import words
@@ -43,9 +44,8 @@ class RunFiles:
     """The content of a report; each file is read and checked on first access.
 
     Args:
-        folder: the run folder, with its `run.json`.
+        store: the run folder.
         target: the folder with the files of one removal; by default the run folder.
-        run: the content of `run.json`, if it was read already.
 
     Attributes:
         blocks: the blocks of the model, with their costs.
@@ -57,23 +57,21 @@ class RunFiles:
         called: the run folder in commands, by default its name, because a path may be private.
 
     Raises:
-        StageFileError: `run.json` is missing, or an existing file is damaged or was changed since
-            the run wrote it.
+        StageFileError: an existing file is damaged or was changed since the run wrote it.
     """
 
-    def __init__(
-        self, folder: Path, target: Path | None = None, run: runs.RunFile | None = None
-    ) -> None:
-        self.folder = folder
-        self.target = target or folder
-        self.called = folder.resolve().name
-        self.run = run or read_document(folder / "run.json", runs.RunFile)
+    def __init__(self, store: Store, target: Path | None = None) -> None:
+        self.store = store
+        self.folder = store.path
+        self.run = store.run
+        self.target = target or store.path
+        self.called = store.path.resolve().name
         origin = self.run.provenance
         self.blocks = self.run.blocks.blocks
         self.energy = self.run.config.energy
         self.model = origin.model.name
         self.calibration = origin.calibration
-        product = stages.find_product(self.run, self.folder, self.target)
+        product = store.find_product(self.target)
         # If it is of this cut, the evaluation is of the healed checkpoint.
         self.healed = product.name == "healed" and product.is_dir()
         packed = self.target / "model.gguf"
@@ -83,12 +81,12 @@ class RunFiles:
 
     def record(self, path: Path) -> runs.StageRecord | None:
         """Return the record in `run.json` of a finished stage's file or folder, or None."""
-        record = self.run.find_record(self.folder, path)
+        record = self.store.find_record(path)
         return record if record and record.done else None
 
     def is_outdated(self, path: Path) -> bool:
         """Whether a file was made from an earlier text, energy or checkpoint than the current."""
-        found = stages.find_outdated(self.run, self.folder, path, ranked=False)
+        found = self.store.find_outdated(path, ranked=False)
         return found is not None and found.value != "spectrum"
 
     def read(
@@ -101,7 +99,7 @@ class RunFiles:
                 the file has its own record.
         """
         recorded = self.target / made_with if made_with else path
-        begun = self.run.find_record(self.folder, recorded)
+        begun = self.store.find_record(recorded)
         unfinished = not begun.done if begun else made_with
         if unfinished or not os.path.lexists(path) or self.is_outdated(recorded):
             return None
@@ -156,9 +154,7 @@ class RunFiles:
     def removals(self) -> list[RunFiles]:
         """All solved or ranked removals of the run folder, fewest removed blocks first."""
         below = sorted(p for p in self.folder.glob("remove-*") if p.is_dir())
-        removals = [
-            RunFiles(self.folder, place, self.run) for place in (self.folder, *below)
-        ]
+        removals = [RunFiles(self.store, place) for place in (self.folder, *below)]
         known = [r for r in removals if r.spectrum or r.candidates]
         return sorted(known, key=lambda r: len(r.best.removed) if r.best else 0)
 
@@ -287,7 +283,7 @@ class RunFiles:
         places = dict.fromkeys([self.folder, self.target])
         for key in self.run.stages:
             path = self.folder / key
-            outdated = stages.find_outdated(self.run, self.folder, path)
+            outdated = self.store.find_outdated(path)
             if outdated and path.parent in places and os.path.lexists(path):
                 found[outdated].append(path.name)
         return [

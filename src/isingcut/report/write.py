@@ -17,6 +17,7 @@ import numpy as np
 
 from isingcut.files.ownership import check_output
 from isingcut.files.results import write_json, write_sealed
+from isingcut.files.store import Store
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.ising.states import Floats
 from isingcut.report import figures
@@ -28,20 +29,20 @@ from isingcut.report.words import paragraphs, render, sentence
 _MODELS = ("original", "final")
 
 
-def write_report(folder: Path, target: Path | None = None) -> None:
+def write_report(store: Store, target: Path | None = None) -> None:
     """Write `report.json`, `report.md` and `report.html` from the run's files.
 
     If the cut GGUF file was measured, also write its card, `model.gguf.md`; with benchmarks also
     `results_original.json` and `results_final.json`, as lm-evaluation-harness writes them.
 
     Args:
-        folder: the run folder, with its `run.json`.
+        store: the run folder.
         target: the folder with the files of one removal; by default the run folder.
 
     Raises:
-        StageFileError: `run.json` is missing, or an existing file is damaged.
+        StageFileError: an existing file is damaged.
     """
-    files = RunFiles(folder, target)
+    files = RunFiles(store, target)
     view = report_view(files)
     data = _facts(files)
     markdown = render("report.md.j2", **view)
@@ -208,7 +209,7 @@ class Side:
 
 
 def write_comparison(
-    folders: Sequence[tuple[Path, Path]], out: Path, *, overwrite: bool = False
+    folders: Sequence[tuple[Store, Path]], out: Path, *, overwrite: bool = False
 ) -> list[str]:
     """Write one page that compares several runs.
 
@@ -222,7 +223,7 @@ def write_comparison(
 
     Raises:
         OutputExistsError: ``out`` exists and may not be replaced.
-        StageFileError: a `run.json` is missing, or an existing file is damaged.
+        StageFileError: an existing file is damaged.
     """
     check_output(out, overwrite=overwrite)
     runs = _sides([RunFiles(*places) for places in folders])

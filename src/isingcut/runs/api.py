@@ -27,6 +27,7 @@ from isingcut.errors import InputError
 from isingcut.files import ownership, writing
 from isingcut.files.inputs import user_path
 from isingcut.files.states import CandidatesFile, MeasuredState
+from isingcut.files.store import Store
 from isingcut.formats.sources import save_loaded_model
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.ising.spectrum import Spectrum
@@ -38,7 +39,7 @@ from isingcut.report.run_files import RunFiles
 from isingcut.report.words import ranking_warnings
 from isingcut.runs import cutting, evaluating, solving
 from isingcut.runs.checks import check_options
-from isingcut.runs.folder import RunFolder
+from isingcut.runs.folder import list_sources, read_config
 from isingcut.runs.pipeline import (
     cut_and_heal,
     measure_and_rank,
@@ -92,7 +93,7 @@ class Run:
     """
 
     def __init__(
-        self, folder: RunFolder, config: RunConfig, runner: Callable[[], Runner]
+        self, folder: Store, config: RunConfig, runner: Callable[[], Runner]
     ) -> None:
         self._folder = folder
         self._open = runner
@@ -122,7 +123,7 @@ class Run:
             >>> isingcut.open_run("my-run").path.name
             'my-run'
         """
-        return self._folder.target(self.config)
+        return self._folder.target(self.config.removal)
 
     @property
     def blocks(self) -> int:
@@ -203,7 +204,7 @@ class Run:
             >>> [len(state.removed) for state in isingcut.open_run("my-run").curve]
             [3]
         """
-        ranked = [files.candidates for files in RunFiles(self._folder.path).removals]
+        ranked = [files.candidates for files in RunFiles(self._folder).removals]
         chosen = [file.chosen for file in ranked if file is not None]
         states = [_state(row, row.position) for row in chosen]
         return sorted(states, key=lambda s: (len(s.removed), s.kl))
@@ -227,7 +228,7 @@ class Run:
             >>> [w for w in isingcut.open_run("my-run").warnings if "poorly" in w]
             []
         """
-        return RunFiles(self._folder.path, self.path).warnings
+        return RunFiles(self._folder, self.path).warnings
 
     def at(self, remove: int | str) -> Run:
         """Return another removal of the same Hamiltonian; ranking it needs the model.
@@ -269,7 +270,7 @@ class Run:
         """
         target = user_path(out)
         removed = None if blocks is None else _numbers(blocks)
-        sources = [self._runner.context.source, *self._folder.sources]
+        sources = [self._runner.context.source, *list_sources(self._folder)]
         sources.append(self._folder.path)
         ownership.check_output(target, overwrite=overwrite, sources=sources)
         with writing.lock_place(target):
@@ -450,10 +451,10 @@ def open_run(
         10
     """
     shown = as_progress(progress)
-    run = RunFolder.open(user_path(folder), overwrite=overwrite)
+    run = Store.open(user_path(folder), overwrite=overwrite)
     if model is not None and os.path.lexists(user_path(model)):
         model = user_path(model).absolute()
-    config = run.config if remove is None else run.config.at(remove)
+    config = read_config(run) if remove is None else read_config(run).at(remove)
     config = config.replace(
         model=config.model if model is None else model,
         overwrite=overwrite,

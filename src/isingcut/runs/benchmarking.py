@@ -118,7 +118,7 @@ def _plan(runner: Runner, config: Any, removed: Sequence[int] | None = None) -> 
     folder = runner.folder
     checkpoint = product(folder, config, removed)
     made = folder.record(checkpoint)
-    ranked = folder.target(config) / "candidates.json"
+    ranked = folder.target(config.removal) / "candidates.json"
     chosen = (
         folder.find_finished(ranked)
         and folder.load(ranked, solving.load_candidates).by_tasks

@@ -15,6 +15,7 @@ from isingcut.errors import InputError
 from isingcut.evaluation.metrics import registry as metrics
 from isingcut.evaluation.questions import check_tasks, split_names
 from isingcut.files.inputs import user_path
+from isingcut.files.store import Store
 from isingcut.formats.sources import check_name
 from isingcut.healing.repairs import registry as repairs
 from isingcut.ising.solvers import registry as solvers
@@ -24,7 +25,7 @@ from isingcut.options.declaration import options_from
 from isingcut.options.judge import JudgeOptions
 from isingcut.options.search import Search
 from isingcut.processes import is_launched
-from isingcut.runs.folder import MANIFEST, RunFolder
+from isingcut.runs.folder import model_places, refuse_foreign
 from isingcut.runs.stages import refuse_changes
 
 
@@ -73,11 +74,11 @@ def check_inputs(config: RunConfig, *, ranks: bool) -> None:
     Raises:
         IsingcutError: the job would fail later.
     """
-    RunFolder.refuse_foreign(config)
+    refuse_foreign(config)
     path = user_path(config.out)
-    if (path / MANIFEST).is_file():
-        before = RunFolder.open(path, overwrite=config.overwrite)
-        before.model_places(config.model)
+    if Store.exists(path):
+        before = Store.open(path, overwrite=config.overwrite)
+        model_places(before, config.model)
         refuse_changes(before, config, ranks=ranks)
     else:
         # Check before any file is opened, which could get the descriptor of a closed pipe.

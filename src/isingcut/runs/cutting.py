@@ -25,7 +25,7 @@ from isingcut.data.mixture import without_folders
 from isingcut.errors import ArchitectureError, InputError
 from isingcut.files import cuts, ownership, results, writing
 from isingcut.files.runs import BlockList
-from isingcut.files.stages import find_product
+from isingcut.files.store import Store, slug
 from isingcut.formats.architectures.cuts import cut_config
 from isingcut.formats.checkpoints import Checkpoint, count_mtp_layers
 from isingcut.formats.cutting import gguf
@@ -60,7 +60,6 @@ from isingcut.options.search import SearchOptions
 from isingcut.report.card import card_parts, model_card
 from isingcut.report.run_files import RunFiles
 from isingcut.runs.context import Context
-from isingcut.runs.folder import RunFolder, slug
 from isingcut.runs.prices import Prices
 from isingcut.runs.solving import chosen_blocks, load_candidates, require
 from isingcut.runs.stages import Estimate, Inputs, Planned, Runner, stage
@@ -76,7 +75,7 @@ _TRAINED = 16
 
 
 def output_folder(
-    folder: RunFolder, config: SearchOptions, removed: Sequence[int] | None
+    folder: Store, config: SearchOptions, removed: Sequence[int] | None
 ) -> Path:
     """Return the folder for the model of a state, by default the folder of its removal.
 
@@ -86,7 +85,7 @@ def output_folder(
     Args:
         removed: the blocks given by `--blocks`; None is the chosen state.
     """
-    target = folder.target(config)
+    target = folder.target(config.removal)
     if removed is None or folder.overwrite:
         return target
     cut = [folder.find_record(target / name) for name in _OF_STATE]
@@ -102,9 +101,7 @@ def output_folder(
     return folder.path / f"remove-{slug(config.removal)}-blocks-{named}"
 
 
-def product(
-    folder: RunFolder, config: Any, removed: Sequence[int] | None = None
-) -> Path:
+def product(folder: Store, config: Any, removed: Sequence[int] | None = None) -> Path:
     """Return the run's final checkpoint: the healed one if the run heals, else `model/`.
 
     Args:
@@ -114,23 +111,23 @@ def product(
         InputError: no checkpoint without these blocks was cut.
         StageFileError: there is no `model/` yet; the message has the next command.
     """
-    place = target = folder.target(config)
+    place = target = folder.target(config.removal)
     if removed is None:
         require(folder, config, "model")
     else:
         place = _place_without(folder, config, removed)
     if place == target and config.heal and not folder.find_finished(target / HEALED):
         return target / HEALED
-    return find_product(folder.run, folder.path, place)
+    return folder.find_product(place)
 
 
 def _place_without(
-    folder: RunFolder, config: SearchOptions, removed: Sequence[int]
+    folder: Store, config: SearchOptions, removed: Sequence[int]
 ) -> Path:
     """Find the checkpoint without these blocks, first in the folder for their number."""
     keys = [key for key in folder.run.stages if key.endswith("model")]
     others = ((folder.path / key).parent for key in keys)
-    for place in (folder.target(config), *others):
+    for place in (folder.target(config.removal), *others):
         made = folder.find_record(place / "model")
         if made and made.done and sorted(made.options.removed or ()) == sorted(removed):
             return place
@@ -141,7 +138,7 @@ def _place_without(
     )
 
 
-def check_gguf(context: Context, folder: RunFolder, source: Path) -> None:
+def check_gguf(context: Context, folder: Store, source: Path) -> None:
     """Check a GGUF file: complete, undamaged and of the run's model.
 
     Raises:
@@ -270,7 +267,7 @@ def _plan_model(
         "removed": blocks,
         "named": removed is not None,
         **plan_patch(config),
-        "target": folder.target(config),
+        "target": folder.target(config.removal),
     }
     return Planned(file, values)
 
@@ -289,7 +286,7 @@ def make_model(context: Context, inputs: Inputs, options: Any, out: Path) -> Non
         fit = Fit.of(context, inputs.read("calibration", Calibration.load), options)
     blocks: list[int] = options.removed
     drop_mtp: bool = options.drop_mtp
-    files = RunFiles(inputs.folder.path, options.target)
+    files = RunFiles(inputs.folder, options.target)
     source = context.source
     loaded = context.loaded
     trust = context.options.trust_remote_code
@@ -451,7 +448,7 @@ def _price_healing(prices: Prices) -> list[Estimate]:
 
 def _plan_healing(runner: Runner, config: Any) -> Planned:
     training = config.training()
-    file = runner.folder.target(config) / HEALED
+    file = runner.folder.target(config.removal) / HEALED
     return Planned(file, {"training": describe_options(training), "healing": training})
 
 

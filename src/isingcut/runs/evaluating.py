@@ -29,6 +29,7 @@ from isingcut.files import cuts, evaluations
 from isingcut.files.ownership import MARKER, check_output, marker_with
 from isingcut.files.results import read_document, write_document
 from isingcut.files.schema import Document
+from isingcut.files.store import Store
 from isingcut.files.writing import atomic_file, lock_place, temporary_prefix
 from isingcut.formats.architectures.blocks import language_model, text_config
 from isingcut.formats.gguf_files import unpack_gguf
@@ -44,7 +45,6 @@ from isingcut.runs import measuring
 from isingcut.runs.checks import resolve_energy
 from isingcut.runs.context import Context
 from isingcut.runs.cutting import product
-from isingcut.runs.folder import RunFolder
 from isingcut.runs.prices import Prices
 from isingcut.runs.stages import Estimate, Inputs, Planned, Runner, stage
 
@@ -135,9 +135,9 @@ def evaluate(context: Context, inputs: Inputs, options: Any, out: Path) -> None:
     write_document(out, scores)
 
 
-def rewrite_card(folder: RunFolder, target: Path) -> None:
+def rewrite_card(folder: Store, target: Path) -> None:
     """Write the figures to the model card of a run's final checkpoint; what a user wrote stays."""
-    files = RunFiles(folder.path, target)
+    files = RunFiles(folder, target)
     card = files.product / "README.md"
     if not card.is_file():
         return

@@ -14,13 +14,14 @@ from isingcut.energies import registry
 from isingcut.energies.search import Target
 from isingcut.errors import InputError
 from isingcut.files.runs import BlockList, CalibrationText, SplitSize
+from isingcut.files.store import Store
 from isingcut.formats.architectures.blocks import language_model
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.options.search import SearchOptions
 from isingcut.options.text import TextOptions
 from isingcut.runs.constraints import removal_rows
 from isingcut.runs.context import Context
-from isingcut.runs.folder import RunFolder, each_removal
+from isingcut.runs.folder import each_removal
 from isingcut.runs.prices import Prices
 from isingcut.runs.stages import Estimate, Inputs, Planned, Runner, stage
 
@@ -141,7 +142,7 @@ def measure_energy(runner: Runner, config: SearchOptions) -> Hamiltonian:
     return energies[0]
 
 
-def energy_file(folder: RunFolder, config: SearchOptions, name: str) -> Path:
+def energy_file(folder: Store, config: SearchOptions, name: str) -> Path:
     """Return the file of an energy."""
     own = "" if name == config.energy else f".{name}"
     return folder.path / f"hamiltonian{own}.safetensors"

@@ -93,7 +93,7 @@ def _check_types(context: Context, config: SearchOptions, blocks: BlockList) -> 
 
 
 def _plan(runner: Runner, config: Any) -> Planned:
-    file = runner.folder.target(config) / "packing.json"
+    file = runner.folder.target(config.removal) / "packing.json"
     return Planned(file, cutting.plan_patch(config))
 
 

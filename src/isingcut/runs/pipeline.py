@@ -29,6 +29,7 @@ from isingcut.files import ownership, writing
 from isingcut.files.inputs import user_path
 from isingcut.files.runs import RunFile
 from isingcut.files.states import CandidatesFile
+from isingcut.files.store import Store
 from isingcut.formats.sources import (
     PACKAGED,
     PACKAGED_PACKAGE,
@@ -50,7 +51,7 @@ from isingcut.runs import (
 )
 from isingcut.runs.checks import check_inputs, check_options, resolve_energy
 from isingcut.runs.context import Context, check_by_config
-from isingcut.runs.folder import MANIFEST, RunFolder, each_removal
+from isingcut.runs.folder import create_or_open, each_removal, model_places
 from isingcut.runs.prices import RESIDENT, Prices
 from isingcut.runs.stages import Estimate, Runner, Stage
 
@@ -107,7 +108,7 @@ def run(
     with open_run(wanted, shown, processes, need_removal=True) as runner:
         folder = runner.folder
         is_range = wanted.remove.is_range
-        target = folder.path if is_range else folder.target(wanted)
+        target = folder.path if is_range else folder.target(wanted.removal)
         if target == folder.path:
             folder.run.complete = False
         whole = bool(
@@ -125,7 +126,7 @@ def run(
                     benchmarking.benchmarks(runner, wanted)
                 evaluating.rewrite_card(folder, target)
             for one in each_removal(wanted):
-                solving.report(folder, folder.target(one))
+                solving.report(folder, folder.target(one.removal))
             if target == folder.path:
                 folder.run.complete = True
                 folder.save()
@@ -234,7 +235,7 @@ def open_run(
     for name in config.energies:
         measuring.energy_part(config, name)
     with writing.lock_place(out, inside=True):
-        before = RunFolder.open(out) if (out / MANIFEST).is_file() else None
+        before = Store.open(out) if Store.exists(out) else None
         context = Context(config, progress, before.run.provenance if before else None)
         ownership.refuse_source(out, [context.source])
         if before and progress is not silent:
@@ -245,13 +246,13 @@ def open_run(
         check_by_config(context, config, needed=need_removal)
         if need_removal:
             for one in each_removal(config):
-                check_report(out if before is None else before.target(one))
+                check_report(out if before is None else before.target(one.removal))
         context = context.join(processes)
         blocks = context.describe_blocks(config.budget)
         for stage in STAGES if need_removal else MEASURING:
             stage.check(context, config, blocks)
         built = measuring.build_calibration(context, config) if before is None else None
-        folder = RunFolder.create_or_open(config, context.identity, blocks)
+        folder = create_or_open(config, context.identity, blocks)
         if config.dtype == "auto" and folder.run.provenance.dtype is None:
             folder.run.provenance.dtype = context.dtype
             folder.save()
@@ -268,7 +269,7 @@ def _follow(config: RunConfig, progress: Progress, processes: Processes) -> Runn
     context = Context(config, progress).join(processes)
     # Load while rank 0 creates the folder.
     _ = context.replay
-    folder = RunFolder(
+    folder = Store(
         user_path(config.out), RunFile.model_validate(processes.decide(dict))
     )
     if not folder.path.is_dir():
@@ -281,7 +282,7 @@ def _follow(config: RunConfig, progress: Progress, processes: Processes) -> Runn
 
 
 def open_again(
-    folder: RunFolder,
+    folder: Store,
     config: RunConfig,
     progress: Progress = silent,
     processes: Processes = ALONE,
@@ -298,7 +299,7 @@ def open_again(
     folder.processes = processes
     folder.share()
     made_with = folder.run.provenance.model
-    for place in folder.model_places(config.model):
+    for place in model_places(folder, config.model):
         options = config.replace(model=place)
         context = Context(options, progress, folder.run.provenance)
         now = context.identity.content()

@@ -79,7 +79,7 @@ def _plan(runner: Runner, config: ChoiceOptions) -> Planned:
     check_run_tasks(config)
     tasks = benchmarking.prepare_tasks(config) if config.choose == "tasks" else []
     return Planned(
-        folder.target(config) / "candidates.json",
+        folder.target(config.removal) / "candidates.json",
         {
             "compared": sorted(others),
             "tasks": benchmarking.question_files(tasks, config),
@@ -222,13 +222,13 @@ def one_pass(
 
 def _plan_baseline(runner: Runner, config: ChoiceOptions, name: str) -> Planned:
     folder = runner.folder
-    if folder.find_finished(folder.target(config) / "spectrum.json"):
+    if folder.find_finished(folder.target(config.removal) / "spectrum.json"):
         config = solving.with_solved(folder, config)
     part = registry.get(name)()
     counts = config.remove.counts
     count = counts[0] if counts else len(solving.chosen_blocks(folder, config))
     return Planned(
-        folder.target(config) / f"baseline-{name}.json",
+        folder.target(config.removal) / f"baseline-{name}.json",
         {
             "baseline": name,
             "settings": repr(part),

@@ -15,6 +15,7 @@ from isingcut.errors import InputError, StageFileError
 from isingcut.files.results import read_document
 from isingcut.files.stages import SOLVING, STAGES, Outdated
 from isingcut.files.states import CandidatesFile
+from isingcut.files.store import Store
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.ising.problem import Problem
 from isingcut.ising.solvers import imports, registry
@@ -24,7 +25,6 @@ from isingcut.options.search import SearchOptions
 from isingcut.options.solve import SolveOptions
 from isingcut.report.write import write_report
 from isingcut.runs.constraints import removal_rows
-from isingcut.runs.folder import RunFolder
 from isingcut.runs.stages import Inputs, Planned, Runner, stage
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def _plan(runner: Runner, config: SolveOptions) -> Planned:
     registry.get(config.solver)
     problem = Problem(read_energy(folder), removal_rows(folder.run.blocks, config))
     trusted = not imports(config.solver) or folder.typed_solver == config.solver
-    out = folder.target(config) / "spectrum.json"
+    out = folder.target(config.removal) / "spectrum.json"
     return Planned(out, {"trusted": trusted, "problem": problem})
 
 
@@ -64,7 +64,7 @@ def problem_of(inputs: Inputs, config: SearchOptions) -> Problem:
     )
 
 
-def read_energy(folder: RunFolder) -> Hamiltonian:
+def read_energy(folder: Store) -> Hamiltonian:
     """Read the main energy of a run."""
     return folder.load(folder.path / "hamiltonian.safetensors", Hamiltonian.load)
 
@@ -72,7 +72,7 @@ def read_energy(folder: RunFolder) -> Hamiltonian:
 Solve = TypeVar("Solve", bound=SolveOptions)
 
 
-def with_solved(folder: RunFolder, config: Solve) -> Solve:
+def with_solved(folder: Store, config: Solve) -> Solve:
     """Return the options, with those that the spectrum of their removal was solved with.
 
     Raises:
@@ -86,14 +86,14 @@ def with_solved(folder: RunFolder, config: Solve) -> Solve:
     return config.replace(**{key: made[key] for key in SOLVING if key in made})
 
 
-def require(folder: RunFolder, config: SearchOptions, name: str) -> Path:
+def require(folder: Store, config: SearchOptions, name: str) -> Path:
     """Return a file of an earlier stage of this removal; with an empty name, its folder.
 
     Raises:
         StageFileError: it is of an older energy or spectrum, or does not exist; the message names
             the first stage that is missing.
     """
-    target = folder.target(config)
+    target = folder.target(config.removal)
     path = target / name
     if not path.exists():
         needed = (STAGES[stage] for stage in ("solve", "rank", "cut"))
@@ -108,14 +108,14 @@ def require(folder: RunFolder, config: SearchOptions, name: str) -> Path:
     return path
 
 
-def _select(folder: RunFolder, config: SearchOptions) -> str:
+def _select(folder: Store, config: SearchOptions) -> str:
     """Return the arguments that select a removal of a run."""
     flag = "--remove" if config.remove else "--budget"
     return shlex.join([str(folder.path), flag, config.removal])
 
 
 def _outdated_error(
-    folder: RunFolder, config: SearchOptions, outdated: Outdated
+    folder: Store, config: SearchOptions, outdated: Outdated
 ) -> StageFileError:
     return StageFileError(
         f"{outdated.file} was made before the {outdated.value} changed; "
@@ -127,7 +127,7 @@ load_candidates = partial(read_document, model=CandidatesFile)
 """Reads the ranking in a `candidates.json`."""
 
 
-def read_ranking(folder: RunFolder, config: SearchOptions) -> CandidatesFile:
+def read_ranking(folder: Store, config: SearchOptions) -> CandidatesFile:
     """Read the ranking of one removal.
 
     Raises:
@@ -136,13 +136,13 @@ def read_ranking(folder: RunFolder, config: SearchOptions) -> CandidatesFile:
     return folder.load(require(folder, config, "candidates.json"), load_candidates)
 
 
-def chosen_blocks(folder: RunFolder, config: SearchOptions) -> list[int]:
+def chosen_blocks(folder: Store, config: SearchOptions) -> list[int]:
     """Return the blocks that the ranking of one removal chose."""
     return read_ranking(folder, config).chosen.removed
 
 
-def report(folder: RunFolder, target: Path) -> Path:
+def report(folder: Store, target: Path) -> Path:
     """Run stage `report`: write `report.html`, `.md` and `.json` of the removal in ``target``."""
     with folder.lock():
-        write_report(folder.path, target)
+        write_report(folder, target)
     return target / "report.md"

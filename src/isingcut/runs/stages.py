@@ -22,12 +22,13 @@ from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar, cast
 from isingcut.console.progress import Progress, silent
 from isingcut.errors import IsingcutError, OutputExistsError
 from isingcut.files import ownership, runs, writing
-from isingcut.files.stages import NUMERICS, STAGES, Declaration, find_source
+from isingcut.files.stages import NUMERICS, STAGES, Declaration
+from isingcut.files.store import Store
 from isingcut.memory import exhausted_error, is_memory_exhausted
 from isingcut.options.declaration import Only, options_of
 from isingcut.options.machine import MachineOptions
 from isingcut.processes import ALONE, Processes
-from isingcut.runs.folder import RunFolder, each_removal
+from isingcut.runs.folder import each_removal, list_sources
 
 if TYPE_CHECKING:
     from isingcut.options.config import RunConfig
@@ -61,11 +62,11 @@ class Runner:
     When memory runs out, a streamed context takes the place of the old one.
     """
 
-    folder: RunFolder
+    folder: Store
     context: Context
 
     @classmethod
-    def of_files(cls, folder: RunFolder, progress: Progress = silent) -> Runner:
+    def of_files(cls, folder: Store, progress: Progress = silent) -> Runner:
         """Return the runner of stages that open no model."""
         return cls(folder, cast("Context", NoModel(progress)))
 
@@ -112,7 +113,7 @@ class Inputs:
         file: the file or folder that the stage writes.
     """
 
-    folder: RunFolder
+    folder: Store
     stage: Stage[Any]
     file: Path
 
@@ -132,7 +133,7 @@ class Inputs:
             raise LookupError(
                 f"the stage {self.stage.name} reads {name}, which it does not declare"
             )
-        source = find_source(self.folder.run, self.folder.path, self.file, name)
+        source = self.folder.find_source(self.file, name)
         self.folder.check(source)
         return source
 
@@ -194,7 +195,7 @@ class Stage(Generic[T]):
         """
         folder = runner.folder
         processes = folder.processes
-        place = folder.path if self.declared.of_run else folder.target(config)
+        place = folder.path if self.declared.of_run else folder.target(config.removal)
         planned = Planned(place / self.declared.main)
         if self.plan is not None:
             planned = self.plan(runner, config, *given)
@@ -206,7 +207,7 @@ class Stage(Generic[T]):
                     self._make(runner, config, planned, Path(aside) / file.name)
             folder.share()
             return folder.load(file, self.load)
-        ownership.refuse_source(file, folder.sources)
+        ownership.refuse_source(file, list_sources(folder))
         options = self._options(runner, config, planned)
         made = folder.is_made(file, options)
         with contextlib.nullcontext() if made else folder.lock():
@@ -221,7 +222,7 @@ class Stage(Generic[T]):
             before = folder.find_record(file)
             if os.path.lexists(file):
                 self._refuse_replacing(folder, file, before, options)
-            key = runs.stage_key(folder.path, file)
+            key = folder.key(file)
             begun = folder.run.stages[key] = runs.StageRecord(
                 stage=self.name,
                 fingerprint=folder.fingerprint(options),
@@ -278,7 +279,7 @@ class Stage(Generic[T]):
             found |= runner.context.numerics
         for name in declared.reads:
             if name != "choice" and name not in unused:
-                source = find_source(folder.run, folder.path, planned.file, name)
+                source = folder.find_source(planned.file, name)
                 key = "model" if name == "product" else name
                 found[key] = folder.record(source).fingerprint
         return {name: value for name, value in found.items() if name not in unused}
@@ -326,7 +327,7 @@ class Stage(Generic[T]):
 
     def _refuse_replacing(
         self,
-        folder: RunFolder,
+        folder: Store,
         file: Path,
         before: runs.StageRecord | None,
         options: dict[str, Any],
@@ -369,7 +370,7 @@ def stage(
     return lambda make: Stage(name, make, load, **further)
 
 
-def refuse_changes(folder: RunFolder, config: RunConfig, *, ranks: bool) -> None:
+def refuse_changes(folder: Store, config: RunConfig, *, ranks: bool) -> None:
     """Raise if a whole job with these options would be refused by a file of a finished stage.
 
     Args:
@@ -384,7 +385,7 @@ def refuse_changes(folder: RunFolder, config: RunConfig, *, ranks: bool) -> None
     ranks &= max(config.remove.counts, default=0) < len(folder.run.blocks.blocks)
     for one in each_removal(config) if ranks else [config]:
         for stage_name, stage in STAGES.items():
-            place = folder.path if stage.of_run else folder.target(one)
+            place = folder.path if stage.of_run else folder.target(one.removal)
             record = folder.find_finished(file := place / stage.main)
             if record is None or not (ranks or stage.of_run):
                 continue
