@@ -38,7 +38,7 @@ import isingcut
 from cards import Card, fake_cards
 from isingcut.errors import InputError, IsingcutError
 from isingcut.evaluation import quality, speed
-from isingcut.formats.architectures.blocks import stack_modules
+from isingcut.formats.architectures.blocks import find_stack, stack_modules
 from isingcut.formats.cutting.checkpoint import excise
 from isingcut.healing.heal import heal
 from isingcut.healing.patch.ridge import bytes_of
@@ -320,9 +320,9 @@ def write_models(
             "llama", hidden_size=256, intermediate_size=512, num_hidden_layers=blocks
         )
         save(model, folder / "original")
-        removed = removed or tuple(range(12, 20))
-        excise(folder / "original", removed, folder / "cut")
-        record = json.dumps({"removed": removed, "of": blocks})
+        state = find_stack(model).remove(removed or range(12, 20))
+        excise(folder / "original", state, folder / "cut")
+        record = json.dumps({"removed": state.blocks, "of": blocks})
         (folder / "cut" / "isingcut.json").write_text(record)
     return folder
 

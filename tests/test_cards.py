@@ -29,7 +29,7 @@ from isingcut.models.device import (
 )
 from isingcut.models.placement import split_evenly
 from isingcut.models.replay import reuse_freed_memory
-from isingcut.models.sharing import open_cut, share
+from isingcut.models.sharing import share
 from isingcut.runs import context, evaluating
 from isingcut.testing import gpu
 from shared import (
@@ -48,9 +48,11 @@ from tiny import (
     Work,
     excise,
     gate_gradients,
+    gone,
     load,
     load_tiny,
     measure,
+    open_cut,
     random_tokens,
     replay_of,
     tiny_model,
@@ -242,7 +244,7 @@ def test_what_differs_in_one_bit_is_the_cuts_own():
     original, cut = (tiny_model("llama").requires_grad_(False) for _ in range(2))
     weight = cut.model.layers[2].mlp.down_proj.weight
     weight.view(torch.int32)[3, 5] ^= 1
-    assert share(cut, original, [])
+    assert share(cut, original, gone([]))
     theirs = dict(original.named_parameters())
     own = [n for n, p in cut.named_parameters() if p.data_ptr() != theirs[n].data_ptr()]
     assert own == ["model.layers.2.mlp.down_proj.weight"]
@@ -251,7 +253,7 @@ def test_what_differs_in_one_bit_is_the_cuts_own():
 def test_a_trained_tensor_is_never_shared():
     original = tiny_model("llama").requires_grad_(False)
     cut = tiny_model("llama")
-    assert share(cut, original, [])
+    assert share(cut, original, gone([]))
     theirs = {p.data_ptr() for p in original.parameters()}
     assert all(p.data_ptr() not in theirs for p in cut.parameters())
 

@@ -12,9 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from gguf_files import NUMBERS, named, write_gguf, write_packed
+from gguf_files import NUMBERS, cut_gguf, named, write_gguf, write_packed
 from isingcut.formats.cutting import gguf as gguf_cuts
-from isingcut.formats.cutting.gguf import Changed, changed_tensors, cut_gguf, lay_out
+from isingcut.formats.cutting.gguf import Changed, changed_tensors, lay_out
 from isingcut.formats.gguf_files import read_gguf, unpack_gguf
 from isingcut.formats.sources import resolve
 from shared import (
@@ -28,7 +28,7 @@ from shared import (
     run_tiny,
     works,
 )
-from tiny import edit_tensors, excise, tiny_checkpoint
+from tiny import edit_tensors, excise, gone, tiny_checkpoint
 
 
 def make(
@@ -207,7 +207,9 @@ def test_new_values_are_packed_finely_and_the_other_tensors_are_untouched(
 ):
     source, file = model_and_file(tmp_path, kind)
     wanted = patched(source, tmp_path / "patched").numpy()
-    changed = changed_tensors(read_gguf(file), source, tmp_path / "patched", [2, 3])
+    changed = changed_tensors(
+        read_gguf(file), source, tmp_path / "patched", gone([2, 3])
+    )
     assert list(changed) == [THEIRS]
     cut_gguf(file, [2, 3], tmp_path / "plain.gguf")
     cut_gguf(file, [2, 3], tmp_path / "out.gguf", changed=changed)
@@ -224,7 +226,9 @@ def test_new_values_are_packed_finely_and_the_other_tensors_are_untouched(
 def test_a_tensor_in_another_order_is_refused(tmp_path):
     source, file = model_and_file(tmp_path, Kind.Q8_0, turned=True)
     patched(source, tmp_path / "patched")
-    changed = changed_tensors(read_gguf(file), source, tmp_path / "patched", [2, 3])
+    changed = changed_tensors(
+        read_gguf(file), source, tmp_path / "patched", gone([2, 3])
+    )
     with refuses(rf"stores {DOWN} differently from the .*--patch", ArchitectureError):
         cut_gguf(file, [2, 3], tmp_path / "out.gguf", changed=changed)
     assert not (tmp_path / "out.gguf").exists()

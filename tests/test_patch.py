@@ -36,6 +36,7 @@ from tiny import (
     Work,
     excise,
     find_stack,
+    gone,
     load_streamed,
     load_tiny,
     replay_of,
@@ -222,7 +223,7 @@ def job_of(folder, family, removed, **options):
     excise(source, removed, folder / "cut")
     return Job(
         load_tiny(source),
-        removed,
+        gone(removed),
         folder / "cut",
         tokens(32),
         folder / "work",

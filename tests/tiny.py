@@ -12,19 +12,22 @@ from isingcut.data.calibration import Calibration, TextSampler, build
 from isingcut.data.tokens import TokenSet
 from isingcut.formats.architectures.blocks import find_stack, skip_blocks, stack_modules
 from isingcut.formats.architectures.cuts import cut_config, legality
-from isingcut.formats.cutting.checkpoint import excise
+from isingcut.formats.architectures.removed import Removed
+from isingcut.formats.cutting import checkpoint
 from isingcut.formats.safetensors_files import read_checkpoint
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.ising.states import states_of
 from isingcut.measure.gradients import gate_gradients, gate_slopes
 from isingcut.measure.losses import measure
 from isingcut.measure.work import Work
+from isingcut.models import sharing
+from isingcut.models import verify as proofs
 from isingcut.models.inspect import inspect_model
 from isingcut.models.load import load
 from isingcut.models.replay import Replay
 from isingcut.models.streaming.replay import StreamedReplay, load_streamed
 from isingcut.models.streaming.store import Store
-from isingcut.models.verify import relative_difference, verify
+from isingcut.models.verify import relative_difference
 from isingcut.runs.context import Context
 from isingcut.testing.tiny import (
     random_model,
@@ -33,6 +36,26 @@ from isingcut.testing.tiny import (
     tiny_tokenizer,
 )
 from shared import load_json, save_json
+
+
+def gone(blocks):
+    """Return the state without some blocks of a model whose layers are not split."""
+    return Removed(tuple(blocks), tuple(blocks))
+
+
+def by_blocks(function):
+    """Return a function with a state as its second argument that also takes its blocks."""
+
+    def call(source, removed, *rest, **options):
+        state = removed if isinstance(removed, Removed) else gone(removed)
+        return function(source, state, *rest, **options)
+
+    return call
+
+
+excise = by_blocks(checkpoint.excise)
+open_cut = by_blocks(sharing.open_cut)
+verify = by_blocks(proofs.verify)
 
 
 def replay_of(model):

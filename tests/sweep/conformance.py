@@ -27,7 +27,7 @@ from isingcut.formats.checkpoints import Checkpoint
 from isingcut.formats.libraries import quiet_transformers
 from isingcut.ising.states import blocks_of
 from isingcut.models.placement import connect, place
-from isingcut.models.sublayers import check_sublayers, find_zeroed, split_layers
+from isingcut.models.sublayers import check_sublayers, find_removed, split_layers
 from isingcut.models.verify import random_tokens, reload
 from sweep.caches import compare_cache
 from sweep.gates import check_gates
@@ -296,20 +296,20 @@ def _check_sublayers(model, tokens, folder):
     check_sublayers(model)
     stack = find_stack(model)
     rows = legality(model.config.to_dict(), stack)
-    removed, other = _two_sublayers(stack, rows)
-    worst = _replay_is_forward(Replay(model), tokens, [removed])
+    blocks, other = _two_sublayers(stack, rows)
+    worst = _replay_is_forward(Replay(model), tokens, [blocks])
     source = folder / "source"
     out = folder / "sublayers"
-    zeroed = find_zeroed(Checkpoint.read(source), model, removed)
-    excise(source, [], out, zeroed=zeroed)
+    removed = find_removed(Checkpoint.read(source), model, blocks)
+    excise(source, removed, out)
     with mock.patch.multiple(
         "isingcut.models.verify", NEW_TOKENS=8, reload=functools.cache(reload)
     ):
         proof = verify(model, removed, out, images=invent_images)
         with suppress(VerificationError):
-            verify(model, other, out)
+            verify(model, stack.remove(other), out)
             raise AssertionError(
-                f"the proof does not tell sublayers {removed} from {other}"
+                f"the proof does not tell sublayers {blocks} from {other}"
             )
     return max(worst, proof.difference)
 

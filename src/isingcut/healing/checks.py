@@ -163,11 +163,6 @@ def read_removal(folder: Path) -> Removal | None:
         ) from e
 
 
-def units_of(removal: Removal | None) -> str:
-    """Return what the blocks of a cut are, as the option `units`."""
-    return "blocks" if removal is None or removal.layers is None else "sublayers"
-
-
 def original_of(removal: Removal) -> dict[str, Any]:
     """Return the original's name and `sources.model_identity`; empty if not recorded."""
     if isinstance(removal, CutRecord):

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ from isingcut.formats.architectures.blocks import (
     tensor_prefixes,
     text_config,
 )
+from isingcut.formats.architectures.removed import Removed
 from isingcut.formats.checkpoints import Checkpoint
 from isingcut.formats.transformers_private import Names
 from isingcut.memory import raise_if_exhausted
@@ -181,19 +183,19 @@ def find_dropped(model: Any) -> list[nn.Module]:
     ]
 
 
-def find_zeroed(seen: Checkpoint, model: Any, removed: Collection[int]) -> set[str]:
-    """Return the stored tensors of removed sublayers in layers that stay.
+def find_removed(seen: Checkpoint, model: Any, blocks: Collection[int]) -> Removed:
+    """Return the state without these blocks, with the stored tensors that become zeros.
 
     Args:
         seen: the model's checkpoint.
-        removed: removed blocks.
     """
     stack = find_stack(model)
-    whole = stack.whole(removed)
+    removed = stack.remove(blocks)
     of_blocks = tensor_prefixes(model)
-    alone = [of_blocks[i] for i in removed if stack.layers[i] not in whole]
+    alone = [of_blocks[i] for i in blocks if stack.layers[i] not in removed.layers]
     if not alone:
-        return set()
+        return removed
     names = Names(model, torch.float32)
     prefixes = tuple(itertools.chain.from_iterable(alone))
-    return {n for n in seen.stored if names.target(n)[0].startswith(prefixes)}
+    zeroed = {n for n in seen.stored if names.target(n)[0].startswith(prefixes)}
+    return replace(removed, zeroed=zeroed)

@@ -22,6 +22,7 @@ from torch import nn
 from isingcut.errors import ArchitectureError
 from isingcut.files.runs import BlockCosts
 from isingcut.formats.architectures.fields import count_of, first_whole
+from isingcut.formats.architectures.removed import Removed
 from isingcut.formats.libraries import convert_errors
 
 
@@ -50,16 +51,14 @@ class BlockStack:
         """Whether layers are split into sublayers."""
         return len(set(self.layers)) < len(self)
 
-    def whole(self, removed: Collection[int]) -> list[int]:
-        """Return the layers of which all blocks are removed."""
-        stay = {k for i, k in enumerate(self.layers) if i not in removed}
-        return [k for k in dict.fromkeys(self.layers) if k not in stay]
-
-    def halved(self, removed: Collection[int]) -> tuple[set[int], set[int]]:
-        """Return the layers that stay without their mixer, and those without their MLP."""
-        halved = {self.layers[i] for i in removed}.difference(self.whole(removed))
-        mixers = {k for k in halved if self.layers.index(k) in removed}
-        return mixers, halved - mixers
+    def remove(self, blocks: Collection[int]) -> Removed:
+        """Return the state without these blocks, which may be in any order."""
+        layers = self.layers
+        stay = {k for i, k in enumerate(layers) if i not in blocks}
+        gone = (k for k in dict.fromkeys(layers) if k not in stay)
+        halved = {k for i, k in enumerate(layers) if i in blocks} & stay
+        mixers = {k for k in halved if layers.index(k) in blocks}
+        return Removed(tuple(sorted(blocks)), tuple(gone), mixers, halved - mixers)
 
 
 class Sublayer(nn.Module):
