@@ -25,7 +25,7 @@ import math
 import re
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -312,7 +312,7 @@ def streamed_budget(place: Path, family: str) -> tuple[float, float]:
 
 
 def write_models(
-    folder: Path, blocks: int = BLOCKS, removed: tuple[int, ...] = ()
+    folder: Path, blocks: int = BLOCKS, removed: Sequence[int] = range(12, 20)
 ) -> Path:
     """Write `original` in bfloat16 and `cut` without some blocks (default: a quarter), once."""
     if not (folder / "cut").exists():
@@ -320,7 +320,7 @@ def write_models(
             "llama", hidden_size=256, intermediate_size=512, num_hidden_layers=blocks
         )
         save(model, folder / "original")
-        state = find_stack(model).remove(removed or range(12, 20))
+        state = find_stack(model).remove(removed)
         excise(folder / "original", state, folder / "cut")
         record = json.dumps({"removed": state.blocks, "of": blocks})
         (folder / "cut" / "isingcut.json").write_text(record)

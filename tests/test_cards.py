@@ -29,7 +29,7 @@ from isingcut.models.device import (
 )
 from isingcut.models.placement import split_evenly
 from isingcut.models.replay import reuse_freed_memory
-from isingcut.models.sharing import share
+from isingcut.models.sharing import open_cut, share
 from isingcut.runs import context, evaluating
 from isingcut.testing import gpu
 from shared import (
@@ -52,7 +52,6 @@ from tiny import (
     load,
     load_tiny,
     measure,
-    open_cut,
     random_tokens,
     replay_of,
     tiny_model,
@@ -190,7 +189,7 @@ def test_cards_have_equal_shares_of_the_memory(count, shared):
     )
     with fake_cards(count) as cards:
         names = ",".join(str(card.device) for card in cards)
-        replay = replay_of(load(folder, dtype="float32", device=names).model)
+        replay = load(folder, dtype="float32", device=names).replay
         measure(replay, random_tokens(), np.eye(8) > 0, work=Work(32))
         gate_gradients(replay, random_tokens(), work=Work(32))
         parts = [replay.model.lm_head, *replay.blocks]
@@ -226,7 +225,7 @@ def test_a_cut_takes_the_memory_of_its_original(tied, shared, tmp_path):
     with fake_cards() as (card,):
         original = load(source, dtype="float32", device=str(card.device))
         before = card.live
-        loaded = open_cut(original, [1, 4], cut)
+        loaded = open_cut(original, gone([1, 4]), cut)
         gc.collect()
         assert loaded.streamed is None
         # Buffers that no checkpoint stores are shared, too.
@@ -264,7 +263,7 @@ def test_a_cut_that_is_all_its_own_is_streamed_where_it_does_not_fit(shared):
     with fake_cards() as (card,):
         original = load(source, dtype="float32", device=str(card.device))
         card.budget = int(1.6 * card.live)
-        loaded = open_cut(original, [], other)
+        loaded = open_cut(original, gone([]), other)
         assert loaded.model is loaded.streamed.model
 
 

@@ -110,7 +110,6 @@ def test_llama_cpp_computes_the_model_without_its_sublayers(family, tmp_path):
     queries *= 3
     new = {"blk.4.attn_q.weight": Changed("q", lambda: old, queries.numpy)}
     removed = find_stack(model).remove([0, 3, 4, 5, 6, 10])
-    assert (removed.attention, removed.mlps) == ({0, 3, 5}, {1})
     cut_gguf(tmp_path / "in.gguf", removed, out, changed=new)
     assert field(out, "general.architecture") == "deci"
     assert field(out, "deci.attention.head_count") == [4, 4, 0, 4, 0]
@@ -135,13 +134,15 @@ def test_what_deci_would_compute_otherwise_is_refused(
     tmp_path, architecture, more, words
 ):
     held = held_by(tiny_model("llama"))
-    write(tmp_path / "in.gguf", held | more, architecture=architecture)
+    source = tmp_path / "in.gguf"
+    out = tmp_path / "out.gguf"
+    write(source, held | more, architecture=architecture)
     with refuses(words, ArchitectureError):
-        cut_gguf(tmp_path / "in.gguf", Removed((), (), [1]), tmp_path / "out.gguf")
+        cut_gguf(source, Removed((), (), [1]), out)
     # Without an MLP, the architecture is the same.
-    cut_gguf(tmp_path / "in.gguf", Removed((), (), (), [1]), tmp_path / "out.gguf")
-    assert field(tmp_path / "out.gguf", "general.architecture") == architecture
-    before, after = (read(tmp_path / f"{name}.gguf") for name in ("in", "out"))
+    cut_gguf(source, Removed((), (), (), [1]), out)
+    assert field(out, "general.architecture") == architecture
+    before, after = map(read, (source, out))
     differ = {name for name in before if not torch.equal(before[name], after[name])}
     assert differ == {f"blk.1.ffn_{part}.weight" for part in ("gate", "up", "down")}
     assert not any(after[name].any() for name in differ)

@@ -20,7 +20,6 @@ from isingcut.ising.states import states_of
 from isingcut.measure.gradients import gate_gradients, gate_slopes
 from isingcut.measure.losses import measure
 from isingcut.measure.work import Work
-from isingcut.models import sharing
 from isingcut.models import verify as proofs
 from isingcut.models.inspect import inspect_model
 from isingcut.models.load import load
@@ -39,22 +38,18 @@ from shared import load_json, save_json
 
 
 def gone(blocks):
-    """Return the state without some blocks of a model whose layers are not split."""
-    return Removed(tuple(blocks), tuple(blocks))
+    """Return a state, also from the blocks of a model whose layers are not split."""
+    return blocks if isinstance(blocks, Removed) else Removed(blocks, blocks)
 
 
 def by_blocks(function):
     """Return a function with a state as its second argument that also takes its blocks."""
-
-    def call(source, removed, *rest, **options):
-        state = removed if isinstance(removed, Removed) else gone(removed)
-        return function(source, state, *rest, **options)
-
-    return call
+    return lambda source, removed, *rest, **options: function(
+        source, gone(removed), *rest, **options
+    )
 
 
 excise = by_blocks(checkpoint.excise)
-open_cut = by_blocks(sharing.open_cut)
 verify = by_blocks(proofs.verify)
 
 
@@ -72,8 +67,7 @@ def tiny_replay(family="llama", dtype=torch.float32, **changes):
 def forbids(model, removed):
     """Return whether a row of legality forbids a state."""
     stack = find_stack(model)
-    state = np.zeros((1, len(stack)), dtype=bool)
-    state[0, list(removed)] = True
+    state = states_of(len(stack), [removed])
     return not all(
         row.satisfied(state)[0] for row in legality(model.config.to_dict(), stack)
     )
@@ -106,7 +100,7 @@ def without(model, removed):
     cut = copy.deepcopy(model)
     stack = find_stack(cut)
     blocks = stack_modules(cut)
-    kept = [i for i in range(len(stack)) if i not in set(removed)]
+    kept = [i for i in range(len(stack)) if i not in removed]
     parent, _, name = stack.path.rpartition(".")
     setattr(cut.get_submodule(parent), name, nn.ModuleList(blocks[i] for i in kept))
     for key, value in list(vars(cut.config).items()):
@@ -177,11 +171,11 @@ def load_tiny(folder):
 
 
 def in_memory(folder):
-    return replay_of(load_tiny(folder).model)
+    return load_tiny(folder).replay
 
 
-def streamed(folder):
-    return StreamedReplay(Store(folder, torch.float32, CPU))
+def streamed(folder, device=CPU):
+    return StreamedReplay(Store(folder, torch.float32, device))
 
 
 def watch(replay):

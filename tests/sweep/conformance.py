@@ -42,6 +42,7 @@ from tiny import (
     random_model,
     relative_difference,
     skip_blocks,
+    states_of,
     tiny_checkpoint,
     tiny_model,
     verify,
@@ -324,7 +325,7 @@ def _two_sublayers(stack, rows):
     halves = [i for i, k in enumerate(stack.layers) if stack.layers.count(k) == 2]
     mixers = sorted(halves[::2], key=lambda i: "attention" not in stack.kinds[i])
     for state in itertools.product(mixers, reversed(halves[1::2])):
-        bits = np.isin(np.arange(len(stack)), state)[None]
+        bits = states_of(len(stack), [state])
         apart = stack.layers[state[0]] != stack.layers[state[1]]
         if apart and all(row.satisfied(bits)[0] for row in rows):
             other = next(i for i in mixers if i != state[0])
@@ -371,7 +372,7 @@ def legal_states(stack, rows, wanted):
     bits = bits[np.random.default_rng(0).permutation(len(bits))]
     first = bits[:, 0]
     last = bits[:, -1]
-    picks = list(range(len(bits)))
+    picks = range(len(bits))
     for mask in (first & last, last & ~first, first & ~last):
         picks = [*(int(i) for i in np.flatnonzero(mask)[:1]), *picks]
     unique = list(dict.fromkeys(picks))[:wanted]

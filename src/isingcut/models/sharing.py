@@ -118,7 +118,7 @@ def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def _original_names(cut: Any, original: Any, removed: Removed) -> Callable[[str], str]:
     """Return a function from the name of a tensor in the cut to its name in the original."""
     stack = find_stack(original)
-    kept = renumber_blocks(stack.layers[-1] + 1, removed.layers)
+    kept = renumber_blocks(stack.depth, removed.layers)
     ours = f"{find_stack(cut).path}."
     sources = {f"{ours}{new}": f"{stack.path}.{old}" for old, new in kept.items()}
 

@@ -29,6 +29,7 @@ from isingcut.formats.architectures.blocks import (
     find_stack,
     language_model,
     layer_config,
+    layer_modules,
     replace_forwards,
     stack_modules,
     tensor_prefixes,
@@ -51,7 +52,7 @@ def split_layers(model: Any) -> None:
         ArchitectureError: no layer has two sublayers.
     """
     config = text_config(model)
-    layers = list(model.get_submodule(find_stack(model).path).children())
+    layers = layer_modules(model)
     for i, layer in enumerate(layers):
         mixers = list[str]()
         others = list[str]()
@@ -93,11 +94,7 @@ def check_sublayers(model: Any) -> None:
         ArchitectureError: the sublayers of a layer together do not give what the layer gives, or
             the model does not run on text alone.
     """
-    layers = [
-        layer
-        for layer in model.get_submodule(find_stack(model).path).children()
-        if len(blocks_in(layer)) > 1
-    ]
+    layers = [layer for layer in layer_modules(model) if len(blocks_in(layer)) > 1]
     text = language_model(model)
     ids = torch.arange(4, device=model.device)[None]
     comparing = replace_forwards(layers, [_compare(layer) for layer in layers])
@@ -167,20 +164,6 @@ def _same(one: Any, other: Any) -> bool:
         and this.shape == that.shape
         and torch.equal(this, that)
     )
-
-
-def find_dropped(model: Any) -> list[nn.Module]:
-    """Return the modules of removed sublayers in a loaded checkpoint, in which all numbers are 0.
-
-    All their gradients are 0 too, but for biases of the last layer.
-    """
-    return [
-        child
-        for layer in model.get_submodule(find_stack(model).path).children()
-        for child in layer.children()
-        if any(p.ndim > 1 for p in child.parameters())
-        and not any(p.any() for p in child.parameters())
-    ]
 
 
 def find_removed(seen: Checkpoint, model: Any, blocks: Collection[int]) -> Removed:

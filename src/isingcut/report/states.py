@@ -63,7 +63,6 @@ def number_states(files: RunFiles) -> list[ReportState]:
     numbered = list[ReportState]()
 
     def add(name: str, kind: str, gone: list[int], loss: Any = None) -> None:
-        gone = sorted(gone)
         energy = main.energy(states_of(main.n, [gone])[0]) if main else None
         state = ReportState(
             len(numbered), name, kind, tuple(gone), energy, loss, gone == chosen

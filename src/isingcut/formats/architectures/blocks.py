@@ -47,9 +47,14 @@ class BlockStack:
         return [block.layer for block in self.blocks]
 
     @property
+    def depth(self) -> int:
+        """Number of layers."""
+        return len(set(self.layers))
+
+    @property
     def split(self) -> bool:
         """Whether layers are split into sublayers."""
-        return len(set(self.layers)) < len(self)
+        return self.depth < len(self)
 
     def remove(self, blocks: Collection[int]) -> Removed:
         """Return the state without these blocks, which may be in any order."""
@@ -324,10 +329,14 @@ def find_stack(model: nn.Module) -> BlockStack:
     return BlockStack(path=path, blocks=tuple(blocks))
 
 
+def layer_modules(model: nn.Module) -> list[nn.Module]:
+    """Return the layers of ``model``, in order."""
+    return list(model.get_submodule(find_stack(model).path).children())
+
+
 def stack_modules(model: nn.Module) -> list[nn.Module]:
     """Return the blocks of ``model``, in order."""
-    layers = model.get_submodule(find_stack(model).path).children()
-    return [block for layer in layers for block in blocks_in(layer)]
+    return [block for layer in layer_modules(model) for block in blocks_in(layer)]
 
 
 def _stack_path(model: nn.Module, count: int | None) -> str | None:

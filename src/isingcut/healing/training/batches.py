@@ -269,8 +269,7 @@ def _activations(
     """
     device = next(student.parameters()).device
     text = text_config(job.teacher.model)
-    stack = job.teacher.stack
-    blocks = len(set(stack.layers)) - len(job.removed.layers)
+    blocks = job.teacher.stack.depth - len(job.removed.layers)
     entering = 4 * blocks * int(text.hidden_size)
     dtype = job.teacher.dtype
 
