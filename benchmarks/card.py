@@ -25,7 +25,7 @@ import math
 import re
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -38,7 +38,7 @@ import isingcut
 from cards import Card, fake_cards
 from isingcut.errors import InputError, IsingcutError
 from isingcut.evaluation import quality, speed
-from isingcut.formats.architectures.blocks import stack_modules
+from isingcut.formats.architectures.blocks import find_stack, stack_modules
 from isingcut.formats.cutting.checkpoint import excise
 from isingcut.healing.heal import heal
 from isingcut.healing.patch.ridge import bytes_of
@@ -312,7 +312,7 @@ def streamed_budget(place: Path, family: str) -> tuple[float, float]:
 
 
 def write_models(
-    folder: Path, blocks: int = BLOCKS, removed: tuple[int, ...] = ()
+    folder: Path, blocks: int = BLOCKS, removed: Sequence[int] = range(12, 20)
 ) -> Path:
     """Write `original` in bfloat16 and `cut` without some blocks (default: a quarter), once."""
     if not (folder / "cut").exists():
@@ -320,9 +320,9 @@ def write_models(
             "llama", hidden_size=256, intermediate_size=512, num_hidden_layers=blocks
         )
         save(model, folder / "original")
-        removed = removed or tuple(range(12, 20))
-        excise(folder / "original", removed, folder / "cut")
-        record = json.dumps({"removed": removed, "of": blocks})
+        state = find_stack(model).remove(removed)
+        excise(folder / "original", state, folder / "cut")
+        record = json.dumps({"removed": state.blocks, "of": blocks})
         (folder / "cut" / "isingcut.json").write_text(record)
     return folder
 

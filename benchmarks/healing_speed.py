@@ -94,9 +94,8 @@ class Bench:
             tiny_checkpoint("llama", folder / "tiny") if options.tiny else options.model
         )
         self.original = load(resolve(str(source)), dtype=options.dtype)
-        self.removed = (
-            (2, 3) if options.tiny else tuple(BlockList(options.remove).numbers)
-        )
+        removed = BlockList("2,3" if options.tiny else options.remove)
+        self.removed = self.original.stack.remove(removed.numbers)
         self.cut = folder / "cut"
         excise(self.original.folder, self.removed, self.cut)
         self.tokens = healing_text.build(
@@ -353,8 +352,8 @@ def main(arguments: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(options, Path(folder))
         print(
-            f"{'tiny' if options.tiny else options.model} without {len(bench.removed)} blocks, "
-            f"{str(bench.original.dtype).removeprefix('torch.')}, "
+            f"{'tiny' if options.tiny else options.model} without blocks {bench.removed.blocks}, "
+            f"{bench.original.dtype_name}, "
             f"steps of {options.batch} x {options.length}, {torch.get_num_threads()} threads, "
             f"{bench.original.device}, torch {torch.__version__}",
             flush=True,

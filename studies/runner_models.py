@@ -109,7 +109,7 @@ class ModelStudy(Study):
             **versions(),
             "model": Path(self.options.model).name,
             "identity": model_identity(self.original.folder),
-            "dtype": str(self.original.dtype).removeprefix("torch."),
+            "dtype": self.original.dtype_name,
         }
 
     # states that share their prefixes -----------------------------------------------------
@@ -180,7 +180,7 @@ class ModelStudy(Study):
         """Return right or wrong by question, with the metric and the dtype."""
         return {
             "metric": scores.metric.removesuffix(",none"),
-            "dtype": str(self.original.dtype).removeprefix("torch."),
+            "dtype": self.original.dtype_name,
             "right": "".join("1" if r else "0" for r in scores.values),
         }
 

@@ -2,7 +2,10 @@
 
 import gguf
 
-from tiny import tiny_model
+from isingcut.formats.cutting import gguf as cutting
+from tiny import by_blocks, tiny_model
+
+cut_gguf = by_blocks(cutting.cut_gguf)
 
 NAMES = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 8)
 

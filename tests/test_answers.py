@@ -320,7 +320,7 @@ def test_losses_are_those_of_the_answers_in_their_context(family, tmp_path):
     removed = [1, 3]
     cut = without(replay.model, removed)
     kl, nll = plain_means(replay.model, cut, tokens)
-    states = states_of(len(replay), [tuple(removed)])
+    states = states_of(len(replay), [removed])
     for model in (replay, streamed(folder)):
         found = measure(model, tokens, states, work=Work(30))
         assert found.kl[0] == pytest.approx(kl, rel=1e-4)
@@ -348,7 +348,7 @@ def test_gradients_are_of_the_answers(llama):
 
 
 def test_activations_are_compared_where_answers_are_predicted():
-    replay = replay_of(tiny_model("llama").requires_grad_(False))
+    replay = replay_of(tiny_model("llama"))
     alone = TokenSet.from_rows([[~1, ~2, 9, ~0, ~4]])
     whole = TokenSet.from_rows([[1, 2]])
     # Position 1 predicts the only counted token, and does not depend on the tokens after it.

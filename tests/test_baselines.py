@@ -199,7 +199,7 @@ def test_cbo_is_the_ground_state_of_the_papers_energy_or_the_best_of_its_lowest(
     replay, tokens
 ):
     energy = EmpiricalFisher().measure(replay, tokens, WORK)
-    states = states_of(6, list(combinations(range(6), 3)))
+    states = states_of(6, combinations(range(6), 3))
     lowest = states[np.argsort(energy.energies(states))]
     found = Cbo().choose(replay, tokens, 3, WORK, seed=0)
     assert found.removed == tuple(np.flatnonzero(lowest[0]))

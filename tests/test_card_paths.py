@@ -4,7 +4,6 @@ Each path is a program of isingcut on tiny models. `make cards-sites` prints the
 sites of torch operations that computed on a card, and those that did not (`benchmarks/sites.py`).
 """
 
-import json
 import shutil
 from functools import partial
 from unittest import mock
@@ -26,7 +25,15 @@ from isingcut.healing.training import train
 from isingcut.measure.gates import GATES, run_gated
 from isingcut.models.verify import check_generation
 from odd_models import composite
-from shared import OPTIONS, VerificationError, refuses, run_tiny, works, write_jsonl
+from shared import (
+    OPTIONS,
+    VerificationError,
+    load_json,
+    refuses,
+    run_tiny,
+    works,
+    write_jsonl,
+)
 from sweep.images import invent_images
 from sweep.mtp import add_mtp_layers
 from test_proof import cut_of
@@ -111,7 +118,7 @@ def deep(place, blocks, remove, units="blocks"):
         isingcut.prune(**given, device=device, out=str(out))
 
     def chosen(folder):
-        return json.loads((folder / "candidates.json").read_text())["chosen"]["removed"]
+        return load_json(folder / "candidates.json").chosen.removed
 
     name = f"deep-{units}-{blocks}"
     expected = place.shared.folder(name, partial(prune, "cpu"))

@@ -48,6 +48,7 @@ from tiny import (
     Work,
     excise,
     gate_gradients,
+    gone,
     load,
     load_tiny,
     measure,
@@ -188,7 +189,7 @@ def test_cards_have_equal_shares_of_the_memory(count, shared):
     )
     with fake_cards(count) as cards:
         names = ",".join(str(card.device) for card in cards)
-        replay = replay_of(load(folder, dtype="float32", device=names).model)
+        replay = load(folder, dtype="float32", device=names).replay
         measure(replay, random_tokens(), np.eye(8) > 0, work=Work(32))
         gate_gradients(replay, random_tokens(), work=Work(32))
         parts = [replay.model.lm_head, *replay.blocks]
@@ -224,7 +225,7 @@ def test_a_cut_takes_the_memory_of_its_original(tied, shared, tmp_path):
     with fake_cards() as (card,):
         original = load(source, dtype="float32", device=str(card.device))
         before = card.live
-        loaded = open_cut(original, [1, 4], cut)
+        loaded = open_cut(original, gone([1, 4]), cut)
         gc.collect()
         assert loaded.streamed is None
         # Buffers that no checkpoint stores are shared, too.
@@ -242,7 +243,7 @@ def test_what_differs_in_one_bit_is_the_cuts_own():
     original, cut = (tiny_model("llama").requires_grad_(False) for _ in range(2))
     weight = cut.model.layers[2].mlp.down_proj.weight
     weight.view(torch.int32)[3, 5] ^= 1
-    assert share(cut, original, [])
+    assert share(cut, original, gone([]))
     theirs = dict(original.named_parameters())
     own = [n for n, p in cut.named_parameters() if p.data_ptr() != theirs[n].data_ptr()]
     assert own == ["model.layers.2.mlp.down_proj.weight"]
@@ -251,7 +252,7 @@ def test_what_differs_in_one_bit_is_the_cuts_own():
 def test_a_trained_tensor_is_never_shared():
     original = tiny_model("llama").requires_grad_(False)
     cut = tiny_model("llama")
-    assert share(cut, original, [])
+    assert share(cut, original, gone([]))
     theirs = {p.data_ptr() for p in original.parameters()}
     assert all(p.data_ptr() not in theirs for p in cut.parameters())
 
@@ -262,7 +263,7 @@ def test_a_cut_that_is_all_its_own_is_streamed_where_it_does_not_fit(shared):
     with fake_cards() as (card,):
         original = load(source, dtype="float32", device=str(card.device))
         card.budget = int(1.6 * card.live)
-        loaded = open_cut(original, [], other)
+        loaded = open_cut(original, gone([]), other)
         assert loaded.model is loaded.streamed.model
 
 

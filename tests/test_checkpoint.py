@@ -214,7 +214,7 @@ def test_tokenizer_template_code_and_licence_come_along(source, tmp_path):
     [
         ([6], "must be 0 to 5; got 6"),
         ([-1], "must be 0 to 5; got -1"),
-        (list(range(6)), "all 6 blocks"),
+        (range(6), "all 6 blocks"),
     ],
 )
 def test_impossible_states_are_refused(source, tmp_path, removed, message):

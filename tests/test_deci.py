@@ -10,10 +10,11 @@ import torch
 from safetensors.torch import load_file
 from torch.nn import functional
 
-from gguf_files import held_by, named, write, write_packed
+from gguf_files import cut_gguf, held_by, named, write, write_packed
 from isingcut.errors import InfeasibleError
-from isingcut.formats.architectures.blocks import skip_blocks
-from isingcut.formats.cutting.gguf import Changed, _interleave, cut_gguf
+from isingcut.formats.architectures.blocks import find_stack, skip_blocks
+from isingcut.formats.architectures.removed import Removed
+from isingcut.formats.cutting.gguf import Changed, _interleave
 from isingcut.models.packing import Packer
 from isingcut.models.sublayers import check_sublayers, split_layers
 from isingcut.options.config import RunConfig
@@ -108,8 +109,8 @@ def test_llama_cpp_computes_the_model_without_its_sublayers(family, tmp_path):
     old = queries.numpy().copy()
     queries *= 3
     new = {"blk.4.attn_q.weight": Changed("q", lambda: old, queries.numpy)}
-    dropped = {"attention": [0, 3, 5], "mlps": [1]}
-    cut_gguf(tmp_path / "in.gguf", [2], out, **dropped, changed=new)
+    removed = find_stack(model).remove([0, 3, 4, 5, 6, 10])
+    cut_gguf(tmp_path / "in.gguf", removed, out, changed=new)
     assert field(out, "general.architecture") == "deci"
     assert field(out, "deci.attention.head_count") == [4, 4, 0, 4, 0]
     assert field(out, "deci.attention.head_count_kv") == [2, 2, 0, 2, 0]
@@ -117,7 +118,7 @@ def test_llama_cpp_computes_the_model_without_its_sublayers(family, tmp_path):
     held = read(out)
     assert not any("blk.2.attn" in name or "blk.4.attn" in name for name in held)
     ids = torch.arange(20, 50)
-    with skip_blocks(model, [0, 3, 4, 5, 6, 10]):
+    with skip_blocks(model, removed.blocks):
         wanted = model(input_ids=ids[None], use_cache=False).logits[0]
     assert torch.allclose(run_deci(out, ids), wanted, atol=1e-4)
 
@@ -133,13 +134,15 @@ def test_what_deci_would_compute_otherwise_is_refused(
     tmp_path, architecture, more, words
 ):
     held = held_by(tiny_model("llama"))
-    write(tmp_path / "in.gguf", held | more, architecture=architecture)
+    source = tmp_path / "in.gguf"
+    out = tmp_path / "out.gguf"
+    write(source, held | more, architecture=architecture)
     with refuses(words, ArchitectureError):
-        cut_gguf(tmp_path / "in.gguf", [], tmp_path / "out.gguf", attention=[1])
+        cut_gguf(source, Removed((), (), [1]), out)
     # Without an MLP, the architecture is the same.
-    cut_gguf(tmp_path / "in.gguf", [], tmp_path / "out.gguf", mlps=[1])
-    assert field(tmp_path / "out.gguf", "general.architecture") == architecture
-    before, after = (read(tmp_path / f"{name}.gguf") for name in ("in", "out"))
+    cut_gguf(source, Removed((), (), (), [1]), out)
+    assert field(out, "general.architecture") == architecture
+    before, after = map(read, (source, out))
     differ = {name for name in before if not torch.equal(before[name], after[name])}
     assert differ == {f"blk.1.ffn_{part}.weight" for part in ("gate", "up", "down")}
     assert not any(after[name].any() for name in differ)
@@ -159,7 +162,7 @@ def test_a_budget_counts_the_sublayers_that_leave_the_file(tmp_path):
     context = Context(config)
     blocks = context.describe_blocks(config.budget)
     packed = Packer(context.loaded, file).costs("", blocks.blocks)
-    cut_gguf(file, [], tmp_path / "out.gguf", attention=[2], mlps=[4])
+    cut_gguf(file, context.stack.remove([4, 9]), tmp_path / "out.gguf")
     # The header of the whole file is longer.
     header = packed.size([4, 9]) - (tmp_path / "out.gguf").stat().st_size
     assert 0 <= header < 9 * 80

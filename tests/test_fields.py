@@ -96,7 +96,7 @@ READERS = {
 )
 def test_a_block_that_reads_an_earlier_one_goes_before_it_does(family, source, reader):
     model = odd_model(family, **READERS.get(family, {}))
-    readers = list(range(source + 1, reader + 1))
+    readers = range(source + 1, reader + 1)
     assert forbids(model, [source, *readers[:-1]])
     assert not forbids(model, [source, *readers])
     assert not forbids(model, readers)

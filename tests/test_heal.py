@@ -54,6 +54,7 @@ from tiny import (
     TokenSet,
     build,
     find_stack,
+    gone,
     load,
     load_tiny,
     read_checkpoint,
@@ -503,7 +504,7 @@ def test_a_time_that_the_patch_would_use_up_is_refused(tmp_path):
     text = TokenSet.from_rows([[7] * 64] * 10)
     config = HealConfig(train="3min")
     teacher = SimpleNamespace(model=None)
-    job = home.Job(teacher, (2, 3), tmp_path, text, tmp_path, config)
+    job = home.Job(teacher, gone([2, 3]), tmp_path, text, tmp_path, config)
     home._check_train(job, text.select([0, 1]), 4.0, patches=False)
     with refuses(r"take about 3 min here; give --train 4min"):
         home._check_train(job, text.select([0, 1]), 4.0, patches=True)

@@ -23,7 +23,7 @@ from isingcut.healing.training.student import prepare_training, set_dtypes
 from isingcut.models.compute import divergence as kl
 from isingcut.processes import Processes
 from shared import HealConfig, module_fixture, parametrize, refuses
-from tiny import TokenSet, find_stack, load, tiny_model
+from tiny import TokenSet, find_stack, gone, load, tiny_model
 
 
 def normal(*shape, seed=0):
@@ -216,7 +216,7 @@ def test_what_is_not_trained_is_the_teachers(
     teacher = load(folder / "teacher", dtype=dtype, device="cpu")
     before = {name: t.clone() for name, t in teacher.model.state_dict().items()}
     config = options(folder, tmp_path / "out", {"max_steps": 2}, method="lora:4")
-    job = Job(teacher, REMOVED, folder / "student", TOKENS, tmp_path, config)
+    job = Job(teacher, gone(REMOVED), folder / "student", TOKENS, tmp_path, config)
     run = train._run
     apart = spy(loss, "divergence_from_stream")
 
@@ -268,7 +268,7 @@ def job_on(card, models, folder, processes=None, training=None, **changes):
     """Return the job of a healing before its training, with the teacher on the card."""
     config = options(models, folder / "out", training, dtype="float32", **changes)
     teacher = load(models / "teacher", dtype="float32", device=str(card.device))
-    job = Job(teacher, REMOVED, models / "student", TOKENS, folder, config)
+    job = Job(teacher, gone(REMOVED), models / "student", TOKENS, folder, config)
     return dataclasses.replace(job, processes=processes or job.processes)
 
 

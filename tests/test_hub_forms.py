@@ -188,8 +188,7 @@ def test_streamed_blocks_compute_what_those_in_memory_do(family, tmp_path):
             streams = [r.block(i, s) for r, s in zip(both, streams, strict=True)]
         for recording, stream in zip(both, streams, strict=True):
             assert torch.equal(recording.logits(stream[0], 0), expected[0])
-    excise(tmp_path / "source", [0, 3], tmp_path / "out")
-    assert verify(parts, [0, 3], tmp_path / "out").difference <= 1e-5
+    assert prove_cut(parts, [0, 3], tmp_path).difference <= 1e-5
 
 
 def test_quality_and_distillation_read_the_language_model_inside(tmp_path):

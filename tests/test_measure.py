@@ -45,9 +45,7 @@ def test_measured_losses_are_those_of_really_removed_blocks(family, plain, stub)
     assert OutputHead(replay).plain is plain
     tokens = random_tokens()
     removals = [[0], [len(replay) - 1], [0, 2], [1, 2, 3]]
-    found = measure(
-        replay, tokens, states_of(len(replay), [tuple(r) for r in removals])
-    )
+    found = measure(replay, tokens, states_of(len(replay), removals))
     for s, removed in enumerate(removals):
         kl, nll = plain_means(replay.model, without(replay.model, removed), tokens)
         assert found.kl[s] == pytest.approx(kl, rel=1e-4, abs=1e-6)

@@ -7,11 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from gguf_files import WIDE, WIDE_NUMBERS, held_by, named, write
+from gguf_files import WIDE, WIDE_NUMBERS, cut_gguf, held_by, named, write
 from isingcut.console.progress import silent
 from isingcut.files.runs import PackingFile
 from isingcut.formats.cutting import gguf as gguf_cuts
-from isingcut.formats.cutting.gguf import cut_gguf
 from isingcut.formats.gguf_files import PACKED
 from isingcut.measure.packed import changed_losses
 from isingcut.measure.streams import Kept

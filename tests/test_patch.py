@@ -36,13 +36,16 @@ from tiny import (
     Work,
     excise,
     find_stack,
+    gone,
     load_streamed,
     load_tiny,
     replay_of,
     skip_blocks,
     stack_modules,
+    streamed,
     tiny_checkpoint,
     tiny_model,
+    tiny_replay,
 )
 
 
@@ -222,7 +225,7 @@ def job_of(folder, family, removed, **options):
     excise(source, removed, folder / "cut")
     return Job(
         load_tiny(source),
-        removed,
+        gone(removed),
         folder / "cut",
         tokens(32),
         folder / "work",
@@ -252,7 +255,7 @@ def test_a_cut_that_no_map_helps_is_listed_and_the_others_go_on(monkeypatch):
 
 @parametrize("family", ["llama", "gemma2"])
 def test_states_share_the_original_and_the_cuts_before_they_differ(family, spy):
-    replay = replay_of(tiny_model(family))
+    replay = tiny_replay(family)
     kept = Kept()
     ran = spy(Recording, "block", lambda found, recording, i, stream: i)
     # The first needs fewer blocks than the others.
@@ -315,7 +318,7 @@ def test_a_cut_without_memory_for_its_fit_is_listed_and_the_others_go_on(monkeyp
     rooms = [0, 0, 0]
     room = lambda *given: Allowance(rooms.pop() if rooms else 1 << 40, 0)  # noqa: E731
     monkeypatch.setattr(linear, "allowance", room)
-    found = fit_patches(replay_of(tiny_model("llama")), tokens(), [2, 4], Work(96))
+    found = fit_patches(tiny_replay(), tokens(), [2, 4], Work(96))
     (cut,) = found.record.unpatched
     assert cut.removed == [2, 2]
     words = "fitting a map of mlp.down_proj needs 0.0 GB of host memory, and 0.0 GB"
@@ -325,7 +328,7 @@ def test_a_cut_without_memory_for_its_fit_is_listed_and_the_others_go_on(monkeyp
 
 def test_more_tokens_than_memory_next_to_a_streamed_model_are_refused(tmp_path, stub):
     source = tiny_checkpoint("llama", tmp_path / "source")
-    replay = load_streamed(source, dtype="float32", device="cpu").streamed
+    replay = streamed(source)
     stub(type(replay), "room", 10_000)
     with refuses(r"on 252 tokens needs .* free; lower --patch-tokens"):
         fit_patches(replay, tokens(), [3], Work(96))
@@ -455,7 +458,7 @@ def test_blocks_that_answer_by_gains_are_patched_and_judged_by_what_they_compute
 
 
 def test_gains_are_those_of_the_norm_behind_the_layer():
-    replay = replay_of(tiny_model("olmo2"))
+    replay = tiny_replay("olmo2")
     block = replay.blocks[1]
     with torch.no_grad():
         recording = replay.record(tokens(64).input_ids)

@@ -45,10 +45,9 @@ from tiny import (
     StreamedReplay,
     Work,
     gate_gradients,
-    load_tiny,
+    in_memory,
     measure,
     random_tokens,
-    replay_of,
     tiny_checkpoint,
 )
 
@@ -93,7 +92,7 @@ def stage(counted, name):
 
 def test_energies_take_the_passes_that_are_counted(llama):
     """Compare operations relative to a measurement, not seconds."""
-    replay = replay_of(load_tiny(llama).model)
+    replay = in_memory(llama)
     replay.attention = "eager"
     n = len(replay)
     text = random_tokens([LENGTH] * 4)

@@ -26,6 +26,7 @@ from tiny import (
     edit_tensors,
     excise,
     find_stack,
+    gone,
     inspect_model,
     load,
     load_tiny,
@@ -81,7 +82,9 @@ def test_a_patched_layer_is_plain_and_listed_and_the_others_keep_their_bytes(
     teacher = load_tiny(source)
     assert_weights_close(teacher.model, tiny_model("qwen3"), 1e-3)
     config = HealConfig(patch=patch, patch_tokens=4096)
-    job = Job(teacher, (2,), cut, random_tokens([24] * 48), tmp_path / "work", config)
+    job = Job(
+        teacher, gone([2]), cut, random_tokens([24] * 48), tmp_path / "work", config
+    )
     record = patch_checkpoint(job, patched)
     assert record.proof.difference == 0.0
     assert record.cuts[0].content()["stored"] == "bfloat16, not quantised"

@@ -63,8 +63,7 @@ def test_fidelity_is_spearman_of_scipy():
 
 def test_random_states_are_feasible_distinct_new_and_uniform():
     problem = flat(8, count(8, 3), *keep(8, [0]))
-    besides = np.zeros((1, 8), dtype=bool)
-    besides[0, 1:4] = True
+    besides = states_of(8, [range(1, 4)])
     states, words = random_feasible(problem, 34, 0, besides)
     assert len(np.unique(states, axis=0)) == len(states) == 34
     assert problem.feasible(states).all()

@@ -72,7 +72,7 @@ def tokens():
 
 
 def all_states(n, m):
-    return states_of(n, list(combinations(range(n), m)))
+    return states_of(n, combinations(range(n), m))
 
 
 def best(search):

@@ -19,7 +19,6 @@ from isingcut.models.compute.head import OutputHead
 from shared import ArchitectureError, MemoryExhaustedError, parametrize, refuses
 from tiny import (
     Replay,
-    Store,
     StreamedReplay,
     Work,
     count_calls,
@@ -33,6 +32,7 @@ from tiny import (
     random_tokens,
     samples,
     some_states,
+    states_of,
     streamed,
     tiny_checkpoint,
     watch,
@@ -97,8 +97,7 @@ def test_slopes_at_a_cut_model_are_those_in_memory(family, removed, tmp_path):
     whole = in_memory(folder)
     parts = streamed(folder)
     tokens = samples()
-    state = np.zeros(len(whole), dtype=bool)
-    state[list(removed)] = True
+    (state,) = states_of(len(whole), [removed])
     expected = gate_slopes(whole, tokens, state, 16)
     assert np.abs(expected).max() > 1e-6
     assert_array_equal(gate_slopes(parts, tokens, state, 16), expected)
@@ -127,7 +126,7 @@ def test_a_device_holds_two_parts_and_the_hidden_states(job, tmp_path):
     )
     weights = (tmp_path / "model.safetensors").stat().st_size
     with fake_cards(budget=weights // 2) as (card,):
-        replay = StreamedReplay(Store(folder, torch.float32, card.device))
+        replay = streamed(folder, card.device)
         card.reset_peak()
         JOBS[job](replay, samples(), np.arange(8) < 2)
         assert card.peak < 2.5 * replay.store.largest + 0.1 * weights

@@ -14,7 +14,7 @@ from isingcut.energies.pairwise import Pairwise
 from isingcut.formats.checkpoints import Checkpoint
 from isingcut.healing.heal import heal
 from isingcut.ising.states import states_of
-from isingcut.models.sublayers import check_sublayers, find_zeroed, split_layers
+from isingcut.models.sublayers import check_sublayers, find_removed, split_layers
 from shared import (
     OPTIONS,
     ArchitectureError,
@@ -52,7 +52,7 @@ from tiny import (
     watch,
 )
 
-SUBLAYERS = {"dtype": "float32", "device": "cpu", "units": "sublayers"}
+SUBLAYERS = {"dtype": "float32", "device": "cpu", "split": True}
 
 
 def load_split(folder):
@@ -62,11 +62,9 @@ def load_split(folder):
 def cut(folder, removed, out):
     """Write the exact cut of a checkpoint without these sublayers, with its record."""
     model = load_split(folder)
-    stack = find_stack(model)
-    layers = stack.whole(removed)
-    zeroed = find_zeroed(Checkpoint.read(folder), model, removed)
-    excise(folder, layers, out, zeroed=zeroed)
-    record = {"removed": list(removed), "layers": layers, "of": len(stack)}
+    state = find_removed(Checkpoint.read(folder), model, removed)
+    excise(folder, state, out)
+    record = {"removed": removed, "layers": state.layers, "of": 12}
     save_json(out / "isingcut.json", record)
     return model
 
@@ -98,7 +96,7 @@ def test_halves_one_after_the_other_are_the_layer(family, tmp_path):
     assert list(stack.kinds) == KINDS[family]
     assert stack.split
     assert stack.layers == [i // 2 for i in range(len(stack))]
-    assert stack.whole([0, 3, 4, 5]) == [2]
+    assert stack.remove([0, 3, 4, 5]).layers == (2,)
     assert model.config.to_dict() == plain.config.to_dict()
     assert model.state_dict().keys() == plain.state_dict().keys()
     ids = samples().input_ids
@@ -160,15 +158,16 @@ def test_a_cut_has_zeros_exactly_where_sublayers_are_removed(
     for name in after.keys() - gone:
         old = name.replace(".4.", ".5.")
         assert torch.equal(after[name], before[old]), name
-    assert verify(model, MIXED, out).difference == 0
+    remove = find_stack(model).remove
+    assert verify(model, remove(MIXED), out).difference == 0
     for wrong in ([0, 5, 8, 9], [2, 3, 8, 9], [2, 5, 6, 7], [2, 8, 9]):
         with refuses("differs from the original|fails on text", VerificationError):
-            verify(model, wrong, out)
+            verify(model, remove(wrong), out)
     with edit_tensors(out) as tensors:
         for name in gone:
             tensors[name] += torch.linspace(0, 0.1, tensors[name].shape[-1])
     with refuses("differs from the original", VerificationError):
-        verify(model, MIXED, out)
+        verify(model, remove(MIXED), out)
 
 
 @parametrize("family", ["llama", "gemma2", "mixtral", "jamba", "bloom"])

@@ -19,7 +19,15 @@ from isingcut.models.device import Allowance
 from isingcut.models.replay import Recording
 from shared import ArchitectureError, FitError, HealConfig, parametrize, refuses
 from test_patch import tokens
-from tiny import Work, plain_means, replay_of, skip_blocks, stack_modules, tiny_model
+from tiny import (
+    Work,
+    gone,
+    plain_means,
+    replay_of,
+    skip_blocks,
+    stack_modules,
+    tiny_model,
+)
 
 REMOVED = (2, 3)
 
@@ -31,7 +39,7 @@ def tuned(model, text, removed=REMOVED, at_a_time=96, **changes):
     with contextlib.suppress(ArchitectureError):  # No map helps some random models.
         linear = replace(fit_patches(replay, texts[0], removed, Work(96)), **changes)
     teacher = SimpleNamespace(replay=replay)
-    job = Job(teacher, removed, None, text, None, HealConfig(batch_tokens=96))
+    job = Job(teacher, gone(removed), None, text, None, HealConfig(batch_tokens=96))
     found, record = tune(job, texts, linear, at_a_time=at_a_time)
     return SimpleNamespace(patches=found, record=record)
 

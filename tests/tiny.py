@@ -12,19 +12,21 @@ from isingcut.data.calibration import Calibration, TextSampler, build
 from isingcut.data.tokens import TokenSet
 from isingcut.formats.architectures.blocks import find_stack, skip_blocks, stack_modules
 from isingcut.formats.architectures.cuts import cut_config, legality
-from isingcut.formats.cutting.checkpoint import excise
+from isingcut.formats.architectures.removed import Removed
+from isingcut.formats.cutting import checkpoint
 from isingcut.formats.safetensors_files import read_checkpoint
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.ising.states import states_of
 from isingcut.measure.gradients import gate_gradients, gate_slopes
 from isingcut.measure.losses import measure
 from isingcut.measure.work import Work
+from isingcut.models import verify as proofs
 from isingcut.models.inspect import inspect_model
 from isingcut.models.load import load
 from isingcut.models.replay import Replay
 from isingcut.models.streaming.replay import StreamedReplay, load_streamed
 from isingcut.models.streaming.store import Store
-from isingcut.models.verify import relative_difference, verify
+from isingcut.models.verify import relative_difference
 from isingcut.runs.context import Context
 from isingcut.testing.tiny import (
     random_model,
@@ -33,6 +35,22 @@ from isingcut.testing.tiny import (
     tiny_tokenizer,
 )
 from shared import load_json, save_json
+
+
+def gone(blocks):
+    """Return a state, also from the blocks of a model whose layers are not split."""
+    return blocks if isinstance(blocks, Removed) else Removed(blocks, blocks)
+
+
+def by_blocks(function):
+    """Return a function with a state as its second argument that also takes its blocks."""
+    return lambda source, removed, *rest, **options: function(
+        source, gone(removed), *rest, **options
+    )
+
+
+excise = by_blocks(checkpoint.excise)
+verify = by_blocks(proofs.verify)
 
 
 def replay_of(model):
@@ -49,8 +67,7 @@ def tiny_replay(family="llama", dtype=torch.float32, **changes):
 def forbids(model, removed):
     """Return whether a row of legality forbids a state."""
     stack = find_stack(model)
-    state = np.zeros((1, len(stack)), dtype=bool)
-    state[0, list(removed)] = True
+    state = states_of(len(stack), [removed])
     return not all(
         row.satisfied(state)[0] for row in legality(model.config.to_dict(), stack)
     )
@@ -83,7 +100,7 @@ def without(model, removed):
     cut = copy.deepcopy(model)
     stack = find_stack(cut)
     blocks = stack_modules(cut)
-    kept = [i for i in range(len(stack)) if i not in set(removed)]
+    kept = [i for i in range(len(stack)) if i not in removed]
     parent, _, name = stack.path.rpartition(".")
     setattr(cut.get_submodule(parent), name, nn.ModuleList(blocks[i] for i in kept))
     for key, value in list(vars(cut.config).items()):
@@ -154,11 +171,11 @@ def load_tiny(folder):
 
 
 def in_memory(folder):
-    return replay_of(load_tiny(folder).model)
+    return load_tiny(folder).replay
 
 
-def streamed(folder):
-    return StreamedReplay(Store(folder, torch.float32, CPU))
+def streamed(folder, device=CPU):
+    return StreamedReplay(Store(folder, torch.float32, device))
 
 
 def watch(replay):

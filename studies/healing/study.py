@@ -152,8 +152,9 @@ class Healing(ModelStudy):
             folder = self.work / "models" / key(removed)
             cut = folder / "cut"
             out = folder / (name or stage)
+            state = self.original.stack.remove(removed)
             if not cut.exists():
-                excise(self.original.folder, list(removed), cut)
+                excise(self.original.folder, state, cut)
             start = cut if stage in PATCHES else folder / "patched"
             # An existing checkpoint is complete: its evaluation was killed.
             if not out.exists():
@@ -162,7 +163,7 @@ class Healing(ModelStudy):
                     self.text, report=self.text.report.select(range(4))
                 )
                 config = self._config(stage, steps)
-                job = Job(self.original, tuple(removed), start, text.train, out, config)
+                job = Job(self.original, state, start, text.train, out, config)
                 heal_checkpoint(job, text, out)
             record = read(out / "healing.json")
             found = {

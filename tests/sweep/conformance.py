@@ -27,7 +27,7 @@ from isingcut.formats.checkpoints import Checkpoint
 from isingcut.formats.libraries import quiet_transformers
 from isingcut.ising.states import blocks_of
 from isingcut.models.placement import connect, place
-from isingcut.models.sublayers import check_sublayers, find_zeroed, split_layers
+from isingcut.models.sublayers import check_sublayers, find_removed, split_layers
 from isingcut.models.verify import random_tokens, reload
 from sweep.caches import compare_cache
 from sweep.gates import check_gates
@@ -42,6 +42,7 @@ from tiny import (
     random_model,
     relative_difference,
     skip_blocks,
+    states_of,
     tiny_checkpoint,
     tiny_model,
     verify,
@@ -296,20 +297,20 @@ def _check_sublayers(model, tokens, folder):
     check_sublayers(model)
     stack = find_stack(model)
     rows = legality(model.config.to_dict(), stack)
-    removed, other = _two_sublayers(stack, rows)
-    worst = _replay_is_forward(Replay(model), tokens, [removed])
+    blocks, other = _two_sublayers(stack, rows)
+    worst = _replay_is_forward(Replay(model), tokens, [blocks])
     source = folder / "source"
     out = folder / "sublayers"
-    zeroed = find_zeroed(Checkpoint.read(source), model, removed)
-    excise(source, [], out, zeroed=zeroed)
+    removed = find_removed(Checkpoint.read(source), model, blocks)
+    excise(source, removed, out)
     with mock.patch.multiple(
         "isingcut.models.verify", NEW_TOKENS=8, reload=functools.cache(reload)
     ):
         proof = verify(model, removed, out, images=invent_images)
         with suppress(VerificationError):
-            verify(model, other, out)
+            verify(model, stack.remove(other), out)
             raise AssertionError(
-                f"the proof does not tell sublayers {removed} from {other}"
+                f"the proof does not tell sublayers {blocks} from {other}"
             )
     return max(worst, proof.difference)
 
@@ -324,7 +325,7 @@ def _two_sublayers(stack, rows):
     halves = [i for i, k in enumerate(stack.layers) if stack.layers.count(k) == 2]
     mixers = sorted(halves[::2], key=lambda i: "attention" not in stack.kinds[i])
     for state in itertools.product(mixers, reversed(halves[1::2])):
-        bits = np.isin(np.arange(len(stack)), state)[None]
+        bits = states_of(len(stack), [state])
         apart = stack.layers[state[0]] != stack.layers[state[1]]
         if apart and all(row.satisfied(bits)[0] for row in rows):
             other = next(i for i in mixers if i != state[0])
@@ -371,7 +372,7 @@ def legal_states(stack, rows, wanted):
     bits = bits[np.random.default_rng(0).permutation(len(bits))]
     first = bits[:, 0]
     last = bits[:, -1]
-    picks = list(range(len(bits)))
+    picks = range(len(bits))
     for mask in (first & last, last & ~first, first & ~last):
         picks = [*(int(i) for i in np.flatnonzero(mask)[:1]), *picks]
     unique = list(dict.fromkeys(picks))[:wanted]

@@ -24,7 +24,7 @@ from isingcut.files.evaluations import (
     Shown,
 )
 from isingcut.files.results import without_infinities
-from isingcut.formats.architectures.blocks import find_stack, language_model
+from isingcut.formats.architectures.blocks import language_model
 from isingcut.formats.safetensors_files import weight_files
 from isingcut.ising.states import Floats
 from isingcut.measure.losses import difference, standard_error
@@ -128,7 +128,7 @@ def before_and_after(
             **figures,
             parameters=sum(p.numel() for p in side.model.parameters()),
             bytes=sum(file.stat().st_size for file in weight_files(side.folder)),
-            blocks=len(set(find_stack(side.model).layers)),
+            blocks=side.stack.depth,
         )
     return EvaluationFile(
         samples=tokens.samples,

@@ -122,7 +122,7 @@ def score_states(
         ModelError: a log-likelihood is not finite.
     """
     replay = loaded.replay
-    states = states_of(len(replay), [tuple(blocks) for blocks in removed])
+    states = states_of(len(replay), removed)
     # The answers to each row under all states, which are computed together.
     known = dict[Continuation, list[Likelihood]]()
     shown = sys.stderr

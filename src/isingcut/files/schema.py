@@ -17,16 +17,14 @@ Some = Annotated[int, Field(ge=1, le=10**18)]
 Scalar = str | int | float | bool | None
 
 
-def _check_distinct(blocks: list[int]) -> list[int]:
+def _sort_distinct(blocks: list[int]) -> list[int]:
     if len(set(blocks)) < len(blocks):
         raise ValueError("a block appears twice")
-    return blocks
+    return sorted(blocks)
 
 
 Index = Annotated[int, Field(ge=0, le=2**31)]
-Blocks = Annotated[
-    list[Index], Field(max_length=2**20), AfterValidator(_check_distinct)
-]
+Blocks = Annotated[list[Index], Field(max_length=2**20), AfterValidator(_sort_distinct)]
 
 
 class Strict(BaseModel):

@@ -30,7 +30,7 @@ from isingcut.options.heal import HealConfig
 from isingcut.options.text import TEXT
 from isingcut.report.run_files import RunFiles
 
-Removal = CutRecord | HealingFile
+RemovalRecord = CutRecord | HealingFile
 """The record of a cut: the removed blocks, and the number of blocks before the cut."""
 
 
@@ -139,7 +139,7 @@ def request_of(config: HealConfig, student: Path, teacher: Path) -> str:
     return fingerprint([describe_options(config), models, text_hashes(config.text)])
 
 
-def read_removal(folder: Path) -> Removal | None:
+def read_removal(folder: Path) -> RemovalRecord | None:
     """Read the removed blocks from the record in a checkpoint; None without a record.
 
     Raises:
@@ -153,7 +153,7 @@ def read_removal(folder: Path) -> Removal | None:
     if name is None:
         return None
     record = load_json(folder / name, "the record of the cut")
-    kind: type[Removal] = CutRecord if name == CUT else HealingFile
+    kind: type[RemovalRecord] = CutRecord if name == CUT else HealingFile
     try:
         return kind.model_validate(record)
     except ValidationError as e:
@@ -164,12 +164,7 @@ def read_removal(folder: Path) -> Removal | None:
         ) from e
 
 
-def units_of(removal: Removal | None) -> str:
-    """Return what the blocks of a cut are, as the option `units`."""
-    return "blocks" if removal is None or removal.layers is None else "sublayers"
-
-
-def original_of(removal: Removal) -> dict[str, Any]:
+def original_of(removal: RemovalRecord) -> dict[str, Any]:
     """Return the original's name and `sources.model_identity`; empty if not recorded."""
     if isinstance(removal, CutRecord):
         return removal.model

@@ -37,7 +37,7 @@ from isingcut.files.ownership import refuse_changed
 from isingcut.files.provenance import versions
 from isingcut.files.results import fingerprint, without_infinities, write_document
 from isingcut.files.writing import atomic_folder, lock_place
-from isingcut.formats.architectures.blocks import find_stack, text_config
+from isingcut.formats.architectures.blocks import text_config
 from isingcut.formats.cutting.checkpoint import remove_paths
 from isingcut.formats.sources import (
     check_unchanged,
@@ -54,7 +54,6 @@ from isingcut.healing.checks import (
     read_removal,
     request_of,
     start_of,
-    units_of,
 )
 from isingcut.healing.job import (
     LEAST_STEPS,
@@ -138,12 +137,9 @@ def heal(
             dtype=dtype,
             device=config.device,
             trust_remote_code=trust,
-            units=units_of(known),
+            split=known is not None and known.layers is not None,
         )
-        if known is None:
-            removed = removal_by_weights(student, teacher)
-        else:
-            removed = tuple(sorted(known.removed))
+        blocks = known.removed if known else removal_by_weights(student, teacher)
         used = _calibration_of(student)
         own = None
         if used is not None and shares_text(used.source, config.text):
@@ -153,7 +149,7 @@ def heal(
         text = build_text(config, teacher, used, own)
         job = Job(
             teacher,
-            removed,
+            teacher.stack.remove(blocks),
             student,
             text.train,
             out,
@@ -235,7 +231,7 @@ def identity_of(job: Job, text: HealingText) -> str:
         {
             "options": {**describe_options(job.config), "trainer": settings},
             "models": [model_identity(folder)["sha256"] for folder in folders],
-            "removed": list(job.removed),
+            "removed": job.removed.blocks,
             "tokens": [
                 [t.input_ids.tolist(), t.counted is not None and t.counted.tolist()]
                 for t in (text.train, text.report)
@@ -339,7 +335,7 @@ def _train(job: Job, text: HealingText) -> tuple[Path, HealingFile | None]:
                 shutil.rmtree(patched, ignore_errors=True)
                 if config.patch is not None:
                     raise
-                return PatchScores(**record_unpatched(job.removed, e).content())
+                return PatchScores(**record_unpatched(job.removed.blocks, e).content())
             scores.scores = _scores(job, patched, text.report)
             return scores
 
@@ -365,7 +361,7 @@ def _train(job: Job, text: HealingText) -> tuple[Path, HealingFile | None]:
         shutil.copytree(job.start, done)
     if not main:
         return done, None
-    stack = find_stack(job.teacher.model)
+    stack = job.teacher.stack
     models = {"teacher": job.teacher.folder, "student": student}
     named = {
         k: {"name": folder.name, **model_identity(folder)}
@@ -376,8 +372,8 @@ def _train(job: Job, text: HealingText) -> tuple[Path, HealingFile | None]:
         **{"steps": [], **record},
         after=_pair(record["before"], _scores(job, done, text.report), text.report),
         start=start,
-        removed=list(job.removed),
-        layers=stack.whole(job.removed) if stack.split else None,
+        removed=list(job.removed.blocks),
+        layers=list(job.removed.layers) if stack.split else None,
         of=len(stack),
         length=sample_length(config, job.teacher.model),
         report_samples=text.report.samples,

@@ -25,6 +25,7 @@ from isingcut.data.tokens import TokenSet, pieces
 from isingcut.errors import InputError, one_line
 from isingcut.files.healings import HealingCheck, HealingRecipe, HealingStop
 from isingcut.formats.architectures.blocks import text_config
+from isingcut.formats.architectures.removed import Removed
 from isingcut.formats.safetensors_files import PLAIN, read_checkpoint
 from isingcut.measure.losses import difference
 from isingcut.models.device import pick_device
@@ -96,7 +97,7 @@ class Job:
 
     Attributes:
         teacher: the original model; without weights if it is streamed.
-        removed: the removed blocks, ascending.
+        removed: the state of the cut model.
         start: the cut model's checkpoint.
         tokens: training text; never the text for reported results.
         work: work folder, for resuming.
@@ -109,7 +110,7 @@ class Job:
     """
 
     teacher: LoadedModel
-    removed: tuple[int, ...]
+    removed: Removed
     start: Path
     tokens: TokenSet
     work: Path

@@ -18,7 +18,7 @@ from isingcut.formats.architectures.blocks import stack_modules
 from isingcut.formats.checkpoints import Checkpoint
 from isingcut.formats.sources import list_differences, model_identity
 from isingcut.healing import CUT
-from isingcut.healing.checks import Removal, original_of
+from isingcut.healing.checks import RemovalRecord, original_of
 from isingcut.models.load import LoadedModel, load, load_tokenizer
 from isingcut.options.heal import HealConfig
 
@@ -26,7 +26,7 @@ _PROBE = string.printable + "The old mill stood by the river. naïve 東京 😀
 
 
 def check_pair(
-    config: HealConfig, student: Path, removal: Removal | None, teacher: Path
+    config: HealConfig, student: Path, removal: RemovalRecord | None, teacher: Path
 ) -> None:
     """Check that student and teacher belong together, without loading their weights.
 
@@ -72,7 +72,7 @@ def check_pair(
 
 
 def _check_cut(
-    student: Checkpoint, removal: Removal, name: str, teacher: Checkpoint
+    student: Checkpoint, removal: RemovalRecord, name: str, teacher: Checkpoint
 ) -> None:
     """Check a checkpoint against its record, without loading it.
 

@@ -29,6 +29,7 @@ from isingcut.formats.architectures.fields import config_object
 from isingcut.formats.checkpoints import Checkpoint, check_sizes
 from isingcut.formats.libraries import quiet_transformers
 from isingcut.ising.constraints import LinearConstraint
+from isingcut.ising.states import states_of
 from isingcut.models.cache import copy_cache, count_cache
 from isingcut.models.device import pick_device, pick_devices, pick_dtype
 from isingcut.models.load import build_on_meta, find_auto_class, find_unused
@@ -92,10 +93,10 @@ def check_same_blocks(
 def _first_legal(n: int, rows: Sequence[LinearConstraint]) -> list[int] | None:
     for size in range(1, min(_LONGEST, n - 1) + 1):
         for start in range(n - size + 1):
-            state = np.zeros((1, n), dtype=bool)
-            state[0, start : start + size] = True
+            removed = list(range(start, start + size))
+            state = states_of(n, [removed])
             if all(row.satisfied(state)[0] for row in rows):
-                return list(range(start, start + size))
+                return removed
     return None
 
 

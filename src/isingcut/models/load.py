@@ -14,6 +14,8 @@ from torch import Tensor
 
 from isingcut.errors import NOT_FINITE, ArchitectureError, IsingcutError, ModelError
 from isingcut.formats.architectures.blocks import (
+    BlockStack,
+    find_stack,
     language_model,
     stop_rescaling,
     text_config,
@@ -128,6 +130,11 @@ class LoadedModel:
         """The model's blocks, to run one at a time."""
         return self.streamed or Replay(self.model)
 
+    @cached_property
+    def stack(self) -> BlockStack:
+        """The model's blocks."""
+        return find_stack(self.model)
+
     @property
     def dtype_name(self) -> str:
         """Name of the dtype, as an option of `load`."""
@@ -140,7 +147,7 @@ def load(
     dtype: str = "auto",
     device: str = "auto",
     trust_remote_code: bool = False,
-    units: str = "blocks",
+    split: bool = False,
 ) -> LoadedModel:
     """Load a model from a resolved folder, in evaluation mode and with frozen parameters.
 
@@ -149,7 +156,7 @@ def load(
 
     Args:
         dtype, device: as in `pick_dtype` and `pick_devices`.
-        units: what a block of the model is, see `RunConfig`.
+        split: whether the sublayers of each layer are the blocks, see `split_layers`.
 
     Raises:
         ModelError: transformers cannot load the model; tensors are missing from the checkpoint or
@@ -184,7 +191,7 @@ def load(
         model.to(devices[0])
     connect(model, places)
     freeze(model)
-    if units == "sublayers":
+    if split:
         split_layers(model)
         check_sublayers(model)
     reuse_freed_memory()

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from isingcut.files.runs import BlockCosts, PackedModel
 from isingcut.formats.architectures.blocks import (
-    find_stack,
     language_model,
     tensor_prefixes,
     text_config,
@@ -52,7 +51,7 @@ class Packer:
         self._types: dict[str, Any] = {}
         # Shape (row length last), current type and block (-1 outside all) of each tensor.
         self._tensors: dict[str, tuple[list[int], Any, int]] = {}
-        stack = find_stack(model)
+        stack = loaded.stack
         # Sublayers that go alone stay as zeros in the file, unless llama.cpp can run without them.
         self._stay = {
             i for i, k in enumerate(stack.layers) if stack.layers.count(k) > 1

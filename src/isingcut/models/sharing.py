@@ -4,7 +4,7 @@ A cut has the bytes of all kept blocks of its original. So both models together 
 one, plus that of the layers that a patch changed.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from isingcut.formats.architectures.blocks import find_stack
+from isingcut.formats.architectures.cuts import renumber_blocks
+from isingcut.formats.architectures.removed import Removed
 from isingcut.models.device import allowance, weight_bytes
 from isingcut.models.load import LoadedModel, load
 from isingcut.models.placement import as_parameter, connect, place_of, places_of
@@ -21,9 +23,7 @@ from isingcut.models.streaming.replay import load_streamed
 _CHUNK_BYTES = 64 * 2**20
 
 
-def open_cut(
-    original: LoadedModel, removed: Sequence[int], folder: Path
-) -> LoadedModel:
+def open_cut(original: LoadedModel, removed: Removed, folder: Path) -> LoadedModel:
     """Load a cut checkpoint on the device of its original in memory; equal tensors share memory.
 
     If the checkpoint does not fit host memory, or its own tensors do not fit the device, its blocks
@@ -46,13 +46,13 @@ def fits(folder: Path, dtype: torch.dtype) -> bool:
     return weight_bytes(folder, dtype) <= allowance("", torch.device("cpu")).left
 
 
-def share(cut: Any, original: Any, removed: Sequence[int]) -> bool:
+def share(cut: Any, original: Any, removed: Removed) -> bool:
     """Move a cut model to its original's devices; frozen tensors with equal bits share memory.
 
     Args:
         cut: the cut model, on the CPU; PEFT may have added adapters to its layers.
         original: the original, on its device or placed over several.
-        removed: the blocks that the cut lacks, by their numbers in the original.
+        removed: the state of the cut.
 
     Returns:
         True; False, with the cut unchanged, if tensors that are not equal do not fit a device.
@@ -115,15 +115,12 @@ def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from model.named_buffers(remove_duplicate=False)
 
 
-def _original_names(
-    cut: Any, original: Any, removed: Sequence[int]
-) -> Callable[[str], str]:
+def _original_names(cut: Any, original: Any, removed: Removed) -> Callable[[str], str]:
     """Return a function from the name of a tensor in the cut to its name in the original."""
     stack = find_stack(original)
-    gone = stack.whole(removed)
-    kept = (layer for layer in dict.fromkeys(stack.layers) if layer not in gone)
+    kept = renumber_blocks(stack.depth, removed.layers)
     ours = f"{find_stack(cut).path}."
-    sources = {f"{ours}{new}": f"{stack.path}.{old}" for new, old in enumerate(kept)}
+    sources = {f"{ours}{new}": f"{stack.path}.{old}" for old, new in kept.items()}
 
     def name_source(name: str) -> str:
         name = name.replace("base_layer.", "")

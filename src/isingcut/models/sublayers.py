@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -28,11 +29,13 @@ from isingcut.formats.architectures.blocks import (
     find_stack,
     language_model,
     layer_config,
+    layer_modules,
     replace_forwards,
     stack_modules,
     tensor_prefixes,
     text_config,
 )
+from isingcut.formats.architectures.removed import Removed
 from isingcut.formats.checkpoints import Checkpoint
 from isingcut.formats.transformers_private import Names
 from isingcut.memory import raise_if_exhausted
@@ -49,7 +52,7 @@ def split_layers(model: Any) -> None:
         ArchitectureError: no layer has two sublayers.
     """
     config = text_config(model)
-    layers = list(model.get_submodule(find_stack(model).path).children())
+    layers = layer_modules(model)
     for i, layer in enumerate(layers):
         mixers = list[str]()
         others = list[str]()
@@ -91,11 +94,7 @@ def check_sublayers(model: Any) -> None:
         ArchitectureError: the sublayers of a layer together do not give what the layer gives, or
             the model does not run on text alone.
     """
-    layers = [
-        layer
-        for layer in model.get_submodule(find_stack(model).path).children()
-        if len(blocks_in(layer)) > 1
-    ]
+    layers = [layer for layer in layer_modules(model) if len(blocks_in(layer)) > 1]
     text = language_model(model)
     ids = torch.arange(4, device=model.device)[None]
     comparing = replace_forwards(layers, [_compare(layer) for layer in layers])
@@ -167,33 +166,19 @@ def _same(one: Any, other: Any) -> bool:
     )
 
 
-def find_dropped(model: Any) -> list[nn.Module]:
-    """Return the modules of removed sublayers in a loaded checkpoint, in which all numbers are 0.
-
-    All their gradients are 0 too, but for biases of the last layer.
-    """
-    return [
-        child
-        for layer in model.get_submodule(find_stack(model).path).children()
-        for child in layer.children()
-        if any(p.ndim > 1 for p in child.parameters())
-        and not any(p.any() for p in child.parameters())
-    ]
-
-
-def find_zeroed(seen: Checkpoint, model: Any, removed: Collection[int]) -> set[str]:
-    """Return the stored tensors of removed sublayers in layers that stay.
+def find_removed(seen: Checkpoint, model: Any, blocks: Collection[int]) -> Removed:
+    """Return the state without these blocks, with the stored tensors that become zeros.
 
     Args:
         seen: the model's checkpoint.
-        removed: removed blocks.
     """
     stack = find_stack(model)
-    whole = stack.whole(removed)
+    removed = stack.remove(blocks)
     of_blocks = tensor_prefixes(model)
-    alone = [of_blocks[i] for i in removed if stack.layers[i] not in whole]
+    alone = [of_blocks[i] for i in blocks if stack.layers[i] not in removed.layers]
     if not alone:
-        return set()
+        return removed
     names = Names(model, torch.float32)
     prefixes = tuple(itertools.chain.from_iterable(alone))
-    return {n for n in seen.stored if names.target(n)[0].startswith(prefixes)}
+    zeroed = {n for n in seen.stored if names.target(n)[0].startswith(prefixes)}
+    return replace(removed, zeroed=zeroed)

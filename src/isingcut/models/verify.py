@@ -6,7 +6,7 @@ processor makes them. Without a processor, a cut is verified on text only.
 
 import inspect
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from isingcut.formats.architectures.blocks import (
     text_config,
 )
 from isingcut.formats.architectures.cuts import read_decoder
+from isingcut.formats.architectures.removed import Removed
 from isingcut.formats.checkpoints import is_mtp
 from isingcut.formats.libraries import convert_errors, quiet_transformers
 from isingcut.formats.safetensors_files import read_config
@@ -258,7 +259,7 @@ _STREAMED_TOKENS = 3
 
 def verify(
     source: Any,
-    removed: Sequence[int],
+    removed: Removed,
     out: Path,
     *,
     images: Callable[..., ImageInputs] = process_images,
@@ -274,7 +275,7 @@ def verify(
 
     Args:
         source: the original, or its `StreamedReplay`.
-        removed: the blocks that ``out`` lacks.
+        removed: the state of ``out``.
         out: the checkpoint to verify.
         images: function that makes prompts with images, for a model that takes them.
         trust_remote_code: as in ``from_pretrained``.
@@ -291,11 +292,11 @@ def verify(
     allowed = tolerance(model.dtype)
 
     def compare(kind: str, logits: Callable[[Any], torch.Tensor]) -> float:
-        with torch.no_grad(), skip_blocks(model, removed):
+        with torch.no_grad(), skip_blocks(model, removed.blocks):
             expected = logits(model)
         broken = (
             f"the checkpoint {out} fails on {kind}, but the original without blocks "
-            f"{sorted(removed)} does not"
+            f"{[*removed.blocks]} does not"
         )
         with torch.no_grad(), convert_errors(VerificationError, broken):
             got = logits(cut).to(expected.device)
@@ -303,13 +304,13 @@ def verify(
         if not difference <= allowed:
             raise VerificationError(
                 f"the checkpoint {out} differs from the original without blocks "
-                f"{sorted(removed)} on {kind}: logits differ by {difference:.2e} of their size "
+                f"{[*removed.blocks]} on {kind}: logits differ by {difference:.2e} of their size "
                 f"(expected at most {allowed:.0e})"
             )
         return difference
 
     def generate(row: torch.Tensor, options: dict[str, Any]) -> Any:
-        with skip_blocks(model, removed):
+        with skip_blocks(model, removed.blocks):
             return inner.generate(row, use_cache=True, **options)
 
     def on_text(whole: Any) -> Any:
@@ -354,7 +355,7 @@ def verify(
 
 def _open_cut(
     original: Any,
-    removed: Sequence[int],
+    removed: Removed,
     out: Path,
     trust: bool,
     buffers: Buffers | None,

@@ -181,7 +181,7 @@ class RunFiles:
         """
         if (ranking := self.candidates) is not None:
             rows = (ranking.chosen, *ranking.candidates, *ranking.random)
-            return next((r for r in rows if sorted(r.removed) == self.removed), None)
+            return next((r for r in rows if r.removed == self.removed), None)
         return self.spectrum.states[0] if self.spectrum else None
 
     def gone(self, cost: str) -> int:
@@ -198,8 +198,8 @@ class RunFiles:
         """Blocks removed from the checkpoint, or the ranking's chosen blocks before a cut."""
         made = self.record(self.target / "model")
         if self.removal and made:
-            return sorted(made.options.removed or [])
-        return sorted(self.candidates.chosen.removed) if self.candidates else None
+            return made.options.removed
+        return self.candidates.chosen.removed if self.candidates else None
 
     @property
     def summary(self) -> str:

@@ -56,14 +56,13 @@ def number_states(files: RunFiles) -> list[ReportState]:
     of baselines, and one named by hand."""
     ranking = files.candidates
     candidates = ranking.candidates if ranking else []
-    measured = {tuple(sorted(row.removed)): row for row in candidates}
+    measured = {tuple(row.removed): row for row in candidates}
     low = files.spectrum.states if files.spectrum else candidates
     chosen = files.removed
     main = files.hamiltonian
     numbered = list[ReportState]()
 
     def add(name: str, kind: str, gone: list[int], loss: Any = None) -> None:
-        gone = sorted(gone)
         energy = main.energy(states_of(main.n, [gone])[0]) if main else None
         state = ReportState(
             len(numbered), name, kind, tuple(gone), energy, loss, gone == chosen
@@ -71,7 +70,7 @@ def number_states(files: RunFiles) -> list[ReportState]:
         numbered.append(state)
 
     for rank, s in enumerate(low):
-        loss = measured.get(tuple(sorted(s.removed)))
+        loss = measured.get(tuple(s.removed))
         add(f"state {rank}", "candidate", s.removed, loss)
     for k, row in enumerate(ranking.random if ranking else []):
         add(f"random state {k}", "random", row.removed, row)

@@ -137,7 +137,7 @@ def known_rows(
         return []
     known = [(row, ranking.tokens) for row in ranking.candidates]
     known += [(row, ranking.random_tokens) for row in ranking.random]
-    return [(row, n) for row, n in known if sorted(row.removed) == sorted(removed)][:1]
+    return [(row, n) for row, n in known if row.removed == list(removed)][:1]
 
 
 def correlation_text(ranks: states.Correlations) -> str:

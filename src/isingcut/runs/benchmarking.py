@@ -88,7 +88,7 @@ def choose_by_tasks(
     best = [
         i
         for place, i in enumerate(order)
-        if place < benchmark.CONTENDERS or sorted(rows[i].removed) == last
+        if place < benchmark.CONTENDERS or rows[i].removed == last
     ]
     removed = [rows[i].removed for i in best]
     drawn = benchmark.draw_half({task.name: task.pool() for task in tasks}, seed)

@@ -21,12 +21,12 @@ from isingcut.files.results import read_document
 from isingcut.files.runs import BlockList, Computed, ModelIdentity, Provenance
 from isingcut.formats.architectures.blocks import (
     BlockStack,
-    find_stack,
     language_model,
     stack_modules,
     text_config,
 )
 from isingcut.formats.architectures.cuts import legality
+from isingcut.formats.architectures.removed import Removed
 from isingcut.formats.sources import (
     check_unchanged,
     find_gguf,
@@ -217,7 +217,7 @@ class Context:
         """Open a checkpoint; if the model is streamed, with buffers of another one if given."""
         how: Any = {"dtype": self.dtype, "device": self.device}
         how["trust_remote_code"] = self.options.trust_remote_code
-        how["units"] = self.options.units
+        how["split"] = self.options.units == "sublayers"
         if self.streaming:
             limit = self.options.memory_limit
             return load_streamed(folder, **how, memory_limit=limit, buffers=buffers)
@@ -228,26 +228,25 @@ class Context:
         return Work(self.batch_tokens, self.progress, journal)
 
     def open_cut(
-        self, folder: Path, removed: Sequence[int] | None = None
+        self, folder: Path, removed: Removed | None = None
     ) -> models.LoadedModel:
         """Open a cut of the model that shares its weights, see `sharing.open_cut`.
 
         Args:
-            removed: its removed blocks; None: those in its record, or none without a record.
+            removed: its state; None: that in its record, or no removed block without a record.
         """
         if self.streaming:
             return self._open(folder, self.loaded.streamed.store.buffers)
         record = folder / "isingcut.json"
         if removed is None:
-            removed = (
-                read_document(record, CutRecord).removed if record.is_file() else []
-            )
+            known = record.is_file() and read_document(record, CutRecord).removed
+            removed = self.stack.remove(known or [])
         return open_cut(self.loaded, removed, folder)
 
-    @cached_property
+    @property
     def stack(self) -> BlockStack:
         """The model's blocks."""
-        return find_stack(self.loaded.model)
+        return self.loaded.stack
 
     @cached_property
     def inspected(self) -> Inspection:

@@ -27,6 +27,7 @@ from isingcut.files import cuts, ownership, results, writing
 from isingcut.files.runs import BlockList
 from isingcut.files.store import Store, slug
 from isingcut.formats.architectures.cuts import cut_config
+from isingcut.formats.architectures.removed import Removed
 from isingcut.formats.checkpoints import Checkpoint, count_mtp_layers
 from isingcut.formats.cutting import gguf
 from isingcut.formats.cutting.checkpoint import excise as write_cut
@@ -52,7 +53,7 @@ from isingcut.models.load import (
     find_unused,
     load_config,
 )
-from isingcut.models.sublayers import find_zeroed
+from isingcut.models.sublayers import find_removed
 from isingcut.models.verify import verify
 from isingcut.options.heal import LENGTH, HealConfig, HealingOptions
 from isingcut.options.patch import PatchOptions
@@ -93,11 +94,11 @@ def output_folder(
     ranked = target / "candidates.json"
     if not there and ranked.exists():
         there = [folder.load(ranked, load_candidates).chosen.removed]
-    if all(sorted(blocks) == sorted(removed) for blocks in there):
+    if all(blocks == removed for blocks in there):
         return target
-    named = "-".join(map(str, sorted(removed)))
+    named = "-".join(map(str, removed))
     if len(named) > _LONGEST_NAME:
-        named = results.fingerprint({"removed": sorted(removed)})[:16]
+        named = results.fingerprint({"removed": removed})[:16]
     return folder.path / f"remove-{slug(config.removal)}-blocks-{named}"
 
 
@@ -129,9 +130,9 @@ def _place_without(
     others = ((folder.path / key).parent for key in keys)
     for place in (folder.target(config.removal), *others):
         made = folder.find_record(place / "model")
-        if made and made.done and sorted(made.options.removed or ()) == sorted(removed):
+        if made and made.done and made.options.removed == removed:
             return place
-    named = ",".join(map(str, sorted(removed)))
+    named = ",".join(map(str, removed))
     raise InputError(
         f"{folder.path} has no checkpoint without the blocks {named}; "
         f"type: isingcut excise {shlex.quote(str(folder.path))} --blocks {named}"
@@ -204,23 +205,18 @@ def _plan_gguf(runner: Runner, config: Any, out: Path, source: Path) -> Planned:
 
 @stage("gguf", Path, plan=_plan_gguf)
 def cut_gguf(context: Context, inputs: Inputs, options: Any, out: Path) -> None:
-    removed = options.removed
+    source = context.source
     header = read_gguf(options.original)
-    layers = context.stack.whole(removed)
-    attention, mlps = context.stack.halved(removed)
-    seen = Checkpoint.read(context.source)
-    zeroed = find_zeroed(seen, context.loaded.model, removed)
+    removed = find_removed(
+        Checkpoint.read(source), context.loaded.model, options.removed
+    )
     checkpoint = inputs.find("product")
     gguf.cut_gguf(
         options.original,
-        layers,
+        removed,
         out,
-        attention=attention,
-        mlps=mlps,
         drop_mtp=options.drop_mtp,
-        changed=gguf.changed_tensors(
-            header, context.source, checkpoint, layers, zeroed
-        ),
+        changed=gguf.changed_tensors(header, source, checkpoint, removed),
         packed=options.type,
         progress=context.progress,
     )
@@ -284,37 +280,35 @@ def make_model(context: Context, inputs: Inputs, options: Any, out: Path) -> Non
     fit = None
     if options.repair != "none":
         fit = Fit.of(context, inputs.read("calibration", Calibration.load), options)
-    blocks: list[int] = options.removed
     drop_mtp: bool = options.drop_mtp
     files = RunFiles(inputs.folder, options.target)
     source = context.source
     loaded = context.loaded
     trust = context.options.trust_remote_code
-    layers = context.stack.whole(blocks)
     with writing.atomic_folder(out, overwrite=True, sources=[source]) as temporary:
         temporary.rmdir()
         seen = Checkpoint.read(source)
-        cut_config(seen.config, layers, drop_mtp=drop_mtp)
+        removed = find_removed(seen, loaded.model, options.removed)
+        cut_config(seen.config, removed.layers, drop_mtp=drop_mtp)
         unused = find_unused(seen, loaded.model)
-        stored = StoredLayers(source, context.stack)
+        stored = StoredLayers(source, loaded.stack)
         patched = dict[str, Any]()
         if fit is not None:
             patched["patch"] = _make_patches(
-                fit, blocks, context.progress, stored
+                fit, removed, context.progress, stored
             ).record
         write_cut(
             source,
-            layers,
+            removed,
             temporary,
             drop_mtp=drop_mtp,
             unused=unused,
-            zeroed=find_zeroed(seen, loaded.model, blocks),
             replaced=stored.replaced,
         )
         with apply_patches(loaded.replay, stored.patches):
             proof = verify(
                 loaded.runnable,
-                blocks,
+                removed,
                 temporary,
                 trust_remote_code=trust,
                 progress=context.progress,
@@ -322,12 +316,12 @@ def make_model(context: Context, inputs: Inputs, options: Any, out: Path) -> Non
         if unused:
             proof.remarks.append(explain_unused(unused))
         loads_with = find_auto_class(load_config(source, trust_remote_code=trust))
-        parts = card_parts(files, blocks, loads_with.__name__)
+        parts = card_parts(files, removed.blocks, loads_with.__name__)
         mtp = {"mtp": count_mtp_layers(seen), "drop_mtp": drop_mtp}
         record = cuts.CutRecord(
-            removed=blocks,
-            layers=layers if context.stack.split else None,
-            of=len(context.stack),
+            removed=list(removed.blocks),
+            layers=list(removed.layers) if loaded.stack.split else None,
+            of=len(loaded.stack),
             model=files.run.provenance.model.content(),
             card=parts.model_copy(update={"proof": proof.inputs, **mtp, **patched}),
             proof=proof,
@@ -368,7 +362,7 @@ class Fit:
 
 def _make_patches(
     fit: Fit,
-    removed: Sequence[int],
+    removed: Removed,
     progress: Progress,
     layers: StoredLayers | None = None,
     kept: Kept | None = None,
@@ -386,29 +380,29 @@ def _make_patches(
         patch=fit.repair, patch_tokens=fit.tokens, batch_tokens=context.batch_tokens
     )
     source = context.source
-    job = Job(loaded, tuple(removed), source, tokens, source, how, progress)
+    job = Job(loaded, removed, source, tokens, source, how, progress)
     try:
         made = make_patches(job, layers, kept)
     except CANNOT as e:
-        return Repaired([], record_unpatched(removed, e))
+        return Repaired([], record_unpatched(removed.blocks, e))
     made.record.text = text
     return made
 
 
 def fit_patch(
-    fit: Fit, removed: Sequence[int], progress: Progress, kept: Kept | None = None
+    fit: Fit, blocks: Sequence[int], progress: Progress, kept: Kept | None = None
 ) -> dict[str, Tensor]:
     """Return the parameters that the patch of a state changes, by name; none if it cannot.
 
     Args:
         kept: as in `make_patches`.
     """
-    if fit.repair == "none" or not removed:
+    if fit.repair == "none" or not blocks:
         return {}
     new = dict[str, Tensor]()
-    blocks = fit.context.stack.blocks
-    for p in _make_patches(fit, removed, progress, kept=kept).patches:
-        layer = f"{blocks[p.block].path}.{p.path}"
+    stack = fit.context.stack
+    for p in _make_patches(fit, stack.remove(blocks), progress, kept=kept).patches:
+        layer = f"{stack.blocks[p.block].path}.{p.path}"
         new |= {f"{layer}.{name}": value for name, value in p.parameters.items()}
     return new
 
@@ -458,7 +452,8 @@ def heal(context: Context, inputs: Inputs, options: Any, out: Path) -> None:
     # The stage has checked the old output.
     healing = options.healing.replace(overwrite=True)
     start = inputs.find("model")
-    removed = tuple(results.read_document(start / CUT, cuts.CutRecord).removed)
+    blocks = results.read_document(start / CUT, cuts.CutRecord).removed
+    removed = context.stack.remove(blocks)
     # Text outside all splits of the run.
     text = build_text(
         healing, context.loaded, inputs.read("calibration", Calibration.load)

@@ -32,6 +32,7 @@ from isingcut.files.schema import Document
 from isingcut.files.store import Store
 from isingcut.files.writing import atomic_file, lock_place, temporary_prefix
 from isingcut.formats.architectures.blocks import language_model, text_config
+from isingcut.formats.architectures.removed import Removed
 from isingcut.formats.gguf_files import unpack_gguf
 from isingcut.formats.sources import find_gguf, resolve
 from isingcut.healing.checks import start_of
@@ -252,11 +253,11 @@ def _further_scores(
     checkpoint: Path,
     tokens: TokenSet,
     elsewhere: Mapping[str, TokenSet],
-) -> tuple[list[int], dict[str, Any], dict[str, OtherText]]:
+) -> tuple[Removed, dict[str, Any], dict[str, OtherText]]:
     """Score the models between the original and the last.
 
     Returns:
-        the removed blocks; the name of the last model, and the scores; and the texts of
+        the state; the name of the last model, and the scores; and the texts of
         ``elsewhere`` with the exact cut's KL.
     """
     model = checkpoint.with_name("model")
@@ -288,13 +289,13 @@ def _further_scores(
         name: OtherText(text, sums[text][2] if sums else None)
         for name, text in elsewhere.items()
     }
-    return record.removed, scores, texts
+    return context.stack.remove(record.removed), scores, texts
 
 
 def score_gguf(
     context: Context,
     gguf: Path,
-    removed: Sequence[int],
+    removed: Removed,
     tokens: TokenSet,
     elsewhere: Mapping[str, TokenSet],
 ) -> evaluations.PackedScores:

@@ -67,8 +67,8 @@ def find_types(
             if not fits:
                 constraints.removal_rows(own, config)
             if not fits and packer.header is not None:
-                layers = len(set(context.stack.layers))
-                refuse_uncuttable(packer.header, layers, layers)
+                depth = context.stack.depth
+                refuse_uncuttable(packer.header, depth, depth)
             types.append(PackedLosses(packed=packed, fits=fits))
         except (ArchitectureError, InfeasibleError) as e:
             why = e

@@ -190,7 +190,7 @@ def found_states(
 
 
 def whole_layers(problem: Problem, layers: Sequence[int]) -> list[list[int]]:
-    """Return the lowest state in which all or no sublayers of a layer go; none for whole blocks.
+    """Return the lowest state in which all or no blocks of a layer go; none if each has one.
 
     Args:
         layers: number of the layer of each block.

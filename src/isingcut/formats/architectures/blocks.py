@@ -22,6 +22,7 @@ from torch import nn
 from isingcut.errors import ArchitectureError
 from isingcut.files.runs import BlockCosts
 from isingcut.formats.architectures.fields import count_of, first_whole
+from isingcut.formats.architectures.removed import Removed
 from isingcut.formats.libraries import convert_errors
 
 
@@ -46,20 +47,23 @@ class BlockStack:
         return [block.layer for block in self.blocks]
 
     @property
+    def depth(self) -> int:
+        """Number of layers."""
+        return len(set(self.layers))
+
+    @property
     def split(self) -> bool:
         """Whether layers are split into sublayers."""
-        return len(set(self.layers)) < len(self)
+        return self.depth < len(self)
 
-    def whole(self, removed: Collection[int]) -> list[int]:
-        """Return the layers of which all blocks are removed."""
-        stay = {k for i, k in enumerate(self.layers) if i not in removed}
-        return [k for k in dict.fromkeys(self.layers) if k not in stay]
-
-    def halved(self, removed: Collection[int]) -> tuple[set[int], set[int]]:
-        """Return the layers that stay without their mixer, and those without their MLP."""
-        halved = {self.layers[i] for i in removed}.difference(self.whole(removed))
-        mixers = {k for k in halved if self.layers.index(k) in removed}
-        return mixers, halved - mixers
+    def remove(self, blocks: Collection[int]) -> Removed:
+        """Return the state without these blocks, which may be in any order."""
+        layers = self.layers
+        stay = {k for i, k in enumerate(layers) if i not in blocks}
+        gone = (k for k in dict.fromkeys(layers) if k not in stay)
+        halved = {k for i, k in enumerate(layers) if i in blocks} & stay
+        mixers = {k for k in halved if layers.index(k) in blocks}
+        return Removed(tuple(sorted(blocks)), tuple(gone), mixers, halved - mixers)
 
 
 class Sublayer(nn.Module):
@@ -325,10 +329,14 @@ def find_stack(model: nn.Module) -> BlockStack:
     return BlockStack(path=path, blocks=tuple(blocks))
 
 
+def layer_modules(model: nn.Module) -> list[nn.Module]:
+    """Return the layers of ``model``, in order."""
+    return list(model.get_submodule(find_stack(model).path).children())
+
+
 def stack_modules(model: nn.Module) -> list[nn.Module]:
     """Return the blocks of ``model``, in order."""
-    layers = model.get_submodule(find_stack(model).path).children()
-    return [block for layer in layers for block in blocks_in(layer)]
+    return [block for layer in layer_modules(model) for block in blocks_in(layer)]
 
 
 def _stack_path(model: nn.Module, count: int | None) -> str | None:

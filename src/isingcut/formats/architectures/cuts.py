@@ -296,7 +296,7 @@ def legality(config: dict[str, Any], stack: BlockStack) -> list[LinearConstraint
     rows = families.legality(whole, text, count, attention)
     if len(stack) == count:
         return rows
-    # A layer without one of its sublayers stays, so only whole layers can be illegal.
+    # A layer that keeps a block stays, so only whole layers can be illegal.
     size = np.bincount(layers)
     inside = np.array(layers) == np.arange(count)[:, None]
     lifted = list[LinearConstraint]()

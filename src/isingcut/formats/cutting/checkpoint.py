@@ -18,6 +18,7 @@ from isingcut.files.inputs import load_json
 from isingcut.files.writing import atomic_folder
 from isingcut.formats.architectures import cuts
 from isingcut.formats.architectures.fields import DEPTH_SHAPED
+from isingcut.formats.architectures.removed import Removed
 from isingcut.formats.checkpoints import Checkpoint, is_mtp
 from isingcut.formats.safetensors_files import (
     NewTensor,
@@ -67,24 +68,22 @@ _PATH_KEYS = re.compile(r"_?name_or_path|.*_(file|path|dir)")
 
 def excise(
     source: Path,
-    removed: Sequence[int],
+    removed: Removed,
     out: Path,
     *,
     drop_mtp: bool = False,
     unused: Collection[str] = (),
-    zeroed: Collection[str] = (),
     replaced: Mapping[str, StoredTensor | None] | None = None,
     max_shard_bytes: int = 5 * 2**30,
 ) -> None:
-    """Write the checkpoint ``source`` without the layers ``removed`` to the folder ``out``.
+    """Write the checkpoint ``source`` without the blocks ``removed`` to the folder ``out``.
 
     Args:
         source: a Hugging Face folder with safetensors (one file, or shards with an index).
-        removed: layer numbers, in any order.
+        removed: the state, as from `find_removed`.
         out: the new folder; it appears only when it is complete.
         drop_mtp: leave out the layers for multi-token prediction, which otherwise stay.
         unused: tensors to leave out, because the model does not use them.
-        zeroed: tensors to write as zeros.
         replaced: new tensors by their names in ``source``; None leaves one out.
         max_shard_bytes: upper size of one shard; a larger tensor gets a shard of its own.
 
@@ -95,12 +94,12 @@ def excise(
         InputError: ``out`` cannot be written, or lies inside ``source``.
     """
     whole = Checkpoint.read(source)
-    new_config = cuts.cut_config(whole.config, removed, drop_mtp=drop_mtp)
+    new_config = cuts.cut_config(whole.config, removed.layers, drop_mtp=drop_mtp)
     heads = 0 if drop_mtp else whole.mtp_layers
-    mapping = cuts.renumber_blocks(whole.depth, removed, heads)
+    mapping = cuts.renumber_blocks(whole.depth, removed.layers, heads)
     tensors = _list_tensors(whole, mapping, drop_mtp=drop_mtp)
     tensors = [
-        replace(t, zero=t.source.name in zeroed)
+        replace(t, zero=t.source.name in removed.zeroed)
         for t in tensors
         if t.source.name not in unused
     ]

@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import math
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,6 +30,7 @@ from isingcut.console.progress import Progress, silent
 from isingcut.errors import ArchitectureError, CheckpointError, InputError
 from isingcut.files.writing import atomic_file
 from isingcut.formats.architectures.cuts import renumber_blocks
+from isingcut.formats.architectures.removed import Removed
 from isingcut.formats.checkpoints import Checkpoint
 from isingcut.formats.fp8 import read_plain, read_tensor, tile_of
 from isingcut.formats.gguf_files import (
@@ -132,11 +133,7 @@ class Changed:
 
 
 def changed_tensors(
-    header: GgufHeader,
-    original: Path,
-    cut: Path,
-    removed: Sequence[int],
-    zeroed: Collection[str] = (),
+    header: GgufHeader, original: Path, cut: Path, removed: Removed
 ) -> dict[str, Changed]:
     """Return the tensors of a cut checkpoint that differ from its original, by name in the GGUF.
 
@@ -144,8 +141,7 @@ def changed_tensors(
         header: header of the original's GGUF file.
         original: the checkpoint that was cut.
         cut: the cut checkpoint, patched or healed.
-        removed: layer numbers.
-        zeroed: tensors of removed sublayers, which do not count.
+        removed: the state, as from `find_removed`; its zeros do not count.
 
     Raises:
         ArchitectureError: the file has no tensor for one of them.
@@ -155,14 +151,16 @@ def changed_tensors(
     theirs = {tensor.name: name for name, tensor in known.items()}
     places = {
         f"{new.prefix}{place}.": f"{old.prefix}{i}."
-        for i, place in renumber_blocks(old.depth, removed, old.mtp_layers).items()
+        for i, place in renumber_blocks(
+            old.depth, removed.layers, old.mtp_layers
+        ).items()
     }
     changed = {}
     for name, stored in new.stored.items():
         start = next((start for start in places if name.startswith(start)), "")
         before = places.get(start, "") + name.removeprefix(start)
         was = old.stored.get(before)
-        if before in zeroed:
+        if before in removed.zeroed:
             continue
         if was and was.dtype == stored.dtype and was.data() == stored.data():
             continue
@@ -240,23 +238,19 @@ _WINDOWS = "attention.sliding_window_pattern"
 
 def cut_gguf(
     source: Path,
-    removed: Sequence[int],
+    removed: Removed,
     out: Path,
     *,
-    attention: Collection[int] = (),
-    mlps: Collection[int] = (),
     drop_mtp: bool = False,
     changed: Mapping[str, Changed] | None = None,
     packed: str | None = None,
     progress: Progress = silent,
 ) -> None:
-    """Write the GGUF file ``source`` without the layers ``removed`` to the file ``out``.
+    """Write the GGUF file ``source`` without the blocks ``removed`` to the file ``out``.
 
     Args:
         source: a single GGUF file.
-        removed: layer numbers, in any order.
-        attention: other layers, which lose their attention.
-        mlps: other layers, which lose their MLP.
+        removed: the state; its tensors that become zeros are found by their names.
         out: the new file; it appears only when it is complete, and replaces an old one.
         drop_mtp: leave out the layers for multi-token prediction, which otherwise stay.
         changed: tensors with new values, by their names in ``source``; packed as Q8_0 unless
@@ -274,7 +268,7 @@ def cut_gguf(
     header = read_gguf(source)
     count = header.number("block_count")
     mtp = header.mtp_layers
-    mapping = renumber_blocks(count - mtp, removed, 0 if drop_mtp else mtp)
+    mapping = renumber_blocks(count - mtp, removed.layers, 0 if drop_mtp else mtp)
     refuse_uncuttable(header, count, len(mapping))
     header.check_blocks()
     reader = header.reader
@@ -293,13 +287,13 @@ def cut_gguf(
     values = {k: _cut_value(header, k, v, count, mapping) for k, v in fields.items()}
     if drop_mtp and mtp:
         values[f"{architecture}.nextn_predict_layers"] = 0
-    dropped = {"attn": set(attention), "ffn": set(mlps)}
+    dropped = {"attn": {*removed.attention}, "ffn": {*removed.mlps}}
     # llama.cpp reads the size of the heads from the first layer, whose attention becomes zeros.
     bare = dropped["attn"] - {min(mapping)}
     heads = dict[str, Any]()
     half = 0
     written = architecture
-    if attention:
+    if removed.attention:
         written = "deci"
         heads = _pop_heads(header, values, [i in bare for i in mapping])
         if _TABLE["deci"]["rotates"][architecture] == "halves":

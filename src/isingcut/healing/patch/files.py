@@ -34,7 +34,7 @@ class StoredLayers:
     Args:
         folder: the original, or a cut checkpoint.
         stack: the blocks of the original.
-        removed: the blocks that the checkpoint lacks.
+        layers: the layers that the checkpoint lacks.
 
     Attributes:
         tensors: all tensors of the checkpoint.
@@ -43,15 +43,14 @@ class StoredLayers:
     """
 
     def __init__(
-        self, folder: Path, stack: BlockStack, removed: Sequence[int] = ()
+        self, folder: Path, stack: BlockStack, layers: Sequence[int] = ()
     ) -> None:
         cut = Checkpoint.read(folder)
         self.folder = folder
         self.tensors = cut.stored
         self._prefix = cut.prefix
         self.layout = fp8_layout(folder, cut.config)
-        whole = stack.whole(removed)
-        places = renumber_blocks(cut.depth + len(whole), whole)
+        places = renumber_blocks(cut.depth + len(layers), layers)
         self.patches: Sequence[Patch] = ()
         self.replaced: dict[str, StoredTensor | None] = {}
         self._places = [places.get(layer) for layer in stack.layers]

@@ -8,7 +8,6 @@ from pathlib import Path
 from isingcut.errors import ArchitectureError, FitError
 from isingcut.files.cuts import PatchRecord, UnpatchedCut
 from isingcut.files.writing import atomic_folder
-from isingcut.formats.architectures.blocks import find_stack
 from isingcut.formats.cutting.checkpoint import write_weights
 from isingcut.formats.safetensors_files import (
     NewTensor,
@@ -71,7 +70,7 @@ def patch_checkpoint(job: Job, out: Path) -> PatchRecord:
         ArchitectureError, FitError: as `make_patches`; nothing was written.
     """
     teacher = job.teacher
-    layers = StoredLayers(job.start, find_stack(teacher.model), job.removed)
+    layers = StoredLayers(job.start, teacher.stack, job.removed.layers)
     record = make_patches(job, layers).record
     tensors = [NewTensor(name, stored) for name, stored in layers.tensors.items()]
     skip = shutil.ignore_patterns("*.safetensors*")

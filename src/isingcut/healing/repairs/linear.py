@@ -88,7 +88,7 @@ class Linear:
 
         def fit(count: int) -> Repaired:
             work = Work(count, job.progress)
-            return fit_patches(replay, tokens, job.removed, work, layers, kept)
+            return fit_patches(replay, tokens, job.removed.blocks, work, layers, kept)
 
         longest = int(tokens.mask.sum(1).max())
         count = job.config.batch_tokens

@@ -170,7 +170,7 @@ def tune(
     """
     tokens, held_out = samples
     replay = job.teacher.replay
-    removed = job.removed
+    removed = job.removed.blocks
     neighbours = {b for a, z in runs(removed) for b in (a - 1, z + 1)}
     adjacent = sorted(neighbours & {*range(len(replay))} - {*removed})
     # Rather fewer tokens at a time than fewer layers, but at least the longest sample.

@@ -23,7 +23,7 @@ from torch.utils.data import Sampler
 from isingcut.data.tokens import TokenSet
 from isingcut.errors import InputError
 from isingcut.files.healings import HealingMemory
-from isingcut.formats.architectures.blocks import find_stack, text_config
+from isingcut.formats.architectures.blocks import text_config
 from isingcut.healing.job import Job, is_sharded, trainer_settings
 from isingcut.measure.splitting import count_graph_bytes, fewer_tokens_to_fit
 from isingcut.models.compute.divergence import CHUNK_ELEMENTS
@@ -269,8 +269,7 @@ def _activations(
     """
     device = next(student.parameters()).device
     text = text_config(job.teacher.model)
-    stack = find_stack(job.teacher.model)
-    blocks = len(set(stack.layers)) - len(stack.whole(job.removed))
+    blocks = job.teacher.stack.depth - len(job.removed.layers)
     entering = 4 * blocks * int(text.hidden_size)
     dtype = job.teacher.dtype
 

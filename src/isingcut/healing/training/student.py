@@ -18,13 +18,13 @@ from transformers.pytorch_utils import Conv1D
 from isingcut.errors import InputError
 from isingcut.formats.architectures.blocks import (
     language_model,
+    layer_modules,
     text_config,
 )
 from isingcut.models.compute.divergence import divergence, divergence_from_stream
 from isingcut.models.compute.head import find_head_input
 from isingcut.models.device import allowance, weight_bytes
 from isingcut.models.load import build_skeleton
-from isingcut.models.sublayers import find_dropped
 from isingcut.models.verify import reload
 from isingcut.options.heal import HealConfig
 
@@ -65,8 +65,13 @@ def prepare_training(plain: Any, config: HealConfig) -> Any:
     plain.config.use_cache = False
     if config.method == "full":
         plain.requires_grad_(True)
-        for dropped in find_dropped(plain):
-            dropped.requires_grad_(False)
+        # What a cut has set to 0 stays 0. Its gradients are 0 but for biases of the last layer.
+        for child in (
+            part for layer in layer_modules(plain) for part in layer.children()
+        ):
+            own = list(child.parameters())
+            if any(p.ndim > 1 for p in own) and not any(p.any() for p in own):
+                child.requires_grad_(False)
         return plain
     import peft
 

@@ -26,12 +26,12 @@ def load_streamed(
     trust_remote_code: bool = False,
     memory_limit: str = "",
     buffers: Buffers | None = None,
-    units: str = "blocks",
+    split: bool = False,
 ) -> LoadedModel:
     """Load a model without its weights; each block is read from disk when it runs.
 
     Args:
-        dtype, device, units: as in `load`.
+        dtype, device, split: as in `load`.
         memory_limit: as ``"8GB"`` or ``"50%"`` of the free memory; empty takes 80 %.
         buffers: buffers of another streamed model, to share.
 
@@ -50,7 +50,7 @@ def load_streamed(
         memory_limit,
         buffers,
         trust_remote_code=trust_remote_code,
-        units=units,
+        split=split,
     )
     replay = StreamedReplay(store)
     if place.type != "cpu":

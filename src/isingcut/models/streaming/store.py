@@ -150,7 +150,7 @@ class Store(Weights):
         device: device for the computation.
         memory_limit: as in `allowance`.
         buffers: buffers of another store, to share; then only one model may run at a time.
-        units: as in `load`.
+        split: as in `load`.
 
     Attributes:
         model: the model without weights; its modules have a ``forward`` or hooks that install
@@ -171,13 +171,13 @@ class Store(Weights):
         buffers: Buffers | None = None,
         *,
         trust_remote_code: bool = False,
-        units: str = "blocks",
+        split: bool = False,
     ) -> None:
         self.memory = allowance(memory_limit, device)
         self.model = model = build_skeleton(
             folder, dtype, trust_remote_code=trust_remote_code
         )
-        if units == "sublayers":
+        if split:
             split_layers(model)
         self.folder = folder
         self.device = device
@@ -225,7 +225,7 @@ class Store(Weights):
         if head is not None and self._parts[HEAD].size:
             # A hook, because other code temporarily replaces the head's ``forward``.
             head.register_forward_pre_hook(lambda module, args: self.need(HEAD))
-        if units == "sublayers":
+        if split:
             check_sublayers(model)
 
     def sweep(self, order: Sequence[Part]) -> Iterator[Part]:
