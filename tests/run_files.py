@@ -78,7 +78,12 @@ def model_card(folder, removed, **patch):
 def card_parts(folder, removed):
     """Record the files of such a folder, and return its `card.card_parts`."""
     record(folder)
-    return card.card_parts(RunFiles(Store.open(folder)), removed)
+    return card.card_parts(files_of(folder), removed)
+
+
+def files_of(folder):
+    """Return the files of a run folder."""
+    return RunFiles(Store.open(folder))
 
 
 def write_comparison(folders, out, *, overwrite=False):

@@ -11,7 +11,7 @@ from numpy.testing import assert_allclose
 from torch.autograd.functional import jacobian
 
 from calibrating import calibrate, decoded, refused, sentences, write_texts
-from isingcut.data import corpora, healing_text
+from isingcut.data import corpora
 from isingcut.data.conversations import mark_answers, render_chat, row_of
 from isingcut.data.healing_text import to_fit
 from isingcut.data.mixture import Part, describe_source, parts_of, places_in
@@ -238,30 +238,34 @@ def test_splits_keep_what_counts_on_disk_and_in_their_identity(
     ]
 
 
-def test_conversations_without_an_answer_within_the_length_are_left_out(
-    tmp_path, tokenizer, capfd
+def test_a_conversation_is_whole_or_ends_where_an_answer_ends(
+    tmp_path, tokenizer, capfd, monkeypatch
 ):
-    long = [
-        {"messages": talk("a long question " * 3 + str(i), "yes")} for i in range(30)
-    ]
+    question = "a long question " * 3
+    long = [{"messages": talk(f"{question}{i}", "yes")} for i in range(30)]
     file = write_jsonl(tmp_path / "chat.jsonl", long)
-    words = "30 conversations have no answer in their first 16 tokens; raise --length"
-    refused(f"answers:{file}", tokenizer, f"too short.*gives 0 .*needed; {words}$")
-    with refuses(f"needed; {words}$", CalibrationError):
-        healing_text.build(
-            f"answers:{file}",
-            TextSampler(tokenizer, 16, 0),
-            samples=2,
-            report_samples=2,
-        )
-    calibrate(file, tokenizer, length=60)
+    # Longer than the samples of running text.
+    used = calibrate(f"answers:{file}", tokenizer)
+    assert used.splits["energy"].mask.sum(1).min() > 3 * 16
+    monkeypatch.setattr("isingcut.data.calibration.WHOLE", 60)
+    turns = [*talk("{}", "sure"), *talk(question, "yes")]
+    both = [
+        {"messages": [{**m, "content": m["content"].format(i)} for m in turns]}
+        for i in range(60)
+    ]
+    found = calibrate(f"answers:{write_jsonl(tmp_path / 'a.jsonl', both)}", tokenizer)
+    for row in found.splits["energy"].rows:
+        assert tokenizer.decode(row[-5:]) == "sure</s>"
     assert not capfd.readouterr().err
-    file = write_jsonl(
-        tmp_path / "both.jsonl",
-        [*long, *({"messages": talk(f"{i}", "yes")} for i in range(60))],
+    monkeypatch.setattr("isingcut.data.calibration.WHOLE", 16)
+    words = (
+        "30 conversations are longer than 16 tokens, and their answers end later; "
+        "raise --length"
     )
+    refused(f"answers:{file}", tokenizer, f"too short.*gives 0 .*needed; {words}$")
+    file = write_jsonl(tmp_path / "both.jsonl", [*long, *both])
     calibrate(f"answers:{file}", tokenizer)
-    words = words.replace("30", r"\d")
+    words = words.replace("30", r"\d+")
     assert re.fullmatch(f"isingcut: .*: {words} to use them\n", capfd.readouterr().err)
 
 
@@ -276,7 +280,7 @@ def test_shares_are_of_the_tokens_that_count(tmp_path, tokenizer):
     }
     assert by_part["answers:chat.jsonl"] / split.tokens == pytest.approx(0.5, abs=0.05)
     # A patch counts the same words.
-    fitted, _ = to_fit(used, tokenizer, 4000)
+    fitted, _ = to_fit(used, TextSampler(tokenizer, 0, 0), 4000)
     assert set(counted_text(tokenizer, fitted)[:60]) == set(
         counted_text(tokenizer, split)
     )

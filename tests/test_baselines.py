@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from numpy.testing import assert_allclose
 
+import isingcut
 from isingcut.baselines import registry
 from isingcut.baselines.angular_window import AngularWindow
 from isingcut.baselines.block_influence import BlockInfluence
@@ -19,10 +20,8 @@ from isingcut.baselines.random import Random
 from isingcut.baselines.sleb import Sleb
 from isingcut.energies.empirical_fisher import EmpiricalFisher
 from isingcut.energies.pairwise import Pairwise
-from isingcut.files.store import Store
 from isingcut.measure.losses import tree_nodes
 from isingcut.runs import pipeline
-from isingcut.runs.folder import read_config
 from shared import OPTIONS, load_json, module_fixture, parametrize, refuses, works
 from tiny import (
     Calibration,
@@ -323,7 +322,7 @@ def test_a_baseline_writes_its_choice_measured_on_the_ranking_split(typed, folde
     # The three samples of this energy, although the split has more for the other energy.
     assert found.tokens_searched == 3 * 15
     assert found.violated == []
-    replay = Context(read_config(Store.open(folder))).replay
+    replay = Context(isingcut.open_run(folder).config).replay
     split = Calibration.load(folder / "calibration.safetensors").splits["rank"]
     kl = measure(replay, split, states_of(6, [found.removed])).kl[0]
     assert found.kl == pytest.approx(kl, rel=1e-5)

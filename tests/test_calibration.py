@@ -2,6 +2,7 @@
 
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -243,6 +244,7 @@ def test_self_follows_the_models_own_distribution(tokenizer):
 def test_self_needs_a_model_that_does_not_repeat_itself(tokenizer, stub):
     with refuses("needs a model"):
         calibrate("self", tokenizer)
-    stub("isingcut.data.generation._generate", torch.tensor([[1, 2, 3]] * 32))
+    alike = Mock(sequences=torch.tensor([[1, 2, 3]] * 32))
+    stub("isingcut.data.generation._generate", alike)
     with refuses("repeats itself", CalibrationError):
         calibrate("self", tokenizer, model=tiny_model("llama"))

@@ -18,13 +18,11 @@ from isingcut.files.evaluations import EvaluationFile
 from isingcut.files.ownership import folder_hash
 from isingcut.files.results import write_document
 from isingcut.files.states import CandidatesFile
-from isingcut.files.store import Store
 from isingcut.ising.spectrum import Spectrum
 from isingcut.report import words as report_words
 from isingcut.report.card import card_parts, model_card
-from isingcut.report.run_files import RunFiles
 from isingcut.runs import evaluating, pipeline
-from run_files import change, first_part, record, write_report, write_run
+from run_files import change, files_of, first_part, record, write_report, write_run
 from shared import (
     OPTIONS,
     RunConfig,
@@ -158,7 +156,7 @@ def test_without_random_states_a_line_says_that_the_energy_was_not_judged(run, t
     )
     assert not list(run.glob("*.journal*"))
     removed = load_json(run / "candidates.json").chosen.removed
-    card = model_card(card_parts(RunFiles(Store.open(run)), removed))
+    card = model_card(card_parts(files_of(run), removed))
     assert "How well the energy ranks states was not measured." in card
     works("report", run, "--quiet")
     page = (run / "report.md").read_text()
@@ -505,7 +503,7 @@ def test_a_patch_that_harms_other_text_is_called_so_first(
         return (run / "model/README.md").read_text().split("---\n", 2)[2]
 
     plain = text_of_card()
-    assert "harms" not in plain + RunFiles(Store.open(run)).verdict
+    assert "harms" not in plain + files_of(run).verdict
     # The exact cut is made to look better than the patched model.
     monkeypatch.setattr(evaluating, "measure", lower)
     for _ in range(2):
@@ -525,7 +523,7 @@ def test_a_patch_that_harms_other_text_is_called_so_first(
         assert said.startswith(f"**Warning.** {words}")
         assert card.replace(f"{said}\n\n", "") == plain
     works("report", run)
-    assert RunFiles(Store.open(run)).verdict.startswith(words)
+    assert files_of(run).verdict.startswith(words)
     assert words in (run / "report.md").read_text().split("\n\n")[1]
     assert f'id="verdict">\n<p><strong>{words}' in (run / "report.html").read_text()
     monkeypatch.undo()

@@ -17,6 +17,7 @@ import torch
 from card import short
 from cards import MixedDevicesError, fake_cards
 from isingcut.data import generation
+from isingcut.data.chat import ChatWriter
 from isingcut.energies.search.evaluator import Evaluator
 from isingcut.evaluation import quality as evaluate
 from isingcut.evaluation import speed as timing
@@ -133,7 +134,11 @@ def written(place):
     sampled = list(
         itertools.islice(generation.sample_from_model(model, tokenizer, 3, 8, 0), 3)
     )
-    return [*itertools.chain.from_iterable(row for row, _ in rows), *np.ravel(sampled)]
+    model.generation_config.eos_token_id = [*range(40, 56)]
+    chat = ChatWriter(model, tokenizer, lambda: "w")(0, 1.0)
+    asked = str([next(chat) for _ in range(3)]).encode()
+    found = [*itertools.chain.from_iterable(row for row, _ in rows), *np.ravel(sampled)]
+    return [*found, *asked]
 
 
 def timed(place):

@@ -326,7 +326,7 @@ def test_what_a_calibration_left_is_read_on_in_its_shares(tmp_path, tokenizer):
     few = numbered(tmp_path / "b.jsonl", "[", 60)
     used = calibrate(f"{documents}=1,{few}=1", tokenizer)
     own = used.splits["energy"].samples
-    found, record = to_fit(used, tokenizer, 100_000)
+    found, record = to_fit(used, TextSampler(tokenizer, 0, 0), 100_000)
     assert (record.searched, record.short) == (own, "the source has no more")
     further = found.select(range(own, found.samples))
     assert further.input_ids.shape[1] == 16
@@ -358,7 +358,7 @@ def test_a_patch_of_a_narrow_text_is_fitted_on_a_share_of_the_default_text(
     )
     stub(healing_text, "has_wiki", True)
     stub(corpora, "_wiki_file", None)
-    found, record = to_fit(used, tokenizer, 4000, share=0.25)
+    found, record = to_fit(used, TextSampler(tokenizer, 0, 0), 4000, share=0.25)
     assert (record.source, record.unmixed) == ("a.jsonl + 75% wiki, 25% python", "")
     assert record.mixed == pytest.approx(1000, abs=16)
     assert record.tokens == pytest.approx(4000, abs=32)
@@ -369,15 +369,17 @@ def test_a_patch_of_a_narrow_text_is_fitted_on_a_share_of_the_default_text(
     assert "#" in " ".join(decoded(tokenizer, split_samples(found)[1]))
     for source, share in ((documents, 0.0), (f"{documents}=0.5,wiki=0.5", 0.25)):
         own = calibrate(source, tokenizer)
-        assert to_fit(own, tokenizer, 4000, share=share)[1].mixed == 0
+        assert (
+            to_fit(own, TextSampler(tokenizer, 0, 0), 4000, share=share)[1].mixed == 0
+        )
     moved = tmp_path / "a.jsonl"
     text = moved.read_bytes()
     moved.unlink()
-    _, record = to_fit(used, tokenizer, 4000, share=0.25)
+    _, record = to_fit(used, TextSampler(tokenizer, 0, 0), 4000, share=0.25)
     assert (record.mixed, record.unmixed[:22]) == (0, "the source was changed")
     moved.write_bytes(text)
     stub(healing_text, "has_wiki", False)
-    _, record = to_fit(used, tokenizer, 4000, share=0.25)
+    _, record = to_fit(used, TextSampler(tokenizer, 0, 0), 4000, share=0.25)
     assert record.mixed == 0
     assert corpora.WIKI_PACKAGE in record.unmixed
     (warning,) = patch_warnings(card_with(record))
@@ -399,7 +401,7 @@ def test_a_patch_leaves_the_report_text_of_the_healing_unseen(tokenizer, two_tex
     sampler = TextSampler(tokenizer, 40, 3, used=used)
     text = healing_text.build(source, sampler, samples=None, report_samples=6)
     config = HealConfig(text=source, report_samples=6, length=40, seed=3)
-    found, _ = to_fit(used, tokenizer, 3000, healing=config)
+    found, _ = to_fit(used, TextSampler(tokenizer, 0, 0), 3000, healing=config)
     fitted, unseen = (
         found_in(tokenizer, r"([<\[]\d+)\.", tokens) for tokens in (found, text.report)
     )

@@ -94,7 +94,7 @@ def test_a_ranking_keeps_the_blocks_that_its_spectrum_was_solved_with(
     assert sorted(load_json(run / "model/isingcut.json").removed) == sorted(
         found.chosen.removed
     )
-    config = read_config(Store.open(run))
+    config = isingcut.open_run(run).config
     isingcut.energy(config.replace(compare_energies="", effort="3", overwrite=True))
     capsys.readouterr()
     assert "spectrum.json was made before the energy changed" in refusal(
@@ -126,7 +126,7 @@ def test_a_run_of_sublayers_takes_the_place_of_one_of_blocks(llama, text, run):
 def test_what_quick_has_set_does_not_replace_what_is_typed_later(run):
     config = load_json(run / "run.json").config
     change(run / "run.json", config={**config, "quick": True, "random_states": 0})
-    opened = read_config(Store.open(run))
+    opened = isingcut.open_run(run).config
     assert opened.random_states == 0
     assert opened.replace(random_states=40).random_states == 40
 

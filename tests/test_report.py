@@ -20,9 +20,7 @@ from isingcut.files.states import (
     Correlations,
     Judged,
 )
-from isingcut.files.store import Store
 from isingcut.report import card, rows, words
-from isingcut.report.run_files import RunFiles
 from isingcut.report.words import fence_text
 from run_files import (
     answers,
@@ -30,6 +28,7 @@ from run_files import (
     card_parts,
     change,
     fidelity,
+    files_of,
     healing,
     model_card,
     patch,
@@ -211,9 +210,7 @@ def test_the_answers_of_tasks_are_pooled_with_those_to_prompts(tmp_path):
     page = page_of(folder)
     assert "answers: 2 of 4 end by themselves (original 4); 25 % of their text" in page
     # The changes are 0, 0, -1 and -1.
-    (ended,) = (
-        row for row in RunFiles(Store.open(folder)).scores if row.key == "answers_ended"
-    )
+    (ended,) = (row for row in files_of(folder).scores if row.key == "answers_ended")
     assert (ended.change, ended.notes) == ("-50 ± 29", ["n = 4"])
     assert "100% and 33% ended" in page
 
@@ -236,7 +233,7 @@ def test_the_first_sentence_judges_by_the_table_of_the_page(folder, kl, band):
     assert page_of(folder).split("\n")[2] == first
     html = (folder / "report.html").read_text()
     assert f"<strong>{words.code(first)}</strong>" in html
-    assert RunFiles(Store.open(folder)).judgement[0] == first
+    assert files_of(folder).judgement[0] == first
     ranked = load_json(folder / "candidates.json")
     for row in ranked.candidates:
         row["kl"] = kl
@@ -575,7 +572,7 @@ def test_what_was_made_from_an_earlier_stage_is_not_there(folder):
         for key, source in readers.items():
             stages[key] = {**stages.get(key, made), "options": {source: fingerprint}}
         change(folder / "run.json", stages=stages)
-        files = RunFiles(Store.open(folder))
+        files = files_of(folder)
         found = (files.spectrum, files.candidates, files.evaluation, files.gguf)
         assert [one is not None for one in found] == [there] * 4
 
@@ -585,7 +582,7 @@ def test_choices_for_an_earlier_removal_are_not_compared(folder):
         content = baseline(name, removed, 0.001)
         write_json(folder / f"baseline-{name}.json", "baseline", content)
     record(folder)
-    assert [b.baseline for b in RunFiles(Store.open(folder)).baselines] == ["sleb"]
+    assert [b.baseline for b in files_of(folder).baselines] == ["sleb"]
 
 
 def test_parts_of_a_card_are_read_from_the_record_of_the_cut(folder):
@@ -593,14 +590,14 @@ def test_parts_of_a_card_are_read_from_the_record_of_the_cut(folder):
         update={"loads_with": "AutoModelForX"}
     )
     file = folder / "model/isingcut.json"
-    assert RunFiles(Store.open(folder)).loads_with == "AutoModelForCausalLM"
+    assert files_of(folder).loads_with == "AutoModelForCausalLM"
     change(file, card=parts.content())
-    assert RunFiles(Store.open(folder)).removal.card == parts
+    assert files_of(folder).removal.card == parts
     assert "from transformers import AutoModelForX\n" in card.model_card(parts)
-    assert RunFiles(Store.open(folder)).loads_with == "AutoModelForX"
+    assert files_of(folder).loads_with == "AutoModelForX"
     change(file, card={**CardParts.content(parts), "rows": [["one"]]})
     with refuses(r"isingcut\.json is damaged: card\.rows\.0", StageFileError):
-        _ = RunFiles(Store.open(folder)).removal
+        _ = files_of(folder).removal
 
 
 def test_templates_call_named_functions_alone():

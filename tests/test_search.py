@@ -23,13 +23,12 @@ from isingcut.energies.search.evaluator import Estimates, Evaluator
 from isingcut.energies.search.proposals import one_pass_states
 from isingcut.energies.search.surrogate import SLOPE, Surrogate
 from isingcut.files.states import CandidatesFile
-from isingcut.files.store import Store
 from isingcut.ising.constraints import LinearConstraint, count, keep
 from isingcut.ising.states import blocks_of, key_of
 from isingcut.measure.losses import tree_nodes
-from isingcut.report.run_files import RunFiles
 from isingcut.report.words import sentence
 from isingcut.runs.checks import resolve_energy
+from run_files import files_of
 from shared import (
     OPTIONS,
     RunConfig,
@@ -427,7 +426,7 @@ def test_what_the_search_found_is_ranked_and_cut(inputs, tmp_path):
     solved = [s["removed"] for s in load_json(out / "spectrum.json").states]
     assert ranked[: len(solved)] == solved
     # The spectrum in the report has all measured states, each once.
-    shown = RunFiles(Store.open(out)).spectrum
+    shown = files_of(out).spectrum
     assert [s.removed for s in shown.states] == ranked
     assert shown.searched == len(ranked) - len(solved) > 0
     page = (out / "report.html").read_text()

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+import isingcut
 from isingcut.files.stages import NUMERICS, STAGES, Declaration
 from isingcut.files.store import Store
 from isingcut.ising.hamiltonian import Hamiltonian
@@ -114,6 +115,14 @@ def plan(runner, config, name):
     return planned, planned.config or config
 
 
+def opened(path, name):
+    """Return a run folder, its runner, and what `plan` returns for a stage."""
+    folder = Store.open(path)
+    config = read_config(folder)
+    runner = pipeline.open_again(folder, config)
+    return folder, runner, *plan(runner, config, name)
+
+
 @parametrize("option", OTHER)
 def test_an_option_makes_again_what_declares_it_and_nothing_else(finished, option):
     folder = Store.open(finished)
@@ -144,9 +153,7 @@ def test_an_option_makes_again_what_declares_it_and_nothing_else(finished, optio
 @parametrize("name", NAMES)
 def test_a_stage_is_made_again_with_each_result_that_it_reads(finished, name):
     for read in STAGES[name].reads:
-        folder = Store.open(finished)
-        runner = pipeline.open_again(folder, read_config(folder))
-        planned, own = plan(runner, read_config(folder), name)
+        folder, runner, planned, own = opened(finished, name)
         assert folder.is_made(planned.file, ALL[name]._options(runner, own, planned))
         source = folder.find_source(planned.file, read)
         if read == "choice":
@@ -161,9 +168,7 @@ def test_a_stage_is_made_again_with_each_result_that_it_reads(finished, name):
 
 @parametrize("name", NAMES)
 def test_a_stage_cannot_read_what_it_does_not_declare(finished, tmp_path, name):
-    folder = Store.open(finished)
-    runner = pipeline.open_again(folder, read_config(folder))
-    planned, own = plan(runner, read_config(folder), name)
+    _, runner, planned, own = opened(finished, name)
     seen = []
     probe = dataclasses.replace(ALL[name], make=lambda *given: seen.append(given))
     probe._make(runner, own, planned, tmp_path / "out")
@@ -199,7 +204,7 @@ def results(folder):
 def test_a_kill_after_each_stage_and_before_its_record_changes_no_bit(
     finished, tmp_path, monkeypatch
 ):
-    given = read_config(Store.open(finished))
+    given = isingcut.open_run(finished).config
     kills = set()
     save = Store.save
 

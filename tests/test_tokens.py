@@ -219,17 +219,6 @@ def test_each_conversation_is_one_sample_through_the_template(tmp_path, tokenize
     assert any(not bool(s.mask.all()) for s in found.splits.values())
 
 
-def test_conversations_equal_within_the_kept_length_count_once(tmp_path, tokenizer):
-    start = "the same long beginning "
-    records = [
-        {"messages": [{"role": "user", "content": start + str(i)}]} for i in range(30)
-    ]
-    message = refused(
-        write_jsonl(tmp_path / "a.jsonl", records), tokenizer, "too short"
-    )
-    assert "it gives 1 report samples of" in message
-
-
 def test_messages_need_a_chat_template(tmp_path):
     bare = tiny_tokenizer()
     bare.chat_template = None

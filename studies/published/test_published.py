@@ -22,7 +22,7 @@ def test_both_states_are_judged_at_every_stage(tiny, tmp_path):
     runner.run(Published, [*words, "--collect", "--results", str(results)])
     rows = runner.read(results)["removals"]["2"]
     chosen = open_run(tmp_path / "work/run-2").chosen
-    assert rows["isingcut"]["removed"] == chosen.removed
+    assert rows["isingcut"]["removed"] == list(chosen.removed)
     assert rows["published"]["removed"] == [1, 3]
     assert rows["before-last"]["removed"] == [3, 4]
     figures = Published.show(runner.read(results))

@@ -229,7 +229,7 @@ def test_one_converts_and_another_waits_for_it(arena, monkeypatch, spy):
     other = threading.Thread(
         target=lambda: found.append(gguf_files.convert_file(arena.here / "m.gguf"))
     )
-    with lock_place(gguf_files.gguf_cache(), inside=True):
+    with lock_place(gguf_files.cache_folder("gguf"), inside=True):
         other.start()
         assert arrived.wait(60)
         mine = gguf_files.convert_file(arena.here / "m.gguf")
@@ -256,9 +256,9 @@ def test_the_cache_is_the_hubs_or_the_named_one(monkeypatch, tmp_path):
         "huggingface_hub.constants.HF_ASSETS_CACHE", str(tmp_path / "assets")
     )
     monkeypatch.delenv("ISINGCUT_CACHE", raising=False)
-    assert gguf_files.gguf_cache() == tmp_path / "assets/isingcut/gguf"
+    assert gguf_files.cache_folder("gguf") == tmp_path / "assets/isingcut/gguf"
     monkeypatch.setenv("ISINGCUT_CACHE", str(tmp_path))
-    assert gguf_files.gguf_cache() == tmp_path / "gguf"
+    assert gguf_files.cache_folder("gguf") == tmp_path / "gguf"
 
 
 def test_a_full_disk_leaves_no_half_made_model(arena):

@@ -24,6 +24,7 @@ import torch
 
 from isingcut.console.printing import say
 from isingcut.console.progress import Progress, silent
+from isingcut.data.chat import ChatWriter
 from isingcut.data.conversations import row_of
 from isingcut.data.corpora import (
     Corpus,
@@ -59,6 +60,8 @@ if TYPE_CHECKING:
 
 
 SPLITS = ("energy", "rank", "report")
+WHOLE = 1024
+"""Tokens of the longest conversation, if samples of running text are shorter."""
 # Largest vocabulary whose tokens are about a character each; eight of them are no phrase.
 _BYTES = 1000
 
@@ -152,9 +155,9 @@ def build(
 
     Args:
         source: a file or pipe (`text_files`), ``"-"``, a `datasets` name or folder, the name of a
-            list or of a packaged text, or ``"self"``; ``"answers:"`` and a source of conversations;
-            or a `mixture` of these.
-        sampler: makes the samples; ``"self"`` samples from its model.
+            list or of a packaged text, ``"chat"`` or ``"self"``; ``"answers:"`` and a source of
+            conversations; or a `mixture` of these.
+        sampler: makes the samples; its model writes ``"chat"`` and ``"self"``.
         samples, rank_samples, report_samples: samples in the splits energy, rank and report.
         progress: progress display of ``"self"``.
 
@@ -193,7 +196,7 @@ def build(
     drawn: dict[str, Drawn] = {}
     for number, (name, count) in enumerate(counts.items()):
         drawn[name], _ = sampler.draw(texts, number, name, count)
-    say_left_out(texts, length)
+    say_left_out(texts, sampler.longest)
     splits = {
         name: tokens_of(drawn[name], texts, sampler.encode.pad) for name in SPLITS
     }
@@ -238,7 +241,7 @@ class OpenText:
     Attributes:
         part: its source and its share.
         facts: JSON-able facts: ``kind``, the number of ``documents`` read so far, and that of the
-            conversations ``left_out``, which have no answer within the length of a sample.
+            conversations ``left_out``, of which no answer ends within the longest sample.
         readers: one reader of samples per split.
     """
 
@@ -253,10 +256,11 @@ class TextSampler:
 
     Args:
         tokenizer: a transformers tokenizer.
-        length: tokens per sample, at least 2; conversations are truncated.
+        length: tokens per sample of running text, at least 2.
         seed: seed of the order of the documents.
         model: model whose embedding limits the token ids.
         used: calibration whose text is left out.
+        chat: writes the conversations of the text ``"chat"``.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -264,11 +268,35 @@ class TextSampler:
     seed: int
     model: PreTrainedModel | None = None
     used: Calibration | None = None
+    chat: ChatWriter | None = None
 
     @cached_property
     def encode(self) -> Encoder:
         """The tokenizer with the limit of the model."""
         return Encoder(self.tokenizer, self.model)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest conversation that is a sample: `WHOLE`, but at least ``length`` and
+        at most the model's positions."""
+        config: Any = getattr(self.model, "config", None)
+        positions = getattr(config, "max_position_embeddings", None) or WHOLE
+        return max(self.length, min(WHOLE, positions))
+
+    def _read(self, part: Part, seed: int) -> Corpus:
+        """Open the source of a part.
+
+        Raises:
+            CalibrationError: as `corpora.read`, or no model can write ``"chat"``.
+        """
+        written = None
+        if place_of(part.source) == "chat":
+            if self.chat is None:
+                raise CalibrationError(
+                    "the text 'chat' needs the model that writes it; choose another text"
+                )
+            written = self.chat(seed, part.share)
+        return read(part.source, self.tokenizer, seed, written)
 
     def open(
         self,
@@ -281,7 +309,7 @@ class TextSampler:
         """Open each source of a mixture with a reader per split.
 
         Running text and consecutive documents are packed into full samples. A conversation is one
-        sample, truncated to the length; conversations with the same remaining tokens count once.
+        sample: whole, or up to the last answer that ends within `longest` tokens.
         Each reader begins with a new document; with fewer documents than splits, they read
         consecutive ranges instead.
 
@@ -308,15 +336,13 @@ class TextSampler:
                         )
                     corpora.append(Corpus("generated", generate()))
                 else:
-                    corpora.append(
-                        corpus := read(part.source, self.tokenizer, self.seed)
-                    )
+                    corpora.append(corpus := self._read(part, self.seed))
                     # Skip the documents of the calibration, in its order and in all sources before
                     # any source is read further, so that none repeats them.
                     left = int(_facts(used, part.source).get("documents", 0))
                     measured = corpus
                     if used is not None and left and used.meta["seed"] != self.seed:
-                        measured = read(part.source, self.tokenizer, used.meta["seed"])
+                        measured = self._read(part, used.meta["seed"])
                     while (
                         left
                         and (document := next(measured.documents, None)) is not None
@@ -410,7 +436,7 @@ class TextSampler:
                     raise CalibrationError(
                         f"{words_for(place_of(part.source))} is too short: it gives "
                         f"{sum(k == i for k, _ in drawn)} {name} samples of {length} tokens, and "
-                        f"{needed} are needed; {left_out(texts[i], length) or lower}"
+                        f"{needed} are needed; {left_out(texts[i], self.longest) or lower}"
                     )
             had[i] += sum(token >= 0 for token in row)
             ahead[i] = fraction()
@@ -430,20 +456,27 @@ class TextSampler:
         self, corpus: Corpus, seen: set[int], facts: dict[str, Any]
     ) -> Iterator[Row]:
         """Yield one sample per conversation, except those in the splits of a calibration."""
-        length = self.length
-        used = self.used
+        most = self.longest
         taken: set[tuple[int, ...]] = set()
-        cut = int(used.meta["length"]) if used is not None else 0
-        for split in used.splits.values() if used is not None else ():
+        for split in self.used.splits.values() if self.used is not None else ():
             taken |= set(map(ids_of, split.rows))
         for text in corpus.documents:
             if not is_new(text, seen):
                 continue
-            row = row_of(self.encode, text, max(cut, length))
-            if ids_of(row[:cut]) not in taken:
-                if len(row) >= length and not has_prediction(row[:length]):
-                    facts["left_out"] = facts.get("left_out", 0) + 1
-                yield row[:length]
+            # A few more tokens show whether an answer ends at the limit.
+            row = row_of(self.encode, text, most + 1)
+            if len(row) > most:
+                row = _until_answer(row)
+            if not has_prediction(row):
+                facts["left_out"] = facts.get("left_out", 0) + 1
+            elif ids_of(row) not in taken:
+                yield row
+
+
+def _until_answer(row: Row) -> Row:
+    """Return a conversation up to its last answer that is followed by context, perhaps none."""
+    ends = (i for i in range(len(row) - 1, 0, -1) if row[i - 1] >= 0 > row[i])
+    return row[: next(ends, 0)]
 
 
 def tokens_of(drawn: Drawn, texts: Sequence[OpenText], pad: int) -> TokenSet:
@@ -484,15 +517,18 @@ def _join(documents: Iterator[list[int]], between: list[int]) -> Iterator[list[i
         yield (between if number else []) + ids
 
 
-def left_out(text: OpenText, length: int) -> str:
-    """Say how many conversations have no answer within the length of a sample; "" if all have."""
+def left_out(text: OpenText, longest: int) -> str:
+    """Say how many conversations have no answer that ends in the longest sample; "" if none."""
     count = text.facts.get("left_out")
-    words = f"{count} conversations have no answer in their first {length} tokens; raise --length"
+    words = (
+        f"{count} conversations are longer than {longest} tokens, and their answers end later; "
+        "raise --length"
+    )
     return words if count else ""
 
 
-def say_left_out(texts: Sequence[OpenText], length: int) -> None:
+def say_left_out(texts: Sequence[OpenText], longest: int) -> None:
     """Print a line for each source of which conversations are left out."""
     for text in texts:
-        if words := left_out(text, length):
+        if words := left_out(text, longest):
             say(f"isingcut: {text.part.name}: {words} to use them")

@@ -54,8 +54,8 @@ _SHUFFLE_BUFFER = 10_000
 _DATA_SUFFIXES = {".parquet", ".arrow", ".zst", ".gz", *FORMATS}
 _SOURCES = (
     "expected a .txt, .jsonl, .json or .csv file (or one of these as .gz), - for standard input, a "
-    "datasets name, 'web', 'instruct', 'maths', 'wiki', 'python', 'manual', 'self', "
-    "answers:SOURCE, or a mixture SOURCE=WEIGHT,SOURCE=WEIGHT"
+    "datasets name, 'web', 'instruct', 'maths', 'wiki', 'python', 'manual', 'chat', "
+    "'self', answers:SOURCE, or a mixture SOURCE=WEIGHT,SOURCE=WEIGHT"
 )
 
 
@@ -74,8 +74,16 @@ class Corpus:
     documents: Iterator[Any]
 
 
-def read(source: str, tokenizer: PreTrainedTokenizerBase, seed: int) -> Corpus:
+def read(
+    source: str,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    written: Iterator[Record] | None = None,
+) -> Corpus:
     """Open a single source of text: not ``"self"``, and not a mixture.
+
+    Args:
+        written: the conversations of ``"chat"``, in their order.
 
     With ``answers:SOURCE``, the documents are `conversations.MarkedText`.
 
@@ -88,8 +96,11 @@ def read(source: str, tokenizer: PreTrainedTokenizerBase, seed: int) -> Corpus:
     name = words_for(place)
     path = user_path(place)
     texts = PACKAGED[place]() if place in PACKAGED else find_object(place)
-    if texts is not None:
-        records: Iterator[Any] = (
+    if written is not None:
+        records: Iterator[Any] = written
+        seed = -1
+    elif texts is not None:
+        records = (
             (f"text {i} of the list", {"text": text}) for i, text in enumerate(texts)
         )
     elif place == "-" or (place not in NAMED and _is_file(path)):
@@ -474,5 +485,5 @@ HUB = {
     "maths": "HuggingFaceTB/finemath/finemath-4plus",
 }
 """Data sets on the hub, in the form of `_dataset`; `instruct` has conversations."""
-NAMED = {*PACKAGED, *HUB, "self", "-"}
+NAMED = {*PACKAGED, *HUB, "self", "chat", "-"}
 """Sources that are no path, even where a file has the name."""

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+import contextlib
+import random
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +18,10 @@ from isingcut.errors import NOT_FINITE, CalibrationError, ModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+# New tokens after which rows that have ended leave a batch.
+_STEP = 64
 
 
 def finite_logits(model: PreTrainedModel) -> list[Callable[..., torch.Tensor]]:
@@ -50,32 +58,37 @@ def _generate(
     prompt: torch.Tensor,
     new_tokens: int,
     processors: list[Callable[..., torch.Tensor]] | None,
-    mask: torch.Tensor | None = None,
+    given: Mapping[str, Any] = MappingProxyType({}),
     **settings: Any,
-) -> torch.Tensor:
-    """Generate after a prompt (B, P) with these generation settings only; return (B, P + n).
-
-    ``mask`` (B, P) is 0 at padding; None without padding.
+) -> Any:
+    """Generate after a prompt (B, P) with these generation settings only.
 
     `generate` takes missing settings from the model's generation config (end token, top-k,
     repetition penalty), so that is replaced during the call.
+
+    Args:
+        given: further arguments of `generate`, such as the mask (B, P) of a padded prompt.
+
+    Returns:
+        what `generate` returns, with ``sequences`` (B, P + n) and ``past_key_values``.
     """
     from transformers import GenerationConfig
 
     generative: Any = model
     own = generative.generation_config
     factory: Any = GenerationConfig
-    generative.generation_config = factory(use_cache=True, **settings)
+    generative.generation_config = factory(
+        use_cache=True, return_dict_in_generate=True, **settings
+    )
     try:
-        generated: torch.Tensor = generative.generate(
+        return generative.generate(
             prompt,
-            attention_mask=torch.ones_like(prompt) if mask is None else mask,
             max_new_tokens=new_tokens,
             logits_processor=processors,
+            **{"attention_mask": torch.ones_like(prompt), **given},
         )
     finally:
         generative.generation_config = own
-    return generated
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -88,13 +101,53 @@ def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> li
     return [] if end is None else [end]
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """How the next tokens of rows are sampled: by a random number of a row's name and its position.
+
+    A row does not depend on the others of its batch.
+
+    Args:
+        names: a name for each row.
+        temperature: divides the logits.
+    """
+
+    names: Sequence[str]
+    temperature: float
+
+    def processor(self, rows: Sequence[int], width: int) -> Callable[..., torch.Tensor]:
+        """Return a logits processor that leaves the sampled tokens only.
+
+        Args:
+            rows: the rows of the batch.
+            width: tokens of their prompts, padded.
+        """
+
+        def draw(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            place = input_ids.shape[1] - width
+            numbers = [random.Random(f"{self.names[i]} {place}").random() for i in rows]
+            sums = (scores.double() / self.temperature).softmax(-1).cumsum(-1)
+            level = torch.tensor(numbers, dtype=sums.dtype, device=sums.device)[:, None]
+            token = torch.searchsorted(sums, level * sums[:, -1:])
+            only = token.clamp(max=scores.shape[1] - 1)
+            return torch.full_like(scores, -torch.inf).scatter(1, only, 0.0)
+
+        return draw
+
+
 def generate_rows(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[torch.Tensor],
     most: int,
+    sampling: Sampling | None = None,
 ) -> list[tuple[Row, bool]]:
-    """Generate the greedy continuations of prompts, each (1, P), in one batch padded on the left.
+    """Generate continuations of prompts, each (1, P), in one batch padded on the left.
+
+    Rows that have ended leave the batch.
+
+    Args:
+        sampling: how to sample; None generates the greedy continuations.
 
     Returns:
         for each prompt at most ``most`` tokens up to an end token, and whether there was one.
@@ -107,17 +160,49 @@ def generate_rows(
     for i, prompt in enumerate(prompts):
         ids[i, width - prompt.shape[1] :] = prompt
         mask[i, width - prompt.shape[1] :] = 1
-    out = _generate(
-        model,
-        ids.to(model.device),
-        most,
-        finite_logits(model),
-        mask.to(model.device),
-        do_sample=False,
-        eos_token_id=ends or None,
-        pad_token_id=padding,
-    )
-    return [split_end(row, ends) for row in out[:, width:].tolist()]
+    ids, mask = ids.to(model.device), mask.to(model.device)
+    found = [(list[int](), False) for _ in prompts]
+    left = [*range(len(prompts))]
+    cache = dict[str, Any]()
+    while left and ids.shape[1] < width + most:
+        processors = finite_logits(model)
+        if sampling is not None:
+            processors.append(sampling.processor(left, width))
+        out = _generate(
+            model,
+            ids,
+            min(_STEP, width + most - ids.shape[1]),
+            processors,
+            {"attention_mask": mask, **cache},
+            do_sample=False,
+            eos_token_id=ends or None,
+            pad_token_id=padding,
+        )
+        new = [split_end(row, ends) for row in out.sequences[:, width:].tolist()]
+        for i, row in zip(left, new, strict=True):
+            found[i] = row
+        stay = [k for k, (_, ended) in enumerate(new) if not ended]
+        left = [left[k] for k in stay]
+        if left:
+            ids = out.sequences[stay]
+            mask = torch.nn.functional.pad(
+                mask, (0, ids.shape[1] - mask.shape[1]), value=1
+            )
+            mask = mask[stay]
+            cache = _keep_rows(out, stay)
+    return found
+
+
+def _keep_rows(out: Mapping[str, Any], rows: Sequence[int]) -> dict[str, Any]:
+    """Return some rows of the cache that `generate` returned, by its name; none if it cannot be
+    divided, so that the prompts are read again."""
+    for name in ("cache", "past_key_values"):
+        cache: Any = out.get(name)
+        if hasattr(cache, "batch_select_indices"):
+            with contextlib.suppress(AttributeError, NotImplementedError):
+                cache.batch_select_indices(torch.tensor(rows))
+                return {name: cache}
+    return {}
 
 
 def split_end(row: Row, ends: Collection[int]) -> tuple[Row, bool]:
@@ -131,7 +216,7 @@ def decode_tokens(
 ) -> torch.Tensor:
     """Generate exactly ``new_tokens`` greedy tokens after ``prompt`` (B, P), past end tokens."""
     out = _generate(model, prompt, new_tokens, None, do_sample=False, pad_token_id=0)
-    return out[:, prompt.shape[1] :]
+    return torch.as_tensor(out.sequences[:, prompt.shape[1] :])
 
 
 _ROWS = 32
@@ -190,7 +275,7 @@ def sample_from_model(
                         pad_token_id=start,
                         **sampling,
                     )
-                yield from out.tolist()
+                yield from out.sequences.tolist()
                 bar.advance(1)
 
         for number, row in enumerate(distinct(sample_rows()), 1):  # noqa: B007

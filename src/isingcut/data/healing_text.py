@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
 
 from isingcut.data.calibration import (
     Calibration,
@@ -19,9 +18,6 @@ from isingcut.errors import IsingcutError
 from isingcut.files.cuts import FittedText
 from isingcut.options.heal import HealConfig
 from isingcut.options.text import TEXT
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,7 +49,8 @@ def build(
     ends.
 
     Args:
-        source: as for a calibration, but not ``"self"``.
+        source: as for a calibration, but not ``"self"``; ``"chat"`` ends after its share of the
+            tokens that the sampler's writer expects.
         sampler: makes the samples.
         samples: training samples; None takes all.
         report_samples: samples for reporting; they are read first.
@@ -62,6 +59,8 @@ def build(
     Raises:
         CalibrationError: the text is unreadable or too short.
     """
+    if sampler.chat is not None:
+        sampler = replace(sampler, chat=replace(sampler.chat, ends=True))
     pad = sampler.encode.pad
     texts = sampler.open(parts_of(source), 2)
     if own is None:
@@ -69,15 +68,14 @@ def build(
         own = tokens_of(report, texts, pad)
     drawn, _ = sampler.draw(texts, 1, "train", samples, least=1)
     train = tokens_of(drawn, texts, pad)
-    say_left_out(texts, sampler.length)
+    say_left_out(texts, sampler.longest)
     return HealingText(train, own, overlap(own, [train]))
 
 
 def to_fit(
     used: Calibration,
-    tokenizer: PreTrainedTokenizerBase,
+    sampler: TextSampler,
     most: int,
-    model: PreTrainedModel | None = None,
     healing: HealConfig | None = None,
     share: float = 0.0,
 ) -> tuple[TokenSet, FittedText]:
@@ -88,8 +86,8 @@ def to_fit(
 
     Args:
         used: calibration of a run; its source is read further if its energy split is too short.
+        sampler: makes the samples, with the length and the seed of the calibration or the healing.
         most: number of tokens, including those without a prediction.
-        model: model whose embedding limits the token ids.
         healing: options of the healing that follows, with a length; its report text stays unseen.
         share: share of the tokens to take from the default text, unless the source has a part of
             it; documents of the calibration are left out.
@@ -101,7 +99,7 @@ def to_fit(
         source = healing.text
         length = healing.length
         seed = healing.seed
-    sampler = TextSampler(tokenizer, length, seed, model, used)
+    sampler = replace(sampler, length=length, seed=seed, used=used)
     mixed = round(share * most) if is_mixed(used.source, source) else 0
     unmixed = NO_WIKI if mixed and not has_wiki() else ""
     mixed = 0 if unmixed else mixed

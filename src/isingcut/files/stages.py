@@ -10,6 +10,7 @@ makes a result to its declaration here; it gets what is declared, and nothing el
 """
 
 import os
+import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -60,6 +61,7 @@ class Declaration:
         return self.file.replace("*", "")
 
 
+_WORD = re.compile(r"\w+")
 _ROWS = ("remove", "budget", "keep", "must_remove")
 _PATCH = ("patch", "patch_tokens", "patch_share")
 SOLVING = ("keep", "must_remove", "solver", "states", "solve_seconds")
@@ -70,7 +72,9 @@ STAGES = {
         "calibration.safetensors",
         values=("energy_samples", "texts"),
         # Only a text that the model writes itself depends on how it computes.
-        unused=lambda read: () if "self" in read["calibration"] else NUMERICS,
+        unused=lambda read: (
+            () if {"self", "chat"} & {*_WORD.findall(read["calibration"])} else NUMERICS
+        ),
         of_run=True,
     ),
     "energy": Declaration(

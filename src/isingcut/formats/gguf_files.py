@@ -205,12 +205,12 @@ def read_gguf(path: Path) -> GgufHeader:
     return GgufHeader(path, reader, {tensor.name: tensor for tensor in reader.tensors})
 
 
-def gguf_cache() -> Path:
-    """Return the cache of converted files, in `$ISINGCUT_CACHE` or else in that of the hub."""
+def cache_folder(name: str) -> Path:
+    """Return a folder of the cache, in `$ISINGCUT_CACHE` or else in that of the hub."""
     from huggingface_hub.constants import HF_ASSETS_CACHE
 
     own = os.environ.get("ISINGCUT_CACHE")
-    return user_path(own or f"{HF_ASSETS_CACHE}/isingcut") / "gguf"
+    return user_path(own or f"{HF_ASSETS_CACHE}/isingcut") / name
 
 
 def convert_file(path: Path, progress: Progress = silent) -> Path:
@@ -223,7 +223,7 @@ def convert_file(path: Path, progress: Progress = silent) -> Path:
             architecture that transformers cannot convert; or the folder was changed since.
         CheckpointError: the file is damaged or truncated.
     """
-    target = gguf_cache() / file_sha256(path, progress)
+    target = cache_folder("gguf") / file_sha256(path, progress)
     try:
         if not target.is_dir():
             # One process at a time. The lock deletes the large leftovers of a killed process.

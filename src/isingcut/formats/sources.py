@@ -30,7 +30,7 @@ from isingcut.errors import (
 from isingcut.files.inputs import regular_file, user_path
 from isingcut.files.ownership import file_sha256, hash_of
 from isingcut.files.writing import temporary_folder
-from isingcut.formats.gguf_files import convert_file, gguf_cache
+from isingcut.formats.gguf_files import cache_folder, convert_file
 from isingcut.formats.libraries import convert_errors, quiet_transformers
 from isingcut.formats.safetensors_files import (
     HEADER_LIMIT,
@@ -237,7 +237,7 @@ def model_identity(folder: Path) -> dict[str, Any]:
             parts[file.name] = _hash_told(file)
     identity: dict[str, Any] = {"sha256": hash_of(parts), "parts": parts}
     identity["weight_bytes"] = total
-    if folder.parent == gguf_cache():
+    if folder.parent == cache_folder("gguf"):
         identity["gguf_sha256"] = folder.name
     return identity
 

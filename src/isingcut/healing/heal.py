@@ -18,7 +18,7 @@ import torch
 
 from isingcut.console.progress import Progress, as_progress, duration, silent
 from isingcut.data import healing_text
-from isingcut.data.calibration import Calibration, TextSampler
+from isingcut.data.calibration import Calibration
 from isingcut.data.healing_text import HealingText
 from isingcut.data.mixture import places_in, shares_text, without_folders
 from isingcut.data.tokens import TokenSet
@@ -146,7 +146,7 @@ def heal(
             # The run's patch was fitted on what follows its calibration in the shared text.
             most = config.report_samples * sample_length(config, teacher.model)
             own = used.splits["report"].first(most)
-        text = build_text(config, teacher, used, own)
+        text = build_text(config, teacher, used, own, shown)
         job = Job(
             teacher,
             teacher.stack.remove(blocks),
@@ -161,6 +161,10 @@ def heal(
     if processes.size > 1:
         torch.distributed.destroy_process_group()
     return out
+
+
+CHAT_SAMPLES = 64
+"""Samples of a text with ``"chat"`` that the teacher writes, unless the options say how many."""
 
 
 def _calibration_of(student: Path) -> Calibration | None:
@@ -192,21 +196,23 @@ def build_text(
     teacher: LoadedModel,
     used: Calibration | None = None,
     own: TokenSet | None = None,
+    progress: Progress = silent,
 ) -> HealingText:
     """Read the text to train on, and the unseen text to report on.
 
     Args:
         used: a calibration whose text is left out.
         own: samples of it to report on, instead of further text.
+        progress: shows how the teacher writes the text ``"chat"``.
     """
+    length = sample_length(config, teacher.model)
+    wanted = config.training.tokens
+    tokens = int(wanted) if wanted else length * (config.samples or CHAT_SAMPLES)
+    tokens += 0 if own else length * config.report_samples
     return healing_text.build(
         config.text,
-        TextSampler(
-            teacher.tokenizer,
-            sample_length(config, teacher.model),
-            config.seed,
-            teacher.model,
-            used,
+        teacher.sampler(
+            length, config.seed, tokens=tokens, used=used, progress=progress
         ),
         samples=config.samples,
         report_samples=config.report_samples,

@@ -12,6 +12,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from isingcut.console.progress import Progress, silent
+from isingcut.data.calibration import Calibration, TextSampler
+from isingcut.data.chat import ChatWriter
 from isingcut.errors import NOT_FINITE, ArchitectureError, IsingcutError, ModelError
 from isingcut.formats.architectures.blocks import (
     BlockStack,
@@ -22,6 +25,7 @@ from isingcut.formats.architectures.blocks import (
 )
 from isingcut.formats.checkpoints import Checkpoint, is_mtp, limit_structure
 from isingcut.formats.fp8 import dequantise_checkpoint, fp8_layout, weights_of
+from isingcut.formats.gguf_files import cache_folder
 from isingcut.formats.libraries import (
     catch_errors,
     refuse_incomplete,
@@ -29,6 +33,7 @@ from isingcut.formats.libraries import (
     report_missing_kernels,
 )
 from isingcut.formats.safetensors_files import read_config
+from isingcut.formats.sources import model_identity
 from isingcut.formats.transformers_private import Names, model_classes
 from isingcut.models.device import pick_device, pick_devices, pick_dtype, weight_bytes
 from isingcut.models.placement import connect, place, place_of
@@ -134,6 +139,32 @@ class LoadedModel:
     def stack(self) -> BlockStack:
         """The model's blocks."""
         return find_stack(self.model)
+
+    def sampler(
+        self,
+        length: int,
+        seed: int,
+        *,
+        tokens: int = 0,
+        used: Calibration | None = None,
+        progress: Progress = silent,
+    ) -> TextSampler:
+        """Return the sampler of texts for this model, which writes the text ``"chat"`` itself.
+
+        Args:
+            length, seed, used: as in `TextSampler`.
+            tokens: tokens that are read, for the progress bar of ``"chat"``.
+        """
+        model = language_model(self.model)
+        chat = ChatWriter(
+            model,
+            self.tokenizer,
+            lambda: str(model_identity(self.folder)["sha256"]),
+            cache_folder("chat"),
+            progress,
+            tokens,
+        )
+        return TextSampler(self.tokenizer, length, seed, model, used, chat)
 
     @property
     def dtype_name(self) -> str:

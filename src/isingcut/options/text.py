@@ -19,7 +19,8 @@ class TextOptions(Options):
         TEXT,
         "Calibration text: a .txt, .jsonl, .json or .csv file (also .gz); - for standard input; a "
         "datasets name; 'web', 'instruct' or 'maths' from the hub; 'wiki'; 'python' (standard "
-        "library code); 'manual' (Python's manual); or 'self' (the model writes it). "
+        "library code); 'manual' (Python's manual); 'chat' (conversations that the model writes); "
+        "or 'self' (text that the model writes). "
         "answers:SOURCE counts only the assistant's tokens of a chat. Mix sources by their share "
         "of tokens: wiki=0.75,python=0.25.",
         stages="calibration",

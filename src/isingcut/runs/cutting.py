@@ -94,11 +94,12 @@ def output_folder(
     ranked = target / "candidates.json"
     if not there and ranked.exists():
         there = [folder.load(ranked, load_candidates).chosen.removed]
-    if all(blocks == removed for blocks in there):
+    wanted = sorted(removed)
+    if all(blocks == wanted for blocks in there):
         return target
-    named = "-".join(map(str, removed))
+    named = "-".join(map(str, wanted))
     if len(named) > _LONGEST_NAME:
-        named = results.fingerprint({"removed": removed})[:16]
+        named = results.fingerprint({"removed": wanted})[:16]
     return folder.path / f"remove-{slug(config.removal)}-blocks-{named}"
 
 
@@ -130,9 +131,9 @@ def _place_without(
     others = ((folder.path / key).parent for key in keys)
     for place in (folder.target(config.removal), *others):
         made = folder.find_record(place / "model")
-        if made and made.done and made.options.removed == removed:
+        if made and made.done and made.options.removed == sorted(removed):
             return place
-    named = ",".join(map(str, removed))
+    named = ",".join(map(str, sorted(removed)))
     raise InputError(
         f"{folder.path} has no checkpoint without the blocks {named}; "
         f"type: isingcut excise {shlex.quote(str(folder.path))} --blocks {named}"
@@ -373,9 +374,8 @@ def _make_patches(
     later = fit.training
     if later is not None:
         later = later.replace(length=sample_length(later, loaded.model))
-    tokens, text = to_fit(
-        fit.calibration, loaded.tokenizer, fit.tokens, loaded.model, later, fit.share
-    )
+    sampler = loaded.sampler(0, 0, tokens=fit.tokens, progress=progress)
+    tokens, text = to_fit(fit.calibration, sampler, fit.tokens, later, fit.share)
     how = HealConfig(
         patch=fit.repair, patch_tokens=fit.tokens, batch_tokens=context.batch_tokens
     )

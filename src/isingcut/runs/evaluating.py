@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from isingcut.console.printing import say
-from isingcut.data.calibration import Calibration, TextSampler, build
+from isingcut.data.calibration import Calibration, build
 from isingcut.data.corpora import UNLIKE
 from isingcut.data.generation import prompt_ids
 from isingcut.data.tokens import TokenSet, overlap
@@ -31,7 +31,7 @@ from isingcut.files.results import read_document, write_document
 from isingcut.files.schema import Document
 from isingcut.files.store import Store
 from isingcut.files.writing import atomic_file, lock_place, temporary_prefix
-from isingcut.formats.architectures.blocks import language_model, text_config
+from isingcut.formats.architectures.blocks import text_config
 from isingcut.formats.architectures.removed import Removed
 from isingcut.formats.gguf_files import unpack_gguf
 from isingcut.formats.sources import find_gguf, resolve
@@ -235,10 +235,9 @@ def _unlike(
     loaded = context.loaded
     tokens = splits["report"]
     length = int(tokens.input_ids.shape[1])
-    model = language_model(loaded.model)
     built = build(
         UNLIKE,
-        TextSampler(loaded.tokenizer, length, seed, model),
+        loaded.sampler(length, seed),
         samples=1,
         rank_samples=1,
         report_samples=max(4, tokens.samples // 4),

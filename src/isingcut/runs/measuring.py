@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from isingcut.data.calibration import Calibration, TextSampler, build
+from isingcut.data.calibration import Calibration, build
 from isingcut.data.corpora import refuse_changed, text_hashes
 from isingcut.data.mixture import places_in
 from isingcut.data.tokens import TokenSet
@@ -15,7 +15,6 @@ from isingcut.energies.search import Target
 from isingcut.errors import InputError
 from isingcut.files.runs import BlockList, CalibrationText, SplitSize
 from isingcut.files.store import Store
-from isingcut.formats.architectures.blocks import language_model
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.options.search import SearchOptions
 from isingcut.options.text import TextOptions
@@ -74,11 +73,15 @@ def build_calibration(context: Context, config: SearchOptions) -> Calibration:
 
 
 def _build(context: Context, config: TextOptions, samples: int) -> Calibration:
-    loaded = context.loaded
-    model = language_model(loaded.model)
+    counts = samples + config.rank_samples + config.report_samples
     return build(
         config.calibration,
-        TextSampler(loaded.tokenizer, config.length, config.seed, model),
+        context.loaded.sampler(
+            config.length,
+            config.seed,
+            tokens=counts * config.length,
+            progress=context.progress,
+        ),
         samples=samples,
         rank_samples=config.rank_samples,
         report_samples=config.report_samples,
