@@ -12,6 +12,7 @@ of the original (arXiv 2410.09982).
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import random
 import re
@@ -37,8 +38,10 @@ from isingcut.files.writing import lock_place
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-QUESTION, ANSWER = 64, 256
-"""Longest question of the model itself, and longest answer, in tokens."""
+QUESTION = 64
+"""Longest question of the model itself, in tokens."""
+ANSWER = 256
+"""Longest answer, in tokens."""
 TEMPERATURE = 0.7
 # Conversations of a batch; which rows it has depends on their numbers only.
 _ROWS = 32
@@ -121,7 +124,7 @@ class ChatWriter:
             )
             prompts = _prompts(seed)
             begun = ended = 0
-            for number in range(10**9):
+            for number in itertools.count():
                 rows = range(number * _ROWS, (number + 1) * _ROWS)
                 asked = {row: next(prompts) for row in rows}
                 found = kept.get(str(number))
@@ -218,18 +221,17 @@ class ChatWriter:
 
 
 def _prompts(seed: int) -> Iterator[str | None]:
-    """Yield prompts without an end: half are questions of the model (None), the others ask about a
-    paragraph or, one in eight, about a function."""
+    """Yield prompts without an end: a quarter are questions of the model (None), of whose long
+    answers few end; the others ask about a paragraph or, one in eight, about a function."""
     prose = _endless(_paragraphs, seed)
     code = _endless(_functions, seed)
-    number = 0
-    while True:
-        yield None
-        number += 1
-        if number % 4:
-            yield _PROSE[number % len(_PROSE)].format(next(prose))
+    for number in itertools.count():
+        if number % 4 == 0:
+            yield None
+        elif number % 8 == 3:
+            yield _CODE[number // 8 % len(_CODE)].format(next(code))
         else:
-            yield _CODE[number // 4 % len(_CODE)].format(next(code))
+            yield _PROSE[number % len(_PROSE)].format(next(prose))
 
 
 def _endless(read: Callable[[], Iterator[str]], seed: int) -> Iterator[str]:
