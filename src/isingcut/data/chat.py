@@ -104,9 +104,9 @@ class ChatWriter:
             {
                 "weights": self.weights(),
                 "dtype": str(self.model.dtype),
+                "tokenizer": self.tokenizer.get_vocab(),
                 "template": self.tokenizer.chat_template,
-                "prompts": [_PROSE, _CODE, has_wiki()],
-                "bounds": [QUESTION, ANSWER, TEMPERATURE, _ROWS, _CHARACTERS],
+                "bounds": [QUESTION, ANSWER, TEMPERATURE],
                 "seed": seed,
                 "versions": [torch.__version__, 1],
             }
@@ -127,11 +127,12 @@ class ChatWriter:
             for number in itertools.count():
                 rows = range(number * _ROWS, (number + 1) * _ROWS)
                 asked = {row: next(prompts) for row in rows}
-                found = kept.get(str(number))
+                key = fingerprint(asked)
+                found = kept.get(key)
                 if found is None:
                     written = self._write(asked, seed)
                     content = json.dumps(written).encode()
-                    kept.put({str(number): np.array([*content], np.float64)})
+                    kept.put({key: np.array([*content], np.float64)})
                 else:
                     written = json.loads(bytes(found.astype(np.uint8)))
                 begun += len(asked)
@@ -205,6 +206,8 @@ class ChatWriter:
         self, ids: dict[int, torch.Tensor], most: int, temperature: float, series: str
     ) -> dict[int, tuple[str, int]]:
         """Return the texts that ended within ``most`` tokens, with their tokens, by row."""
+        # The head of a turn may be empty.
+        ids = {row: prompt for row, prompt in ids.items() if prompt.shape[1]}
         if not ids:
             return {}
         names = [f"{series} {row}" for row in ids]

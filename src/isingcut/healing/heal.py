@@ -209,6 +209,9 @@ def build_text(
     wanted = config.training.tokens
     tokens = int(wanted) if wanted else length * (config.samples or CHAT_SAMPLES)
     tokens += 0 if own else length * config.report_samples
+    # What the calibration has is written again, and left out.
+    splits = used.splits.values() if used else ()
+    tokens += sum(int(split.mask.sum()) for split in splits)
     return healing_text.build(
         config.text,
         teacher.sampler(
