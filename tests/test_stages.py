@@ -14,7 +14,7 @@ from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.options.config import RunConfig
 from isingcut.options.declaration import option, options_of
 from isingcut.options.parsed import QUANTITIES, Quantity
-from isingcut.runs import pipeline, stages
+from isingcut.runs import pipeline, ranking, stages
 from isingcut.runs.constraints import removal_rows
 from isingcut.runs.folder import read_config
 from shared import (
@@ -75,18 +75,28 @@ training: [heal, healing, patch_tokens, seed, dtype, batch_tokens]
 """)
 # Only tasks that choose are read by the ranking, and it reads these options of `solve` with the
 # spectrum. Only a text that the model writes depends on how it computes.
-NOT_HERE = {"rank": {"keep", "must_remove"}, "calibration": {*NUMERICS}}
+# A baseline has no settings of the energy.
+NOT_HERE = {
+    "rank": {"keep", "must_remove"},
+    "calibration": {*NUMERICS},
+    "baseline": {"energy", "effort", "keep", "must_remove"},
+}
 NAMES = [
     "calibration",
     "energy",
     "solve",
     "rank",
+    "baseline",
     "cut",
     "heal",
     "evaluate",
     "benchmarks",
 ]
-GIVEN = {"calibration": [None], "energy": ["refined"]}
+GIVEN = {
+    "calibration": [None],
+    "energy": ["refined"],
+    "baseline": ["block-influence"],
+}
 ALL = {stage.name: stage for stage in pipeline.STAGES}
 
 
@@ -95,7 +105,7 @@ def finished(shared, tmp_path_factory):
     place = tmp_path_factory.mktemp("stages")
     question = {"context": "ab", "choices": ["a", "b"], "answer": 0}
     with without_speed():
-        yield run_tiny(
+        out = run_tiny(
             shared.checkpoint(),
             write_words(place / "text.txt"),
             place / "run",
@@ -104,6 +114,10 @@ def finished(shared, tmp_path_factory):
             healing={"samples": 6, "length": 16, "report_samples": 4},
             tasks=write_jsonl(place / "mine.jsonl", [question] * 4),
         )
+        folder = Store.open(out)
+        runner = pipeline.open_again(folder, read_config(folder))
+        ranking.compare(runner, read_config(folder), "block-influence")
+        yield out
 
 
 def plan(runner, config, name):
@@ -225,7 +239,7 @@ def test_a_kill_after_each_stage_and_before_its_record_changes_no_bit(
             break
         except KeyboardInterrupt:
             continue
-    assert len(kills) == 2 * len(NAMES)
+    assert len(kills) == 2 * (len(NAMES) - 1)
     assert results(tmp_path / "run") == results(finished)
 
 

@@ -48,7 +48,7 @@ def test_a_run_is_judged(tiny, tmp_path):
     words = [
         *tiny,
         "--remove=2",
-        "--patch-tokens=960",
+        "--patch-tokens=1920",
         "--work",
         str(tmp_path / "work"),
     ]

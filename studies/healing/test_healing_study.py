@@ -28,11 +28,11 @@ def test_every_stage_is_judged(content, capsys):
     rows = content["removals"]["2"]
     ours = rows["isingcut"]
     assert rows["last"]["removed"] == [4, 5]
-    trainings = {"healed 4.6e-05M", "healed 9.2e-05M", "healed 4.6e-05M lora-0.002"}
+    trainings = {"healed 8.4e-05M", "healed 0.00017M", "healed 8.4e-05M lora-0.002"}
     assert set(ours["stages"]) == {*STAGES, *trainings}
     assert all({"cut", "patched", *trainings} <= set(rows[p]["stages"]) for p in PEERS)
-    short, long = (ours["stages"][f"healed {n}e-05M"] for n in (4.6, 9.2))
-    assert [short["tokens_seen"], long["tokens_seen"]] == [2 * 23, 2 * 2 * 23]
+    short, long = (ours["stages"][f"healed {n}M"] for n in (8.4e-05, 0.00017))
+    assert [short["tokens_seen"], long["tokens_seen"]] == [84, 167]
     # The longer training begins with the same samples.
     assert long["training"][0] == short["training"][0]
     assert set(ours["stages"]["cut"]["texts"]) == set(Healing.judged)
@@ -42,9 +42,9 @@ def test_every_stage_is_judged(content, capsys):
     figures = Healing.show(content)
     assert "; isingcut minus it " in capsys.readouterr().out
     assert {
-        "recovered_percent_2_at_9.2e-05M",
-        "recovered_percent_2_at_4.6e-05M_lora-0.002",
-        "healed_ppl_over_best_peer_2_4.6e-05M_se",
+        "recovered_percent_2_at_0.00017M",
+        "recovered_percent_2_at_8.4e-05M_lora-0.002",
+        "healed_ppl_over_best_peer_2_8.4e-05M_se",
         "kl_over_best_peer_2",
     } <= set(figures)
 
