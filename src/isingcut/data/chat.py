@@ -122,6 +122,7 @@ class ChatWriter:
             bar = opened.enter_context(
                 self.progress("the model writes conversations", left)
             )
+            bar.advance(0)
             prompts = _prompts(seed)
             begun = ended = 0
             for number in itertools.count():
@@ -137,6 +138,7 @@ class ChatWriter:
                     written = json.loads(bytes(found.astype(np.uint8)))
                 begun += len(asked)
                 ended += len(written)
+                bar.advance(sum(tokens for *_, tokens in written))
                 if number + 1 >= _TRIED and 10 * ended < begun:
                     raise CalibrationError(
                         f"the model ended only {ended} of {begun} of its own conversations within "
@@ -152,7 +154,6 @@ class ChatWriter:
                             ]
                         },
                     )
-                    bar.advance(tokens)
                     left -= tokens
                     if self.ends and left <= 0:
                         return
