@@ -108,13 +108,13 @@ class ChatWriter:
                 "template": self.tokenizer.chat_template,
                 "bounds": [QUESTION, ANSWER, TEMPERATURE],
                 "seed": seed,
-                "versions": [torch.__version__, 1],
+                "torch": torch.__version__,
             }
         )
         with contextlib.ExitStack() as opened:
             path = None
             if self.cache is not None:
-                path = self.cache / f"{identity[:32]}.journal"
+                path = self.cache / f"{identity}.journal"
                 # Another process may write the same conversations.
                 opened.enter_context(lock_place(path, wait=True))
             kept = Journal(path, identity)

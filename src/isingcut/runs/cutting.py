@@ -455,9 +455,8 @@ def heal(context: Context, inputs: Inputs, options: Any, out: Path) -> None:
     blocks = results.read_document(start / CUT, cuts.CutRecord).removed
     removed = context.stack.remove(blocks)
     # Text outside all splits of the run.
-    text = build_text(
-        healing, context.loaded, inputs.read("calibration", Calibration.load)
-    )
+    used = inputs.read("calibration", Calibration.load)
+    text = build_text(healing, context.loaded, used, progress=context.progress)
     job = Job(
         context.loaded, removed, start, text.train, out, healing, context.progress
     )
