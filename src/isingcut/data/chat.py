@@ -133,10 +133,10 @@ class ChatWriter:
                 if found is None:
                     written = self._write(asked, seed)
                     content = json.dumps(written).encode()
-                    kept.put({key: np.array([*content], np.float64)})
+                    kept.put({key: np.array([*content])})
                 else:
                     written = json.loads(bytes(found.astype(np.uint8)))
-                begun += len(asked)
+                begun += _ROWS
                 ended += len(written)
                 bar.advance(sum(tokens for *_, tokens in written))
                 if number + 1 >= _TRIED and 10 * ended < begun:
