@@ -37,7 +37,7 @@ import torch
 import isingcut
 from cards import Card, fake_cards
 from isingcut.errors import InputError, IsingcutError
-from isingcut.evaluation import quality, speed
+from isingcut.evaluation import prompts, speed
 from isingcut.formats.architectures.blocks import find_stack, stack_modules
 from isingcut.formats.cutting.checkpoint import excise
 from isingcut.healing.heal import heal
@@ -88,7 +88,7 @@ def short() -> contextlib.ExitStack:
     stack = contextlib.ExitStack()
     timed = vars(speed.speed)["__wrapped__"].__kwdefaults__
     stack.enter_context(mock.patch.dict(timed, new_tokens=2, repeats=1))
-    for module in (quality, verify):
+    for module in (prompts, verify):
         stack.enter_context(mock.patch.object(module, "NEW_TOKENS", 3))
     # The slack of streaming is more than such a model takes.
     stack.enter_context(mock.patch.object(streamed, "_SLACK", 0))

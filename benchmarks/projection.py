@@ -36,7 +36,7 @@ from isingcut.console.progress import duration
 from isingcut.data.tokens import TokenSet
 from isingcut.energies.refined import KEPT
 from isingcut.energies.search import Search, Target
-from isingcut.evaluation import quality
+from isingcut.evaluation import prompts
 from isingcut.evaluation.speed import speed
 from isingcut.healing.patch.files import runs
 from isingcut.healing.patch.ridge import bytes_of
@@ -50,6 +50,7 @@ from isingcut.models.streaming.replay import StreamedReplay
 from isingcut.models.streaming.store import Store
 from isingcut.options.config import RunConfig
 from isingcut.options.heal import LENGTH, HealConfig
+from isingcut.runs.solving import SECONDS
 from isingcut.runs.trials import MORE, TOKENS, TRIED, is_deep, is_searched, trial_tokens
 from isingcut.testing.tiny import tiny_checkpoint
 
@@ -447,7 +448,7 @@ class Setting:
         # A prefill, a prompt with one token and one with more; one generation; two new processes.
         timed = defaults(speed)
         passes = (timed["repeats"] + 1) * (3 + timed["new_tokens"])
-        passes += quality.NEW_TOKENS
+        passes += prompts.NEW_TOKENS
         parts.append(self.blocks(1, (1 + m.left) * passes, FEW, 1))
         return [*parts, start(2), *self.load((1 + m.left) * m.whole, "load again")]
 
@@ -489,7 +490,7 @@ class Setting:
         tokens = SAMPLES * RUN.length
         searched = self.blocks(tokens, c.passes, FEW, c.together, self.processes)
         # Proven at once up to some 40 blocks (docs/solvers.md).
-        solve = Term("solve", RUN.solve_seconds * (m.n > 40), "s", rates(100, 1))
+        solve = Term("solve", SECONDS * (m.n > 40), "s", rates(100, 1))
         fit = RUN.patch_tokens * (1 if self.streamed else 1 - 1 / HELD_OUT_EVERY)
         text = Term("text", 1, "readings", TEXT)
         return {

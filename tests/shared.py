@@ -239,4 +239,4 @@ def leave_speed_out(put):
 
     put("isingcut.evaluation.quality.speed", unmeasured)
     put("isingcut.models.replay.Replay.latency.__defaults__", (128, 1))
-    put("isingcut.evaluation.quality.NEW_TOKENS", 8)
+    put("isingcut.evaluation.prompts.NEW_TOKENS", 8)

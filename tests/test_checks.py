@@ -15,7 +15,6 @@ from isingcut.evaluation.checks import CHECKS, score_instruction, score_needle
 from isingcut.evaluation.harness import Harness
 from isingcut.evaluation.questions import check_tasks, prepare_task, task_names
 from isingcut.evaluation.scores import score_states
-from isingcut.files.evaluations import Ending
 from isingcut.testing.tiny import CHAT_TEMPLATE
 from shared import ModelError, module_fixture, parametrize, refuses
 from tiny import load_tiny, tiny_tokenizer
@@ -261,7 +260,7 @@ def test_a_model_without_an_end_token_answers(models):
         setattr(tokenizer, name, None)
     model = replace(models["original"], tokenizer=tokenizer)
     (found,) = score_states(model, prepare_task("instructions", None, 2), [()])
-    assert [ending.tokens for ending in found.endings] == [256] * 2
+    assert [len(row) for _, (row, _) in found.written] == [256] * 2
     assert len(tokenizer) == len(tiny_tokenizer())
 
 
@@ -288,6 +287,7 @@ def test_a_task_without_data_runs_and_resumes(
     # The tiny models do not stop.
     assert [pair.before.ended for pair in row.endings] == [False] * 2
     assert [pair.after.tokens for pair in row.endings] == [most] * 2
+    assert all(pair.after.likelihood < 0 for pair in row.endings)
     calls = len(wrote)
     assert benchmark(models, [task], kept=tmp_path) == ([row], {})
     assert len(wrote) == calls
@@ -300,15 +300,15 @@ def test_a_task_without_data_runs_and_resumes(
 
 def test_a_right_answer_scores(models, monkeypatch):
     def write(engine, requests, **settings):
-        ending = Ending(tokens=2, ended=True, repeated=0.0)
-        engine.endings = dict.fromkeys((each.args[0] for each in requests), ending)
+        made = ([5], ([6, 7], [2]))
+        engine.written = dict.fromkeys((each.args[0] for each in requests), made)
         return [each.doc.get("number", "calm calm") for each in requests]
 
     monkeypatch.setattr(Harness, "generate_until", write)
     model = models["original"]
     (found,) = score_states(model, prepare_task("needle", None), [()])
     assert found.values.tolist() == found.certainties.tolist() == [1.0] * 27
-    assert [ending.tokens for ending in found.endings] == [2] * 27
+    assert [row for _, (row, _) in found.written] == [[6, 7]] * 27
     (found,) = score_states(model, prepare_task("instructions", None), [()])
     right = [score_instruction(q, ["calm calm"])["followed"] for q in QUESTIONS]
     assert found.values.tolist() == right

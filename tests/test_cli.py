@@ -489,6 +489,7 @@ def test_both_models_are_judged_on_text_unlike_the_calibration(finished):
     )
 
 
+@pytest.mark.usefixtures("no_speed")
 def test_a_patch_that_harms_other_text_is_called_so_first(
     run, monkeypatch, capsys, typed
 ):
@@ -518,15 +519,16 @@ def test_a_patch_that_harms_other_text_is_called_so_first(
         assert words in first
         assert f"{part.kl:.3f} nats per token, and" in first
         card = text_of_card()
-        title, said, *_ = card.strip().split("\n\n")
+        title, chat, said, *_ = card.strip().split("\n\n")
         assert title.startswith("# ")
+        assert chat.startswith("**Chat.** answered: ")
         assert said.startswith(f"**Warning.** {words}")
         assert card.replace(f"{said}\n\n", "") == plain
     works("report", run)
     assert files_of(run).verdict.startswith(words)
     assert words in (run / "report.md").read_text().split("\n\n")[1]
     assert f'id="verdict">\n<p><strong>{words}' in (run / "report.html").read_text()
-    monkeypatch.undo()
+    monkeypatch.setattr(evaluating, "measure", exact)
     (run / "evaluation.json").unlink()
     works("evaluate", run)
     found = load_json(run / "evaluation.json")
@@ -593,7 +595,14 @@ def test_a_verdict_is_a_sentence_a_list_and_the_next_command_alone(
     files = show.open_finished(finished)
     first, *listed, _, command = files.judgement
     names = [line.partition(": ")[0] for line in listed]
-    assert names == ["- removed", "- answers", "- size", "- speed", "- loss"]
+    assert names == [
+        "- answered",
+        "- removed",
+        "- answers",
+        "- size",
+        "- speed",
+        "- loss",
+    ]
     heal = f"`isingcut heal {finished}/model --text {text} --train 10min --out healed`"
     assert command == heal
     page = first_part((finished / "report.html").read_text())

@@ -1,12 +1,12 @@
 """Perplexity, KL and their errors against plain formulas; speed and memory by their contracts."""
 
 import itertools
-from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 
+from isingcut.data import generation
 from isingcut.data.generation import decode_tokens, generate_rows, prompt_ids
 from isingcut.evaluation import prompts
 from isingcut.evaluation import quality as evaluation
@@ -24,6 +24,8 @@ from tiny import (
     tiny_model,
     tiny_tokenizer,
 )
+
+END = 2
 
 
 class Means:
@@ -168,57 +170,64 @@ def test_text_goes_through_the_chat_template(pair):
 
 
 @parametrize("family", ["llama", "gpt2", "mamba2"])
-def test_answers_of_a_batch_are_those_of_single_prompts_up_to_their_end(family):
+def test_answers_of_a_batch_are_those_of_single_prompts_up_to_their_end(
+    family, monkeypatch
+):
     model = tiny_model(family)
     tokenizer = tiny_tokenizer()
     prompts = [prompt_ids(tokenizer, text) for text in ("hi", "a longer prompt", "x")]
     alone = [decode_tokens(model, prompt, 8)[0].tolist() for prompt in prompts]
     model.generation_config.eos_token_id = [alone[1][3]]
     rows = generate_rows(model, tokenizer, prompts, 8)
-    for (row, ended), expected in zip(rows, alone, strict=True):
+    for (row, end), expected in zip(rows, alone, strict=True):
         ends = [t for t in range(8) if expected[t] == alone[1][3]]
-        assert (row, ended) == (expected[: ends[0] if ends else 8], bool(ends))
+        assert row == expected[: ends[0] if ends else 8]
+        assert end == [alone[1][3]] * bool(ends)
     assert rows[1][1]
     model.generation_config.eos_token_id = tokenizer.eos_token = None
     rows = generate_rows(model, tokenizer, prompts, 8)
-    assert rows == [(row, False) for row in alone]
+    assert rows == [(row, []) for row in alone]
+    monkeypatch.setattr(generation, "_STEP", 2)
+    rows = generate_rows(
+        model, tokenizer, prompts, 8, leave=lambda row: row == alone[0][:4]
+    )
+    assert rows == [(alone[0][:4], []), *((row, []) for row in alone[1:])]
 
 
 def test_answers_are_described_and_compared(tmp_path, monkeypatch):
     monkeypatch.setattr(prompts, "PROMPTS", ("hello", "hi", "how are you?", "a" * 500))
     monkeypatch.setattr(prompts, "PLAIN", 8)
+    monkeypatch.setattr(prompts, "NEW_TOKENS", 30)
     first, second = (
         load_tiny(tiny_checkpoint("llama", tmp_path / name, seed=seed))
         for name, seed in (("first", 0), ("second", 1))
     )
     given = []
 
-    def generate(model, tokenizer, some, most):
-        given.append((len(some), int(some[-1][0, -1]), most))
-        new = [*range(20, 20 + most)]
+    def generate(model, tokenizer, some, most, leave):
+        given.append((len(some), most))
+        assert leave([9, 5] * 4)
+        assert not leave([*range(20)])
         if model is second.model:
-            return [([1] * 8, False)] * len(some)
-        # The original's third answer takes more tokens.
-        return [([9, 5] * 4, True), ([9, 5] * 4, True), (new, most > 8)][-len(some) :]
+            return [([1] * 8, [])] * len(some)
+        # By length: the original's answer to the first takes more tokens.
+        return [([*range(20, 32)], [END]), *[([9, 5] * 4, [END])] * 2]
 
     monkeypatch.setattr(prompts, "generate_rows", generate)
-    found = prompts.compare_answers(first, second, 30, Mock())
-    # The fourth prompt is longer than the positions; a loop is not continued.
-    end = int(prompt_ids(first.tokenizer, "hello")[0, -1])
-    assert given == [(3, end, 8), (1, 27, 8), (1, 27, 14), (3, end, 8)]
-    assert found.limit == 30
+    found = prompts.compare_answers(first, second, Work())
+    # The fourth prompt is longer than the positions.
+    assert given == [(3, 30), (3, 16)]
+    assert found.limit == 16
     assert [pair.prompt for pair in found.pairs] == ["hello", "hi", "how are you?"]
-    assert [pair.before.tokens for pair in found.pairs] == [8, 8, 30]
+    assert [pair.before.tokens for pair in found.pairs] == [8, 8, 12]
     assert [pair.before.repeated for pair in found.pairs[:2]] == [0.6, 0.6]
     assert {pair.after.repeated for pair in found.pairs} == {0.8}
     assert found.lost == 1.0, "no answer ends"
     rows = {row.key: row for row in answer_rows(found, "cut")}
     assert rows["answers_ended"].way == "100 → 0"
     assert rows["answers_ended"].change == "-100 ± 0"
-    # What fits neither positions nor memory is left out.
-    monkeypatch.setattr(prompts, "PROMPTS", ("hello", "a" * 500))
-    monkeypatch.setattr(prompts, "generate_rows", Mock(side_effect=MemoryError))
-    assert prompts.compare_answers(first, second, 30, Mock()) is None
+    monkeypatch.setattr(prompts, "PROMPTS", ("a" * 500,))
+    assert prompts.compare_answers(first, second, Work()) is None
 
 
 def test_evaluate_fills_the_whole_document(tmp_path, tokens, monkeypatch):
@@ -227,7 +236,7 @@ def test_evaluate_fills_the_whole_document(tmp_path, tokens, monkeypatch):
         load_tiny(tiny_checkpoint("llama", tmp_path / name, num_hidden_layers=n))
         for name, n in (("big", 6), ("cut", 4))
     )
-    monkeypatch.setattr(evaluation, "NEW_TOKENS", 4)
+    monkeypatch.setattr(prompts, "NEW_TOKENS", 4)
     found = evaluation.before_and_after(big, cut, tokens)
     assert (found.before.blocks, found.after.blocks) == (6, 4)
     assert (found.samples, found.tokens) == (6, tokens.tokens)

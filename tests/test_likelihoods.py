@@ -256,7 +256,7 @@ def written(model, work, state=0, kinds=2):
             return generate_texts(replay, STATES[state], prompts, some, work)
 
     engine = Harness(model, lambda rows: [], write)
-    return engine.generate_until(requests(kinds)), engine.endings
+    return engine.generate_until(requests(kinds)), engine.written
 
 
 def texts(found, harness, context, **rest):
@@ -283,10 +283,14 @@ def test_texts_are_the_harness_s(model, state):
     with skip_blocks(model.model, STATES[state]):
         expected = plain.generate_until(requests(), disable_tqdm=True)
         alone = [ending_alone(plain, request) for request in requests()]
-    found, endings = written(model, Work(16), state)
+    found, made = written(model, Work(16), state)
     assert found == expected
     assert any(expected)
-    assert [(e.tokens, e.ended) for e in map(endings.get, PROMPTS)] == alone
+    answers = [made[prompt][1] for prompt in PROMPTS]
+    assert [(len(row + end), bool(end)) for row, end in answers] == alone
+    assert [made[p][0] for p in PROMPTS] == [
+        model.tokenizer(p).input_ids for p in PROMPTS
+    ]
 
 
 def test_prompts_of_one_go_fit_some_micro_batches(model, spy):

@@ -191,8 +191,8 @@ def test_the_packaged_model_is_converted_once_and_generates(monkeypatch):
     assert loaded.model.config.num_hidden_layers == 30
     assert "quantization_config" not in load_json(folder / "config.json")
     question = prompt_ids(loaded.tokenizer, "What is the capital of France?")
-    ((row, ended),) = generate_rows(loaded.model, loaded.tokenizer, [question], 20)
-    assert ended
+    ((row, end),) = generate_rows(loaded.model, loaded.tokenizer, [question], 20)
+    assert end
     assert "Paris" in loaded.tokenizer.decode(row)
 
 

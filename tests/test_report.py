@@ -152,35 +152,44 @@ POOR = "Do not deploy this as a chat model: it is often wrong"
 
 
 @parametrize(
-    "ended, repeated, followed, said",
+    "ended, likely, followed, said",
     [
-        (8, 0.0, 0.25, "Expect fluent text with many mistakes"),
-        (7, 0.34, 0.25, POOR),
-        (12, 0.31, 0.25, POOR),
-        (12, 0.0, 0.05, POOR),
-        (12, 0.0, 0.24, "Expect nearly the same answers"),
+        (5, -1.0, 0.25, "Expect fluent text with many mistakes"),
+        (4, -1.0, 0.25, POOR),
+        (12, -2.0, 0.25, POOR),
+        (12, -1.0, 0.05, POOR),
+        (12, -1.0, 0.24, "Expect nearly the same answers"),
     ],
 )
-def test_the_worse_of_loss_and_answers_speaks(folder, ended, repeated, followed, said):
-    """Of 12 answers the original ends 10; it follows 25 % of the instructions."""
+def test_the_worse_of_loss_and_answers_speaks(folder, ended, likely, followed, said):
+    """Of 12 prompts the original answers 10; it follows 25 % of the instructions."""
     pairs = [
-        answers("Yes.", "Yes yes", ended=k < ended, repeated=repeated)
+        answers("Yes.", "Yes yes", ended=k < ended, likelihood=likely)
         for k in range(12)
     ]
-    for pair in pairs[10:]:
-        pair["before"]["ended"] = False
-    change(folder / "evaluation.json", kl=0.09, answers={"limit": 64, "pairs": pairs})
+    for k, pair in enumerate(pairs):
+        pair["before"] |= {"ended": k < 10, "likelihood": -1.0}
+    chat = {"limit": 64, "chat": True, "pairs": pairs}
+    change(folder / "evaluation.json", kl=0.09, answers=chat)
     row = {**task("instructions", 0.25, followed), "metric": "followed,none"}
     write_json(folder / "benchmarks.json", "benchmarks", {"rows": [row], "engine": "x"})
     page = page_of(folder)
     first = page.split("\n\n")[1]
     assert first.startswith(said)
     assert ("worse than that KL suggests" in first) == ("nearly" not in said)
+    left = ended * (likely == -1)
+    shares = f"({100 * left / 12:.0f} and 83 %)"
+    assert page.split("\n\n")[2] == (
+        f"- answered: {left} of 12 prompts as the original could, original 10 {shares}"
+    )
     assert (
-        f"- answers: {ended} of 12 end by themselves (original 10); {100 * repeated:.0f} % of "
+        f"- answers: {ended} of 12 end by themselves (original 10); 0 % of "
         "their text is repetition (original 0 %); instructions: "
         f"{100 * followed:.0f} % followed (original 25 %)\n"
     ) in page
+    # A base model does not converse.
+    change(folder / "evaluation.json", answers={**chat, "chat": False})
+    assert "- answered" not in page_of(folder)
 
 
 def test_lm_eval_s_table_shows_the_scores(tmp_path):
@@ -212,7 +221,6 @@ def test_the_answers_of_tasks_are_pooled_with_those_to_prompts(tmp_path):
     # The changes are 0, 0, -1 and -1.
     (ended,) = (row for row in files_of(folder).scores if row.key == "answers_ended")
     assert (ended.change, ended.notes) == ("-50 ± 29", ["n = 4"])
-    assert "100% and 33% ended" in page
 
 
 @parametrize("kl, band", [(0.09, 0), (0.1, 1), (0.3, 2), (0.6, 3), (1.2, 4)])

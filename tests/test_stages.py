@@ -44,7 +44,6 @@ keep: "0"
 must_remove: "3"
 solver: tabu
 states: 6
-solve_seconds: 30.0
 random_states: 31
 choose: ground
 patch: none

@@ -63,6 +63,46 @@ BENCHMARKS = [
 ]
 MANY = asked(GOOD, "", {**GOOD, "choices": ["x"] * 1000})
 BENCHMARKS.append(Row("many choices", evaluate(), "line 3: expected .*'choices'", MANY))
+# Name :: lines of a file of prompts :: expected line.
+PROMPTS = r"""
+nothing :: :: has no prompts; give one a line, or 'messages'
+no JSON :: {"messages": :: line 1 is not valid JSON
+a list :: [1] :: line 1 must be a JSON object
+no messages :: {"prompt": "a"} :: line 1: the 'content' of each turn must be a text
+a word :: {"messages": "a"} :: line 1: 'messages' must be a list of objects
+no user :: {"messages": [{"role": "assistant", "content": "a"}]} :: line 1 must end with a turn of
+a number :: {"messages": [{"role": "user", "content": 1}]} :: line 1: the 'content' of each turn
+half a character :: {"text": "a\ud800"} :: line 1 is not valid JSON
+"""
+BENCHMARKS += [
+    Row(
+        f"prompts: {name}",
+        evaluate("", "--prompts {here}/data/mine.jsonl", ""),
+        line,
+        asked(content, task="mine"),
+    )
+    for name, content, line in cells(PROMPTS)
+]
+BENCHMARKS += rows(
+    [
+        (
+            "prompts and tasks",
+            evaluate("instructions", "--prompts {text}", ""),
+            "--tasks and --prompts write different files",
+        ),
+        (
+            "no file of prompts",
+            evaluate("", "--prompts {here}/gone.txt", ""),
+            "gone.txt",
+        ),
+        (
+            "a prompt beyond the positions",
+            evaluate("", "--prompts {here}/data/mine.jsonl", ""),
+            r"prompt 1 of --prompts has \d+ tokens; an answer takes up to 8 more",
+            asked(json.dumps({"text": "word " * 99}), task="mine"),
+        ),
+    ]
+)
 BENCHMARKS += rows(
     [
         (f"questions: {name}", evaluate(), line, prepare)

@@ -68,8 +68,8 @@ WORDS = r"""
 --effort 1000001 :: --effort: .* of at most 1,000,000
 --memory-limit much :: --memory-limit: memory 'much': expected a share
 --device CUDA :: --device: must be auto, cpu, cuda, cuda:N or cuda:N,cuda:M; got 'CUDA'
---solve-seconds nan :: --solve-seconds must be a number, got 'nan'
---solve-seconds 1_0 :: --solve-seconds must be a number, got '1_0'
+--patch-share nan :: --patch-share must be a number, got 'nan'
+--patch-share 1_0 :: --patch-share must be a number, got '1_0'
 --calibration '' :: --calibration is empty
 --samples '' :: --samples must be a whole number, got ''
 --samples many :: --samples must be a whole number, got 'many'
@@ -225,8 +225,8 @@ def test_words_of_yaml_mean_what_they_say(tmp_path):
             r"(--|run: )samples must be at most .*more than 60 digits",
         ),
         (
-            {"solve_seconds": 10**400},
-            r"solve.seconds must be a number, got a number of more than 60 digits",
+            {"patch_share": 10**400},
+            r"patch.share must be a number, got a number of more than 60 digits",
         ),
         ({"keep": range(3), "must_remove": np.array([2, 4])}, "both name block 2"),
         ({"states": True}, "states must be a whole number, got True"),

@@ -216,6 +216,8 @@ def run_data(files: RunFiles) -> dict[str, Any]:
     if ranking is None or evaluation is None:
         # No cut: the whole model meets the budget best.
         return data
+    if files.endings:
+        data |= answered_data(files.endings.pairs, files.last)
     data |= {
         "chosen": {**ranking.chosen.content(), **CUT_ON_RANKING},
         "fidelity": ranking.fidelity.kl.content(),
@@ -231,6 +233,21 @@ def run_data(files: RunFiles) -> dict[str, Any]:
             **scores.content(),
         }
     return data
+
+
+def answered_data(pairs: Sequence[evaluations.EndingPair], last: str) -> dict[str, Any]:
+    """Return the share of answered prompts, for `--json`; nothing without likelihoods."""
+    endings = evaluations.Endings.model_construct(pairs=pairs)
+    if not endings.rated:
+        return {}
+    error = endings.error("answered")
+    answered = {
+        "original": 100 * endings.mean("before", "answered"),
+        last: 100 * endings.mean("after", "answered"),
+        "change_se": error and 100 * error,
+        "n": len(endings.rated),
+    }
+    return {"answered_percent": answered}
 
 
 def curve_data(folder: Path) -> list[dict[str, Any]]:
@@ -388,7 +405,9 @@ def show_run(files: RunFiles, *, generation: bool = False) -> None:
     if files.gguf:
         lines.insert(1, f"GGUF:       {files.gguf}")
     if generation and answers is not None:
-        first = answers.pairs[0]
+        first = answers.ordered[0]
+        if answers.shown is None:
+            lines.append("no prompt is answered as the original could; the first one:")
         lines += [f"prompt:   {first.prompt}", f"original: {first.before.text}"]
         lines.append(f"{files.last + ':':9} {first.after.text}")
     show_lines(*lines, files.verdict.replace("`", ""))

@@ -92,9 +92,9 @@ _PANELS = {
     "What to remove": "units keep must_remove",
     "Text": "samples length rank_samples report_samples seed",
     "Model and machine": "cards_per_process dtype attention batch_tokens stream trust_remote_code",
-    "Choosing": "energy compare_energies solver states solve_seconds random_states choose",
+    "Choosing": "energy compare_energies solver states random_states choose",
     "Repair": "patch patch_tokens patch_share healing drop_mtp",
-    "Judging": "data questions",
+    "Judging": "data questions prompts",
 }
 """The options of a run, grouped under the headings of its help."""
 _LONG = 15

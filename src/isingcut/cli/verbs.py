@@ -95,7 +95,7 @@ def _check_early(config: RunConfig, source: str) -> None:
 
 @verb("out", "overwrite", group=WHOLE, together=True)
 def demo(progress: Any, **options: Any) -> Output:
-    """Remove 8 of the 30 blocks of SmolLM2-135M and show the results, in a few minutes.
+    """Remove 3 of the 30 blocks of SmolLM2-135M and show the results, in a few minutes.
 
     Example: isingcut demo
     """
@@ -143,7 +143,7 @@ def energy(progress: Any, config: ConfigFile = None, **options: Any) -> Output:
 
 
 @verb(
-    *("solver", "states", "budget", "solve_seconds", "keep", "must_remove"),
+    *("solver", "states", "budget", "keep", "must_remove"),
     "overwrite",
     group=STAGES,
 )
@@ -332,7 +332,7 @@ def heal(progress: Any, config: ConfigFile = None, **options: Any) -> Output:
     )
 
 
-@verb("tasks", "data", "questions", *OF_RUN, group=STAGES)
+@verb("tasks", "data", "questions", "prompts", *OF_RUN, group=STAGES)
 def evaluate(
     directory: Annotated[
         Path,
@@ -367,10 +367,14 @@ def evaluate(
     from isingcut.report.run_files import RunFiles
     from isingcut.runs.checks import check_run_tasks
 
-    names = ("tasks", "data", "questions")
+    names = ("tasks", "data", "questions", "prompts")
     typed = {name: options.pop(name) for name in names if name in options}
     asked = RunConfig(model=original or "of the run", **typed).validate()
     check_run_tasks(asked)
+    if asked.tasks and asked.prompts:
+        raise InputError(
+            "--tasks and --prompts write different files; type a command for each"
+        )
     if original is None and directory.suffix.lower() == ".gguf":
         raise InputError(
             f"{directory} is a .gguf file; give its original with --original, or the folder "
@@ -404,7 +408,7 @@ def evaluate(
     runner = pipeline.open_again(folder, config, progress)
     target = cutting.product(folder, config, removed).parent
     output = {"file": str(target / "evaluation.json"), "split": "report"}
-    if not typed:
+    if not asked.tasks:
         scores = evaluating.evaluate(runner, config, removed)
         evaluating.rewrite_card(folder, target)
         return _output_scores(scores, output)
@@ -419,8 +423,10 @@ def evaluate(
 
 
 def _output_scores(scores: EvaluationFile, file: dict[str, str]) -> Output:
+    pairs = scores.answers.pairs if scores.answers else []
+    answered = show.answered_data(pairs, scores.last or "GGUF")
     return Output(
-        file | scores.content(),
+        file | scores.content() | answered,
         lambda: show.show_evaluation(scores),
         brief=f"{scores.kl:.4f}",
         warnings=[
@@ -433,8 +439,9 @@ def _output_scores(scores: EvaluationFile, file: dict[str, str]) -> Output:
 def _output_benchmarks(
     rows: BenchmarksFile, file: Path, last: str, before: dict[str, Any]
 ) -> Output:
+    answered = show.answered_data(rows.endings, last)
     return Output(
-        before | {"benchmarks": {"file": str(file), **rows.content()}},
+        before | {"benchmarks": {"file": str(file), **rows.content()}} | answered,
         lambda: show.show_benchmarks(rows, file, last),
         brief=str(file),
         warnings=words.patch_warnings(rows),

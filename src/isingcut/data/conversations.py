@@ -10,14 +10,77 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from isingcut.errors import CalibrationError, ModelError, one_line
+from isingcut.data import text_files
+from isingcut.errors import CalibrationError, InputError, ModelError, one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from isingcut.data.tokens import Encoder, Row
+
+
+Messages = list[dict[str, Any]]
+"""A conversation: turns with ``role`` and ``content``."""
+
+
+def check_messages(where: str, messages: Any) -> Messages:
+    """Return a conversation that a user gave.
+
+    Args:
+        where: its place, for messages.
+
+    Raises:
+        CalibrationError: it is no list of objects with ``role`` and ``content``.
+    """
+    if (
+        not isinstance(messages, list)
+        or not messages
+        or not all(
+            isinstance(m, dict) and "role" in m and "content" in m for m in messages
+        )
+    ):
+        raise CalibrationError(
+            f"{where}: 'messages' must be a list of objects with 'role' and 'content'"
+        )
+    return messages
+
+
+def read_prompts(file: str, place: Path) -> list[Messages]:
+    """Read the prompts of a file: a text with one a line, or records with ``messages`` or ``text``.
+
+    An assistant's turn at the end is left out.
+
+    Args:
+        file: the name in messages.
+
+    Raises:
+        CalibrationError: as `text_files.read_text`, or a record is no conversation.
+        InputError: the file has no prompt, or a conversation no turn of the user at its end.
+    """
+    text_files.check(place, file, "give a .txt or .jsonl file")
+    kind, *records = text_files.read_text(place, file)
+    if kind == ".txt":
+        lines = map(str.strip, "".join(records).splitlines())
+        records = [(file, {"text": line}) for line in lines if line]
+    prompts = []
+    for where, fields in records:
+        given = fields.get(
+            "messages", [{"role": "user", "content": fields.get("text")}]
+        )
+        messages = check_messages(where, given)
+        if messages[-1]["role"] == "assistant":
+            messages = messages[:-1]
+        if not messages or messages[-1]["role"] != "user":
+            raise InputError(f"{where} must end with a turn of the user")
+        if not all(isinstance(m["content"], str) and m["content"] for m in messages):
+            raise InputError(f"{where}: the 'content' of each turn must be a text")
+        prompts.append(messages)
+    if not prompts:
+        raise InputError(f"{file} has no prompts; give one a line, or 'messages'")
+    return prompts
 
 
 def render_chat(

@@ -19,7 +19,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from isingcut.data import text_files
-from isingcut.data.conversations import Render, mark_answers, render_chat
+from isingcut.data.conversations import (
+    Render,
+    check_messages,
+    mark_answers,
+    render_chat,
+)
 from isingcut.data.mixture import (
     ANSWERS,
     FORMATS,
@@ -301,16 +306,7 @@ def _records_corpus(
 
 
 def _render(where: str, messages: Any, render: Render, *, answers: bool) -> str:
-    if (
-        not isinstance(messages, list)
-        or not messages
-        or not all(
-            isinstance(m, dict) and "role" in m and "content" in m for m in messages
-        )
-    ):
-        raise CalibrationError(
-            f"{where}: 'messages' must be a list of objects with 'role' and 'content'"
-        )
+    check_messages(where, messages)
     try:
         return mark_answers(messages, render) if answers else render(messages)
     except ModelError as e:

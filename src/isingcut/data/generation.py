@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+Generated = tuple[Row, Row]
+"""The tokens of a generated text, and the token that ended it, if any."""
 # New tokens after which rows that have ended leave a batch.
 _STEP = 64
 
@@ -41,13 +43,22 @@ def finite_logits(model: PreTrainedModel) -> list[Callable[..., torch.Tensor]]:
     return [refuse]
 
 
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> torch.Tensor:
-    """Tokenize ``prompt`` to (1, P), as a chat turn if there is a chat template."""
+def prompt_ids(
+    tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[str, Any]]
+) -> torch.Tensor:
+    """Tokenize a prompt to (1, P): messages, or a text, which is a chat turn if there is a chat
+    template.
+
+    Raises:
+        ModelError: the template refuses the messages, or there is none for them.
+    """
     chat = bool(tokenizer.chat_template)
-    text = prompt
-    if chat:
+    if isinstance(prompt, str) and not chat:
+        text = prompt
+    else:
         turn = [{"role": "user", "content": prompt}]
-        text = render_chat(tokenizer, turn, add_generation_prompt=True)
+        messages = turn if isinstance(prompt, str) else prompt
+        text = render_chat(tokenizer, messages, add_generation_prompt=True)
     encoded: Any = tokenizer(text, add_special_tokens=not chat, return_tensors="pt")
     return torch.as_tensor(encoded["input_ids"])
 
@@ -141,16 +152,18 @@ def generate_rows(
     prompts: Sequence[torch.Tensor],
     most: int,
     sampling: Sampling | None = None,
-) -> list[tuple[Row, bool]]:
+    leave: Callable[[Row], bool] = lambda row: False,
+) -> list[Generated]:
     """Generate continuations of prompts, each (1, P), in one batch padded on the left.
 
     Rows that have ended leave the batch.
 
     Args:
         sampling: how to sample; None generates the greedy continuations.
+        leave: whether an unfinished row is given up, looked at every `_STEP` tokens.
 
     Returns:
-        for each prompt at most ``most`` tokens up to an end token, and whether there was one.
+        for each prompt at most ``most`` tokens up to an end token.
     """
     ends = end_tokens(model, tokenizer)
     width = max(prompt.shape[1] for prompt in prompts)
@@ -161,7 +174,7 @@ def generate_rows(
         ids[i, width - prompt.shape[1] :] = prompt
         mask[i, width - prompt.shape[1] :] = 1
     ids, mask = ids.to(model.device), mask.to(model.device)
-    found = [(list[int](), False) for _ in prompts]
+    found = [(list[int](), list[int]()) for _ in prompts]
     left = [*range(len(prompts))]
     cache = dict[str, Any]()
     while left and ids.shape[1] < width + most:
@@ -181,7 +194,7 @@ def generate_rows(
         new = [split_end(row, ends) for row in out.sequences[:, width:].tolist()]
         for i, row in zip(left, new, strict=True):
             found[i] = row
-        stay = [k for k, (_, ended) in enumerate(new) if not ended]
+        stay = [k for k, (row, end) in enumerate(new) if not (end or leave(row))]
         left = [left[k] for k in stay]
         if left:
             ids = out.sequences[stay]
@@ -205,10 +218,10 @@ def _keep_rows(out: Mapping[str, Any], rows: Sequence[int]) -> dict[str, Any]:
     return {}
 
 
-def split_end(row: Row, ends: Collection[int]) -> tuple[Row, bool]:
-    """Return a generated row before its first end token, and whether there is one."""
-    stop = next((i for i, token in enumerate(row) if token in ends), None)
-    return row[:stop], stop is not None
+def split_end(row: Row, ends: Collection[int]) -> Generated:
+    """Return a generated row before its first end token, and this token, if any."""
+    stop = next((i for i, token in enumerate(row) if token in ends), len(row))
+    return row[:stop], row[stop : stop + 1]
 
 
 def decode_tokens(

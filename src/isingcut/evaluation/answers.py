@@ -3,7 +3,8 @@
 rows of tokens with continuations -> blocks, each node of the states' prefix tree once -> the head,
 only at the positions that predict the continuations
 
-Texts are generated for a few prompts at a time, and then stored in the journal.
+Texts are generated for a few prompts at a time, and then stored in the journal. The original's
+likelihoods of the answers say which of them it could have given.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,8 +16,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from isingcut.data.tokens import TokenSet
-from isingcut.files.evaluations import Ending
+from isingcut.data.generation import Generated
+from isingcut.data.tokens import Row, TokenSet
+from isingcut.files.evaluations import Ending, EndingPair
 from isingcut.files.journal import Journal
 from isingcut.files.results import fingerprint
 from isingcut.ising.states import Bools, Floats, States
@@ -168,8 +170,53 @@ def read_answers(replay: Replay, stream: Tensor, rows: Asked) -> Floats:
 
 Prompt = tuple[tuple[int, ...], dict[str, Any]]
 """Token ids, and the JSON-able generation settings."""
-Text = tuple[str, Ending]
-"""A generated text, and how it ended."""
+GRAM = 4
+"""Number of tokens of the sequences that are counted as repeated."""
+
+
+def count_repeated(row: Row) -> float:
+    """Return the share of sequences of `GRAM` tokens that occurred before."""
+    grams = [*zip(*(row[i:] for i in range(GRAM)), strict=False)]
+    return 1 - len({*grams}) / len(grams) if grams else 0.0
+
+
+def rate_answers(
+    original: Replay,
+    prompts: Sequence[Row],
+    before: Sequence[Generated],
+    after: Sequence[Generated],
+    work: Work,
+) -> list[EndingPair]:
+    """Return how the answers of both models to prompts ended, with their likelihoods.
+
+    Args:
+        original: the blocks of the original.
+        before, after: the answers of the original and of the other model.
+        work: batch size, progress display and journal.
+    """
+    answers = [*before, *after]
+    rows = [
+        ((*prompt, *row, *end), len(row) + len(end))
+        for prompt, (row, end) in zip([*prompts, *prompts], answers, strict=True)
+    ]
+    states = np.zeros((1, len(original)), bool)
+    found, _ = answer_scores(original, rows, states, work, "likelihoods of answers")
+    endings = [
+        Ending(
+            tokens=len(row),
+            ended=bool(end),
+            repeated=count_repeated(row),
+            likelihood=nats / (len(row) + len(end)),
+        )
+        for (row, end), nats in zip(answers, found[0].tolist(), strict=True)
+    ]
+    half = len(before)
+    pairs = zip(endings[:half], endings[half:], strict=True)
+    return [EndingPair(before=one, after=other) for one, other in pairs]
+
+
+Text = tuple[str, Generated]
+"""A generated text, and its tokens."""
 Writer = Callable[[Sequence[int]], Sequence[Text]]
 """Function that generates the texts after some prompts, given by index, in one batch."""
 
@@ -194,7 +241,7 @@ def generate_texts(
         work: sets the batch size; its journal keeps finished texts.
         description: the description of the progress bar.
     """
-    identity_of = fingerprint([replay.identity(), "endings", prompts])
+    identity_of = fingerprint([replay.identity(), "tokens", prompts])
     kept = Journal(work.journal, identity_of)
     keys = [f"{[*state]}/{i}" for i in range(len(prompts))]
     left = [i for i, key in enumerate(keys) if kept.get(key) is None]
@@ -208,10 +255,10 @@ def generate_texts(
             del left[:count]
             write_by = partial(in_parts, write, some)
             texts = fewer_tokens_to_fit(replay.limit, len(some), 1, write_by)
-            # The journal stores arrays: how a text ended, and a number per byte of it.
+            # The journal stores arrays: counts, tokens, and a number per byte of the text.
             codes = (
-                np.array([e.tokens, e.ended, e.repeated, *text.encode()], np.float64)
-                for text, e in texts
+                np.array([len(row), len(end), *row, *end, *text.encode()], np.float64)
+                for text, (row, end) in texts
             )
             kept.put(dict(zip((keys[i] for i in some), codes, strict=True)))
             bar.advance(len(some))
@@ -226,7 +273,7 @@ def in_parts(
     return [one for a in starts for one in write(items[a : a + count])]
 
 
-def _read_text(row: Floats) -> Text:
-    tokens, ended, repeated = row[:3].tolist()
-    ending = Ending(tokens=int(tokens), ended=bool(ended), repeated=repeated)
-    return bytes(row[3:].astype(np.uint8)).decode(), ending
+def _read_text(codes: Floats) -> Text:
+    tokens, ends, *rest = codes.astype(np.int64).tolist()
+    text = bytes(rest[tokens + ends :]).decode()
+    return text, (rest[:tokens], rest[tokens : tokens + ends])

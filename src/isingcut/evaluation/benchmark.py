@@ -18,8 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from isingcut.console.progress import Part
+from isingcut.console.progress import Part, silent
 from isingcut.errors import InputError
+from isingcut.evaluation.answers import rate_answers
 from isingcut.evaluation.failures import note_failure
 from isingcut.evaluation.questions import Prepared
 from isingcut.evaluation.scores import Scores, score_states
@@ -53,7 +54,7 @@ def benchmark(
         the rows of `benchmarks.json`; and by task the reason why it has none, such as that it has
         no score per question.
     """
-    assert len(models) == 2
+    first, _ = models.values()
     left_out = frozenset(but)
     rows = []
     failed = dict[str, str]()
@@ -71,12 +72,23 @@ def benchmark(
                     )
                     part.finish(f"{task.name}, {name}: {scores.values.mean():.3f}")
                     pair.append(scores)
-                rows.append(row(*pair))
+                endings = list[EndingPair]()
+                if pair[0].written:
+                    rated = kept and kept / f"{task.name}-likelihoods.journal"
+                    own = replace(work, journal=rated, progress=silent)
+                    prompts, before = zip(*pair[0].written, strict=True)
+                    after = [answer for _, answer in pair[1].written]
+                    endings = rate_answers(first.replay, prompts, before, after, own)
+                rows.append(row(pair[0], pair[1], endings))
     return rows, failed
 
 
-def row(original: Scores, cut: Scores) -> TaskRow:
-    """Make one row of `benchmarks.json` from the scores of two models on the same questions."""
+def row(original: Scores, cut: Scores, endings: Sequence[EndingPair] = ()) -> TaskRow:
+    """Make one row of `benchmarks.json` from the scores of two models on the same questions.
+
+    Args:
+        endings: how their generated answers ended, question by question.
+    """
     assert original.questions == cut.questions
     assert original.metric == cut.metric
     compared = compare_scores(original.values, cut.values)
@@ -86,10 +98,7 @@ def row(original: Scores, cut: Scores) -> TaskRow:
         metric=original.metric.removesuffix(",none"),
         shots=original.shots,
         flips=count_flips(original, cut) if compared.test == "mcnemar" else None,
-        endings=[
-            EndingPair(before=before, after=after)
-            for before, after in zip(original.endings, cut.endings, strict=True)
-        ],
+        endings=[*endings],
         **dict(compared),
     )
 

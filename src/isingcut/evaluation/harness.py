@@ -9,11 +9,15 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import normalize_gen_kwargs
 
 from isingcut.data.conversations import render_chat
-from isingcut.data.generation import end_tokens, finite_logits, split_end
+from isingcut.data.generation import Generated, end_tokens, finite_logits, split_end
 from isingcut.errors import InputError
-from isingcut.evaluation.answers import Continuation, Likelihood, Prompt, Text, Writer
-from isingcut.evaluation.prompts import read_ending
-from isingcut.files.evaluations import Ending
+from isingcut.evaluation.answers import (
+    Continuation,
+    Likelihood,
+    Prompt,
+    Text,
+    Writer,
+)
 from isingcut.formats.architectures.blocks import language_model
 from isingcut.models.load import LoadedModel
 
@@ -40,7 +44,7 @@ class Harness(HFLM):  # type: ignore[misc]
     Attributes:
         asked: number of prompts so far.
         shortened: number of prompts that were longer than the model's positions.
-        endings: how the generated answers ended, by prompt.
+        written: the tokens of each prompt, and of the answer to it, by prompt.
     """
 
     def __init__(
@@ -66,8 +70,8 @@ class Harness(HFLM):  # type: ignore[misc]
         self.answers = answers
         self.texts = texts
         self.asked = self.shortened = 0
-        self.endings: dict[str, Ending] = {}
-        self._of_rows: list[Ending] = []
+        self.written: dict[str, tuple[list[int], Generated]] = {}
+        self._of_rows: list[Generated] = []
         self.cache_hook: Any = self
 
     def _loglikelihood_tokens(self, requests: Any, *args: Any, **rest: Any) -> Any:
@@ -116,13 +120,13 @@ class Harness(HFLM):  # type: ignore[misc]
         )
         ends = end_tokens(self.model, self.tokenizer)
         for whole in made[:, context.shape[1] :].tolist():
-            row, ended = split_end(whole, ends)
+            row, end = split_end(whole, ends)
             # The rows of a batch go on until all have stopped.
             stops = partial(self._has_any, stop, row)
             if stops(len(row)):
-                ended = True
-                row = row[: bisect_left(range(len(row)), True, key=stops)]
-            self._of_rows.append(read_ending(row, ended=ended))
+                last = bisect_left(range(len(row)), True, key=stops) - 1
+                row, end = row[:last], row[last : last + 1]
+            self._of_rows.append((row, end))
         return made
 
     def _has_any(self, terms: Sequence[str], row: list[int], count: int) -> bool:
@@ -132,9 +136,9 @@ class Harness(HFLM):  # type: ignore[misc]
         return any(term in text for term in terms if term)
 
     def add_partial(self, kind: str, request: tuple[str, Any], text: str) -> None:
-        """Note how an answer ended; the harness reports each, in the order of its batch."""
+        """Note the tokens of an answer; the harness reports each, in the order of its batch."""
         if kind == "generate_until":
-            self.endings[request[0]] = self._of_rows.pop(0)
+            self.written[request[0]] = [], self._of_rows.pop(0)
 
     def apply_chat_template(
         self, chat_history: list[dict[str, Any]], add_generation_prompt: bool = True
@@ -151,8 +155,8 @@ class Harness(HFLM):  # type: ignore[misc]
         def write(some: Sequence[int]) -> list[Text]:
             self.batch_size_per_gpu = len(some)
             texts = generate([requests[i] for i in some], disable_tqdm=True)
-            endings = [self.endings[requests[i].args[0]] for i in some]
-            return [*zip(texts, endings, strict=True)]
+            rows = [self.written[requests[i].args[0]][1] for i in some]
+            return [*zip(texts, rows, strict=True)]
 
         prompts = []
         for context, own in (r.args for r in requests):
@@ -161,6 +165,9 @@ class Harness(HFLM):  # type: ignore[misc]
             prompts.append((ids, {**own, "max_gen_toks": most}))
             self._count([len(ids)], room)
         found = self.texts(prompts, write)
-        for request, (_, ending) in zip(requests, found, strict=True):
-            self.endings[request.args[0]] = ending
+        for request, (ids, how), (_, made) in zip(
+            requests, prompts, found, strict=True
+        ):
+            room = self.max_length - how["max_gen_toks"]
+            self.written[request.args[0]] = [*ids[-room:]], made
         return [text for text, _ in found]

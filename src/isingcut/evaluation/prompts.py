@@ -1,4 +1,5 @@
-"""The answers of both models to twelve fixed prompts: whether they end, and repeat themselves.
+"""The answers of both models to the user's prompts and twelve fixed ones: whether they end, repeat
+themselves, and could be the original's.
 
 A pruned model can keep its scores on multiple choice and no longer stop, or repeat itself
 (arXiv 2606.17609). The original answers first; the limit of new tokens is then the power of two
@@ -6,29 +7,34 @@ from its longest answer on, so that no answer is cut short that ends as the orig
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
-from itertools import groupby
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from isingcut.console.progress import Bar
+from isingcut.data.conversations import Messages
 from isingcut.data.generation import generate_rows, prompt_ids
 from isingcut.data.tokens import Row
-from isingcut.evaluation.answers import in_parts
-from isingcut.files.evaluations import Answer, AnswerPair, Answers, Ending
+from isingcut.errors import InputError
+from isingcut.evaluation.answers import (
+    Text,
+    count_repeated,
+    generate_texts,
+    rate_answers,
+)
+from isingcut.files.evaluations import Answer, AnswerPair, Answers
 from isingcut.formats.architectures.blocks import language_model, text_config
-from isingcut.measure.splitting import attempt, fewer_tokens_to_fit
-from isingcut.models.device import BatchLimit
+from isingcut.measure.work import Work
 from isingcut.models.load import LoadedModel
 
+ANSWERS = "answers to prompts"
+"""Name of the part of an evaluation whose texts both models generate."""
+NEW_TOKENS = 1024
+"""Upper limit of the tokens of each answer to a prompt."""
 PLAIN = 64
-"""New tokens after which an answer is looked at first; all of them without a chat template, because
-such a model continues a text without an end."""
-GRAM = 4
-"""Number of tokens of the sequences that are counted as repeated."""
-
+"""Least limit of new tokens, and the end of an answer in which loops are looked for; all of them
+without a chat template, because such a model continues a text without an end."""
 _FACT = "The key of the archive is in the blue drawer."
 _LOG = [
     f"In {1800 + k}, the harbour counted {37 * k % 91 + 9} ships and {53 * k % 47} storms."
@@ -55,90 +61,107 @@ summary, and some 2,000 tokens with a fact to find."""
 
 
 def compare_answers(
-    original: LoadedModel, other: LoadedModel, most: int, bar: Bar
+    original: LoadedModel,
+    other: LoadedModel,
+    work: Work,
+    own: Sequence[Messages] = (),
 ) -> Answers | None:
     """Return the greedy answers of both models; None if none was possible.
 
-    Prompts that fit neither the model's positions nor the memory are left out.
+    Prompts that do not fit the model's positions are left out.
 
     Args:
-        most: upper limit of new tokens.
-        bar: progress display, two steps for each prompt.
+        work: batch size, progress display, and a journal; finished answers are in files next to it.
+        own: the user's prompts, after `check_prompts`.
     """
     tokenizer = original.tokenizer
-    if not tokenizer.chat_template:
-        most = min(most, PLAIN)
+    most = _most_tokens(original)
+    positions = _positions(original)
+    prompts: list[str | Messages] = [*own, *PROMPTS]
     # Once for both models, because rendering a chat template starts a process.
-    ids = [prompt_ids(tokenizer, prompt) for prompt in PROMPTS]
-    before = _answer(original, ids, most, bar)
-    longest = max((answer.tokens for answer in before.values()), default=1)
+    rendered = ((prompt, prompt_ids(tokenizer, prompt)) for prompt in prompts)
+    given = [(p, ids) for p, ids in rendered if ids.shape[1] + most <= positions]
+    if not given:
+        return None
+    ids = [ids for _, ids in given]
+    before = _answer(original, ids, most, "original", work)
+    longest = max(len(row) for _, (row, _) in before)
     limit = min(most, max(PLAIN, 1 << (longest - 1).bit_length()))
-    after = _answer(other, ids, limit, bar)
-    pairs = [
-        AnswerPair(prompt=PROMPTS[k], before=before[k], after=after[k])
-        for k in sorted({*before} & {*after})
-    ]
-    return Answers(limit=limit, pairs=pairs) if pairs else None
+    after = _answer(other, ids, limit, "final", work)
+    rated = rate_answers(
+        original.replay,
+        [prompt[0].tolist() for prompt in ids],
+        [answer for _, answer in before],
+        [answer for _, answer in after],
+        work,
+    )
+    pairs = []
+    for (prompt, _), (first, _), (last, _), pair in zip(
+        given, before, after, rated, strict=True
+    ):
+        sides = {
+            "before": Answer(text=first, **dict(pair.before)),
+            "after": Answer(text=last, **dict(pair.after)),
+        }
+        pairs.append(AnswerPair(prompt=_show(prompt), **sides))
+    chat = bool(tokenizer.chat_template)
+    return Answers(limit=limit, own=len(own), chat=chat, pairs=pairs)
 
 
 def _answer(
-    loaded: LoadedModel, ids: Sequence[Tensor], most: int, bar: Bar
-) -> dict[int, Answer]:
-    """Return the answers of one model by the number of the prompt.
-
-    Answers that did not end go on up to twice as many tokens, unless they are in a loop.
-    """
-    positions = getattr(text_config(loaded.model), "max_position_embeddings", None)
-    device = BatchLimit(loaded.runnable.device)
+    loaded: LoadedModel, ids: Sequence[Tensor], most: int, side: str, work: Work
+) -> list[Text]:
+    """Return the answers of one model; one that loops is given up."""
     tokenizer: Any = loaded.tokenizer
     model = language_model(loaded.model)
-    rows = {
-        k: (list[int](), False)
-        for k, prompt in enumerate(ids)
-        if prompt.shape[1] + most <= (positions or 10**6)
-    }
-    size = 0
-    left = [*rows]
-    while left and size < most:
-        more = min(max(PLAIN, size), most - size)
-        size += more
-        # The last prompt is much longer, and padding would cost more than it does.
-        for _, of_length in groupby(left, lambda k: k == len(ids) - 1):
-            group = [*of_length]
-            begun = [
-                torch.cat([ids[k], torch.tensor([rows[k][0]], dtype=torch.int64)], 1)
-                for k in group
-            ]
 
-            write = partial(generate_rows, model, tokenizer, most=more)
-            by = partial(in_parts, write, begun)
-            work = partial(fewer_tokens_to_fit, device, len(group), 1, by)
-            found = attempt(work, True)
-            for i, k in enumerate(group):
-                before, _ = rows.pop(k)
-                if found is not None:
-                    rows[k] = before + found[i][0], found[i][1]
-        left = [
-            k
-            for k, (row, ended) in rows.items()
-            if len(row) == size and not ended and _count_repeated(row[-PLAIN:]) < 0.5
-        ]
-    bar.advance(len(ids))
-    return {
-        k: Answer(
-            text=tokenizer.decode(row, skip_special_tokens=True).strip(),
-            **dict(read_ending(row, ended=ended)),
-        )
-        for k, (row, ended) in rows.items()
-    }
+    def write(some: Sequence[int]) -> list[Text]:
+        prompts = [ids[k] for k in some]
+        rows = generate_rows(model, tokenizer, prompts, most, leave=_is_loop)
+        decode = partial(tokenizer.decode, skip_special_tokens=True)
+        return [(str(decode(row)).strip(), (row, end)) for row, end in rows]
+
+    prompts = [(tuple(prompt[0].tolist()), {"most": most}) for prompt in ids]
+    journal = work.journal and work.journal.with_name(f"answers-{side}.journal")
+    return generate_texts(
+        loaded.replay, (), prompts, write, replace(work, journal=journal), ANSWERS
+    )
 
 
-def read_ending(row: Row, *, ended: bool) -> Ending:
-    """Return how an answer ended, from its tokens."""
-    return Ending(tokens=len(row), ended=ended, repeated=_count_repeated(row))
+def _is_loop(row: Row) -> bool:
+    return count_repeated(row[-PLAIN:]) >= 0.5
 
 
-def _count_repeated(row: Row) -> float:
-    """Return the share of sequences of `GRAM` tokens that occurred before."""
-    grams = [*zip(*(row[i:] for i in range(GRAM)), strict=False)]
-    return 1 - len({*grams}) / len(grams) if grams else 0.0
+def check_prompts(loaded: LoadedModel, own: Sequence[Messages]) -> None:
+    """Check the user's prompts against the model's template and positions.
+
+    Raises:
+        ModelError: the template refuses a prompt, or there is none for its messages.
+        InputError: a prompt leaves no room for an answer.
+    """
+    most = _most_tokens(loaded)
+    for number, prompt in enumerate(own, 1):
+        tokens = prompt_ids(loaded.tokenizer, prompt).shape[1]
+        if tokens + most > _positions(loaded):
+            raise InputError(
+                f"prompt {number} of --prompts has {tokens} tokens; an answer takes up to {most} "
+                f"more, and the model has {_positions(loaded)} positions; shorten the prompt"
+            )
+
+
+def _positions(loaded: LoadedModel) -> int:
+    config = text_config(loaded.model)
+    return getattr(config, "max_position_embeddings", None) or 10**6
+
+
+def _most_tokens(loaded: LoadedModel) -> int:
+    return NEW_TOKENS if loaded.tokenizer.chat_template else PLAIN
+
+
+def _show(prompt: str | Messages) -> str:
+    """Return a prompt as text, the turns of a longer conversation with their roles."""
+    if isinstance(prompt, str):
+        return prompt
+    if len(prompt) == 1:
+        return str(prompt[0]["content"])
+    return "\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt)

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from isingcut.data.conversations import Messages
 from isingcut.data.tokens import TokenSet
 from isingcut.evaluation.failures import note_failure
 from isingcut.evaluation.metrics import registry
-from isingcut.evaluation.prompts import PROMPTS, compare_answers
+from isingcut.evaluation.prompts import ANSWERS, compare_answers
 from isingcut.evaluation.speed import SPEED_KEYS, speed
 from isingcut.files.evaluations import (
     EvaluationFile,
@@ -42,14 +43,8 @@ AnyModel = PreTrainedModel | StreamedReplay
 
 # Hidden states of both models: after the blocks, before the blocks, and the current ones.
 _STREAMS = 6
-ANSWERS = "answers to prompts"
-"""Name of the part of an evaluation whose texts both models generate."""
 # Maximum loss in nats per token; the perplexity of a larger one is treated as infinite.
 _MOST_NATS = 700
-
-
-NEW_TOKENS = 1024
-"""Upper limit of the tokens of each answer to a prompt."""
 
 
 class OtherText(NamedTuple):
@@ -68,6 +63,7 @@ def before_and_after(
     work: Work = PLAIN,
     elsewhere: Mapping[str, OtherText] = MappingProxyType({}),
     decoded: int | None = 0,
+    prompts: Sequence[Messages] = (),
 ) -> EvaluationFile:
     """Measure quality, size and speed of both models.
 
@@ -77,10 +73,11 @@ def before_and_after(
     Args:
         original: the original, in memory or streamed with the same buffers as the cut.
         tokens: the report split.
-        work: settings of the measurement, without a journal.
+        work: settings of the measurement; the journal is for the answers.
         elsewhere: further texts by name, measured one by one.
         decoded: tokens of the text that decoding is timed after; 0: as `speed`; None: skip speed
             and list its keys in ``not_measured``.
+        prompts: the user's prompts.
     """
     failed = dict[str, str]()
     both = {"before": original, "after": cut}
@@ -100,11 +97,8 @@ def before_and_after(
                 speeds = speed(plain, tokens.select([0]), decoded)
                 bar.advance(1)
         rest = {} if speeds else {"not_measured": list(SPEED_KEYS)}
-        with (
-            work.progress(ANSWERS, 2 * len(PROMPTS)) as bar,
-            note_failure(ANSWERS, failed),
-        ):
-            rest["answers"] = compare_answers(original, cut, NEW_TOKENS, bar)
+        with note_failure(ANSWERS, failed):
+            rest["answers"] = compare_answers(original, cut, work, prompts)
     if scores.parts:
         rest["parts"] = scores.parts
     if metrics:

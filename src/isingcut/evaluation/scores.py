@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from isingcut.console.printing import say
-from isingcut.data.generation import prompt_ids
+from isingcut.data.generation import Generated, prompt_ids
 from isingcut.errors import InputError, ModelError
 from isingcut.evaluation.answers import (
     Continuation,
@@ -27,7 +27,6 @@ from isingcut.evaluation.answers import (
     generate_texts,
 )
 from isingcut.evaluation.questions import Prepared, quiet
-from isingcut.files.evaluations import Ending
 from isingcut.formats.architectures.blocks import skip_blocks
 from isingcut.ising.states import Floats, states_of
 from isingcut.measure.work import PLAIN, Work
@@ -61,7 +60,8 @@ class Scores:
         choices: for each question the log-likelihoods of its choices (`read_choices`), nats.
         questions: the keys of the questions (task and hash of the record).
         shots: examples in each prompt.
-        endings: for each question how its generated answer ended; empty for other tasks.
+        written: for each question the tokens of the prompt and of the generated answer; empty for
+            other tasks.
     """
 
     task: str
@@ -72,7 +72,7 @@ class Scores:
     choices: list[Floats]
     questions: list[str]
     shots: int
-    endings: Sequence[Ending] = ()
+    written: Sequence[tuple[list[int], Generated]] = ()
 
 
 def check_task(loaded: LoadedModel, task: Prepared) -> None:
@@ -226,7 +226,7 @@ def _score_one(model: Harness, task: Prepared, wanted: Callable[[str], bool]) ->
         likely,
         [f"{t}:{s['doc_hash'][:16]}" for t, s in chosen],
         int(next(iter(results["n-shot"].values()))),
-        [model.endings[s["arguments"][0][0]] for _, s in chosen if model.endings],
+        [model.written[s["arguments"][0][0]] for _, s in chosen if model.written],
     )
 
 

@@ -1,9 +1,10 @@
 """Comparisons of models with the original on text and questions: `evaluation.json`,
 `benchmarks.json`."""
 
+import math
 from collections.abc import Sequence
 from statistics import fmean, stdev
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field
 
@@ -39,11 +40,14 @@ class Ending(Strict):
         tokens: number of tokens without the end token.
         ended: whether an end token came before the limit.
         repeated: share of its sequences of four tokens that occurred before.
+        likelihood: mean log-likelihood of its tokens and its end by the original, in nats per
+            token; None in older files.
     """
 
     tokens: Count
     ended: bool
     repeated: Annotated[float, Field(ge=0, le=1)]
+    likelihood: Number | None = None
 
 
 class EndingPair(Strict):
@@ -53,27 +57,66 @@ class EndingPair(Strict):
     after: Ending
 
 
+LEAST_LIKELIHOOD = 0.5
+"""Least likelihood of an answered prompt's tokens by the original, of that of its own answer."""
+MOST_REPEATED = 0.2
+"""Share of repetition that an answered prompt may have in any case."""
+
+
 class Endings(Strict):
     """How the greedy answers of both models ended."""
 
     pairs: Annotated[Sequence[EndingPair], Field(min_length=1)]
 
+    @property
+    def rated(self) -> list[Any]:
+        """The pairs with likelihoods: none in older files."""
+        return [pair for pair in self.pairs if pair.after.likelihood is not None]
+
+    def answered(self, side: str) -> list[float]:
+        """Return for each of the `rated` pairs 1 if the original could have given the answer.
+
+        Such an answer ends by itself. It repeats no more than the original's answers that end: than
+        their 95th percentile, or `MOST_REPEATED` if that is larger. By the original, its tokens and
+        its end have on average at least `LEAST_LIKELIHOOD` of the likelihood of those of the
+        original's own answer to the prompt (geometric means).
+
+        A half, because nonsense passes a tenth: SmolLM2 without 6 of 30 blocks, patched, then
+        answers 41 % of 71 prompts and the original 87; at a half 17 and 87.
+        """
+        own = sorted(p.before.repeated for p in self.pairs if p.before.ended) or [0.0]
+        most = max(MOST_REPEATED, own[math.ceil(0.95 * len(own)) - 1])
+        less = math.log(LEAST_LIKELIHOOD)
+        return [
+            float(
+                (answer := getattr(pair, side)).ended
+                and answer.repeated <= most
+                and answer.likelihood >= pair.before.likelihood + less
+            )
+            for pair in self.rated
+        ]
+
+    def values(self, side: str, key: str) -> list[float]:
+        """Return ``tokens``, ``ended``, ``repeated`` or ``answered`` ``before`` or ``after``."""
+        if key == "answered":
+            return self.answered(side)
+        return [getattr(getattr(pair, side), key) for pair in self.pairs]
+
     def mean(self, side: str, key: str) -> float:
-        """Return the mean of ``tokens``, ``ended`` or ``repeated`` ``before`` or ``after``."""
-        return fmean(getattr(getattr(pair, side), key) for pair in self.pairs)
+        """Return the mean of the `values`."""
+        return fmean(self.values(side, key))
 
     def error(self, key: str) -> float | None:
         """Return the paired standard error of the change of a mean; None for a single prompt."""
-        change = [getattr(p.after, key) - getattr(p.before, key) for p in self.pairs]
+        both = (self.values(side, key) for side in ("before", "after"))
+        change = [after - before for before, after in zip(*both, strict=True)]
         return stdev(change) / len(change) ** 0.5 if len(change) > 1 else None
 
     @property
     def lost(self) -> float:
-        """What got worse: the share of the original's ends that are lost, or the share of sequences
-        that became repetitions, whichever is larger."""
-        ended = [not pair.after.ended for pair in self.pairs if pair.before.ended]
-        more = self.mean("after", "repeated") - self.mean("before", "repeated")
-        return max(fmean(ended or [0.0]), more)
+        """Share of the prompts answered by the original that the other model does not answer."""
+        both = zip(self.answered("before"), self.answered("after"), strict=True)
+        return fmean([not after for before, after in both if before] or [0.0])
 
 
 class Answer(Ending):
@@ -91,10 +134,32 @@ class AnswerPair(EndingPair):
 
 
 class Answers(Endings):
-    """The answers of both models to fixed prompts, of at most ``limit`` tokens."""
+    """The answers of both models to the user's prompts and then to fixed ones.
+
+    Attributes:
+        limit: most tokens of an answer.
+        own: number of the user's prompts.
+        chat: whether the prompts are turns of a conversation, by the model's chat template.
+    """
 
     limit: Some
+    own: Count = 0
+    chat: bool = False
     pairs: Annotated[Sequence[AnswerPair], Field(min_length=1)]
+
+    @property
+    def shown(self) -> AnswerPair | None:
+        """The pair to show first: the user's first prompt, else the first one that the final model
+        answers, in the order of the prompts; None if it answers none."""
+        if self.own:
+            return self.pairs[0]
+        found = zip(self.rated, self.answered("after"), strict=True)
+        return next((pair for pair, answered in found if answered), None)
+
+    @property
+    def ordered(self) -> list[AnswerPair]:
+        """All pairs, the one to show first before the others."""
+        return sorted(self.pairs, key=lambda pair: pair is not self.shown)
 
 
 class PairScores(Strict):

@@ -117,6 +117,8 @@ class StageOptions(Strict):
     # Whether the user named the removed blocks.
     named: bool = False
     texts: dict[str, Any] = {}
+    # The user's prompts of an evaluation, by their number.
+    prompts: dict[str, Any] = {}
 
 
 class StageRecord(Strict):

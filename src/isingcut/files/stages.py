@@ -64,7 +64,7 @@ class Declaration:
 _WORD = re.compile(r"\w+")
 _ROWS = ("remove", "budget", "keep", "must_remove")
 _PATCH = ("patch", "patch_tokens", "patch_share")
-SOLVING = ("keep", "must_remove", "solver", "states", "solve_seconds")
+SOLVING = ("keep", "must_remove", "solver", "states")
 """The options that are typed for `solve`, and not for the stages that use its spectrum."""
 STAGES = {
     "calibration": Declaration(
@@ -151,8 +151,9 @@ STAGES = {
         "evaluate",
         "evaluation.json",
         reads=("calibration", "product"),
-        values=("gguf", "decoded"),
-        additions=("gguf",),
+        values=("gguf", "decoded", "prompts"),
+        journals=("evaluation.journal", "answers-*.journal"),
+        additions=("gguf", "prompts"),
     ),
     "benchmarks": Declaration(
         "evaluate",

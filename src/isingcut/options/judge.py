@@ -10,7 +10,7 @@ from isingcut.options.declaration import Options, option
 
 @dataclass(frozen=True, init=False)
 class JudgeOptions(Options):
-    """The tasks that models are scored on."""
+    """The tasks and prompts that models are judged by."""
 
     tasks: str = option(
         "",
@@ -23,4 +23,9 @@ class JudgeOptions(Options):
     )
     questions: parsed.Count | None = option(
         None, "Most questions per task (default: all)."
+    )
+    prompts: str = option(
+        "",
+        "Your own prompts for both models to answer: a text with one a line, or JSON lines with "
+        "messages.",
     )

@@ -25,8 +25,3 @@ class SolveOptions(SearchOptions):
         "States kept in the spectrum.",
         stages="solve",
     )
-    solve_seconds: Annotated[float, Bounds(gt=0, le=3600 * 24 * 365)] = option(
-        60.0,
-        "Time limit of the solver, in seconds.",
-        stages="solve",
-    )

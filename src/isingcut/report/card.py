@@ -13,7 +13,7 @@ from markupsafe import Markup
 
 from isingcut.data.mixture import describe_source
 from isingcut.files.cuts import CardParts
-from isingcut.files.evaluations import EvaluationFile, TaskRow
+from isingcut.files.evaluations import TaskRow
 from isingcut.files.healings import HealingFile
 from isingcut.formats.sources import hub_id
 from isingcut.report.rows import benchmark_rows
@@ -21,6 +21,7 @@ from isingcut.report.run_files import PLAIN_CLASS, RunFiles
 from isingcut.report.words import markdown, render, sentence
 
 PAPER_ENERGY = "empirical-fisher"
+_ANSWERED = "**Chat.** "
 _HARM = "**Warning.** "
 _METADATA = re.compile(r"\A---\n(?s:.*?)^(?=---\n)", re.MULTILINE)
 _RESULTS = re.compile(r"^model-index:\n((- |  ).*\n)*", re.MULTILINE)
@@ -116,17 +117,22 @@ def gguf_card(files: RunFiles) -> str:
     scores = [row for row in files.scores if not row.part and "gguf" in row.values]
     packed = files.packing and files.run.blocks.packed
     card = model_card(parts, healing, evaluation=scored, scores=scores, packed=packed)
-    return mark_harm(card, scored)
+    return mark_first(card, files)
 
 
-def mark_harm(card: str, evaluation: EvaluationFile) -> str:
-    """Return a card whose first paragraph says what a repair harms, if `evaluation` found a harm.
+def mark_first(card: str, files: RunFiles) -> str:
+    """Return a card whose first paragraphs say how many prompts a chat model answers, and what a
+    repair harms, if the evaluation found a harm.
 
-    The paragraph of an earlier evaluation is replaced; all other text stays.
+    The paragraphs of an earlier evaluation are replaced; all other text stays.
     """
-    words = sentence("harm_words", evaluation)
-    marked = f"{_HARM}{markdown(words)}\n\n" if words else ""
-    begin = re.compile(rf"^(# .*\n\n)({re.escape(_HARM)}.*\n\n)?", re.MULTILINE)
+    found = {
+        _ANSWERED: sentence("answered_words", files) if files.answered else "",
+        _HARM: sentence("harm_words", files.evaluation) if files.evaluation else "",
+    }
+    marked = "".join(f"{k}{markdown(v)}\n\n" for k, v in found.items() if v)
+    earlier = "".join(rf"({re.escape(k)}.*\n\n)?" for k in found)
+    begin = re.compile(rf"^(# .*\n\n){earlier}", re.MULTILINE)
     return begin.sub(lambda match: match[1] + marked, card, count=1)
 
 

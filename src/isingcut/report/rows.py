@@ -24,13 +24,13 @@ CUT_RANKING = "cut, ranking text"
 # - 0.4 to 0.6: a fifth to a half (coder, M = 7; objectives.md; healing.md, healed);
 # - 0.6 to 1.2: a third to two thirds (objectives.md, 44 states; healing.md, cut);
 # - above: a half to all (objectives.md; healing.md, 9 removed).
-# At a KL of 0.3 a model may lose a third of the ends of its answers and most of the instructions
-# that it followed (answers.md), so the answers have a bound of their own.
+# At a KL of 0.3 a model may lose most of its answers and most of the instructions that it followed
+# (answers.md), so they have bounds of their own, from the table in docs/loss.md.
 _POOR = "do not deploy this as a chat model: "
 BANDS = (
-    (0.1, 0.1, "expect nearly the same answers"),
-    (0.3, 0.2, "expect answers of the same kind; details and arithmetic suffer"),
-    (0.6, 0.3, "expect fluent text with many mistakes"),
+    (0.1, 0.2, "expect nearly the same answers"),
+    (0.3, 0.4, "expect answers of the same kind; details and arithmetic suffer"),
+    (0.6, 0.6, "expect fluent text with many mistakes"),
     (
         1.2,
         math.inf,
@@ -211,6 +211,7 @@ def evaluation_rows(
 
 
 _ANSWERS = (
+    ("answered", "prompts answered as the original could", "%", ".0f", 100.0),
     ("ended", "answers that end", "%", ".0f", 100.0),
     ("repeated", "repeated sequences of 4 tokens", "%", ".1f", 100.0),
     ("tokens", "answer length", "tokens", ".0f", 1.0),
@@ -225,13 +226,16 @@ def answer_rows(answers: evaluations.Endings, last: str) -> list[Row]:
     rows = []
 
     for key, label, unit, form, scale in _ANSWERS:
+        if not answers.values("after", key):
+            continue
         before, after = (
             scale * answers.mean(side, key) for side in ("before", "after")
         )
         error = answers.error(key)
         change = plus_minus(after - before, error and scale * error, f"+{form}")
         values = {"original": Value(before), last: Value(after)}
-        notes = [f"n = {len(answers.pairs)}"] * (key == "ended")
+        of = answers.rated if key == "answered" else answers.pairs
+        notes = [f"n = {len(of)}"] * (key in ("answered", "ended"))
         row = Row(f"answers_{key}", label, unit, form, values, change, notes=notes)
         rows.append(row)
     return rows
@@ -397,12 +401,6 @@ def benchmark_rows(
         notes = [r.metric, f"n = {r.n}"]
         notes += [f"{r.shots} shots"] * bool(r.shots)
         notes += [f"p = {r.p_value:.3g}"]
-        if r.endings:
-            endings = evaluations.Endings(pairs=r.endings)
-            before, after = (
-                endings.mean(side, "ended") for side in ("before", "after")
-            )
-            notes.append(f"{before:.0%} and {after:.0%} ended")
         notes += ["within the noise"] * (not r.more_than_noise)
         flips = r.flips
         if flips is not None and flips.choice_kl is not None:

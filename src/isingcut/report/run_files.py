@@ -259,9 +259,19 @@ class RunFiles:
         rows = self.benchmarks.rows if self.benchmarks else []
         followed = [r for r in rows if r.metric.startswith("followed") and r.original]
         shares = [1 - r.cut / r.original for r in followed if r.more_than_noise]
-        if self.endings:
+        if self.answered and self.endings:
             shares.append(self.endings.lost)
         return max(shares, default=0.0)
+
+    @property
+    def answered(self) -> tuple[int, int, int] | None:
+        """The prompts that the final model answers, that the original answers, and all of them;
+        None for a model without a chat template, or without likelihoods."""
+        answers = self.evaluation and self.evaluation.answers
+        if not (answers and answers.chat and self.endings):
+            return None
+        after, before = (self.endings.answered(side) for side in ("after", "before"))
+        return (int(sum(after)), int(sum(before)), len(after)) if after else None
 
     @property
     def judged(self) -> dict[str, states.Judged]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from isingcut.data import corpora
+from isingcut.data.conversations import Messages, read_prompts
 from isingcut.data.mixture import places_in
 from isingcut.data.text_files import is_read_once
 from isingcut.energies import registry as energies
@@ -128,11 +129,16 @@ def check_healing_options(config: RunConfig) -> None:
 
 
 def check_run_tasks(config: ChoiceOptions) -> None:
-    """Check the tasks of a run's options before a model is loaded.
+    """Check the tasks and prompts of a run's options before a model is loaded.
 
     Raises:
-        InputError, MissingExtraError: as `questions.check_tasks`, or the tasks do not fit the run.
+        IsingcutError: as `questions.check_tasks` and `prompts_of`, or they do not fit the run.
     """
+    if config.prompts and config.remove.is_range:
+        raise InputError(
+            "--prompts needs a checkpoint, but a range of removals cuts none; omit it"
+        )
+    prompts_of(config)
     if not config.tasks:
         return
     if config.choose != "tasks" and config.remove.is_range:
@@ -141,6 +147,16 @@ def check_run_tasks(config: ChoiceOptions) -> None:
         )
     names = split_names(config.tasks)
     check_tasks(names, data_of(config), config.questions)
+
+
+def prompts_of(config: JudgeOptions) -> list[Messages]:
+    """Return the user's prompts in a run's options.
+
+    Raises:
+        IsingcutError: as `conversations.read_prompts`.
+    """
+    file = config.prompts
+    return read_prompts(file, user_path(file)) if file else []
 
 
 def data_of(config: JudgeOptions) -> Path | None:

@@ -12,14 +12,14 @@ import torch
 
 from isingcut.console.printing import say
 from isingcut.data.calibration import Calibration, build
+from isingcut.data.conversations import Messages
 from isingcut.data.corpora import UNLIKE
 from isingcut.data.generation import prompt_ids
 from isingcut.data.tokens import TokenSet, overlap
 from isingcut.errors import InputError, ModelError
 from isingcut.evaluation.failures import note_failure
-from isingcut.evaluation.prompts import PROMPTS
+from isingcut.evaluation.prompts import ANSWERS, PROMPTS, check_prompts
 from isingcut.evaluation.quality import (
-    ANSWERS,
     OtherText,
     before_and_after,
     quality,
@@ -40,10 +40,11 @@ from isingcut.ising.states import Floats, states_of
 from isingcut.measure.losses import measure
 from isingcut.models.load import LoadedModel
 from isingcut.models.sharing import fits
-from isingcut.report.card import add_figures, mark_harm
+from isingcut.options.judge import JudgeOptions
+from isingcut.report.card import add_figures, mark_first
 from isingcut.report.run_files import RunFiles
 from isingcut.runs import measuring
-from isingcut.runs.checks import resolve_energy
+from isingcut.runs.checks import prompts_of, resolve_energy
 from isingcut.runs.context import Context
 from isingcut.runs.cutting import product
 from isingcut.runs.prices import Prices
@@ -69,13 +70,31 @@ def _price(prices: Prices) -> list[Estimate]:
     return [line]
 
 
-def check_template(context: Context, config: object, blocks: object) -> None:
-    """Say before a run that its evaluation will have no answers, if that is known."""
+def check_template(context: Context, config: JudgeOptions, blocks: object) -> None:
+    """Say before a run that its evaluation will have no answers, if that is known.
+
+    Raises:
+        IsingcutError: the user's prompts cannot be answered, as `prompts.check_prompts`.
+    """
+    if config.prompts:
+        _own_prompts(context, config)
     failed = dict[str, str]()
     with note_failure(ANSWERS, failed):
         prompt_ids(context.loaded.tokenizer, PROMPTS[0])
     for part, reason in failed.items():
         say(f"isingcut: warning: {part} will not be measured: {reason}")
+
+
+def _own_prompts(context: Context, config: JudgeOptions) -> list[Messages]:
+    """Return the user's prompts, after all checks."""
+    prompts = prompts_of(config)
+    if context.loaded.streamed:
+        raise InputError(
+            "--prompts needs the whole model, which does not fit the memory limit; raise "
+            "--memory-limit, or omit it"
+        )
+    check_prompts(context.loaded, prompts)
+    return prompts
 
 
 def _plan(runner: Runner, config: Any, removed: Sequence[int] | None = None) -> Planned:
@@ -87,13 +106,21 @@ def _plan(runner: Runner, config: Any, removed: Sequence[int] | None = None) -> 
     folder = runner.folder
     checkpoint = product(folder, config, removed)
     folder.record(checkpoint)
+    file = checkpoint.with_name("evaluation.json")
+    made = folder.find_record(file)
+    prompts = made.options.prompts if made else {}
+    if config.prompts:
+        # Numbered, so that further prompts replace nothing.
+        own = _own_prompts(runner.context, config)
+        prompts = {str(n): prompt for n, prompt in enumerate(own, 1)}
     gguf = checkpoint.with_name("model.gguf")
     # The GGUF file may be of a model that was replaced.
     packed = None if folder.find_outdated(gguf) else folder.find_record(gguf)
     speed = config.budget.part("speed")
     return Planned(
-        checkpoint.with_name("evaluation.json"),
+        file,
         {
+            "prompts": prompts,
             "gguf": packed and packed.fingerprint,
             "decoded": speed.context if speed else 0,
             "packed": gguf if packed else None,
@@ -126,9 +153,10 @@ def evaluate(context: Context, inputs: Inputs, options: Any, out: Path) -> None:
         context.loaded,
         context.open_cut(checkpoint),
         tokens,
-        work=context.work(),
+        work=context.work(inputs.place / "evaluation.journal"),
         elsewhere=others,
         decoded=options.decoded,
+        prompts=[options.prompts[key] for key in sorted(options.prompts, key=int)],
     ).model_copy(update=further)
     if failed:
         scores.failed = failed | scores.failed
@@ -144,7 +172,7 @@ def rewrite_card(folder: Store, target: Path) -> None:
         return
     written = add_figures(card.read_text(encoding="utf-8"), files)
     if files.evaluation:
-        written = mark_harm(written, files.evaluation)
+        written = mark_first(written, files)
     with atomic_file(card) as temporary:
         temporary.write_text(written, encoding="utf-8")
         # Else the card would count as the user's, which --overwrite does not replace.
@@ -172,7 +200,7 @@ def write_scores(
     """
     place = Path(os.path.abspath(checkpoint))
     file = out or place.with_name(f"{place.name.removesuffix('.gguf')}-{what}.json")
-    sources = [str(place), config.model, *([config.data] if config.data else [])]
+    sources = [str(place), config.model, *filter(None, [config.data, config.prompts])]
     check_output(file, overwrite=config.overwrite, sources=sources)
     folder = resolve(str(place))
     with lock_place(file):
@@ -200,6 +228,7 @@ def evaluate_checkpoint(
 
     def compare(folder: Path) -> evaluations.EvaluationFile:
         context = Context(config)
+        prompts = _own_prompts(context, config) if config.prompts else []
         cut = context.open_cut(folder)
         ours, theirs = (text_config(m.model).vocab_size for m in (context.loaded, cut))
         if ours != theirs:
@@ -217,6 +246,7 @@ def evaluate_checkpoint(
             ],
             work=context.work(),
             decoded=None if packed else 0,
+            prompts=prompts,
         )
         scores.before.bytes = context.identity.weight_bytes
         if packed:

@@ -103,6 +103,9 @@ def read_config(store: Store) -> RunConfig:
     stored.pop("trust_remote_code", None)
     # What it sets is stored; it must not replace an option that is typed now.
     stored.pop("quick", None)
+    # An option of earlier versions; and the record of the evaluation has the prompts.
+    for name in ("solve_seconds", "prompts"):
+        stored.pop(name, None)
     options = options_from(RunConfig, stored, str(store.path / MANIFEST))
     return options.replace(out=str(store.path))
 
@@ -163,4 +166,5 @@ def read_by(config: RunConfig) -> list[Path]:
     tasks = map(str.strip, config.tasks.split(","))
     files = [name for name in tasks if name.endswith(".jsonl")]
     named = [config.model, *places_in(config.calibration), config.data, *files]
+    named.append(config.prompts)
     return list(filter(os.path.lexists, map(user_path, filter(None, named))))

@@ -184,20 +184,21 @@ def energy(
 
 DEMO = RunConfig(
     model=PACKAGED,
-    remove="8",
+    remove="3",
     out="demo-run",
     length=128,
     states=6,
     random_states=0,
     patch_tokens=16384,
 )
-"""The options of the demo: small samples and a small patch, not a benchmark."""
+"""The options of the demo: small samples and a small patch, not a benchmark. Without 4 blocks the
+patched model answers 1 of the twelve prompts, without 3 it answers 6, the original 11."""
 
 
 def demo(
     out: str | None = None, overwrite: bool = False, progress: Progress = silent
 ) -> Path:
-    """Remove 8 of 30 blocks of SmolLM2-135M, from installed packages, else from the hub.
+    """Remove 3 of 30 blocks of SmolLM2-135M, from installed packages, else from the hub.
 
     Returns:
         The run folder.

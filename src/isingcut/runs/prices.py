@@ -26,6 +26,7 @@ from isingcut.models.streaming.replay import StreamedReplay
 from isingcut.models.streaming.store import Store
 from isingcut.options.config import RunConfig
 from isingcut.options.machine import BATCH_TOKENS
+from isingcut.runs.checks import prompts_of
 from isingcut.runs.constraints import TIMED_TOKENS, describe_blocks, removal_rows
 from isingcut.runs.context import Context, check_by_config
 from isingcut.runs.folder import each_removal
@@ -101,7 +102,8 @@ class Prices:
         self.once = _time_head(replay, batch) / self.batch
         # The prompts are answered together, a token at a time.
         step = sum(replay.latency(1, rows=len(PROMPTS))) + len(PROMPTS) * self.once
-        self.answers = _ANSWER * step
+        more = len(prompts_of(config)) / len(PROMPTS)
+        self.answers = _ANSWER * step * (1 + more)
         self.n = len(replay)
         self.logits = vocabulary * self.dtype.itemsize
         self.stream = replay.bytes_per_token

@@ -31,6 +31,10 @@ if TYPE_CHECKING:
     from isingcut.runs.context import Context
 
 
+SECONDS = 60.0
+"""Time limit of a solver."""
+
+
 def _plan(runner: Runner, config: SolveOptions) -> Planned:
     folder = runner.folder
     # An unusable solver or energy is named before anything is written.
@@ -49,7 +53,7 @@ def solve(context: Context, inputs: Inputs, options: Any, out: Path) -> None:
             f"third-party code; if you trust it, type --solver {options.solver} yourself"
         )
     known = inspect.signature(registry.get(options.solver)).parameters
-    given = {"seed": options.seed, "seconds": options.solve_seconds}
+    given = {"seed": options.seed, "seconds": SECONDS}
     own = {k: v for k, v in given.items() if k in known}
     with context.progress(f"solving for {options.removal}", 0) as bar:
         spectrum = find(options.problem, options.solver, options.states, **own)
