@@ -4,6 +4,7 @@ import contextlib
 import os
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -26,6 +27,8 @@ from healings import (
     write_student,
 )
 from isingcut.cli import show
+from isingcut.data import healing_text
+from isingcut.data.healing_text import HealingText
 from isingcut.data.tokens import pieces
 from isingcut.files.healings import HealingFile
 from isingcut.formats.transformers_private import get_checkpointing
@@ -436,7 +439,7 @@ def clock(monkeypatch):
     `costs` has seconds by the number of the first step, and `rates` gets the learning rates.
     """
     clock = SimpleNamespace(now=0.0, costs={}, rates=[])
-    for module in (home, train):
+    for module in (home, train, healing_text):
         seen = SimpleNamespace(monotonic=lambda: clock.now)
         monkeypatch.setattr(module, "time", seen)
     step = train.OurTrainer.training_step
@@ -477,6 +480,18 @@ def test_a_time_is_kept_by_the_clock_with_its_schedule_run_down(
     assert stored(tmp_path / "b") == stored(whole)
 
 
+def test_a_time_pays_for_the_text(models, tmp_path, stub, clock, monkeypatch):
+    stub(train, "measure_pace", 0.012)
+    clock.costs = {0: 3}
+    build = home.build_text
+    slow = lambda *given: replace(build(*given), seconds=60.0)  # noqa: E731
+    monkeypatch.setattr(home, "build_text", slow)
+    out = heal(spending(models, tmp_path / "out", "2min", trainer=FOUR))
+    # As many steps as in one minute with a text that takes none.
+    assert len(curve(out)) == 18
+    assert result(out).seconds >= 60
+
+
 @parametrize("pace, each, done", [(0.006, 20, 2), (None, 100, 0)])
 def test_a_time_for_fewer_than_ten_steps_changes_nothing_and_says_so(
     models, tmp_path, stub, clock, pace, each, done
@@ -495,7 +510,7 @@ def test_a_time_for_fewer_than_ten_steps_changes_nothing_and_says_so(
 
 
 def test_a_time_too_short_for_a_useful_step_is_refused(models, tmp_path):
-    with refuses(r"too short: the evaluations.*10 steps .*give --train 1min"):
+    with refuses(r"too short: the text, the evaluations.*10 steps .*give --train 1min"):
         heal(spending(models, tmp_path / "out", "0.0001min"))
     assert not (tmp_path / "out").exists()
 
@@ -505,9 +520,12 @@ def test_a_time_that_the_patch_would_use_up_is_refused(tmp_path):
     config = HealConfig(train="3min")
     teacher = SimpleNamespace(model=None)
     job = home.Job(teacher, gone([2, 3]), tmp_path, text, tmp_path, config)
-    home._check_train(job, text.select([0, 1]), 4.0, patches=False)
+    both = HealingText(text, text.select([0, 1]), 0.0)
+    home._check_train(job, both, 4.0, patches=False)
     with refuses(r"take about 3 min here; give --train 4min"):
-        home._check_train(job, text.select([0, 1]), 4.0, patches=True)
+        home._check_train(job, both, 4.0, patches=True)
+    with refuses(r"take about 3 min here; give --train 4min"):
+        home._check_train(job, replace(both, seconds=30.0), 4.0, patches=False)
 
 
 def test_a_runs_budget_is_that_of_its_healing():

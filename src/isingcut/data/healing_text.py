@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, replace
 
 from isingcut.data.calibration import (
@@ -28,11 +29,13 @@ class HealingText:
         train: packed samples of full length, or one conversation per sample.
         report: samples of other documents.
         overlap: share of the report text that is in the training text too, see `overlap`.
+        seconds: how long it took to read it, and the teacher to write ``"chat"``.
     """
 
     train: TokenSet
     report: TokenSet
     overlap: float
+    seconds: float = 0.0
 
 
 def build(
@@ -59,6 +62,7 @@ def build(
     Raises:
         CalibrationError: the text is unreadable or too short.
     """
+    began = time.monotonic()
     if sampler.chat is not None:
         sampler = replace(sampler, chat=replace(sampler.chat, ends=True))
     pad = sampler.encode.pad
@@ -69,7 +73,8 @@ def build(
     drawn, _ = sampler.draw(texts, 1, "train", samples, least=1)
     train = tokens_of(drawn, texts, pad)
     say_left_out(texts, sampler.longest)
-    return HealingText(train, own, overlap(own, [train]))
+    shared = overlap(own, [train])
+    return HealingText(train, own, shared, time.monotonic() - began)
 
 
 def to_fit(

@@ -322,7 +322,7 @@ def _train(job: Job, text: HealingText) -> tuple[Path, HealingFile | None]:
     main = job.leads
     start = start_of(student)
     patches = config.patch != "none" and start == "cut"
-    began = time.monotonic()
+    began = time.monotonic() - text.seconds
     record: dict[str, Any] = {}
     file = job.work / BEFORE.file
     known = file.exists()
@@ -330,9 +330,9 @@ def _train(job: Job, text: HealingText) -> tuple[Path, HealingFile | None]:
         record["before"] = keep_result(
             file, HealedScores, lambda: _scores(job, student, text.report)
         )
-    judging = time.monotonic() - began
+    judging = time.monotonic() - began - text.seconds
     if main and not known:
-        _check_train(job, text.report, judging, patches=patches)
+        _check_train(job, text, judging, patches=patches)
     if patches:
         patched = job.work / PATCHED.file
 
@@ -398,12 +398,11 @@ def _train(job: Job, text: HealingText) -> tuple[Path, HealingFile | None]:
     )
 
 
-def _check_train(job: Job, report: TokenSet, judging: float, *, patches: bool) -> None:
+def _check_train(job: Job, text: HealingText, judging: float, *, patches: bool) -> None:
     """Raise if the time is too short for a useful training.
 
     Args:
         judging: seconds of an evaluation, which is a forward pass of each of two models.
-
 
     Raises:
         InputError: the time is too short; the message has an approximate time that is enough.
@@ -411,16 +410,16 @@ def _check_train(job: Job, report: TokenSet, judging: float, *, patches: bool) -
     seconds = job.config.training.seconds
     if seconds is None or job.config.method == "none":
         return
-    token = judging / (2 * int(report.mask.sum()))
+    token = judging / (2 * int(text.report.mask.sum()))
     passes = patches * registry.get(job.config.repair).passes
     read = passes * min(job.config.patch_tokens, int(job.tokens.mask.sum()))
     # A step: the student forward and backward, the teacher forward.
     read += 4 * LEAST_STEPS * SHORT
     # Evaluated before and after training, and after a patch.
-    total = (2 + patches) * judging + token * read
+    total = text.seconds + (2 + patches) * judging + token * read
     if seconds < total:
         raise InputError(
-            f"--train {job.config.train} is too short: the evaluations, the patch and "
+            f"--train {job.config.train} is too short: the text, the evaluations, the patch and "
             f"{LEAST_STEPS} steps of training take about {duration(total)} here; give --train "
             f"{math.ceil(total / 60 + 0.5)}min or more, or fewer --report-samples"
         )

@@ -106,7 +106,7 @@ class Job:
         processes: the processes that train together.
         judge: judge of the checks, which may stop the training; None never stops it.
         recipe: settings of the training; None takes them from the options.
-        spent: seconds of a time budget needed for evaluating and patching.
+        spent: seconds of a time budget needed for the text, evaluating and patching.
     """
 
     teacher: LoadedModel
