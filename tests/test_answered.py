@@ -81,8 +81,6 @@ def test_only_what_the_original_could_say_is_answered():
             assert found.answered("after") == found.answered("before") == ended
         else:
             assert sum(found.answered("after")) <= 2, name
-        if name == "polite":
-            assert found.error("answered") > 0
 
 
 @parametrize("likely, repeated, counts", [
@@ -186,7 +184,6 @@ def test_a_run_answers_the_users_prompts_first(llama, text, tmp_path, typed, ref
     assert "Your prompts are first" in page
     card = (out / "model/README.md").read_text()
     assert "**Chat.** answered: " in card
-    assert f"of {len(found.pairs)} prompts" in card
     # Further prompts replace nothing; others would.
     file.write_text("hello\nhi\nwhy\n")
     typed("evaluate", out, "--prompts", file)

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import inspect
+import itertools
 import sys
 
 import pytest
@@ -61,6 +62,11 @@ def test_the_time_left_of_work_that_goes_on_is_that_of_new_steps(log):
 def test_unknown_totals_and_durations(capsys):
     progress.PlainBar("solving", 0).advance(1, "lowest energy 1")
     assert capsys.readouterr().err == ""
+    now = itertools.count(0, 60)
+    more = progress.PlainBar("writing", 2, clock=lambda: next(now))
+    for _ in range(2):
+        more.advance(3)
+    assert capsys.readouterr().err.endswith("writing: 90%, 0 s left\n")
     assert [progress.duration(s) for s in (0.4, 8.4, 260, 9000)] == [
         "0 s",
         "8 s",

@@ -91,11 +91,6 @@ BENCHMARKS += rows(
             "--tasks and --prompts write different files",
         ),
         (
-            "no file of prompts",
-            evaluate("", "--prompts {here}/gone.txt", ""),
-            "gone.txt",
-        ),
-        (
             "a prompt beyond the positions",
             evaluate("", "--prompts {here}/data/mine.jsonl", ""),
             r"prompt 1 of --prompts has \d+ tokens; an answer takes up to 8 more",

@@ -124,9 +124,9 @@ class PlainBar:
         if tenth > self.printed and now - self.last >= QUIET_SECONDS:
             self.printed = tenth
             self.last = now
-            left = (
-                (now - since) * (self.total - self.done) / max(self.done - before, 1e-9)
-            )
+            # What is written for a text may exceed what was expected.
+            steps_left = max(0.0, self.total - self.done)
+            left = (now - since) * steps_left / max(self.done - before, 1e-9)
             self._say(f"{10 * tenth}%", f"{duration(left)} left")
 
     def finish(self) -> None:

@@ -102,8 +102,7 @@ class Prices:
         self.once = _time_head(replay, batch) / self.batch
         # The prompts are answered together, a token at a time.
         step = sum(replay.latency(1, rows=len(PROMPTS))) + len(PROMPTS) * self.once
-        more = len(prompts_of(config)) / len(PROMPTS)
-        self.answers = _ANSWER * step * (1 + more)
+        self.answers = _ANSWER * step * (1 + len(prompts_of(config)) / len(PROMPTS))
         self.n = len(replay)
         self.logits = vocabulary * self.dtype.itemsize
         self.stream = replay.bytes_per_token
