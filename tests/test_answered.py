@@ -133,10 +133,9 @@ def test_a_killed_evaluation_keeps_the_finished_answers(tmp_path, monkeypatch, s
     for _ in range(2):
         with contextlib.suppress(KeyboardInterrupt):
             found = prompts.compare_answers(first, second, work)
-    assert found == whole
-    again = len(calls)
-    assert prompts.compare_answers(first, second, work) == whole
-    assert len(calls) == again >= 8
+    # What is finished is not written again.
+    assert prompts.compare_answers(first, second, work) == found == whole
+    assert len(calls) == 8
 
 
 # the user's prompts -----------------------------------------------------------------------
@@ -181,7 +180,6 @@ def test_a_run_answers_the_users_prompts_first(llama, text, tmp_path, typed, ref
     assert [pair.prompt for pair in found.pairs[:2]] == ["hello", "hi"]
     page = (out / "report.md").read_text()
     assert page.index("```text\nhello") < page.index("```text\nhi")
-    assert "Your prompts are first" in page
     card = (out / "model/README.md").read_text()
     assert "**Chat.** answered: " in card
     # Further prompts replace nothing; others would.
